@@ -1,0 +1,53 @@
+# `make demo` and `make test` need python3 (3.11 or later) and make, nothing else; they set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test check lint types example bench test-mergekit clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+
+# torch comes first and alone: the pinned version decides which build pip takes, and nothing later replaces it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/ready        ## four small checkpoints, planned and merged into a BAM mixture
+	rm -rf demo
+	$(BIN)/bam-merge demo demo
+
+test: $(VENV)/ready        ## the test suite (offline)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready        ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready       ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test  ## all that CI runs
+
+example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, three branches, every recipe
+	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
+	$(BIN)/python examples/smollm2/run.py
+
+bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens of minutes, tens of GB)
+	$(BIN)/python benchmarks/merge.py
+
+test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods with mergekit's, in a venv of its own
+	$(BIN)/python benchmarks/mergekit_parity.py --mergekit .venv-mergekit/bin
+
+.venv-mergekit/ready:
+	$(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/pip install -q -c constraints.txt torch
+	.venv-mergekit/bin/pip install -q mergekit==0.1.5
+	@touch $@
+
+clean:           ## remove what the targets above made
+	rm -rf $(VENV) .venv-mergekit demo build dist *.egg-info

@@ -1,0 +1,168 @@
+"""A Hugging Face checkpoint folder, known by its config.json and its safetensors headers. No tensor data is read."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bam_merge.errors import CheckpointError, printable, some
+from bam_merge.safetensors_header import FileIdentity, Header, TensorEntry, open_regular, read_header
+from bam_merge.strict import load_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON = 100_000_000
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One folder: `config` as written, every file's header, and every tensor by name. `notes` are harmless oddities."""
+
+    path: Path
+    config: dict[str, Any]
+    config_digest: str
+    files: dict[str, Header]
+    tensors: dict[str, TensorEntry]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def identities(self) -> dict[str, FileIdentity]:
+        return {name: header.identity for name, header in self.files.items()}
+
+    def companions(self) -> list[str]:
+        """Tokenizer and generation files of this folder, in a fixed order."""
+        return [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it."""
+    folder = Path(path)
+    if not folder.exists():
+        raise CheckpointError(f"{printable(str(folder))}: no such folder.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{printable(str(folder))}: not a folder. Give the folder that holds config.json.")
+    problems: list[str] = []
+    config, digest = _read_config(folder, problems)
+    files: dict[str, Header] = {}
+    tensors: dict[str, TensorEntry] = {}
+    notes: list[str] = []
+    try:
+        names, weight_map, total = _weight_files(folder)
+    except CheckpointError as error:
+        problems += error.problems
+        names, weight_map, total = [], None, None
+    for name in names:
+        try:
+            files[name] = read_header(str(folder / name), name)
+        except CheckpointError as error:
+            problems += error.problems
+    for name, header in files.items():
+        for entry in header.tensors:
+            if entry.name in tensors:
+                problems.append(
+                    f"{printable(str(folder))}: {printable(entry.name)} is in {tensors[entry.name].file} and in {name}. Keep one."
+                )
+            tensors[entry.name] = entry
+    if weight_map is not None and len(files) == len(names):
+        problems += _index_problems(folder, weight_map, tensors)
+        size = sum(entry.nbytes for entry in tensors.values())
+        if total is not None and total != size:
+            notes.append(f"{INDEX} says total_size {total:,}, the tensors take {size:,} bytes; the headers are believed.")
+    if problems:
+        raise CheckpointError(*problems)
+    return Checkpoint(folder, config, digest, files, tensors, tuple(notes))
+
+
+def read_small_file(path: Path) -> bytes:
+    """The bytes of a regular file of at most 100 MB. Raises CheckpointError."""
+    descriptor = open_regular(str(path))
+    with os.fdopen(descriptor, "rb") as stream:
+        if os.fstat(descriptor).st_size > MAX_JSON:
+            raise CheckpointError(f"{printable(str(path))}: larger than {MAX_JSON:,} bytes.")
+        return stream.read()
+
+
+def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = read_small_file(path)
+    try:
+        document = load_json(data)
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"{printable(str(path))}: {error}.") from None
+    return document, data
+
+
+def _read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
+    if not (folder / "config.json").exists():
+        problems.append(f"{printable(str(folder))}: config.json is missing. Is this a Hugging Face folder?")
+        return {}, ""
+    try:
+        config, data = _read_json_object(folder / "config.json")
+    except CheckpointError as error:
+        problems += error.problems
+        return {}, ""
+    return config, xxhash.xxh3_128_hexdigest(data)
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int | None]:
+    """Names of the folder's safetensors files; with an index also its weight_map and total_size."""
+    where = printable(str(folder))
+    single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if index:
+        document, _ = _read_json_object(folder / INDEX)
+        weight_map = document.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names.")
+        names = sorted(set(weight_map.values()))
+        unsafe = [name for name in names if not _plain_name(name)]
+        if unsafe:
+            raise CheckpointError(f"{where}/{INDEX}: weight_map names {some(unsafe)}, which is no plain file in this folder.")
+        if single and SINGLE not in names:
+            raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(
+                f"{where}: {len(missing)} of {len(names)} files that {INDEX} names are missing: {some(missing)}. Is the download complete?"
+            )
+        metadata = document.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return names, weight_map, total if isinstance(total, int) else None
+    if single:
+        return [SINGLE], None, None
+    present = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if present:
+        raise CheckpointError(f"{where}: {INDEX} is missing, and there is no {SINGLE} (found {some(present)}).")
+    pickled = sorted(name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth")))
+    if pickled:
+        raise CheckpointError(
+            f"{where}: only {some(pickled)} present. Pickled weights are never loaded, since loading them runs code. Convert "
+            "them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)."
+        )
+    raise CheckpointError(f"{where}: no weights found; expected {SINGLE} or {INDEX}.")
+
+
+def _plain_name(name: str) -> bool:
+    return name.isprintable() and name == os.path.basename(name) and name not in {"", ".", ".."} and not set(name) & set("\\:")
+
+
+def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> list[str]:
+    where = f"{printable(str(folder))}/{INDEX}"
+    problems = []
+    absent = sorted(name for name in weight_map if name not in tensors)
+    if absent:
+        problems.append(f"{where}: lists {some(absent)}, which no shard holds. Is the download complete?")
+    unlisted = sorted(name for name in tensors if name not in weight_map)
+    if unlisted:
+        problems.append(f"{where}: does not list {some(unlisted)}, which the shards hold.")
+    moved = sorted(name for name, file in weight_map.items() if name in tensors and tensors[name].file != file)
+    if moved:
+        problems.append(f"{where}: places {some(moved)} in the wrong shard.")
+    return problems

@@ -1,0 +1,165 @@
+"""The command line. The only module that prints; results go to stdout, messages and progress to stderr.
+
+Exit status: 0 all well, 2 a usage, recipe or checkpoint error, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bam_merge import __version__
+from bam_merge.errors import BamMergeError, nearest
+
+
+class _DefaultMerge(click.Group):
+    """A group for which `bam-merge recipe.yaml` is `bam-merge merge recipe.yaml`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not any(arg in self.commands for arg in args) and any(self._recipe(arg) for arg in args):
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def _recipe(arg: str) -> bool:
+        return arg.endswith((".yaml", ".yml")) or (not arg.startswith("-") and Path(arg).is_file())
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            hint = nearest(args[0], self.commands)
+            ctx.fail(f"{args[0]!r} is neither a command nor a recipe file (.yaml){hint or '.'}")
+        return super().resolve_command(ctx, args)
+
+
+def run_options(command: Any) -> Any:
+    """The options of every command that executes a merge."""
+    for option in reversed(
+        [
+            click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path."),
+            click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished."),
+            click.option("--resume", is_flag=True, help="Go on with a run that was killed."),
+            click.option(
+                "--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_DefaultMerge, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bam-merge")
+def cli() -> None:
+    """Build mixture-of-experts checkpoints (BAM, BTX, Sparse Upcycling) out of dense ones.
+
+    \b
+    bam-merge RECIPE.yaml           plan, merge and publish, the same as bam-merge merge RECIPE.yaml
+    bam-merge plan RECIPE.yaml      show what would be made from what
+    """
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@run_options
+@click.option("--dry-run", is_flag=True, help="Only show the plan, as bam-merge plan does.")
+@click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where a merge gives them, and record it in the manifest.")
+def merge(recipe: str, output: str | None, dry_run: bool, **options: Any) -> None:
+    """Carry out RECIPE and publish the merged checkpoint."""
+    from bam_merge.plan import plan_file
+
+    plan = plan_file(recipe)
+    if dry_run:
+        _show_plan(plan, output=output, workers=options["workers"])
+        return
+    _execute(plan, output, options)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@click.option("--tensors", metavar="GLOB", help="List every tensor whose name matches, layer by layer.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
+def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
+    """Show what RECIPE would make from what, its sizes, and the memory and disk it needs. Reads headers only."""
+    from bam_merge.plan import plan_file
+
+    plan = plan_file(recipe)
+    if as_json:
+        from bam_merge.publish import default_workers
+
+        click.echo(json.dumps(plan.document(default_workers()), indent=2, ensure_ascii=False))
+    else:
+        _show_plan(plan, tensors)
+
+
+@cli.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from bam_merge.recipe import schema as recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(file_okay=False), default="demo")
+@click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
+def demo(folder: str, force: bool) -> None:
+    """Make four small dense checkpoints in FOLDER and merge them into a BAM mixture. Offline, a few seconds."""
+    from bam_merge.demo import make_demo
+    from bam_merge.plan import plan_file
+
+    recipe = make_demo(Path(folder), force)
+    click.echo(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n", err=True)
+    plan = plan_file(recipe)
+    _show_plan(plan)
+    _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False})
+
+
+def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
+    from bam_merge.publish import MergeOptions, default_workers, publish
+    from bam_merge.render import merge_progress, result_text
+
+    options["workers"] = options["workers"] or default_workers()
+    with merge_progress(plan) as advance:
+        settings = MergeOptions(**options, notify=lambda text: click.echo(f"bam-merge: {text}", err=True), progress=advance)
+        target = publish(plan, output, settings)
+    click.echo(result_text(plan, target))
+
+
+def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:
+    from bam_merge.errors import OutputError
+    from bam_merge.publish import default_workers, space_problem, target_path
+    from bam_merge.render import plan_text
+
+    target = target_path(plan, output)
+    click.echo(plan_text(plan, target, workers or default_workers(), tensors))
+    short = space_problem(plan, target)
+    if short:
+        raise OutputError(short)
+
+
+def main() -> None:
+    """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BamMergeError as error:
+        for problem in error.problems:
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
+        if len(error.problems) > 1:
+            click.echo(f"{len(error.problems)} problems; nothing was written.", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nbam-merge: interrupted. What is finished is kept: run again with --resume.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,53 @@
+"""The errors a user can cause.
+
+Everything wrong with an input is found in one go, so an error carries *all* problems, one message each. A message
+names the file, tensor or recipe key, what was found, what was expected, and the way out. The command line prints them
+and exits with status 2; any other exception is a bug of ours.
+"""
+
+from collections.abc import Iterable
+
+
+class BamMergeError(Exception):
+    """Base of every error a user can cause. `problems` holds one message each, in the order found."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class RecipeError(BamMergeError):
+    """The recipe is malformed, or asks for what these sources or this layout cannot give."""
+
+
+class CheckpointError(BamMergeError):
+    """A source folder is damaged, incomplete, unsupported, or disagrees with another source."""
+
+
+class OutputError(BamMergeError):
+    """The output cannot be written: it exists, is being written by another run, or there is no space or permission."""
+
+
+class NonFiniteError(BamMergeError):
+    """A merge produced NaN or infinity."""
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` made safe for a terminal and a log: control and format characters escaped, very long names cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    return shown if len(text) <= limit else shown[:limit] + f"... ({len(text)} characters)"
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names and how many more there are: 'a, b, c and 7 more'."""
+    items = list(names)
+    text = ", ".join(printable(name) for name in items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' when a valid name is close to `word`, and '' otherwise."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,470 @@
+"""Carries out a plan: streams every tensor to its planned place with bounded memory, by any number of workers.
+
+Every output's file and offset are fixed by the plan, so workers need no order and the bytes are the same for any number of
+them. Plain copies stay in the kernel; arithmetic runs on chunks. torch is imported by the first worker that computes, while
+others already copy.
+"""
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+import xxhash
+
+from bam_merge import ops
+from bam_merge.errors import BamMergeError, CheckpointError, NonFiniteError, OutputError, printable
+from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
+from bam_merge.safetensors_header import DTYPE_BITS, FileIdentity, TensorEntry, open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bam_merge.kernels import Chunk
+
+OPEN_FILES = 8
+"""Source files that one worker keeps open."""
+
+T = TypeVar("T")
+
+Progress = Callable[[int], None]
+"""Called with the number of output bytes that have just been written."""
+
+
+@dataclass
+class Finished:
+    """What is known of a written tensor: its digest, the digests of the source tensors read for it ("source:tensor"), NaN/Inf count."""
+
+    digest: str
+    reads: dict[str, str] = field(default_factory=dict)
+    nonfinite: int = 0
+
+
+@dataclass
+class Settings:
+    """How to run. `on_finished` is called with every written tensor (the journal); `allow_nonfinite` records NaN and Inf, does not refuse."""
+
+    workers: int = 2
+    progress: Progress = lambda count: None
+    on_finished: Callable[[Step, Finished], None] = lambda step, finished: None
+    allow_nonfinite: bool = False
+
+
+def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = ()) -> dict[str, Finished]:
+    """Write the tensors of `plan`, except those named in `done`, into the shard files in `folder`; create what is missing.
+
+    Returns what is known of each tensor written. Raises CheckpointError when a source fails or changes, OutputError when the
+    output cannot be written, NonFiniteError when a merge gives NaN or infinity. Files are synced before it returns.
+    """
+    finished: dict[str, Finished] = {}
+    skip = set(done)
+    queue: SimpleQueue[Step] = SimpleQueue()
+    # Copies first, so that torch is imported behind them; large ones first, so that no worker is left with one at the end.
+    for step in sorted(plan.steps, key=lambda step: (not _moves_bytes(step), -step.nbytes)):
+        if step.name not in skip:
+            queue.put(step)
+    stop, lock = threading.Event(), threading.Lock()
+    outputs = {shard.file: _prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
+
+    def work() -> None:
+        with _Sources(plan) as sources:
+            while not stop.is_set():
+                try:
+                    step = queue.get_nowait()
+                except Empty:
+                    return
+                result = _Writer(plan, step, sources, outputs[step.file], folder / step.file, settings, stop).run()
+                if result is not None:
+                    with lock:
+                        finished[step.name] = result
+                        settings.on_finished(step, result)
+
+    try:
+        _run_all(work, settings.workers, stop)
+        _check_sources(plan)
+        for file, descriptor in outputs.items():
+            _guard(folder / file, lambda fd=descriptor: os.fsync(fd))  # type: ignore[misc]
+    finally:
+        for descriptor in outputs.values():
+            os.close(descriptor)
+    return finished
+
+
+def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> None:
+    """Run `work` on every worker; the first failure stops the others and is raised."""
+    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="bam-merge") as pool:
+        futures: list[Future[None]] = [pool.submit(work) for _ in range(max(1, workers))]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for future in futures:
+        future.result()
+
+
+def _moves_bytes(step: Step) -> bool:
+    return ops.is_copy(step.expr) and step.expr.dtype == step.dtype
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------
+
+
+def _guard(path: Path, action: Callable[[], T]) -> T:
+    """Run an output operation, turning what the system refuses into words."""
+    try:
+        return action()
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: " Free some space, then run again with --resume.",
+            errno.EDQUOT: " Free some of your quota, then run again with --resume.",
+            errno.EFBIG: " The file size limit (ulimit -f) is too small; raise it, or set a smaller output.max_shard_size.",
+        }.get(error.errno or 0, "")
+        raise OutputError(f"{printable(str(path))}: {error.strerror}.{remedy}") from error
+
+
+def _prepare(path: Path, header: bytes, nbytes: int) -> int:
+    """Open the output file with its header written and its space reserved; what it already holds stays."""
+
+    def prepare() -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if os.fstat(descriptor).st_size != nbytes:
+                os.ftruncate(descriptor, nbytes)
+            try:
+                os.posix_fallocate(descriptor, 0, nbytes)  # a full disk shows now, not at the last tensor
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot reserve
+                    raise
+            os.pwrite(descriptor, header, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return _guard(path, prepare)
+
+
+class _Sources:
+    """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def __enter__(self) -> "_Sources":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.open.values():
+            os.close(descriptor)
+
+    def entry(self, read: ops.Read) -> TensorEntry:
+        return self.plan.models[read.source].checkpoint.tensors[read.tensor]
+
+    def descriptor(self, read: ops.Read) -> int:
+        key = read.source, self.entry(read).file
+        if key in self.open:
+            self.open.move_to_end(key)
+            return self.open[key]
+        checkpoint = self.plan.models[read.source].checkpoint
+        path = checkpoint.path / key[1]
+        descriptor = open_regular(str(path))
+        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[key[1]].identity:
+            os.close(descriptor)
+            raise CheckpointError(_changed(read.source, path))
+        if len(self.open) >= OPEN_FILES:
+            os.close(self.open.popitem(last=False)[1])
+        self.open[key] = descriptor
+        return descriptor
+
+    def read_into(self, read: ops.Read, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` bytes into the tensor."""
+        descriptor, start = self.descriptor(read), self.entry(read).offset + offset
+        path = self.plan.models[read.source].checkpoint.path / self.entry(read).file
+        position = 0
+        while position < len(view):
+            try:
+                count = os.preadv(descriptor, [view[position:]], start + position)
+            except OSError as error:
+                raise CheckpointError(f"sources.{read.source}: {printable(str(path))}: reading {read.tensor}: {error.strerror}.") from error
+            if count == 0:
+                raise CheckpointError(_changed(read.source, path))
+            position += count
+
+
+def _changed(source: str, path: Path) -> str:
+    return f"sources.{source}: {printable(str(path))} changed while it was being merged. Run again when nothing writes to it."
+
+
+def _check_sources(plan: Plan) -> None:
+    """Raise CheckpointError if a source file is no longer the one that was planned with."""
+    problems = []
+    for name, model in plan.models.items():
+        for file, identity in model.checkpoint.identities.items():
+            path = model.checkpoint.path / file
+            try:
+                same = FileIdentity.of(os.stat(path)) == identity
+            except OSError:
+                same = False
+            if not same:
+                problems.append(_changed(name, path))
+    if problems:
+        raise CheckpointError(*problems)
+
+
+# ---- where an expression's elements are ----------------------------------------------------------------------------------
+
+
+def leaf_runs(leaf: ops.Read | ops.Slice, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(first element in the stored tensor, count) of the runs that make up elements [start, stop) of `leaf`."""
+    if isinstance(leaf, ops.Read):
+        yield start, stop - start
+        return
+    stored = ops.numel(leaf.of)
+    block = stored // leaf.groups
+    row = block // (leaf.of.shape[0] // leaf.groups)
+    size, first = leaf.rows * row, leaf.start * row
+    while start < stop:
+        group, inside = divmod(start, size)
+        count = min(size - inside, stop - start)
+        yield group * block + first + inside, count
+        start += count
+
+
+def concat_runs(concat: ops.Concat, start: int, stop: int) -> Iterator[tuple[ops.Expr, int, int]]:
+    """(part, first, last) of the stretches of the parts that make up elements [start, stop) of `concat`."""
+    sizes = [ops.numel(part) // concat.groups for part in concat.parts]
+    group, inside = divmod(start, sum(sizes))
+    position = start
+    while position < stop:
+        for part, size in zip(concat.parts, sizes, strict=True):
+            if inside >= size:
+                inside -= size
+                continue
+            count = min(size - inside, stop - position)
+            if count > 0:
+                yield part, group * size + inside, group * size + inside + count
+            position += count
+            inside = 0
+        group += 1
+
+
+def _copy_runs(expr: ops.Expr, start: int, stop: int) -> Iterator[tuple[ops.Read, int, int]]:
+    """(tensor, first element, count) of the stored runs that make up elements [start, stop) of a copying expression."""
+    if isinstance(expr, ops.Concat):
+        for part, first, last in concat_runs(expr, start, stop):
+            yield from _copy_runs(part, first, last)
+    elif isinstance(expr, ops.Read | ops.Slice):
+        for first, count in leaf_runs(expr, start, stop):
+            yield (expr.of if isinstance(expr, ops.Slice) else expr), first, count
+
+
+# ---- one tensor ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Writer:
+    """Makes one output tensor."""
+
+    plan: Plan
+    step: Step
+    sources: _Sources
+    output: int
+    path: Path
+    settings: Settings
+    stop: threading.Event
+    digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    read_digests: dict[ops.Read, xxhash.xxh3_128] = field(default_factory=dict)
+    written: int = 0
+    nonfinite: int = 0
+
+    def run(self) -> Finished | None:
+        """The finished tensor, or None when another worker's failure stopped this one."""
+        if _moves_bytes(self.step):
+            whole = self.copy()
+        else:
+            whole = self.compute()
+        if not whole:
+            return None
+        reads = {str(read): digest.hexdigest() for read, digest in self.read_digests.items()}
+        if isinstance(self.step.expr, ops.Read) and _moves_bytes(self.step):
+            reads[str(self.step.expr)] = self.digest.hexdigest()
+        return Finished(self.digest.hexdigest(), reads, self.nonfinite)
+
+    def copy(self) -> bool:
+        """Move bytes in the kernel (a reflink where the file system has them), and read them once for the digest."""
+        size = DTYPE_BITS[self.step.dtype]
+        view = memoryview(bytearray(min(COPY_BUFFER, max(1, self.step.nbytes))))
+        for read, first, count in _copy_runs(self.step.expr, 0, ops.numel(self.step.expr)):
+            position, end = first * size // 8, (first + count) * size // 8
+            while position < end:
+                if self.stop.is_set():
+                    return False
+                piece = view[: min(len(view), end - position)]
+                self.sources.read_into(read, position, piece)
+                if not self._copy_in_kernel(read, position, len(piece)):
+                    self._write(piece)
+                self._advance(piece)
+                position += len(piece)
+        return True
+
+    def _copy_in_kernel(self, read: ops.Read, position: int, count: int) -> bool:
+        source, start = self.sources.descriptor(read), self.sources.entry(read).offset + position
+        target, done = self.step.offset + self.written, 0
+        while done < count:
+            try:
+                moved = os.copy_file_range(source, self.output, count - done, start + done, target + done)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+                    raise OutputError(f"{printable(str(self.path))}: writing {self.step.name}: {error.strerror}.") from error
+                return False  # another file system, or none that can: write it ourselves
+            if moved == 0:
+                return False
+            done += moved
+        return True
+
+    def compute(self) -> bool:
+        """Evaluate the expression chunk by chunk."""
+        import torch
+
+        from bam_merge.kernels import initialise
+        from bam_merge.tensors import encode
+
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)  # the workers are the parallelism
+        expr = self.step.expr
+        if isinstance(expr, ops.Init):
+            self._emit(encode(initialise(expr.method, expr.shape, expr.seed, expr.name), self.step.dtype))
+            return True
+        known = {id(node): self._survey(node) for node in _merges(expr)}
+        total = ops.numel(expr)
+        self.read_digests = {leaf: xxhash.xxh3_128() for leaf in _whole_reads(expr)}
+        for start in range(0, total, CHUNK_ELEMENTS):
+            if self.stop.is_set():
+                return False
+            values_C = self._load(expr, start, min(total, start + CHUNK_ELEMENTS), known)
+            self._emit(encode(self._checked(values_C, start), self.step.dtype))
+        return True
+
+    def _survey(self, merge: ops.Merge) -> object:
+        from bam_merge.kernels import survey
+
+        total = ops.numel(merge)
+        return survey(
+            merge.method,
+            lambda: (self._chunk(merge, s, min(total, s + CHUNK_ELEMENTS), {}) for s in range(0, total, CHUNK_ELEMENTS)),
+            total,
+        )
+
+    def _chunk(self, merge: ops.Merge, start: int, stop: int, known: dict[int, object]) -> "Chunk":
+        from bam_merge.kernels import Chunk
+
+        base = self._load(merge.base[1], start, stop, known) if merge.base else None
+        return Chunk(start, [self._load(expr, start, stop, known) for _, expr in merge.operands], base)
+
+    def _load(self, expr: ops.Expr, start: int, stop: int, known: dict[int, object]) -> "Tensor":
+        """Elements [start, stop) of `expr`, flat, in the computing dtype."""
+        import torch
+
+        from bam_merge.kernels import combine
+        from bam_merge.tensors import buffer, decode
+
+        match expr:
+            case ops.Merge():
+                return combine(expr.method, self._chunk(expr, start, stop, known), known[id(expr)])
+            case ops.Concat():
+                return torch.cat([self._load(part, first, last, known) for part, first, last in concat_runs(expr, start, stop)])
+            case ops.Read() | ops.Slice():
+                read = expr.of if isinstance(expr, ops.Slice) else expr
+                itemsize = DTYPE_BITS[read.dtype] // 8
+                bytes_B, view = buffer((stop - start) * itemsize)
+                position = 0
+                for first, count in leaf_runs(expr, start, stop):
+                    self.sources.read_into(read, first * itemsize, view[position : position + count * itemsize])
+                    position += count * itemsize
+                if read in self.read_digests:
+                    self.read_digests[read].update(view)
+                return decode(bytes_B, read.dtype).to(torch.float64 if read.dtype == "F64" else torch.float32)
+            case ops.Init():
+                raise AssertionError("an initialised tensor is no operand")
+
+    def _checked(self, values_C: "Tensor", start: int) -> "Tensor":
+        """`values_C` in the output's dtype, after counting what is not finite there."""
+        import torch
+
+        from bam_merge.tensors import TORCH_DTYPES
+
+        rounded_C = values_C.to(TORCH_DTYPES[self.step.dtype])
+        finite_C = torch.isfinite(rounded_C)
+        if not bool(finite_C.all()):
+            bad = (~finite_C).nonzero()
+            self.nonfinite += len(bad)
+            if not self.settings.allow_nonfinite:
+                index = start + int(bad[0])
+                overflow = bool(torch.isfinite(values_C[int(bad[0])]))
+                why = f"overflows {self.step.dtype}; choose a wider output.dtype" if overflow else "comes from a source"
+                raise NonFiniteError(
+                    f"{self.step.name}: {len(bad)} values from element {index} on are NaN or infinite ({self.step.expression}): it {why}. "
+                    "With --allow-nonfinite they are written and recorded."
+                )
+        return rounded_C
+
+    def _emit(self, data: memoryview) -> None:
+        self._write(data)
+        self._advance(data)
+
+    def _write(self, data: memoryview) -> None:
+        position = 0
+        while position < len(data):
+            target = self.step.offset + self.written + position
+            position += _guard(self.path, lambda p=position, t=target: os.pwrite(self.output, data[p:], t))  # type: ignore[misc]
+
+    def _advance(self, data: memoryview) -> None:
+        self.digest.update(data)
+        self.written += len(data)
+        self.settings.progress(len(data))
+
+
+def _merges(expr: ops.Expr) -> Iterator[ops.Merge]:
+    if isinstance(expr, ops.Merge):
+        yield expr
+    elif isinstance(expr, ops.Concat):
+        for part in expr.parts:
+            yield from _merges(part)
+
+
+def _whole_reads(expr: ops.Expr) -> set[ops.Read]:
+    """The tensors that evaluating `expr` in order reads from first byte to last, once: those that can be digested on the way."""
+    if isinstance(expr, ops.Read):
+        return {expr}
+    if isinstance(expr, ops.Merge):
+        leaves = [operand for _, operand in (*expr.operands, *((expr.base,) if expr.base else ()))]
+        return {leaf for leaf in leaves if isinstance(leaf, ops.Read) and leaves.count(leaf) == 1}
+    return set()
+
+
+def digest_range(path: Path, offset: int, nbytes: int) -> str:
+    """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there."""
+    digest = xxhash.xxh3_128()
+    view = memoryview(bytearray(min(COPY_BUFFER, max(1, nbytes))))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            position = 0
+            while position < nbytes:
+                count = os.preadv(descriptor, [view[: min(len(view), nbytes - position)]], offset + position)
+                if count == 0:
+                    raise BamMergeError(f"{printable(str(path))}: ends at byte {offset + position}, expected {offset + nbytes}.")
+                digest.update(view[:count])
+                position += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BamMergeError(f"{printable(str(path))}: {error.strerror}.") from error
+    return digest.hexdigest()
