@@ -1,16 +1,30 @@
 """Rules to tensors: decides, for every role and layer, how it is made and from which source tensors."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
 from bam_merge import ops
 from bam_merge.dense import DenseModel, Site
 from bam_merge.errors import some
-from bam_merge.recipe import (
-    Attention, Copy, DareTies, Expert, Initialising, Linear, Mean, Recipe, Rule, Slerp, TaskArithmetic, Ties, covers, operands, parse_layers,
+from bam_merge.makes import (
+    Copy,
+    DareTies,
+    Expert,
+    Initialising,
+    Linear,
+    Mean,
+    Rule,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+    covers,
+    operands,
+    parse_layers,
 )  # fmt: skip
+from bam_merge.recipe import Attention, Recipe
 
 ARITHMETIC_DTYPES = ("F64", "F32", "F16", "BF16")
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -21,11 +35,11 @@ QO_ROLES = ("attn.q", "attn.o", "attn.q_norm")
 
 @dataclass(frozen=True)
 class Made:
-    """How one site is made: one expression per expert, or a single one (`experts` empty). `by` names the rule."""
+    """How one site is made: one expression per expert, or one for all. `by` names the rule."""
 
     by: str
-    experts: tuple[ops.Expr, ...] = ()
-    single: ops.Expr | None = None
+    exprs: tuple[ops.Expr, ...]
+    per_expert: bool = False
 
 
 def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
@@ -43,60 +57,67 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
     return [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
 
 
+@dataclass
+class _Rules:
+    """The rules in order, and how often each was looked at and applied."""
+
+    rules: list[tuple[str, Rule]]
+    layers: list[range | frozenset[int]]
+    matched: Counter[int] = field(default_factory=Counter)
+    applied: Counter[int] = field(default_factory=Counter)
+
+    def choose(self, site: Site) -> tuple[str, Rule]:
+        """The first rule that matches `site`, and its name. The method's last rule matches everything."""
+        role, layer = site
+        chosen = [
+            index
+            for index, (_, rule) in enumerate(self.rules)
+            if (rule.layers is None or (layer is not None and layer in self.layers[index]))
+            and any(covers(pattern, role) for pattern in rule.roles)
+        ]
+        self.matched.update(chosen)
+        self.applied[chosen[0]] += 1
+        return self.rules[chosen[0]]
+
+    def idle(self) -> Iterator[str]:
+        """A message for every rule of the recipe that made nothing."""
+        for index, (label, rule) in enumerate(self.rules):
+            if self.applied[index] or not label.startswith("rules"):
+                continue
+            where = f"{label}: {', '.join(rule.roles)}" + (f" in layers {rule.layers}" if rule.layers is not None else "")
+            if self.matched[index]:
+                yield f"{where} never applies: earlier rules make all {self.matched[index]} tensors it matches. Reorder or remove it."
+            else:
+                yield f"{where} matches no tensor of this merge. Correct or remove it."
+
+
 def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> dict[Site, Made]:
-    """How every site of the sources, and every router, is made. Problems are appended; what they concern is left out."""
-    rules = method_rules(recipe)
+    """How every site of the sources, and every router, is made. Problems are appended."""
     first = models[recipe.expert_names[0]]
     count = first.facts["num_hidden_layers"]
-    layers: list[range | frozenset[int]] = []
-    for label, rule in rules:
+    rules = _Rules(method_rules(recipe), [])
+    for label, rule in rules.rules:
         try:
-            layers.append(parse_layers(rule.layers, count))
+            rules.layers.append(parse_layers(rule.layers, count))
         except ValueError as error:
             problems.append(f"{recipe.file}: {label}.layers: {error}")
-            layers.append(frozenset())
-    matched, applied = [0] * len(rules), [0] * len(rules)
-
-    def choose(site: Site) -> tuple[str, Rule] | None:
-        chosen = None
-        for index, (label, rule) in enumerate(rules):
-            role, layer = site
-            here = rule.layers is None or (layer is not None and layer in layers[index])
-            if here and any(covers(pattern, role) for pattern in rule.roles):
-                matched[index] += 1
-                if chosen is None:
-                    applied[index] += 1
-                    chosen = label, rule
-        return chosen
-
-    made: dict[Site, Made] = {}
-    for site in first.tensors:
-        label, rule = choose(site) or ("", None)
-        if rule is not None:
-            made[site] = _make(site, label, rule, recipe, models, problems)
+            rules.layers.append(frozenset())
+    made = {site: _make(site, *rules.choose(site), recipe, models, problems) for site in first.tensors}
     for role, like in (("router.attn", "attn.q"), ("router.ffn", "ffn.up")):
         for layer in range(count):
-            if (like, layer) in made and made[like, layer].experts:
-                label, rule = choose((role, layer)) or ("", None)
-                made[role, layer] = _router(role, layer, label, rule, recipe, first)
-    for index, (label, rule) in enumerate(rules):
-        if not label.startswith("rules"):
-            continue
-        where = f"{recipe.file}: {label}: {', '.join(rule.roles)}" + (f" in layers {rule.layers}" if rule.layers is not None else "")
-        if not matched[index]:
-            problems.append(f"{where} matches no tensor of this merge ({first.family.name} with {count} layers). Correct or remove it.")
-        elif not applied[index]:
-            problems.append(f"{where} never applies: earlier rules make all {matched[index]} tensors it matches. Reorder or remove it.")
+            if made[like, layer].per_expert:
+                made[role, layer] = _router(role, *rules.choose((role, layer)), recipe, first)
+    problems += [f"{recipe.file}: {text}" for text in rules.idle()]
     return made
 
 
 def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> Made:
     if isinstance(rule, Expert):
-        return Made(label, experts=tuple(models[name].tensors[site] for name in recipe.expert_names))
-    names = operands(rule, recipe)
+        return Made(label, tuple(models[name].tensors[site] for name in recipe.expert_names), per_expert=True)
+    names = operands(rule, recipe.distinct)
     parts = tuple((name, models[name].tensors[site]) for name in names)
     if len(parts) == 1 and isinstance(rule, Copy | Mean):  # the mean of one tensor is that tensor
-        return Made(label, single=parts[0][1])
+        return Made(label, (parts[0][1],))
     base = (rule.base, models[rule.base].tensors[site]) if isinstance(rule, TaskArithmetic | Ties | DareTies) else None
     dtypes = {expr.dtype for _, expr in (*parts, *((base,) if base else ()))}
     unfit = sorted(dtypes - set(ARITHMETIC_DTYPES))
@@ -106,7 +127,7 @@ def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[st
             "Use make: copy for it, or sources in full precision."
         )
     dtype = next(dtype for dtype in (*ARITHMETIC_DTYPES, *unfit) if dtype in dtypes)
-    return Made(label, single=ops.Merge(_method(rule, names, site, recipe), parts, base, dtype, parts[0][1].shape))
+    return Made(label, (ops.Merge(_method(rule, names, site, recipe), parts, base, dtype, parts[0][1].shape),))
 
 
 def _method(rule: Rule, names: tuple[str, ...], site: Site, recipe: Recipe) -> ops.Method:
@@ -130,13 +151,13 @@ def _method(rule: Rule, names: tuple[str, ...], site: Site, recipe: Recipe) -> o
             raise AssertionError(f"{type(rule).__name__} is no merge method")
 
 
-def _router(role: str, layer: int, label: str, rule: Rule | None, recipe: Recipe, first: DenseModel) -> Made:
+def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel) -> Made:
     """A router starts as the first rule that names it says, else as the recipe's `router` section."""
     by_rule = isinstance(rule, Initialising)
     method = rule.initialiser() if isinstance(rule, Initialising) else recipe.router_init(role)
     shape = (len(recipe.expert_names), first.facts["hidden_size"])
     dtype = first.tensors["embed", None].dtype
-    return Made(label if by_rule else "router", single=ops.Init(method, "", recipe.random_seed, dtype, shape))
+    return Made(label if by_rule else "router", (ops.Init(method, "", recipe.random_seed, dtype, shape),))
 
 
 def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:
@@ -144,13 +165,13 @@ def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:
     problems = []
     kinds: dict[bool, list[int]] = {}
     for layer in range(layers):
-        axes = {role: bool(made[role, layer].experts) for role, at in made if at == layer and role.startswith("attn.")}
+        axes = {role: made[role, layer].per_expert for role, at in made if at == layer and role.startswith("attn.")}
         for group in (QO_ROLES, KV_ROLES):
             split = {role: axis for role, axis in axes.items() if role.removesuffix(".bias") in group}
             if len(set(split.values())) > 1:
                 problems.append(
-                    f"layer {layer}: {some(r for r, a in split.items() if a)} per expert, {some(r for r, a in split.items() if not a)} shared; "
-                    "an attention expert needs them together. Give them one rule."
+                    f"layer {layer}: {some(r for r, a in split.items() if a)} per expert, "
+                    f"{some(r for r, a in split.items() if not a)} shared; an attention expert needs them together. Give them one rule."
                 )
         if axes.get("attn.k") and not axes.get("attn.q"):
             problems.append(

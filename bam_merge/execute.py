@@ -8,7 +8,6 @@ others already copy.
 import errno
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -19,17 +18,15 @@ from typing import TYPE_CHECKING, TypeVar
 import xxhash
 
 from bam_merge import ops
-from bam_merge.errors import BamMergeError, CheckpointError, NonFiniteError, OutputError, printable
+from bam_merge.errors import NonFiniteError, OutputError, printable
 from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
-from bam_merge.safetensors_header import DTYPE_BITS, FileIdentity, TensorEntry, open_regular
+from bam_merge.safetensors_header import DTYPE_BITS
+from bam_merge.source_files import SourceFiles, check_unchanged, concat_runs, copy_runs, leaf_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bam_merge.kernels import Chunk
-
-OPEN_FILES = 8
-"""Source files that one worker keeps open."""
 
 T = TypeVar("T")
 
@@ -48,7 +45,7 @@ class Finished:
 
 @dataclass
 class Settings:
-    """How to run. `on_finished` is called with every written tensor (the journal); `allow_nonfinite` records NaN and Inf, does not refuse."""
+    """How to run. `on_finished` hears of every written tensor (the journal); `allow_nonfinite` records NaN and Inf, not refuses."""
 
     workers: int = 2
     progress: Progress = lambda count: None
@@ -73,7 +70,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     outputs = {shard.file: _prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
 
     def work() -> None:
-        with _Sources(plan) as sources:
+        with SourceFiles(plan) as sources:
             while not stop.is_set():
                 try:
                     step = queue.get_nowait()
@@ -87,7 +84,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
 
     try:
         _run_all(work, settings.workers, stop)
-        _check_sources(plan)
+        check_unchanged(plan)
         for file, descriptor in outputs.items():
             _guard(folder / file, lambda fd=descriptor: os.fsync(fd))  # type: ignore[misc]
     finally:
@@ -150,121 +147,6 @@ def _prepare(path: Path, header: bytes, nbytes: int) -> int:
     return _guard(path, prepare)
 
 
-class _Sources:
-    """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
-
-    def __enter__(self) -> "_Sources":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.open.values():
-            os.close(descriptor)
-
-    def entry(self, read: ops.Read) -> TensorEntry:
-        return self.plan.models[read.source].checkpoint.tensors[read.tensor]
-
-    def descriptor(self, read: ops.Read) -> int:
-        key = read.source, self.entry(read).file
-        if key in self.open:
-            self.open.move_to_end(key)
-            return self.open[key]
-        checkpoint = self.plan.models[read.source].checkpoint
-        path = checkpoint.path / key[1]
-        descriptor = open_regular(str(path))
-        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[key[1]].identity:
-            os.close(descriptor)
-            raise CheckpointError(_changed(read.source, path))
-        if len(self.open) >= OPEN_FILES:
-            os.close(self.open.popitem(last=False)[1])
-        self.open[key] = descriptor
-        return descriptor
-
-    def read_into(self, read: ops.Read, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` bytes into the tensor."""
-        descriptor, start = self.descriptor(read), self.entry(read).offset + offset
-        path = self.plan.models[read.source].checkpoint.path / self.entry(read).file
-        position = 0
-        while position < len(view):
-            try:
-                count = os.preadv(descriptor, [view[position:]], start + position)
-            except OSError as error:
-                raise CheckpointError(f"sources.{read.source}: {printable(str(path))}: reading {read.tensor}: {error.strerror}.") from error
-            if count == 0:
-                raise CheckpointError(_changed(read.source, path))
-            position += count
-
-
-def _changed(source: str, path: Path) -> str:
-    return f"sources.{source}: {printable(str(path))} changed while it was being merged. Run again when nothing writes to it."
-
-
-def _check_sources(plan: Plan) -> None:
-    """Raise CheckpointError if a source file is no longer the one that was planned with."""
-    problems = []
-    for name, model in plan.models.items():
-        for file, identity in model.checkpoint.identities.items():
-            path = model.checkpoint.path / file
-            try:
-                same = FileIdentity.of(os.stat(path)) == identity
-            except OSError:
-                same = False
-            if not same:
-                problems.append(_changed(name, path))
-    if problems:
-        raise CheckpointError(*problems)
-
-
-# ---- where an expression's elements are ----------------------------------------------------------------------------------
-
-
-def leaf_runs(leaf: ops.Read | ops.Slice, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """(first element in the stored tensor, count) of the runs that make up elements [start, stop) of `leaf`."""
-    if isinstance(leaf, ops.Read):
-        yield start, stop - start
-        return
-    stored = ops.numel(leaf.of)
-    block = stored // leaf.groups
-    row = block // (leaf.of.shape[0] // leaf.groups)
-    size, first = leaf.rows * row, leaf.start * row
-    while start < stop:
-        group, inside = divmod(start, size)
-        count = min(size - inside, stop - start)
-        yield group * block + first + inside, count
-        start += count
-
-
-def concat_runs(concat: ops.Concat, start: int, stop: int) -> Iterator[tuple[ops.Expr, int, int]]:
-    """(part, first, last) of the stretches of the parts that make up elements [start, stop) of `concat`."""
-    sizes = [ops.numel(part) // concat.groups for part in concat.parts]
-    group, inside = divmod(start, sum(sizes))
-    position = start
-    while position < stop:
-        for part, size in zip(concat.parts, sizes, strict=True):
-            if inside >= size:
-                inside -= size
-                continue
-            count = min(size - inside, stop - position)
-            if count > 0:
-                yield part, group * size + inside, group * size + inside + count
-            position += count
-            inside = 0
-        group += 1
-
-
-def _copy_runs(expr: ops.Expr, start: int, stop: int) -> Iterator[tuple[ops.Read, int, int]]:
-    """(tensor, first element, count) of the stored runs that make up elements [start, stop) of a copying expression."""
-    if isinstance(expr, ops.Concat):
-        for part, first, last in concat_runs(expr, start, stop):
-            yield from _copy_runs(part, first, last)
-    elif isinstance(expr, ops.Read | ops.Slice):
-        for first, count in leaf_runs(expr, start, stop):
-            yield (expr.of if isinstance(expr, ops.Slice) else expr), first, count
-
-
 # ---- one tensor ------------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +156,7 @@ class _Writer:
 
     plan: Plan
     step: Step
-    sources: _Sources
+    sources: SourceFiles
     output: int
     path: Path
     settings: Settings
@@ -301,7 +183,7 @@ class _Writer:
         """Move bytes in the kernel (a reflink where the file system has them), and read them once for the digest."""
         size = DTYPE_BITS[self.step.dtype]
         view = memoryview(bytearray(min(COPY_BUFFER, max(1, self.step.nbytes))))
-        for read, first, count in _copy_runs(self.step.expr, 0, ops.numel(self.step.expr)):
+        for read, first, count in copy_runs(self.step.expr, 0, ops.numel(self.step.expr)):
             position, end = first * size // 8, (first + count) * size // 8
             while position < end:
                 if self.stop.is_set():
@@ -447,24 +329,3 @@ def _whole_reads(expr: ops.Expr) -> set[ops.Read]:
         leaves = [operand for _, operand in (*expr.operands, *((expr.base,) if expr.base else ()))]
         return {leaf for leaf in leaves if isinstance(leaf, ops.Read) and leaves.count(leaf) == 1}
     return set()
-
-
-def digest_range(path: Path, offset: int, nbytes: int) -> str:
-    """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there."""
-    digest = xxhash.xxh3_128()
-    view = memoryview(bytearray(min(COPY_BUFFER, max(1, nbytes))))
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            position = 0
-            while position < nbytes:
-                count = os.preadv(descriptor, [view[: min(len(view), nbytes - position)]], offset + position)
-                if count == 0:
-                    raise BamMergeError(f"{printable(str(path))}: ends at byte {offset + position}, expected {offset + nbytes}.")
-                digest.update(view[:count])
-                position += count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise BamMergeError(f"{printable(str(path))}: {error.strerror}.") from error
-    return digest.hexdigest()

@@ -194,7 +194,7 @@ def _key(seed: int, name: str) -> int:
     return xxhash.xxh3_128_intdigest(f"{seed}:{name}".encode())
 
 
-def _uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any, numpy.dtype[numpy.float64]]":
+def _uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any, Any]":
     """Elements [start, start + count) of the stream of uniform numbers in [0, 1) called `name`.
 
     Philox (Salmon et al., SC 2011) is counter-based, so any part of the stream can be had without the rest: one counter step
@@ -211,7 +211,7 @@ def initialise(method: ops.Initialiser, shape: ops.Shape, seed: int, name: str) 
 
     numpy's legacy stream is used because it is frozen for good (NEP 19), so that the same recipe gives the same bytes anywhere.
     """
-    random = numpy.random.RandomState(numpy.random.Philox(key=_key(seed, name)))  # type: ignore[arg-type]
+    random = numpy.random.RandomState(numpy.random.Philox(key=_key(seed, name)))
     match method:
         case ops.Normal(std):
             values = random.standard_normal(shape) * std

@@ -24,8 +24,8 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
     count = len(recipe.expert_names)
     attention = recipe.attention or Attention()
     top_k, renormalised = recipe.gates
-    per_expert = any(made[site].experts for site in made if site[0] == "attn.q")
-    shared_kv = [layer for layer in layers if not made["attn.k", layer].experts] if per_expert else []
+    per_expert = any(made[site].per_expert for site in made if site[0] == "attn.q")
+    shared_kv = [layer for layer in layers if not made["attn.k", layer].per_expert] if per_expert else []
     all_shared = per_expert and len(shared_kv) == len(layers)
     heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
     return {

@@ -20,8 +20,9 @@ from bam_merge.architecture import Architecture, architecture_names, evaluate, l
 from bam_merge.assign import ARITHMETIC_DTYPES, DTYPE_NAMES, Made, assign, check_axes
 from bam_merge.dense import DenseModel, Site, disagreements, read_dense
 from bam_merge.errors import BamMergeError, CheckpointError, RecipeError, nearest, some
+from bam_merge.makes import parse_size
 from bam_merge.output_config import merge_values, output_config, refusals
-from bam_merge.recipe import Recipe, parse_size
+from bam_merge.recipe import Recipe
 from bam_merge.safetensors_header import DTYPE_BITS, encode_header
 from bam_merge.tokenizer_check import tokenizer_disagreements
 
@@ -159,7 +160,8 @@ def make_plan(recipe: Recipe) -> Plan:
         layout = seed.family
     elif layout is None and not problems:
         problems.append(
-            f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, not {recipe.output.layout}."
+            f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, "
+            f"not {recipe.output.layout}."
         )
     made = assign(recipe, models, problems)
     if layout is None or problems:
@@ -249,15 +251,15 @@ def _steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Mapping
             steps.append(Step(row.name(layer), row.roles[0], layer, None, default_dtype, shape, zeros, f"layout {layout.name}"))
             continue
         sites = [made.get((role, layer)) for role in row.roles]
-        parts = [item for item in sites if item is not None and bool(item.experts) == row.per_expert]
+        parts = [item for item in sites if item is not None and item.per_expert == row.per_expert]
         if len(parts) < len(row.roles):
             continue
         stored.update((role, layer) for role in row.roles)
         spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.checkpoint.tensors), 0)
-        for expert in range(len(parts[0].experts)) if row.per_expert else (None,):
-            exprs = tuple(part.single if expert is None else part.experts[expert] for part in parts)
+        for index in range(len(parts[0].exprs)):
+            expert = index if row.per_expert else None
+            exprs = tuple(part.exprs[index] for part in parts)
             expr = ops.fuse(exprs, evaluate(row.groups, seed.facts)) if len(exprs) > 1 else exprs[0]
-            assert expr is not None
             if isinstance(expr, ops.Init):
                 expr = replace(expr, name=row.name(layer, expert, spelling))
             role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
@@ -370,7 +372,7 @@ def _notes(recipe: Recipe, layout: Architecture, models: list[DenseModel], value
             "Check that it does not change what the model computes."
         )
     if layout.kind == "mixture" and values["num_experts_per_tok"] == 1 and values["norm_topk_prob"]:
-        yield "ffn: top_k 1 with renormalised gates: the gate is the constant 1, so the router gets no gradient from the language-model loss."
+        yield "ffn: top_k 1 with renormalised gates: the gate is always 1, so the router gets no gradient from the language-model loss."
 
 
 def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any]) -> str:

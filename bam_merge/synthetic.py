@@ -57,30 +57,32 @@ def _encode(array: "numpy.ndarray[Any, Any]", dtype: str) -> bytes:
     if dtype == "F32":
         return bits.tobytes()
     patterns = bits.view("<u4")  # bfloat16 is the upper half of float32, rounded to nearest, ties to even
-    return ((patterns + 0x7FFF + ((patterns >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    rounded = (patterns + 0x7FFF + ((patterns >> 16) & 1)) >> 16
+    return bytes(rounded.astype("<u2").tobytes())
 
 
-def random_values(seed: int, scale: float = 0.05) -> Values:
+Dense = Callable[[str, tuple[int, ...]], "numpy.ndarray[Any, Any]"]
+
+
+def _centre(name: str) -> float:
+    return 1.0 if "norm" in name and name.endswith("weight") else 0.0
+
+
+def random_values(seed: int, scale: float = 0.05) -> Dense:
     """Normal weights; norms around one. Different for every tensor name and seed."""
 
     def values(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any]":
         stream = numpy.random.default_rng([seed, *name.encode()])
-        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        return (centre + scale * stream.standard_normal(shape)).astype("f4")
+        return (_centre(name) + scale * stream.standard_normal(shape)).astype("f4")
 
     return values
 
 
-def branched_values(seed: int, branch: int, drift: float = 0.01) -> Values:
+def branched_values(seed: int, branch: int, drift: float = 0.01) -> Dense:
     """A branch of the model that `random_values(seed)` makes: every weight a small step away, as after continued training."""
     origin, step = random_values(seed), random_values(1000 + branch, drift)
 
-    def values(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any] | None":
-        delta = step(name, shape)
-        assert delta is not None
-        if "norm" in name and name.endswith("weight"):
-            delta = delta - 1.0
-        base = origin(name, shape)
-        return base + delta
+    def values(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any]":
+        return origin(name, shape) + step(name, shape) - _centre(name)
 
     return values

@@ -10,7 +10,7 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 def buffer(nbytes: int) -> tuple[Tensor, memoryview]:
     """A byte tensor [nbytes] and the memory behind it, for preadv and pwrite."""
     bytes_B = torch.empty(nbytes, dtype=torch.uint8)
-    return bytes_B, memoryview(bytes_B.numpy())
+    return bytes_B, memoryview(bytes_B.numpy().data)
 
 
 def decode(bytes_B: Tensor, dtype: str) -> Tensor:
@@ -20,4 +20,4 @@ def decode(bytes_B: Tensor, dtype: str) -> Tensor:
 
 def encode(values: Tensor, dtype: str) -> memoryview:
     """The bytes of `values`, flattened and rounded once to `dtype` (to nearest, ties to even), little-endian."""
-    return memoryview(values.reshape(-1).to(TORCH_DTYPES[dtype]).contiguous().view(torch.uint8).numpy())
+    return memoryview(values.reshape(-1).to(TORCH_DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,211 @@
+"""What a recipe alone shows to be wrong, and the words for what pydantic finds: where, found, expected, nearest name."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from bam_merge.architecture import ROLES
+from bam_merge.errors import nearest, printable
+from bam_merge.makes import (
+    Copy,
+    DareTies,
+    Expert,
+    Initialising,
+    Linear,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+    covers,
+    named_sources,
+    operands,
+    parse_layers,
+    parse_size,
+)  # fmt: skip
+from bam_merge.strict import Path as DocumentPath
+
+if TYPE_CHECKING:
+    from bam_merge.recipe import Recipe
+
+
+def dotted(path: DocumentPath) -> str:
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+    return printable(text)
+
+
+_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a mapping", "list": "a list"}
+
+
+def explain(error: ValidationError, document: Any, name: str, places: Mapping[DocumentPath, str], root: type[BaseModel]) -> list[str]:
+    """pydantic's findings as our messages: where, what was found, what was expected, the nearest valid name."""
+    messages = []
+    for item in error.errors(include_url=False):
+        path, tags = _document_path(item["loc"], document)
+        found = item["input"]
+        what = {"bool": f"{str(found).lower()} (a bare yes, no, on or off is true or false in YAML: quote it)"}.get(
+            type(found).__name__, printable(repr(found), 60)
+        )
+        match item["type"]:
+            case "extra_forbidden":
+                text = f"unknown key{nearest(str(path[-1]), _valid_keys(path, tags, root))}"
+            case "missing":
+                text = "is required and missing"
+                path = path if path and path[-1] == item["loc"][-1] else (*path, str(item["loc"][-1]))
+            case "union_tag_not_found":
+                path, text = (*path, "init" if path[0] == "router" else "make"), "is required and missing"
+            case "union_tag_invalid":
+                context = item["ctx"]
+                key = "init" if path[0] == "router" else "make"
+                valid = [tag for tag in (word.strip(" '") for word in str(context["expected_tags"]).split(",")) if tag != "both"]
+                path, text = (*path, key), f"{context['tag']!r} is none of {', '.join(valid)}{nearest(str(context['tag']), valid)}"
+            case "literal_error":
+                valid = [word.strip(" '") for word in str(item["ctx"]["expected"]).replace(" or ", ", ").split(",")]
+                text = f"found {what}, expected {' or '.join(valid)}{nearest(str(found), valid)}"
+            case _:
+                text = f"found {what}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        place = next((places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in places), "")
+        messages.append(f"{name}{place}: {dotted(path)}: {text}{'' if text.endswith('?') else '.'}")
+    return list(dict.fromkeys(messages))
+
+
+def _document_path(loc: tuple[int | str, ...], document: Any) -> tuple[DocumentPath, list[str]]:
+    """Split pydantic's location into the path in the document and the union tags that it adds on the way."""
+    path: list[str | int] = []
+    tags: list[str] = []
+    here = document
+    for index, step in enumerate(loc):
+        last = index == len(loc) - 1
+        inside = (isinstance(here, dict) and step in here) or (isinstance(here, list) and isinstance(step, int) and step < len(here))
+        if inside:
+            path.append(step)
+            here = here[step]
+        elif last and isinstance(here, dict):
+            path.append(step)
+        else:
+            tags.append(str(step))
+    return tuple(path), tags
+
+
+def _valid_keys(path: DocumentPath, tags: list[str], root: type[BaseModel]) -> list[str]:
+    """The keys that are valid beside the one at `path`: those of the models that may stand there, of the tagged ones if any."""
+    models = [root]
+    for step in path[:-1]:
+        if isinstance(step, str):
+            fields = [info for model in models for key, info in model.model_fields.items() if step == (info.alias or key)]
+            models = [model for info in fields for model in _models(info.annotation)]
+    tagged = [model for model in models if set(tags) & {tag for key in ("make", "init") for tag in _tags(model, key)}]
+    return sorted({info.alias or key for model in tagged or models for key, info in model.model_fields.items()})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Every model class inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _tags(model: type[BaseModel], key: str) -> tuple[str, ...]:
+    return get_args(model.model_fields[key].annotation) if key in model.model_fields else ()
+
+
+# ---- consistency ---------------------------------------------------------------------------------------------------------
+
+
+def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    """(path, message) of everything that the recipe alone shows to be wrong."""
+    yield from _experts(recipe)
+    yield from _gating(recipe)
+    yield from _make(recipe, recipe.shared, ("shared",))
+    for index, rule in enumerate(recipe.rules):
+        yield from _rule(recipe, rule, ("rules", index))
+    used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) for name in named_sources(make))}
+    for name in recipe.sources:
+        if name not in used:
+            yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
+    try:
+        parse_size(recipe.output.max_shard_size)
+    except ValueError as error:
+        yield ("output", "max_shard_size"), str(error)
+
+
+def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    names, distinct = recipe.expert_names, recipe.distinct
+    for name in recipe.sources:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            yield ("sources", name), "a source's name is letters, digits, '_', '-' and '.'; rename it."
+    for index, name in enumerate(names):
+        if name not in recipe.sources:
+            yield ("experts", index), f"{printable(name)!r} is not among the sources{nearest(name, recipe.sources)}"
+    if recipe.method == "merge":
+        if len(distinct) < 2 and not isinstance(recipe.shared, Copy):
+            yield ("experts",), "a merge needs at least two different sources."
+        return
+    if len(names) < 2:
+        example = f" For several experts from one model: experts: [{names[0]}, {names[0]}, {names[0]}, {names[0]}]."
+        yield ("experts",), f"a mixture needs at least two experts, found {len(names)}.{example}"
+    if recipe.method == "sparse_upcycling" and len(distinct) > 1:
+        yield ("experts",), f"sparse_upcycling copies one dense model, found {', '.join(distinct)}. Use btx or bam for several."
+
+
+def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    count = len(recipe.expert_names)
+    if recipe.method == "merge":
+        for key in ("ffn", "router", "attention"):
+            if getattr(recipe, key) is not None:
+                yield (key,), "method merge gives a dense model, which has no experts and no routers. Remove this key."
+        return
+    if recipe.gates[0] > count:
+        yield ("ffn", "top_k"), f"{recipe.gates[0]} experts per token of only {count}. Use at most {count}."
+    if recipe.attention is None:
+        return
+    attention = recipe.attention
+    if recipe.method != "bam":
+        yield ("attention",), f"method {recipe.method} has no attention experts. Remove this key, or use method: bam."
+    elif attention.routing == "top_k" and attention.top_k is None:
+        yield ("attention", "top_k"), "is required with routing: top_k."
+    elif attention.routing == "soft" and attention.top_k is not None:
+        yield ("attention", "top_k"), "soft routing uses all experts. Remove top_k, or use routing: top_k."
+    elif attention.top_k is not None and attention.top_k > count:
+        yield ("attention", "top_k"), f"{attention.top_k} attention experts per token of only {count}. Use at most {count}."
+
+
+def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
+    for name in dict.fromkeys(named_sources(make)):
+        if name not in recipe.sources:
+            yield path, f"names the source {printable(name)!r}, which is not among the sources{nearest(name, recipe.sources)}"
+    if isinstance(make, Linear):
+        total = sum(make.weights.values())
+        if abs(total - 1) > 1e-6:
+            yield (
+                (*path, "weights"),
+                f"sum to {total:g}, expected 1, or the tensor's scale would change. (task_arithmetic scales differences.)",
+            )
+    if isinstance(make, Slerp) and make.from_[0] == make.from_[1]:
+        yield (*path, "from"), "slerp needs two different sources."
+    if isinstance(make, TaskArithmetic | Ties | DareTies):
+        if make.base in (make.weights or ()):
+            yield (*path, "weights"), f"{make.base} is the base; its difference from itself is zero. Remove it."
+        if not operands(make, recipe.distinct):
+            yield path, f"no source but the base {make.base} is left to merge. Name others in experts or weights."
+
+
+def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
+    yield from _make(recipe, rule, path)
+    try:
+        parse_layers(rule.layers, 10**6)
+    except ValueError as error:
+        yield (*path, "layers"), str(error)
+    for index, pattern in enumerate(rule.roles):
+        matched = [role for role in ROLES if covers(pattern, role)]
+        if not matched:
+            yield (*path, "roles", index), f"{printable(pattern)!r} is no role{nearest(pattern, ROLES)} Roles: {', '.join(ROLES)}."
+        routers = [role.startswith("router.") for role in matched]
+        if isinstance(rule, Initialising) and not all(routers):
+            yield (*path, "roles", index), f"{rule.make} initialises routers only, {pattern!r} covers other tensors."
+        if not isinstance(rule, Initialising) and any(routers):
+            yield (*path, "roles", index), f"{pattern!r} covers routers, which no source has. Give them a rule of their own."
+    if isinstance(rule, Expert) and recipe.method == "merge":
+        yield (*path, "make"), "method merge gives a dense model, which has no experts."
