@@ -22,6 +22,8 @@ ROLES = (
 )  # fmt: skip
 """Every role a recipe can name."""
 
+ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0] for role in ROLES if "." in role))
+
 SYMBOLS = {
     "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
     "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",

@@ -122,10 +122,10 @@ def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[st
     dtypes = {expr.dtype for _, expr in (*parts, *((base,) if base else ()))}
     unfit = sorted(dtypes - set(ARITHMETIC_DTYPES))
     if unfit:
-        problems.append(
-            f"{recipe.file}: {label}: {parts[0][1]} is {unfit[0]}, and {rule.make} computes with {', '.join(ARITHMETIC_DTYPES)} only. "
-            "Use make: copy for it, or sources in full precision."
-        )
+        where = f"{recipe.file}: {label}: "
+        why = f" is {unfit[0]}, and {rule.make} computes with {', '.join(ARITHMETIC_DTYPES)} only. "
+        if not any(text.startswith(where) and why in text for text in problems):  # one message for all tensors of a rule
+            problems.append(f"{where}{parts[0][1]}{why}Use make: copy, or sources in full precision.")
     dtype = next(dtype for dtype in (*ARITHMETIC_DTYPES, *unfit) if dtype in dtypes)
     return Made(label, (ops.Merge(_method(rule, names, site, recipe), parts, base, dtype, parts[0][1].shape),))
 

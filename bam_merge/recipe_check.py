@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from bam_merge.architecture import ROLES
+from bam_merge.architecture import ROLE_GLOBS, ROLES
 from bam_merge.errors import nearest, printable
 from bam_merge.makes import (
     Copy,
@@ -201,7 +201,7 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
     for index, pattern in enumerate(rule.roles):
         matched = [role for role in ROLES if covers(pattern, role)]
         if not matched:
-            yield (*path, "roles", index), f"{printable(pattern)!r} is no role{nearest(pattern, ROLES)} Roles: {', '.join(ROLES)}."
+            yield (*path, "roles", index), f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS))} Roles: {', '.join(ROLES)}."
         routers = [role.startswith("router.") for role in matched]
         if isinstance(rule, Initialising) and not all(routers):
             yield (*path, "roles", index), f"{rule.make} initialises routers only, {pattern!r} covers other tensors."

@@ -1,0 +1,170 @@
+"""Every merge method on tensors small enough to work out by hand, and the properties that its paper states."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bam_merge import ops
+from bam_merge.kernels import Chunk, combine, initialise, survey, ties_thresholds
+
+
+def run(method: ops.Method, operands: list[list[float]], base: list[float] | None = None, chunk: int = 2) -> list[float]:
+    """The merged vector, computed in chunks of `chunk` elements."""
+    x_KC = [torch.tensor(values, dtype=torch.float32) for values in operands]
+    base_C = None if base is None else torch.tensor(base, dtype=torch.float32)
+    starts = range(0, len(operands[0]), chunk)
+
+    def chunks():
+        for start in starts:
+            cut = slice(start, start + chunk)
+            yield Chunk(start, [x_C[cut] for x_C in x_KC], None if base_C is None else base_C[cut])
+
+    known = survey(method, chunks, len(operands[0]))
+    return torch.cat([combine(method, piece, known) for piece in chunks()]).tolist()
+
+
+def test_mean() -> None:
+    assert run(ops.Mean(), [[1, 2, 3], [3, 4, 8]]) == [2.0, 3.0, 5.5]
+
+
+def test_mean_is_summed_in_float32_and_rounded_once() -> None:
+    """Three bfloat16 numbers whose running sum needs more than bfloat16's 8 bits."""
+    values = [256.0, 1.0, 1.0]
+    (mean,) = run(ops.Mean(), [[v] for v in values])
+    assert mean == float(torch.tensor(258.0) / 3)
+    by_bf16 = (
+        torch.tensor(256.0, dtype=torch.bfloat16) + torch.tensor(1.0, dtype=torch.bfloat16) + torch.tensor(1.0, dtype=torch.bfloat16)
+    ) / 3
+    assert float(by_bf16) != float(torch.tensor(mean).bfloat16())
+
+
+def test_linear() -> None:
+    assert run(ops.Linear((0.25, 0.75)), [[4, 8], [0, 4]]) == [1.0, 5.0]
+
+
+def test_task_arithmetic() -> None:
+    """base + scale * (w1 (x1 - base) + w2 (x2 - base))."""
+    assert run(ops.TaskArithmetic((1.0, 0.5), 2.0), [[2, 1], [1, 5]], [1, 1]) == [3.0, 5.0]
+
+
+def test_slerp_of_orthogonal_vectors() -> None:
+    """A right angle: at t = 1/3 the weights are sin 60 and sin 30."""
+    a, b = run(ops.Slerp(1 / 3), [[2, 0], [0, 2]])
+    assert a == pytest.approx(2 * math.sin(math.pi / 3), rel=1e-6)
+    assert b == pytest.approx(2 * math.sin(math.pi / 6), rel=1e-6)
+
+
+def test_slerp_keeps_the_norm_where_a_line_would_not() -> None:
+    merged = run(ops.Slerp(0.5), [[1, 0, 0], [0, 1, 0]])
+    assert math.hypot(*merged) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(("t", "expected"), [(0.0, [1.0, 2.0]), (1.0, [3.0, -1.0])])
+def test_slerp_ends(t: float, expected: list[float]) -> None:
+    assert run(ops.Slerp(t), [[1, 2], [3, -1]]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1, 2], [2, 4]), ([1, 2], [-1, -2]), ([0, 0], [1, 1])])
+def test_slerp_of_parallel_opposite_or_zero_vectors_is_the_line(a: list[float], b: list[float]) -> None:
+    assert run(ops.Slerp(0.25), [a, b]) == pytest.approx([0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)])
+
+
+def test_ties_by_hand() -> None:
+    """base 0, density 1/2 of six entries: each operand keeps its three largest.
+
+    trimmed  [5, 0, -3, 0, 0, 2]   (kept |5|, |3|, |2|)
+             [4, 0, 6, 0, -7, 0]   (kept |4|, |6|, |7|)
+    sums     [9, 0, 3, 0, -7, 2]   signs + . + . - +
+    means of what agrees: (5+4)/2, 0, 6, 0, -7, 2
+    """
+    first, second = [5, 1, -3, 0.5, 1, 2], [4, 1, 6, 1, -7, -0.5]
+    assert run(ops.Ties(0.5, (1.0, 1.0), 1.0), [first, second], [0] * 6) == [4.5, 0.0, 6.0, 0.0, -7.0, 2.0]
+
+
+def test_ties_scale_and_weights() -> None:
+    """The mean of what agrees is weighted, and the scale multiplies it."""
+    merged = run(ops.Ties(1.0, (3.0, 1.0), 2.0), [[2, 1], [6, -4]], [1, 1])
+    # differences [1, 0] and [5, -5]: weighted sums 8 and -5; means (3*1 + 5)/4 = 2 and -5
+    assert merged == [1 + 2 * 2.0, 1 + 2 * -5.0]
+
+
+def test_ties_of_opposite_differences_is_the_base() -> None:
+    assert run(ops.Ties(1.0, (1.0, 1.0), 1.0), [[3, 0], [-3, 0]], [0, 0]) == [0.0, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
+    st.floats(0.01, 1.0),
+    st.integers(1, 7),
+)
+def test_ties_threshold_is_the_kth_largest_magnitude(values: list[float], density: float, chunk: int) -> None:
+    d = torch.tensor(values, dtype=torch.float32)
+    pieces = [Chunk(s, [d[s : s + chunk]], torch.zeros_like(d[s : s + chunk])) for s in range(0, len(d), chunk)]
+    keep = max(1, math.floor(density * len(d)))
+    expected = 0.0 if keep == len(d) else float(d.abs().sort(descending=True).values[keep - 1])
+    assert ties_thresholds(ops.Ties(density, (1.0,), 1.0), lambda: iter(pieces), len(d)) == [expected]
+
+
+def dare(density: float, seed: int = 0) -> ops.DareTies:
+    return ops.DareTies(density, (1.0,), 1.0, seed, ("stream",))
+
+
+def test_dare_rescales_what_it_keeps() -> None:
+    merged = run(dare(0.25), [[1.0] * 4000], [0.0] * 4000)
+    assert set(merged) == {0.0, 4.0}
+    assert merged.count(4.0) / 4000 == pytest.approx(0.25, abs=0.03)  # 4 standard deviations
+
+
+def test_dare_does_not_depend_on_chunks() -> None:
+    values = [float(i) for i in range(101)]
+    whole = run(dare(0.5), [values], [0.0] * 101, chunk=101)
+    assert all(run(dare(0.5), [values], [0.0] * 101, chunk=size) == whole for size in (1, 2, 3, 7, 64))
+    assert run(dare(0.5, seed=1), [values], [0.0] * 101) != whole
+
+
+def test_dare_of_density_one_is_task_arithmetic_of_one() -> None:
+    assert run(dare(1.0), [[2, 3, 4]], [1, 1, 1]) == [2.0, 3.0, 4.0]
+
+
+# ---- initialisers
+
+
+def test_normal_has_the_stated_distribution() -> None:
+    w = initialise(ops.Normal(0.02), (64, 512), 0, "w")
+    assert float(w.mean()) == pytest.approx(0.0, abs=5 * 0.02 / math.sqrt(w.numel()))
+    assert float(w.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * w.numel()))
+    kurtosis = float((w / w.std()).pow(4).mean())
+    assert kurtosis == pytest.approx(3.0, abs=0.15)
+
+
+def test_normal_is_this_stream_for_good() -> None:
+    """Literal values: what a recipe made once it must make again, on any machine and with any later numpy."""
+    w = initialise(ops.Normal(1.0), (1, 4), 0, "model.layers.0.mlp.router.weight").flatten().tolist()
+    assert w == pytest.approx([1.3313144813574536, -0.8343493396268815, -0.04953526299449843, 0.6577279475849572], abs=1e-14)
+
+
+@pytest.mark.parametrize(("bound", "limit"), [(0.3, 0.3), (None, 1 / 16)])
+def test_uniform(bound: float | None, limit: float) -> None:
+    w = initialise(ops.Uniform(bound), (16, 256), 0, "w")
+    assert float(w.abs().max()) <= limit
+    assert float(w.std()) == pytest.approx(limit / math.sqrt(3), rel=0.05)
+
+
+def test_orthogonal_rows() -> None:
+    w = initialise(ops.Orthogonal(2.0), (4, 32), 0, "w")
+    torch.testing.assert_close(w @ w.T, 4.0 * torch.eye(4, dtype=torch.float64))
+
+
+def test_zeros() -> None:
+    assert not initialise(ops.Zeros(), (3, 5), 0, "w").any()
+
+
+def test_randomness_depends_on_seed_and_name_alone() -> None:
+    first = initialise(ops.Normal(1.0), (4, 8), 0, "a")
+    assert torch.equal(first, initialise(ops.Normal(1.0), (4, 8), 0, "a"))
+    assert not torch.equal(first, initialise(ops.Normal(1.0), (4, 8), 0, "b"))
+    assert not torch.equal(first, initialise(ops.Normal(1.0), (4, 8), 1, "a"))

@@ -1,0 +1,77 @@
+"""The strict JSON and YAML readers."""
+
+import pytest
+
+from bam_merge.strict import YamlError, load_json, load_yaml
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (b'{"a": 1, "a": 2}', "the key 'a' stands twice"),
+    (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
+    (b'{"a": NaN}', "NaN is not a JSON number"),
+    (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
+    (b'{"a": 1} x', "not valid JSON: Extra data"),
+    (b"\xff\xfe{}", "not UTF-8 text"),
+    (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+    (b"", "not valid JSON"),
+])  # fmt: skip
+def test_json_refused(text: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_json(text)
+
+
+def test_json_accepted() -> None:
+    assert load_json(b'{"a": [1, 2.5, null, "\\u00e9"]}') == {"a": [1, 2.5, None, "é"]}
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-2", 0.01), ("1E5", 1e5), (".5", 0.5), ("-3", -3), ("1.", 1.0), ("1:30", "1:30"), ("0-3", "0-3"), ("2024-01-01", "2024-01-01"),
+    ("0o17", "0o17"), ("yes", True), ("no", False), ("~", None), ("", None), ("5GB", "5GB"), ('"1e-2"', "1e-2"), ("1_000", "1_000"),
+])  # fmt: skip
+def test_yaml_scalars(text: str, value: object) -> None:
+    document, _ = load_yaml(f"x: {text}")
+    assert document == {"x": value}
+    assert type(document["x"]) is type(value)
+
+
+@pytest.mark.parametrize(("text", "message", "place"), [
+    ("a: 1\nb: 2\na: 3", "the key 'a' stands twice", (3, 1)),
+    ("a: {b: 1, b: 2}", "the key 'b' stands twice", (1, 11)),
+    ("no: x", "the key no is not a string; put it in quotes", (1, 1)),
+    ("1: x", "the key 1 is not a string", (1, 1)),
+    ("? [a]\n: x", "is not a string", (1, 3)),
+    ("a: [1, 2", "expected ',' or ']'", (1, 9)),
+    ("a: 1\n\tb: 2", "found character '\\\\t'", (2, 1)),
+    ("a: !!python/object/apply:os.system [ls]\nb: !x y", "could not determine a constructor", (2, 4)),
+    ("--- 1\n--- 2", "expected a single document|but found another document", (2, 1)),
+    ("[" * 40 + "]" * 40, "nested more than 32 deep", None),
+    ("# " + "x" * 1_000_001, "larger than 1,000,000 bytes", None),
+])  # fmt: skip
+def test_yaml_refused(text: str, message: str, place: tuple[int, int] | None) -> None:
+    with pytest.raises(YamlError, match=message) as caught:
+        load_yaml(text)
+    if place:
+        assert (caught.value.line, caught.value.column) == place
+
+
+def test_python_tags_make_nothing() -> None:
+    """A tag on a list or mapping is not obeyed: the value stays plain data."""
+    assert load_yaml("a: !!python/object/apply:os.system [ls]")[0] == {"a": ["ls"]}
+
+
+def test_alias_bomb_is_refused() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 8)]
+    with pytest.raises(YamlError, match="more than 100,000 values once its aliases are expanded"):
+        load_yaml("\n".join(lines))
+
+
+def test_recursive_alias_is_refused() -> None:
+    with pytest.raises(YamlError, match="nested more than 32 deep"):
+        load_yaml("a: &a [*a]")
+
+
+def test_harmless_aliases_work_and_places_are_known() -> None:
+    document, marks = load_yaml("a: &x {b: 1}\nc: *x")
+    assert document == {"a": {"b": 1}, "c": {"b": 1}}
+    assert (marks["c",].line, marks["c",].column) == (1, 0)
