@@ -115,7 +115,7 @@ def _read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int | None]:
     """Names of the folder's safetensors files; with an index also its weight_map and total_size."""
     where = printable(str(folder))
-    single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if index:
         document, _ = _read_json_object(folder / INDEX)
         weight_map = document.get("weight_map")

@@ -5,7 +5,10 @@ names the file, tensor or recipe key, what was found, what was expected, and the
 and exits with status 2; any other exception is a bug of ours.
 """
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class BamMergeError(Exception):
@@ -30,6 +33,23 @@ class OutputError(BamMergeError):
 
 class NonFiniteError(BamMergeError):
     """A merge produced NaN or infinity."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: " Free some space, then run again with --resume.",
+    errno.EDQUOT: " Free some of your quota, then run again with --resume.",
+    errno.EFBIG: " The file size limit (ulimit -f) is too small; raise it, or set a smaller output.max_shard_size.",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system refuses while `path` is written into an OutputError with its name and the way out."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        raise OutputError(f"{printable(str(path))}: {error.strerror}.{remedy}") from error
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -13,12 +13,12 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from bam_merge import ops
-from bam_merge.errors import NonFiniteError, OutputError, printable
+from bam_merge.errors import NonFiniteError, writing
 from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
 from bam_merge.safetensors_header import DTYPE_BITS
 from bam_merge.source_files import SourceFiles, check_unchanged, concat_runs, copy_runs, leaf_runs
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bam_merge.kernels import Chunk
-
-T = TypeVar("T")
 
 Progress = Callable[[int], None]
 """Called with the number of output bytes that have just been written."""
@@ -86,7 +84,8 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         _run_all(work, settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
-            _guard(folder / file, lambda fd=descriptor: os.fsync(fd))  # type: ignore[misc]
+            with writing(folder / file):
+                os.fsync(descriptor)
     finally:
         for descriptor in outputs.values():
             os.close(descriptor)
@@ -112,23 +111,9 @@ def _moves_bytes(step: Step) -> bool:
 # ---- files -----------------------------------------------------------------------------------------------------------------
 
 
-def _guard(path: Path, action: Callable[[], T]) -> T:
-    """Run an output operation, turning what the system refuses into words."""
-    try:
-        return action()
-    except OSError as error:
-        remedy = {
-            errno.ENOSPC: " Free some space, then run again with --resume.",
-            errno.EDQUOT: " Free some of your quota, then run again with --resume.",
-            errno.EFBIG: " The file size limit (ulimit -f) is too small; raise it, or set a smaller output.max_shard_size.",
-        }.get(error.errno or 0, "")
-        raise OutputError(f"{printable(str(path))}: {error.strerror}.{remedy}") from error
-
-
 def _prepare(path: Path, header: bytes, nbytes: int) -> int:
     """Open the output file with its header written and its space reserved; what it already holds stays."""
-
-    def prepare() -> int:
+    with writing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if os.fstat(descriptor).st_size != nbytes:
@@ -138,13 +123,17 @@ def _prepare(path: Path, header: bytes, nbytes: int) -> int:
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot reserve
                     raise
-            os.pwrite(descriptor, header, 0)
+            _write_all(descriptor, memoryview(header), 0)
         except BaseException:
             os.close(descriptor)
             raise
-        return descriptor
+    return descriptor
 
-    return _guard(path, prepare)
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 # ---- one tensor ------------------------------------------------------------------------------------------------------------
@@ -204,7 +193,8 @@ class _Writer:
                 moved = os.copy_file_range(source, self.output, count - done, start + done, target + done)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-                    raise OutputError(f"{printable(str(self.path))}: writing {self.step.name}: {error.strerror}.") from error
+                    with writing(self.path):
+                        raise
                 return False  # another file system, or none that can: write it ourselves
             if moved == 0:
                 return False
@@ -302,10 +292,8 @@ class _Writer:
         self._advance(data)
 
     def _write(self, data: memoryview) -> None:
-        position = 0
-        while position < len(data):
-            target = self.step.offset + self.written + position
-            position += _guard(self.path, lambda p=position, t=target: os.pwrite(self.output, data[p:], t))  # type: ignore[misc]
+        with writing(self.path):
+            _write_all(self.output, data, self.step.offset + self.written)
 
     def _advance(self, data: memoryview) -> None:
         self.digest.update(data)

@@ -68,7 +68,7 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
 
 
 def _shown(value: object) -> str:
-    return {True: "true", False: "false", None: "none"}.get(value, str(value)) if value in (True, False, None) else str(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -16,12 +16,15 @@ import xxhash
 
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
-from bam_merge.errors import OutputError, printable
+from bam_merge.errors import OutputError, printable, writing
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import MANIFEST, manifest
 from bam_merge.plan import Plan, Step, make_plan
 from bam_merge.recipe import Recipe
-from bam_merge.staging import Staging, appear, identity, sync_folder
+from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
+
+SMALL_FILES = 20_000_000
+"""Bytes set aside for the files beside the tensors: tokenizer, manifest, index."""
 
 
 def default_workers() -> int:
@@ -49,15 +52,12 @@ def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options:
 def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
     """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError."""
     target = target_path(plan, output)
-    problems = preflight(plan, target, force=options.force)
+    problems = preflight(plan, target, force=options.force) or list(filter(None, [space_problem(plan, target)]))
     if problems:
         raise OutputError(*problems)
     staging = Staging.open(target)
     try:
         done = staging.begin(plan, options.resume, options.notify)
-        short = space_problem(plan, target, reserved=staging.allocated())
-        if short:
-            raise OutputError(short)
         finished = _run(plan, staging, options, done)
         _write_companions(plan, staging.output, finished)
         sync_folder(staging.output)
@@ -104,10 +104,10 @@ def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
     return problems
 
 
-def space_problem(plan: Plan, target: Path, reserved: int = 0) -> str | None:
-    """A message when the file system lacks room for the output, of which `reserved` bytes are there already."""
+def space_problem(plan: Plan, target: Path) -> str | None:
+    """A message when the file system lacks room for the output; what an unfinished run holds counts as room."""
     parent = _existing_parent(target)
-    needed, free = plan.bytes_written + 20_000_000 - reserved, shutil.disk_usage(parent).free
+    needed, free = plan.bytes_written + SMALL_FILES, shutil.disk_usage(parent).free + staged_bytes(target)
     if needed <= free:
         return None
     return (
@@ -162,10 +162,7 @@ def _json(document: Any) -> bytes:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    try:
-        with open(path, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise OutputError(f"{printable(str(path))}: {error.strerror}. Run again with --resume once that is mended.") from error
+    with writing(path), open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -155,7 +155,7 @@ class Recipe(Strict):
 
 def schema() -> dict[str, Any]:
     """The recipe's JSON Schema (draft 2020-12), for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "bam-merge recipe", **Recipe.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(), "title": "bam-merge recipe"}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------

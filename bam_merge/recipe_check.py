@@ -201,7 +201,10 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
     for index, pattern in enumerate(rule.roles):
         matched = [role for role in ROLES if covers(pattern, role)]
         if not matched:
-            yield (*path, "roles", index), f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS))} Roles: {', '.join(ROLES)}."
+            yield (
+                (*path, "roles", index),
+                f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS))} Roles: {', '.join(ROLES)}.",
+            )
         routers = [role.startswith("router.") for role in matched]
         if isinstance(rule, Initialising) and not all(routers):
             yield (*path, "roles", index), f"{rule.make} initialises routers only, {pattern!r} covers other tensors."

@@ -79,7 +79,8 @@ def open_regular(path: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"{printable(path)}: {error.strerror}.") from None
+        what = f"a symlink to {printable(os.readlink(path))}, which does not exist" if os.path.islink(path) else error.strerror
+        raise CheckpointError(f"{printable(path)}: {what}.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{printable(path)}: not a regular file.")

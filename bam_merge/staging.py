@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, OutputError, printable
+from bam_merge.errors import BamMergeError, OutputError, printable, writing
 from bam_merge.execute import Finished
 from bam_merge.plan import Plan
 from bam_merge.source_files import digest_range
@@ -25,6 +25,16 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def staging_folder(target: Path) -> Path:
+    """Where a merge into `target` works until it is finished."""
+    return target.parent / f".{target.name}.bam-merge"
+
+
+def staged_bytes(target: Path) -> int:
+    """Disk space that an unfinished run of `target` holds, which the next run uses or frees."""
+    return sum(os.stat(file).st_blocks * 512 for file in (staging_folder(target) / "output").glob("*"))
 
 
 @dataclass
@@ -42,8 +52,8 @@ class Staging:
     @classmethod
     def open(cls, target: Path) -> "Staging":
         """Make and lock the staging folder of `target`. Raises OutputError when another run has it."""
-        folder = target.parent / f".{target.name}.bam-merge"
-        try:
+        folder = staging_folder(target)
+        with writing(folder):
             target.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 folder.mkdir(exist_ok=True)
@@ -57,8 +67,6 @@ class Staging:
                     break
                 os.close(lock)  # that run finished and removed the folder between our two calls
             (folder / "pid").write_text(f"{os.getpid()}\n")
-        except OSError as error:
-            raise OutputError(f"{printable(str(error.filename or folder))}: {error.strerror}.") from error
         return cls(folder, lock)
 
     def begin(self, plan: Plan, resume: bool, notify: Callable[[str], None]) -> dict[str, Finished]:
@@ -70,10 +78,11 @@ class Staging:
             done = self._trusted(plan, _read_journal(path, header, notify), notify)
         elif self.output.exists():
             notify("an unfinished run is discarded; --resume would have continued it.")
-        if not done and self.output.exists():
-            shutil.rmtree(self.output)
-        self.output.mkdir(exist_ok=True)
-        self.journal = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        with writing(path):
+            if not done and self.output.exists():
+                shutil.rmtree(self.output)
+            self.output.mkdir(exist_ok=True)
+            self.journal = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self._append(header)
         for name, finished in done.items():
             self.record(name, finished)
@@ -99,10 +108,8 @@ class Staging:
     def _append(self, record: dict[str, Any]) -> None:
         assert self.journal is not None
         line = json.dumps(record).encode()
-        self.journal.write(b"%08x %s\n" % (zlib.crc32(line), line))
-
-    def allocated(self) -> int:
-        return sum(os.stat(file).st_blocks * 512 for file in self.output.glob("*"))
+        with writing(self.folder / "journal"):
+            self.journal.write(b"%08x %s\n" % (zlib.crc32(line), line))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -138,13 +145,13 @@ def _read_journal(path: Path, header: dict[str, Any], notify: Callable[[str], No
 
 
 def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OutputError(f"{printable(str(folder))}: {error.strerror} while making it durable.") from error
-    finally:
-        os.close(descriptor)
+    """Make the folder's entries durable."""
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # ---- the atomic appearance ---------------------------------------------------------------------------------------------------

@@ -81,19 +81,17 @@ def load_yaml(text: str) -> tuple[Any, dict[Path, yaml.Mark]]:
     """
     if len(text.encode()) > YAML_MAX_BYTES:
         raise YamlError(f"larger than {YAML_MAX_BYTES:,} bytes, which no recipe is")
-    loader = _Loader(text)
+    marks: dict[Path, yaml.Mark] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        marks: dict[Path, yaml.Mark] = {}
         value = _construct(loader, node, (), marks) if node is not None else None
     except yaml.MarkedYAMLError as error:
         raise YamlError(error.problem or "not valid YAML", error.problem_mark) from None
-    except yaml.YAMLError as error:
-        raise YamlError(f"not valid YAML: {printable(str(error))}") from None
+    except yaml.YAMLError as error:  # of the reader, which knows no line: a control character, say
+        raise YamlError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise YamlError("nested too deeply") from None
-    finally:
-        loader.dispose()
     return value, marks
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge import execute as execute_module
 from bam_merge.errors import NonFiniteError
-from bam_merge.publish import publish
 from bam_merge.plan import plan_file
+from bam_merge.publish import publish
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,12 +155,14 @@ def test_same_recipe_same_bytes_in_every_file(llamas: Path, sections: str) -> No
 def test_routers_do_not_change_with_anything_but_seed_and_name(llamas: Path) -> None:
     key = "model.layers.1.mlp.router.weight"
 
-    def router(sections: str, method: str, target: str) -> torch.Tensor:
-        return load(publish(plan_file(write_recipe(llamas, sections, method)), llamas / target, MergeOptions()))[key]
+    def router(sections: str, method: str, target: str, output: str = "{path: out}", workers: int = 2) -> torch.Tensor:
+        plan = plan_file(write_recipe(llamas, sections, method, output=output))
+        return load(publish(plan, llamas / target, MergeOptions(workers=workers)))[key]
 
     first = router("", "bam", "a")
     assert torch.equal(first, router("attention: {kv: shared}", "bam", "b"))
     assert torch.equal(first, router("", "btx", "c"))
+    assert torch.equal(first, router("", "bam", "e", "{path: out, max_shard_size: 10kB}", workers=5))
     assert not torch.equal(first, router("random_seed: 1", "bam", "d"))
     assert first.shape == (3, 32)
     assert float(first.std()) == pytest.approx(0.02, rel=0.3)

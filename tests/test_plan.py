@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CONFIGS, write_recipe, write_sources
+from safetensors.torch import load_file, save_file
 
 from bam_merge import ops
 from bam_merge.errors import BamMergeError
@@ -146,7 +149,7 @@ def test_every_output_once_and_every_source_tensor_accounted_for(name: str, meth
     for shard in plan.shards:
         spans = sorted((s.offset, s.offset + s.nbytes) for s in plan.steps if s.file == shard.file)
         assert spans[0][0] == len(shard.header)
-        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(spans))
         assert spans[-1][1] == shard.nbytes
 
 
@@ -197,6 +200,19 @@ def test_tied_head_beside_the_embeddings_is_dropped_aloud(tmp_path: Path) -> Non
     plan = plan_file(write_recipe(tmp_path))
     assert "lm_head.weight" not in tables(plan)
     assert "tied" in plan.unused["law"]["lm_head.weight"]
+
+
+def test_both_spellings_of_neox_heads_and_the_buffers_of_old_files(tmp_path: Path) -> None:
+    """lm_head.weight instead of embed_out.weight in one source; buffers that old files hold are dropped aloud."""
+    write_sources(tmp_path, CONFIGS["gpt_neox"], ("seed", "code"))
+    write_sources(tmp_path, CONFIGS["gpt_neox"], ("law",), spelling=1)
+    tensors = load_file(tmp_path / "code" / "model.safetensors")
+    buffers = {f"gpt_neox.layers.0.attention.{name}": torch.zeros(1) for name in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+    save_file({**tensors, **buffers}, tmp_path / "code" / "model.safetensors")
+    plan = plan_file(write_recipe(tmp_path, method="merge"))
+    assert tables(plan)["embed_out.weight"] == "mean(seed, code, law): seed:embed_out.weight, code:embed_out.weight, law:lm_head.weight"
+    assert plan.unused["code"] == dict.fromkeys(buffers, "a buffer that loading recomputes")
+    assert plan_file(write_recipe(tmp_path)).steps[-1].name == "lm_head.weight"
 
 
 # ---- shards and dtypes

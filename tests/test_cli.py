@@ -1,0 +1,125 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_recipe
+
+from bam_merge import __version__
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_merge_without_the_word_merge(llamas: Path, run: Any) -> None:
+    result = run(write_recipe(llamas))
+    assert result.status == 0
+    assert result.out.startswith(f"{llamas}/out: ")
+    assert result.err == ""  # quiet where stderr is no terminal
+
+
+def test_options_may_stand_first(llamas: Path, run: Any) -> None:
+    assert run("--output", llamas / "elsewhere", "--workers", 1, write_recipe(llamas)).status == 0
+    assert (llamas / "elsewhere" / "config.json").exists()
+
+
+def test_python_cli_py_in_a_checkout(llamas: Path) -> None:
+    done = subprocess.run([sys.executable, ROOT / "cli.py", write_recipe(llamas), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "method       bam, layout bam" in done.stdout
+    assert not (llamas / "out").exists()
+
+
+def test_dry_run_is_plan(llamas: Path, run: Any) -> None:
+    recipe = write_recipe(llamas)
+    assert run(recipe, "--dry-run", "--workers", 2).out.split("peak memory")[0] == run("plan", recipe).out.split("peak memory")[0]
+
+
+def test_plan_of_chosen_tensors(llamas: Path, run: Any) -> None:
+    recipe = write_recipe(llamas)
+    lines = run("plan", recipe, "--tensors", "*layers.1*router*").out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == ["model.layers.1.self_attn.router.weight", "model.layers.1.mlp.router.weight"]
+    assert "no tensor matches 'x*'" in run("plan", recipe, "--tensors", "x*").out
+
+
+def test_plan_json_is_one_document(llamas: Path, run: Any) -> None:
+    document = json.loads(run("plan", write_recipe(llamas), "--json").out)
+    assert {"method", "layout", "parameters", "bytes", "peak_memory", "shards", "tensors", "config"} <= set(document)
+    first = document["tensors"][0]
+    assert {"name", "role", "layer", "expert", "dtype", "shape", "expression", "reads"} == set(first)
+    assert first["reads"] == [{"source": source, "tensor": "model.embed_tokens.weight"} for source in ("seed", "code", "law")]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["plna", "x"], "'plna' is neither a command nor a recipe file (.yaml); did you mean 'plan'?"),
+    (["plan"], "Missing argument 'RECIPE'"),
+    (["plan", "x.yaml", "--jsno"], "--json"),
+    (["none.yaml"], "none.yaml: No such file or directory."),
+    (["x.yaml", "--workers", "0"], "0 is not in the range 1<=x<=64"),
+])  # fmt: skip
+def test_usage_errors(arguments: list[str], message: str, run: Any) -> None:
+    result = run(*arguments)
+    assert result.status == 2
+    assert message in result.err
+    assert result.out == ""
+
+
+def test_version_and_help(run: Any) -> None:
+    assert __version__ in run("--version").out
+    assert "bam-merge RECIPE.yaml" in run("--help").out
+    for command in ("merge", "plan", "schema", "demo"):
+        assert run(command, "--help").status == 0
+
+
+def test_demo(tmp_path: Path, run: Any) -> None:
+    folder = tmp_path / "demo"
+    result = run("demo", folder)
+    assert result.status == 0, result.err
+    assert "19,807,488 parameters" in result.out
+    assert json.loads((folder / "bam" / "config.json").read_text())["num_attention_experts"] == 4
+    again = run("demo", folder)
+    assert again.status == 2
+    assert "holds an earlier demo. Choose another folder, or replace it with --force." in again.err
+    assert run("demo", folder, "--force").status == 0
+
+
+def test_demo_does_not_touch_a_folder_in_use(tmp_path: Path, run: Any) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is not empty and holds no earlier demo" in run("demo", tmp_path).err
+
+
+def test_closed_stdout_is_no_traceback(llamas: Path) -> None:
+    recipe = write_recipe(llamas)
+    done = subprocess.run(f"{sys.executable} -m bam_merge plan {recipe} --json | head -c 1", shell=True, capture_output=True, text=True)
+    assert done.stdout == "{"
+    assert "Traceback" not in done.stderr
+
+
+def test_full_stdout_is_no_traceback(llamas: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "bam_merge", "schema"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_shows_on_a_terminal(llamas: Path) -> None:
+    import pty
+
+    read, write = pty.openpty()
+    child = subprocess.Popen([sys.executable, "-m", "bam_merge", write_recipe(llamas)], stderr=write, stdout=subprocess.DEVNULL)
+    import os
+
+    os.close(write)
+    shown = b""
+    try:
+        while chunk := os.read(read, 1024):
+            shown += chunk
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(read)
+    assert child.wait() == 0
+    assert b"merging" in shown

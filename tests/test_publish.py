@@ -1,0 +1,330 @@
+"""Publishing: absent or complete, resumable, one run at a time; on a full disk, under SIGKILL, with an input that changes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONFIGS, write_recipe, write_sources
+
+from bam_merge import MergeOptions
+from bam_merge import execute as execute_module
+from bam_merge.errors import BamMergeError, CheckpointError, OutputError
+from bam_merge.plan import Plan, plan_file
+from bam_merge.publish import publish
+from bam_merge.staging import Staging
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def options(**settings: Any) -> tuple[MergeOptions, list[str]]:
+    said: list[str] = []
+    return MergeOptions(**settings, notify=said.append), said
+
+
+@pytest.fixture
+def plan(llamas: Path) -> Plan:
+    return plan_file(write_recipe(llamas, output="{path: out, max_shard_size: 60kB}"))
+
+
+def test_a_finished_merge_leaves_the_folder_and_nothing_else(plan: Plan, llamas: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        target = publish(plan, None, MergeOptions())
+    finally:
+        os.umask(umask)
+    assert sorted(path.name for path in llamas.iterdir()) == ["code", "law", "out", "recipe.yaml", "seed"]
+    names = {path.name for path in target.iterdir()}
+    assert names == {"README.md", "bam_merge.json", "config.json", "model.safetensors.index.json", *(s.file for s in plan.shards)}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in target.iterdir()} == {0o640}
+
+
+def test_existing_target_is_refused(plan: Plan, llamas: Path) -> None:
+    (llamas / "out").mkdir()
+    with pytest.raises(OutputError, match=r"out already exists\. Choose another --output, or replace it as a whole with --force"):
+        publish(plan, None, MergeOptions())
+    assert list((llamas / "out").iterdir()) == []
+
+
+def test_force_replaces_the_whole_folder(plan: Plan, llamas: Path) -> None:
+    """An older, differently sharded model leaves nothing behind."""
+    target = publish(plan, None, MergeOptions())
+    (target / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    publish(plan, None, MergeOptions(force=True))
+    assert "model-00009-of-00009.safetensors" not in folder_bytes(target)
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+def test_force_does_not_delete_what_is_no_checkpoint(plan: Plan, llamas: Path) -> None:
+    (llamas / "out").mkdir()
+    (llamas / "out" / "thesis.tex").write_text("years")
+    with pytest.raises(OutputError, match="is not a checkpoint folder, so --force will not delete it"):
+        publish(plan, None, MergeOptions(force=True))
+    assert (llamas / "out" / "thesis.tex").exists()
+
+
+def test_target_that_appears_during_the_run_is_not_replaced(plan: Plan, llamas: Path) -> None:
+    settings = MergeOptions(progress=lambda count: (llamas / "out").mkdir(exist_ok=True))
+    with pytest.raises(OutputError, match=r"appeared while the merge ran. Nothing was replaced"):
+        publish(plan, None, settings)
+    assert list((llamas / "out").iterdir()) == []
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+def stop_after(steps: int) -> Any:
+    """A progress callback that fails once `steps` pieces are written."""
+    seen = 0
+
+    def progress(count: int) -> None:
+        nonlocal seen
+        seen += count > 0
+        if seen > steps:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("steps", range(0, 45, 4))
+def test_resume_after_any_number_of_tensors_gives_the_same_bytes(plan: Plan, llamas: Path, steps: int) -> None:
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps)))
+    assert not (llamas / "out").exists()
+    again, said = options(resume=True)
+    assert folder_bytes(publish(plan, None, again)) == whole
+    if steps:
+        assert said == [f"resuming: {steps} of {len(plan.steps)} tensors are finished."]
+
+
+def interrupted(plan: Plan, llamas: Path, steps: int = 20) -> Path:
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps)))
+    return llamas / ".out.bam-merge"
+
+
+def test_without_resume_an_unfinished_run_is_discarded_aloud(plan: Plan, llamas: Path) -> None:
+    interrupted(plan, llamas)
+    settings, said = options()
+    publish(plan, None, settings)
+    assert said == ["an unfinished run is discarded; --resume would have continued it."]
+
+
+def test_resume_does_not_trust_damaged_tensors(plan: Plan, llamas: Path) -> None:
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    staging = interrupted(plan, llamas)
+    for shard in (staging / "output").glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+
+
+def test_resume_with_a_torn_journal(plan: Plan, llamas: Path) -> None:
+    """The journal cut at every byte: whatever is left is used or not, the bytes are the same."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    staging = interrupted(plan, llamas, steps=3)
+    journal = (staging / "journal").read_bytes()
+    shutil.copytree(staging, llamas / "kept")
+    for cut in range(0, len(journal), 29):
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(llamas / "kept", staging)
+        (staging / "journal").write_bytes(journal[:cut])
+        assert folder_bytes(publish(plan, llamas / "out", MergeOptions(resume=True))) == whole
+        shutil.rmtree(llamas / "out")
+
+
+@pytest.mark.parametrize("change", ["recipe", "source"])
+def test_resume_starts_over_when_the_inputs_are_others(plan: Plan, llamas: Path, change: str) -> None:
+    interrupted(plan, llamas)
+    if change == "recipe":
+        other = plan_file(write_recipe(llamas, "random_seed: 5", output="{path: out, max_shard_size: 60kB}"))
+    else:
+        write_sources(llamas, CONFIGS["llama"], ("law",))
+        other = plan_file(llamas / "recipe.yaml")
+    settings, said = options(resume=True)
+    result = folder_bytes(publish(other, None, settings))
+    assert said == ["the unfinished run was of another recipe, version or set of sources: starting from the beginning."]
+    assert result == folder_bytes(publish(other, llamas / "whole", MergeOptions()))
+
+
+def test_nothing_to_resume(plan: Plan) -> None:
+    settings, said = options(resume=True)
+    publish(plan, None, settings)
+    assert said == ["nothing to resume: starting from the beginning."]
+
+
+def test_second_run_of_the_same_target_is_refused(plan: Plan, llamas: Path) -> None:
+    staging = Staging.open(llamas / "out")
+    try:
+        with pytest.raises(OutputError, match=rf"out is being written by another run \(process {os.getpid()}\)\. Wait for it\."):
+            publish(plan, None, MergeOptions())
+    finally:
+        staging.close()
+    publish(plan, None, MergeOptions())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "rewrite", "replace"])
+def test_input_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Path, damage: str) -> None:
+    path = llamas / "law" / "model.safetensors"
+    data = path.read_bytes()
+
+    def change(count: int) -> None:
+        if count and path.exists() and not (llamas / "changed").exists():
+            (llamas / "changed").touch()
+            if damage == "truncate":
+                os.truncate(path, 5000)
+            elif damage == "rewrite":
+                path.write_bytes(data[:-4] + b"abcd")
+            else:
+                (llamas / "new").write_bytes(data)
+                os.replace(llamas / "new", path)
+
+    with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
+        publish(plan, None, MergeOptions(progress=change))
+    assert not (llamas / "out").exists()
+
+
+def test_copy_without_the_kernels_help_gives_the_same_bytes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+
+    def refuse(*args: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert folder_bytes(publish(plan, None, MergeOptions())) == whole
+
+
+def test_short_reads_and_writes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may do less than asked at every call."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    preadv, pwrite, copy = os.preadv, os.pwrite, os.copy_file_range
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][: max(1, len(views[0]) // 3)]], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: max(1, len(data) // 3)], offset))
+    monkeypatch.setattr(os, "copy_file_range", lambda s, d, count, so, do: copy(s, d, max(1, count // 3), so, do))
+    assert folder_bytes(publish(plan, None, MergeOptions())) == whole
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "copy_file_range"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_failing_system_calls(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+    """The third call fails: our error with the file's name, no target, and a resumed run gives the same bytes."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    real, count = getattr(os, call), 0
+
+    def fail(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(BamMergeError, match=os.strerror(code)) as caught:
+        publish(plan, None, MergeOptions())
+    assert ".out.bam-merge/output" in str(caught.value)
+    assert not (llamas / "out").exists()
+    monkeypatch.undo()
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+
+
+def test_chunk_of_an_unreadable_source(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=r"sources\.\w+: .*: reading .*: Input/output error"):
+        publish(plan, None, MergeOptions())
+
+
+SLOW = """
+import sys, time
+from bam_merge import execute, MergeOptions
+from bam_merge.plan import plan_file
+from bam_merge.publish import publish
+print("started", flush=True)
+publish(plan_file(sys.argv[1]), None, MergeOptions(workers=1, resume=True, progress=lambda count: time.sleep(0.01)))
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.25, 0.4])
+def test_sigkill_leaves_the_target_absent_and_a_resumed_run_is_the_same(plan: Plan, llamas: Path, delay: float) -> None:
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    child = subprocess.Popen([sys.executable, "-c", SLOW, str(llamas / "recipe.yaml")], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert not (llamas / "out").exists()
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+
+
+def test_few_open_files_are_enough(llamas: Path) -> None:
+    """40 shards a source under ulimit -n 64."""
+    for source in ("seed", "code", "law"):
+        shutil.rmtree(llamas / source)
+    write_sources(llamas, CONFIGS["llama"], shards=20)
+    recipe = write_recipe(llamas)
+    command = f"ulimit -n 64; exec {sys.executable} -m bam_merge {recipe} --workers 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (llamas / "out" / "config.json").exists()
+
+
+def test_file_size_limit_is_explained(llamas: Path) -> None:
+    recipe = write_recipe(llamas)
+    command = f"trap '' XFSZ; ulimit -f 20; exec {sys.executable} -m bam_merge {recipe}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "File too large. The file size limit (ulimit -f) is too small" in done.stderr
+    assert not (llamas / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small tmpfs needs root")
+def test_a_disk_that_is_full(llamas: Path) -> None:
+    """A real file system with too little room: the plan refuses; with the check fooled, the run fails in words and resumes."""
+    small = llamas / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("no permission to mount a tmpfs here")
+    try:
+        recipe = write_recipe(llamas, output="{path: small/out}")
+        done = subprocess.run([sys.executable, "-m", "bam_merge", recipe], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "GB free, the merge writes" in done.stderr
+        blind = "import shutil, sys; shutil.disk_usage = lambda p: type('U', (), {'free': 10**12}); from bam_merge.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", blind, recipe], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "No space left on device. Free some space, then run again with --resume." in done.stderr
+        assert not (small / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=40m", small], check=True)
+        done = subprocess.run([sys.executable, "-m", "bam_merge", recipe, "--resume"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((small / "out" / "config.json").read_text())["model_type"] == "bam"
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_interrupt_says_how_to_go_on(llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute_module, "wait", interrupt)
+    result = run(write_recipe(llamas))
+    assert result.status == 130
+    assert "interrupted. What is finished is kept: run again with --resume." in result.err
+    assert not (llamas / "out").exists()

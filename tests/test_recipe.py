@@ -1,0 +1,179 @@
+"""Recipes: what is accepted, and the message of everything that is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bam_merge import ops
+from bam_merge.errors import RecipeError
+from bam_merge.makes import covers, parse_layers, parse_size
+from bam_merge.recipe import load_recipe, parse_recipe, schema
+
+GOOD = """\
+method: bam
+sources: {seed: a, code: b, law: c}
+output: {path: out}
+"""
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return [problem.removeprefix(str(tmp_path) + "/") for problem in caught.value.problems]
+
+
+BAD = {
+    "typo in a key": (GOOD + "fnn: {top_k: 1}", "x.yaml:4:1: fnn: unknown key; did you mean 'ffn'?"),
+    "typo in a nested key": (GOOD + "ffn: {topk: 1}", "x.yaml:4:7: ffn.topk: unknown key; did you mean 'top_k'?"),
+    "typo in a method": (GOOD.replace("bam", "btxx"), "x.yaml:1:1: method: found 'btxx', expected bam or btx or sparse_upcycling or merge; did you mean 'btx'?"),
+    "typo in a make": (GOOD + "shared: {make: slrp}", "'slrp' is none of mean, copy, linear, slerp, task_arithmetic, ties, dare_ties; did you mean 'slerp'?"),
+    "typo in an init": (GOOD + "router: {init: nrmal}", "x.yaml:4:10: router.init: 'nrmal' is none of normal, uniform, zeros, orthogonal; did you mean 'normal'?"),
+    "typo in a router key": (GOOD + "router: {init: normal, sdt: 1}", "x.yaml:4:24: router.sdt: unknown key; did you mean 'std'?"),
+    "typo in one router": (GOOD + "router: {fnn: {init: zeros}}", "router.fnn: unknown key; did you mean 'ffn'?"),
+    "typo in a rule key": (GOOD + "rules: [{roles: [head], make: copy, form: seed}]", "rules[0].form: unknown key; did you mean 'from'?"),
+    "duplicate key": (GOOD + "method: btx", "x.yaml:4:1: the key 'method' stands twice."),
+    "missing section": ("method: bam\nsources: {a: b, c: d}", "x.yaml:1:1: output: is required and missing."),
+    "missing make": (GOOD + "rules: [{roles: [head]}]", "x.yaml:4:9: rules[0].make: is required and missing."),
+    "wrong type": (GOOD + "ffn: {top_k: two}", "x.yaml:4:7: ffn.top_k: found 'two': input should be a valid integer"),
+    "string for a number": (GOOD + 'router: {init: normal, std: "0.02"}', "found '0.02': input should be a valid number"),
+    "bare no": ("method: bam\nsources: {seed: no, b: b}\noutput: {path: o}", "sources.seed: found false (a bare yes, no, on or off is true or false in YAML: quote it)"),
+    "not a mapping": ("- a", "x.yaml: a recipe is a mapping with method, sources and output; found list."),
+    "empty": ("", "x.yaml: a recipe is a mapping with method, sources and output; found NoneType."),
+    "unknown expert": (GOOD + "experts: [seed, cod]", "x.yaml:4:17: experts[1]: 'cod' is not among the sources; did you mean 'code'?"),
+    "one expert": (GOOD.replace(", code: b, law: c", ""), "experts: a mixture needs at least two experts, found 1. For several experts from one model: experts: [seed, seed, seed, seed]."),
+    "one source to merge": ("method: merge\nsources: {a: b}\noutput: {path: o}", "a merge needs at least two different sources."),
+    "top_k too large": (GOOD + "ffn: {top_k: 4}", "x.yaml:4:7: ffn.top_k: 4 experts per token of only 3. Use at most 3."),
+    "attention top_k too large": (GOOD + "attention: {routing: top_k, top_k: 4}", "attention.top_k: 4 attention experts per token of only 3."),
+    "attention top_k missing": (GOOD + "attention: {routing: top_k}", "attention.top_k: is required with routing: top_k."),
+    "attention top_k with soft": (GOOD + "attention: {top_k: 2}", "attention.top_k: soft routing uses all experts."),
+    "attention in btx": (GOOD.replace("bam", "btx") + "attention: {kv: shared}", "attention: method btx has no attention experts."),
+    "routers in merge": (GOOD.replace("bam", "merge") + "router: {init: zeros}", "router: method merge gives a dense model"),
+    "several to upcycle": (GOOD.replace("bam", "sparse_upcycling"), "sparse_upcycling copies one dense model, found seed, code, law. Use btx or bam for several."),
+    "unused source": (GOOD + "experts: [seed, code]", "x.yaml:2:29: sources.law: never used"),
+    "unknown role": (GOOD + "rules: [{roles: [atn.q], make: mean}]", "rules[0].roles[0]: 'atn.q' is no role; did you mean 'attn.q'?"),
+    "source not given": (GOOD + "rules: [{roles: [head], make: copy, from: mth}]", "rules[0]: names the source 'mth', which is not among the sources"),
+    "base not given": (GOOD + "shared: {make: ties, base: sed, density: 0.5}", "shared: names the source 'sed', which is not among the sources; did you mean 'seed'?"),
+    "weights": (GOOD + "shared: {make: linear, weights: {seed: 1, code: 1}}", "shared.weights: sum to 2, expected 1"),
+    "weight of the base": (GOOD + "shared: {make: ties, base: seed, density: 1, weights: {seed: 1}}", "seed is the base; its difference from itself is zero."),
+    "density of zero": (GOOD + "shared: {make: ties, base: seed, density: 0}", "shared.density: found 0: input should be greater than 0"),
+    "t beyond one": (GOOD + "shared: {make: slerp, from: [seed, code], t: 1.5}", "shared.t: found 1.5: input should be less than or equal to 1"),
+    "slerp of one": (GOOD + "shared: {make: slerp, from: [seed, seed], t: 0.5}", "slerp needs two different sources."),
+    "slerp of three": (GOOD + "shared: {make: slerp, from: [seed, code, law], t: 0.5}", "shared.from"),
+    "layers": (GOOD + 'rules: [{roles: [attn.k], layers: "3-1", make: mean}]', "rules[0].layers: '3-1' is an empty layer range."),
+    "layers of words": (GOOD + "rules: [{roles: [attn.k], layers: first, make: mean}]", "'first' is no layer range; write 3, \"0-3\""),
+    "router rule on weights": (GOOD + "rules: [{roles: ['*'], make: zeros}]", "zeros initialises routers only, '*' covers other tensors."),
+    "weight rule on routers": (GOOD + "rules: [{roles: [router.ffn], make: mean}]", "'router.ffn' covers routers, which no source has."),
+    "expert rule in merge": (GOOD.replace("bam", "merge") + "rules: [{roles: [ffn.*], make: expert}]", "method merge gives a dense model, which has no experts."),
+    "expert for all": (GOOD + "shared: {make: expert}", "shared.make: 'expert' is none of"),
+    "shard size": (GOOD.replace("out}", "out, max_shard_size: 5XB}"), "output.max_shard_size: '5XB' is no size; write for example 5GB"),
+    "shard size of nothing": (GOOD.replace("out}", "out, max_shard_size: 0}"), "is no size of a file"),
+    "source name": (GOOD.replace("law:", '"la:w":'), "sources.la:w: a source's name is letters"),
+    "syntax": (GOOD + "ffn: {top_k: 1", "x.yaml:4:15: expected ',' or '}'"),
+    "infinite weight": (GOOD + "shared: {make: linear, weights: {seed: .inf, code: 1}}", "shared.weights.seed: found inf: input should be a finite number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_recipe(name: str, tmp_path: Path) -> None:
+    text, message = BAD[name]
+    found = problems(tmp_path, text)
+    assert any(message in problem for problem in found), found
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    text = GOOD + "fnn: 1\nrandom_seed: -1\nrouter: {init: x}\nrules: [{roles: [head], make: y}]"
+    assert len(problems(tmp_path, text)) == 4
+
+
+@pytest.mark.parametrize("text", ["", "\0", "a: [", "é: è", "\x1b[31m: 1"])
+def test_messages_are_safe_to_print(text: str, tmp_path: Path) -> None:
+    assert all(problem.isprintable() for problem in problems(tmp_path, text))
+
+
+def test_missing_and_undecodable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: No such file or directory\."):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match="not UTF-8 text"):
+        load_recipe(tmp_path / "x.yaml")
+
+
+def test_numbers_like_1e_2_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD + "router: {attention: {init: normal, std: 1e-2}, ffn: {init: uniform, bound: 1e-3}}")
+    recipe = load_recipe(path)
+    assert recipe.router_init("router.attn") == ops.Normal(0.01)
+    assert recipe.router_init("router.ffn") == ops.Uniform(0.001)
+
+
+@pytest.mark.parametrize(("method", "expected"), [("bam", (1, False)), ("btx", (2, True))])
+def test_gating_defaults_by_method(method: str, expected: tuple[int, bool]) -> None:
+    document = {"method": method, "sources": {"a": "x", "b": "y"}, "output": {"path": "o"}}
+    assert parse_recipe(document).gates == expected
+
+
+def test_seed_is_the_source_of_that_name_or_the_first_expert() -> None:
+    document = {"method": "btx", "sources": {"a": "x", "seed": "y"}, "output": {"path": "o"}}
+    assert parse_recipe(document).seed_name == "seed"
+    assert parse_recipe({**document, "sources": {"a": "x", "b": "y"}, "experts": ["b", "a"]}).seed_name == "b"
+
+
+def test_resolved_recipe_is_a_recipe_with_the_same_meaning(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD + "rules: [{roles: [head], make: slerp, from: [seed, law], t: 0.5}]\nrouter: {init: zeros}")
+    resolved = load_recipe(path).resolved()
+    again = parse_recipe(resolved, tmp_path)
+    assert again.resolved() == resolved
+    assert resolved["router"] == {"attention": {"init": "zeros"}, "ffn": {"init": "zeros"}}
+
+
+def test_resolved_recipe_holds_no_absolute_path(tmp_path: Path) -> None:
+    text = f"method: btx\nsources: {{a: {tmp_path}/a, b: {tmp_path}/b}}\noutput: {{path: {tmp_path}/o}}"
+    (tmp_path / "x.yaml").write_text(text)
+    resolved = load_recipe(tmp_path / "x.yaml").resolved()
+    assert resolved["sources"] == {"a": "a", "b": "b"}
+    assert resolved["output"]["path"] == "o"
+
+
+@pytest.mark.parametrize(("text", "layers"), [(None, [0, 1, 2, 3]), (2, [2]), ("0-2", [0, 1, 2]), ("0,2-3", [0, 2, 3]), ("2-", [2, 3])])
+def test_layer_ranges(text: int | str | None, layers: list[int]) -> None:
+    assert sorted(parse_layers(text, 4)) == layers
+
+
+def test_layer_beyond_the_model() -> None:
+    with pytest.raises(ValueError, match="layer 4 does not exist; the model's layers are 0 to 3"):
+        parse_layers("2-4", 4)
+
+
+def test_role_patterns_cover_biases() -> None:
+    assert covers("attn.k", "attn.k.bias")
+    assert covers("attn.*", "attn.q_norm")
+    assert not covers("attn.k", "attn.k_norm")
+    assert not covers("attn.k.bias", "attn.k")
+
+
+@pytest.mark.parametrize(("text", "size"), [(10, 10), ("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("200kb", 200_000)])
+def test_sizes(text: int | str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_schema_accepts_the_recipes_and_refuses_a_typo() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    checker = jsonschema.Draft202012Validator(schema())
+    for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"):
+        checker.validate(yaml.safe_load(path.read_text()))
+    assert not checker.is_valid({**yaml.safe_load(GOOD), "fnn": {}})
+    assert not checker.is_valid({**yaml.safe_load(GOOD), "rules": [{"roles": ["head"], "make": "copy", "form": "seed"}]})
+
+
+def test_schema_command_prints_json() -> None:
+    done = subprocess.run([sys.executable, "-m", "bam_merge", "schema"], capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout)
+    assert document["title"] == "bam-merge recipe"
+    assert set(document["required"]) == {"method", "sources", "output"}

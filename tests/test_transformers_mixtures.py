@@ -1,0 +1,116 @@
+"""FFN mixtures in public layouts, loaded by transformers' own classes: no key missing or unexpected, and the dense function kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, write_recipe, write_sources
+
+from bam_merge import load_recipe, merge
+from bam_merge.synthetic import random_values, write_checkpoint
+
+transformers = pytest.importorskip("transformers")
+
+CASES = {
+    "llama in mixtral": ("llama", "mixtral", "ffn: {top_k: 2}"),
+    "llama tied in mixtral": ("llama_tied", "mixtral", "ffn: {top_k: 3}"),
+    "mistral in mixtral": ("mistral", "mixtral", "ffn: {top_k: 1}"),
+    "phi3 in mixtral": ("phi3", "mixtral", "ffn: {top_k: 2}"),
+    "qwen2 in qwen2_moe": ("qwen2", "qwen2_moe", "ffn: {top_k: 2}"),
+    "llama in qwen2_moe": ("llama", "qwen2_moe", "ffn: {top_k: 2}"),
+    "qwen3 in qwen3_moe": ("qwen3", "qwen3_moe", "ffn: {top_k: 2}"),
+    "qwen3 biased in qwen3_moe": ("qwen3_biased", "qwen3_moe", "ffn: {top_k: 2}"),
+}
+
+
+def load(folder: Path) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def logits(model: Any, length: int = 24) -> torch.Tensor:
+    ids = torch.arange(3, 3 + 2 * length).view(2, length) % 64
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_copies_of_one_model_compute_what_it_computes(name: str, tmp_path: Path) -> None:
+    """Renormalised gates sum to one: N equal FFN experts are the dense FFN, whatever the router."""
+    family, layout, ffn = CASES[name]
+    config = {**CONFIGS[family], "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    write_checkpoint(tmp_path / "seed", config, random_values(3, 0.2))
+    text = f"experts: [seed, seed, seed]\n{ffn}\nrouter: {{init: normal, std: 0.5}}"
+    recipe = write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), f"{{path: out, layout: {layout}}}")
+    mixture = load(merge(load_recipe(recipe)))
+    assert mixture.config.model_type == layout
+    dense = load(tmp_path / "seed")
+    assert float((logits(mixture) - logits(dense)).abs().max()) < 1e-5
+    assert float(logits(dense).std()) > 0.1  # a function worth comparing
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_btx_uses_each_expert(name: str, tmp_path: Path) -> None:
+    """With different experts, forcing the router to expert e and taking the shared tensors from model e gives model e."""
+    family, layout, _ = CASES[name]
+    write_sources(tmp_path, CONFIGS[family])
+    for expert, source in enumerate(("seed", "code", "law")):
+        text = f"ffn: {{top_k: 1}}\nshared: {{make: copy, from: {source}}}\nrouter: {{init: zeros}}"
+        recipe = write_recipe(tmp_path, text, "btx", output=f"{{path: out{expert}, layout: {layout}}}")
+        mixture = load(merge(load_recipe(recipe)))
+        with torch.no_grad():  # every token to `expert`, for hidden states of either sign: the last expert that a tie leaves
+            for layer in mixture.model.layers:
+                rotate_experts(layer.mlp.experts, expert)
+        assert float((logits(mixture) - logits(load(tmp_path / source))).abs().max()) < 1e-5
+
+
+def rotate_experts(experts: Any, chosen: int) -> None:
+    """Put expert `chosen` in every place: with zero routers top-1 then takes it, whichever place a tie picks."""
+    for parameter in experts.parameters():
+        parameter.copy_(parameter[chosen].expand_as(parameter))
+
+
+def test_qwen2_moe_keeps_gates_that_are_not_renormalised(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["qwen2"])
+    recipe = write_recipe(tmp_path, "ffn: {top_k: 1, gate: softmax_then_topk}", "btx", output="{path: out, layout: qwen2_moe}")
+    folder = merge(load_recipe(recipe))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["norm_topk_prob"] is False
+    assert load(folder).config.norm_topk_prob is False
+
+
+def test_zero_shared_expert_adds_nothing(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["qwen2"])
+    model = load(merge(load_recipe(write_recipe(tmp_path, "", "btx", output="{path: out, layout: qwen2_moe}"))))
+    for layer in model.model.layers:
+        assert not any(parameter.any() for parameter in layer.mlp.shared_expert.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dense_soup_loads_as_its_family(name: str, tmp_path: Path) -> None:
+    """The uniform average of copies of one model is that model; the class and every key are the family's."""
+    write_checkpoint(tmp_path / "a", CONFIGS[name], random_values(3, 0.2))
+    write_checkpoint(tmp_path / "b", CONFIGS[name], random_values(3, 0.2))
+    soup = load(merge(load_recipe(write_recipe(tmp_path, "", "merge", ("a", "b")))))
+    assert torch.equal(logits(soup), logits(load(tmp_path / "a")))
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
+])  # fmt: skip
+@pytest.mark.parametrize("old_spelling", [False, True])
+def test_rotary_scaling_reaches_the_mixture(tmp_path: Path, rope: dict[str, Any], old_spelling: bool) -> None:
+    spelled = {"rope_parameters": rope}
+    if old_spelling:
+        spelled = {"rope_theta": 1e4, "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+    write_checkpoint(tmp_path / "seed", {**CONFIGS["llama"], **spelled}, random_values(3, 0.2))
+    recipe = write_recipe(tmp_path, "experts: [seed, seed]", "sparse_upcycling", ("seed",), "{path: out, layout: mixtral}")
+    mixture = load(merge(load_recipe(recipe)))
+    assert float((logits(mixture) - logits(load(tmp_path / "seed"))).abs().max()) < 1e-5
