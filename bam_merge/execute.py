@@ -8,7 +8,7 @@ others already copy.
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,7 +214,7 @@ class _Writer:
         if isinstance(expr, ops.Init):
             self._emit(encode(initialise(expr.method, expr.shape, expr.seed, expr.name), self.step.dtype))
             return True
-        known = {id(node): self._survey(node) for node in _merges(expr)}
+        known = {id(node): self._survey(node) for node in ops.parts(expr) if isinstance(node, ops.Merge)}
         total = ops.numel(expr)
         self.read_digests = {leaf: xxhash.xxh3_128() for leaf in _whole_reads(expr)}
         for start in range(0, total, CHUNK_ELEMENTS):
@@ -301,19 +301,11 @@ class _Writer:
         self.settings.progress(len(data))
 
 
-def _merges(expr: ops.Expr) -> Iterator[ops.Merge]:
-    if isinstance(expr, ops.Merge):
-        yield expr
-    elif isinstance(expr, ops.Concat):
-        for part in expr.parts:
-            yield from _merges(part)
-
-
 def _whole_reads(expr: ops.Expr) -> set[ops.Read]:
     """The tensors that evaluating `expr` in order reads from first byte to last, once: those that can be digested on the way."""
     if isinstance(expr, ops.Read):
         return {expr}
     if isinstance(expr, ops.Merge):
-        leaves = [operand for _, operand in (*expr.operands, *((expr.base,) if expr.base else ()))]
+        leaves = list(ops.leaves(expr))
         return {leaf for leaf in leaves if isinstance(leaf, ops.Read) and leaves.count(leaf) == 1}
     return set()

@@ -220,21 +220,26 @@ def _init_arguments(method: Initialiser) -> str:
 # ---- what one can ask of an expression ------------------------------------------------------------------------------------
 
 
-def reads(expr: Expr) -> Iterator[Read]:
-    """Every Read in `expr`, in order of appearance."""
+def parts(expr: Expr) -> Iterator[Expr]:
+    """`expr` and every expression inside it, outermost first."""
+    yield expr
     match expr:
-        case Read():
-            yield expr
-        case Slice():
-            yield expr.of
         case Merge():
             for _, operand in (*expr.operands, *((expr.base,) if expr.base else ())):
-                yield from reads(operand)
+                yield from parts(operand)
         case Concat():
             for part in expr.parts:
-                yield from reads(part)
-        case Init():
-            return
+                yield from parts(part)
+
+
+def leaves(expr: Expr) -> Iterator[Read | Slice]:
+    """The stored pieces that `expr` reads, in order of appearance."""
+    return (part for part in parts(expr) if isinstance(part, Read | Slice))
+
+
+def reads(expr: Expr) -> Iterator[Read]:
+    """The stored tensors that `expr` reads, in order of appearance."""
+    return (leaf.of if isinstance(leaf, Slice) else leaf for leaf in leaves(expr))
 
 
 def is_copy(expr: Expr) -> bool:
@@ -246,24 +251,24 @@ def numel(expr: Expr) -> int:
     return prod(expr.shape)
 
 
-def fuse(parts: tuple[Expr, ...], groups: int) -> Expr:
-    """Concat of `parts`, simplified: slices that make up a whole tensor again become that tensor, and an element-wise
+def fuse(pieces: tuple[Expr, ...], groups: int) -> Expr:
+    """Concat of `pieces`, simplified: slices that make up a whole tensor again become that tensor, and an element-wise
     merge of such slices becomes the merge of the whole tensors."""
-    first = parts[0]
-    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    if all(isinstance(part, Slice) for part in parts):
-        slices = [part for part in parts if isinstance(part, Slice)]
+    first = pieces[0]
+    shape = (sum(part.shape[0] for part in pieces), *first.shape[1:])
+    if all(isinstance(part, Slice) for part in pieces):
+        slices = [part for part in pieces if isinstance(part, Slice)]
         if len({part.of for part in slices}) == 1 and _tiles(slices, groups):
             return slices[0].of
-    merges = [part for part in parts if isinstance(part, Merge)]
-    if len(merges) == len(parts) and _same_elementwise(merges):
+    merges = [part for part in pieces if isinstance(part, Merge)]
+    if len(merges) == len(pieces) and _same_elementwise(merges):
         operands = tuple(
             (name, fuse(tuple(merge.operands[i][1] for merge in merges), groups)) for i, (name, _) in enumerate(merges[0].operands)
         )
         bases = [merge.base for merge in merges if merge.base]
         base = (bases[0][0], fuse(tuple(expr for _, expr in bases), groups)) if bases else None
         return Merge(merges[0].method, operands, base, first.dtype, shape)
-    return Concat(parts, groups, first.dtype, shape)
+    return Concat(pieces, groups, first.dtype, shape)
 
 
 def _tiles(slices: list[Slice], groups: int) -> bool:

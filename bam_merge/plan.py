@@ -29,7 +29,7 @@ from bam_merge.tokenizer_check import tokenizer_disagreements
 CHUNK_ELEMENTS = 2**20
 """Elements of one operand that a worker holds at a time."""
 
-BASE_MEMORY = 330_000_000
+BASE_MEMORY = 270_000_000
 """Resident bytes of the process with torch imported, before any tensor (measured, Linux x86-64, torch 2.13 CPU)."""
 
 COPY_BUFFER = 2**22
@@ -97,12 +97,21 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes that the merge reads from the sources, each operand once (methods that survey a tensor first read it again)."""
-        return sum(prod(part.shape) * DTYPE_BITS[part.dtype] // 8 for step in self.steps for part in _leaves(step.expr))
+        return sum(prod(part.shape) * DTYPE_BITS[part.dtype] // 8 for step in self.steps for part in ops.leaves(step.expr))
 
     def peak_memory(self, workers: int = 2) -> int:
-        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand in two dtypes."""
-        operands = max((len(list(_leaves(step.expr))) for step in self.steps), default=1)
-        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * (8 * operands + 16))
+        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand, stored and widened.
+
+        TIES and DARE-TIES keep every operand's difference, trimmed and weighted, besides.
+        """
+        per_element = 0
+        for step in self.steps:
+            merges = [part for part in ops.parts(step.expr) if isinstance(part, ops.Merge)]
+            for merge in merges:
+                operands = len(merge.operands) + (merge.base is not None)
+                extra = 24 * operands if isinstance(merge.method, ops.Ties | ops.DareTies) else 0
+                per_element = max(per_element, 8 * operands + 16 + extra)
+        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16))
 
     def document(self, workers: int = 2) -> dict[str, Any]:
         """The plan as `plan --json` prints it."""
@@ -125,18 +134,6 @@ class Plan:
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
         }  # fmt: skip
-
-
-def _leaves(expr: ops.Expr) -> Iterator[ops.Read | ops.Slice]:
-    match expr:
-        case ops.Read() | ops.Slice():
-            yield expr
-        case ops.Merge():
-            for _, operand in (*expr.operands, *((expr.base,) if expr.base else ())):
-                yield from _leaves(operand)
-        case ops.Concat():
-            for part in expr.parts:
-                yield from _leaves(part)
 
 
 # ---- making the plan -------------------------------------------------------------------------------------------------------
@@ -293,7 +290,7 @@ def _dtype_problems(recipe: Recipe, steps: list[Step]) -> list[str]:
     per_site: dict[tuple[str, int | None], dict[str, str]] = {}
     unfit: dict[str, str] = {}
     for step in steps:
-        for leaf in _leaves(step.expr):
+        for leaf in ops.leaves(step.expr):
             read = leaf.of if isinstance(leaf, ops.Slice) else leaf
             per_site.setdefault((step.role, step.layer), {}).setdefault(read.dtype, str(read))
             if target and read.dtype != target and read.dtype not in ARITHMETIC_DTYPES:
