@@ -1,6 +1,6 @@
 """The command line. The only module that prints; results go to stdout, messages and progress to stderr.
 
-Exit status: 0 all well, 2 a usage, recipe or checkpoint error, 130 interrupted.
+Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usage, recipe or checkpoint error, 130 interrupted.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, nearest
+from bam_merge.errors import BamMergeError, VerificationFailed, nearest
 
 
 class _DefaultMerge(click.Group):
@@ -41,6 +41,7 @@ def run_options(command: Any) -> Any:
             click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path."),
             click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished."),
             click.option("--resume", is_flag=True, help="Go on with a run that was killed."),
+            click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes."),
             click.option(
                 "--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8."
             ),
@@ -90,8 +91,32 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
         from bam_merge.publish import default_workers
 
         click.echo(json.dumps(plan.document(default_workers()), indent=2, ensure_ascii=False))
+        _check_space(plan, None)
     else:
         _show_plan(plan, tensors)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@click.option("--recipe", type=click.Path(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
+@click.option("--text", "texts", type=click.Path(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
+@click.argument("more_texts", type=click.Path(), nargs=-1, metavar="[FILE ...]")
+def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: tuple[str, ...], as_json: bool) -> None:
+    """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
+
+    After --text FILE, further FILEs may follow.
+    """
+    from bam_merge.plan import plan_file
+    from bam_merge.render import report_text
+    from bam_merge.verify import verify as run
+
+    if more_texts and not texts:
+        raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
+    report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
+    click.echo(json.dumps(report.document(), indent=2, allow_nan=False) if as_json else report_text(report))
+    if not report.ok:
+        sys.exit(1)
 
 
 @cli.command()
@@ -114,28 +139,38 @@ def demo(folder: str, force: bool) -> None:
     click.echo(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n", err=True)
     plan = plan_file(recipe)
     _show_plan(plan)
-    _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False})
+    _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
 
 
 def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
     from bam_merge.publish import MergeOptions, default_workers, publish
-    from bam_merge.render import merge_progress, result_text
+    from bam_merge.render import merge_progress, result_text, verdict_text
 
     options["workers"] = options["workers"] or default_workers()
+    reports: list[Any] = []
     with merge_progress(plan) as advance:
-        settings = MergeOptions(**options, notify=lambda text: click.echo(f"bam-merge: {text}", err=True), progress=advance)
+        settings = MergeOptions(
+            **options, notify=lambda text: click.echo(f"bam-merge: {text}", err=True), progress=advance, on_report=reports.append
+        )
         target = publish(plan, output, settings)
     click.echo(result_text(plan, target))
+    for report in reports:
+        click.echo(verdict_text(report))
 
 
 def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:
-    from bam_merge.errors import OutputError
-    from bam_merge.publish import default_workers, space_problem, target_path
+    from bam_merge.publish import default_workers, target_path
     from bam_merge.render import plan_text
 
-    target = target_path(plan, output)
-    click.echo(plan_text(plan, target, workers or default_workers(), tensors))
-    short = space_problem(plan, target)
+    click.echo(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
+    _check_space(plan, output)
+
+
+def _check_space(plan: Any, output: str | None) -> None:
+    from bam_merge.errors import OutputError
+    from bam_merge.publish import space_problem, target_path
+
+    short = space_problem(plan, target_path(plan, output))
     if short:
         raise OutputError(short)
 
@@ -151,9 +186,10 @@ def main() -> None:
     except BamMergeError as error:
         for problem in error.problems:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
-        if len(error.problems) > 1:
+        failed = isinstance(error, VerificationFailed)
+        if len(error.problems) > 1 and not failed:
             click.echo(f"{len(error.problems)} problems; nothing was written.", err=True)
-        sys.exit(2)
+        sys.exit(1 if failed else 2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nbam-merge: interrupted. What is finished is kept: run again with --resume.", err=True)
         sys.exit(130)

@@ -35,6 +35,14 @@ class NonFiniteError(BamMergeError):
     """A merge produced NaN or infinity."""
 
 
+class VerifyError(BamMergeError):
+    """A folder cannot be verified at all. (A check that fails is an answer, not an error.)"""
+
+
+class VerificationFailed(BamMergeError):
+    """A merge's own result did not pass its verification; `problems` are the failed checks."""
+
+
 _REMEDIES = {
     errno.ENOSPC: " Free some space, then run again with --resume.",
     errno.EDQUOT: " Free some of your quota, then run again with --resume.",

@@ -7,9 +7,11 @@ others already copy.
 
 import errno
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -81,7 +83,8 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
                         settings.on_finished(step, result)
 
     try:
-        _run_all(work, settings.workers, stop)
+        with _one_torch_thread():
+            _run_all(work, settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
             with writing(folder / file):
@@ -90,6 +93,21 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         for descriptor in outputs.values():
             os.close(descriptor)
     return finished
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The workers are the parallelism, so each sets torch to one thread; afterwards the caller gets back what it had."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else available_processors()
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(before)
 
 
 def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> None:
@@ -118,16 +136,22 @@ def _prepare(path: Path, header: bytes, nbytes: int) -> int:
         try:
             if os.fstat(descriptor).st_size != nbytes:
                 os.ftruncate(descriptor, nbytes)
-            try:
-                os.posix_fallocate(descriptor, 0, nbytes)  # a full disk shows now, not at the last tensor
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot reserve
-                    raise
+            _reserve(descriptor, nbytes)
             _write_all(descriptor, memoryview(header), 0)
         except BaseException:
             os.close(descriptor)
             raise
     return descriptor
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Have the file system set the space aside, so that a full disk shows now and not at the last tensor."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot
+                raise
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -186,6 +210,8 @@ class _Writer:
         return True
 
     def _copy_in_kernel(self, read: ops.Read, position: int, count: int) -> bool:
+        if not hasattr(os, "copy_file_range"):  # Linux only
+            return False
         source, start = self.sources.descriptor(read), self.sources.entry(read).offset + position
         target, done = self.step.offset + self.written, 0
         while done < count:
@@ -208,8 +234,7 @@ class _Writer:
         from bam_merge.kernels import initialise
         from bam_merge.tensors import encode
 
-        if torch.get_num_threads() != 1:
-            torch.set_num_threads(1)  # the workers are the parallelism
+        torch.set_num_threads(1)
         expr = self.step.expr
         if isinstance(expr, ops.Init):
             self._emit(encode(initialise(expr.method, expr.shape, expr.seed, expr.name), self.step.dtype))

@@ -180,7 +180,7 @@ def dare_ties(method: ops.DareTies, chunk: Chunk, known: None) -> Tensor:
     """DARE (arXiv 2311.03099, section 3.2: drop with probability 1 - density, rescale by 1 / density) in the place of TIES's trim."""
     kept = []
     for d_C, stream in zip(chunk.deltas, method.streams, strict=True):
-        keep_C = torch.from_numpy(_uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
+        keep_C = torch.from_numpy(uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
         kept.append(torch.where(keep_C, d_C / method.density, 0.0))
     assert chunk.base is not None
     return _disjoint_mean(kept, method.weights).mul_(method.scale).add_(chunk.base)
@@ -194,7 +194,7 @@ def _key(seed: int, name: str) -> int:
     return xxhash.xxh3_128_intdigest(f"{seed}:{name}".encode())
 
 
-def _uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any, Any]":
+def uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any, Any]":
     """Elements [start, start + count) of the stream of uniform numbers in [0, 1) called `name`.
 
     Philox (Salmon et al., SC 2011) is counter-based, so any part of the stream can be had without the rest: one counter step

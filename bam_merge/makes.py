@@ -16,6 +16,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Weights = dict[str, Finite]
+PositiveWeights = dict[str, Positive]
 
 
 class Strict(BaseModel):
@@ -74,7 +75,7 @@ class Ties(Strict):
     make: Literal["ties"]
     base: str
     density: Density = Field(description="share of each difference that is kept, the largest entries")
-    weights: Weights | None = None
+    weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
     scale: Finite = 1.0
 
 
@@ -84,7 +85,7 @@ class DareTies(Strict):
     make: Literal["dare_ties"]
     base: str
     density: Density = Field(description="probability that an entry of a difference is kept")
-    weights: Weights | None = None
+    weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
     scale: Finite = 1.0
 
 

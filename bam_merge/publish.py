@@ -10,18 +10,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
-from bam_merge.errors import OutputError, printable, writing
-from bam_merge.execute import Finished, Settings, execute
+from bam_merge.errors import OutputError, VerificationFailed, printable, writing
+from bam_merge.execute import Finished, Settings, available_processors, execute
 from bam_merge.manifest import MANIFEST, manifest
 from bam_merge.plan import Plan, Step, make_plan
 from bam_merge.recipe import Recipe
 from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
+
+if TYPE_CHECKING:
+    from bam_merge.report import Report
 
 SMALL_FILES = 20_000_000
 """Bytes set aside for the files beside the tensors: tokenizer, manifest, index."""
@@ -29,19 +32,23 @@ SMALL_FILES = 20_000_000
 
 def default_workers() -> int:
     """As many workers as this process may use processors, at most 8: more only compete for the disk."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    return min(8, available_processors())
 
 
 @dataclass
 class MergeOptions:
-    """How to run a merge. `notify` gets one line for each thing worth saying, `progress` the bytes just written."""
+    """How to run a merge. `verify` proves the result before it appears; `on_report` is given what that found. `notify` gets one line for
+    each thing worth saying, `progress` the bytes just written.
+    """
 
     force: bool = False
     resume: bool = False
     workers: int = field(default_factory=default_workers)
     allow_nonfinite: bool = False
+    verify: bool = True
     notify: Callable[[str], None] = lambda text: None
     progress: Callable[[int], None] = lambda count: None
+    on_report: "Callable[[Report], None]" = lambda report: None
 
 
 def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options: MergeOptions | None = None) -> Path:
@@ -61,12 +68,34 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
         finished = _run(plan, staging, options, done)
         _write_companions(plan, staging.output, finished)
         sync_folder(staging.output)
+        if options.verify:
+            _prove(plan, staging, target, options)
         appear(staging.output, target, replace_existing=options.force)
         staging.remove()
     finally:
         staging.close()
-    sync_folder(target.parent)
+    try:
+        sync_folder(target.parent)
+    except OutputError as error:
+        raise OutputError(f"{printable(str(target))} is complete, but may not survive a power cut yet: {error}") from error
     return target
+
+
+def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> None:
+    """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
+    from bam_merge.verify import verify
+
+    report = verify(staging.output, plan)
+    options.on_report(report)
+    if not report.ok:
+        failed = target.with_name(f"{target.name}.failed")
+        with writing(failed):
+            if (failed / MANIFEST).exists():  # of an earlier run
+                shutil.rmtree(failed)
+            os.rename(staging.output, failed)
+        staging.remove()
+        names = [f"{check.name}: {check.detail}" for check in report.failures]
+        raise VerificationFailed(*names, f"{printable(str(target))} was not published; the result is kept for inspection in {failed}.")
 
 
 def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:

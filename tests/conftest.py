@@ -32,6 +32,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """A small model of every family and variant. hidden and intermediate sizes differ, so that a swap shows."""
 
 
+@pytest.fixture(autouse=True)
+def unproved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification of every merge is tested in test_verify.py; elsewhere merges in this process go without, to be quick."""
+    if request.path.name != "test_verify.py":
+        monkeypatch.setattr("bam_merge.publish._prove", lambda *args: None)
+
+
 @dataclass
 class Result:
     """What a command gave: exit status, stdout, stderr."""

@@ -1,0 +1,189 @@
+"""A second, slow way to the same tensors: whole blocks of rows in float64, read with the safetensors library.
+
+verify compares what a merge wrote with this. It shares no code with the way a merge is executed: another reader, another
+arithmetic, another precision. Formulas are those of ops.py's records.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bam_merge import ops
+from bam_merge.kernels import initialise, uniforms
+from bam_merge.plan import Plan
+
+ROWS_BYTES = 2**25
+"""Bytes of one source tensor, as stored, that are compared at a time."""
+
+MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
+
+
+class SourceTensors:
+    """Row blocks of source tensors through the safetensors library. Use as a context manager."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.stack = ExitStack()
+        self.files: dict[Path, Any] = {}
+
+    def __enter__(self) -> "SourceTensors":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def rows(self, read: ops.Read, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a stored tensor, in its own dtype."""
+        checkpoint = self.plan.models[read.source].checkpoint
+        path = checkpoint.path / checkpoint.tensors[read.tensor].file
+        if path not in self.files:
+            self.files[path] = self.stack.enter_context(safe_open(path, "pt"))
+        part: Tensor = self.files[path].get_slice(read.tensor)[start:stop]
+        return part
+
+    def piece(self, expr: ops.Expr, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a stored tensor or of a slice of one."""
+        if isinstance(expr, ops.Read):
+            return self.rows(expr, start, stop)
+        assert isinstance(expr, ops.Slice)
+        whole = self.rows(expr.of, 0, expr.of.shape[0])
+        blocks = whole.view(expr.groups, -1, *whole.shape[1:])[:, expr.start : expr.start + expr.rows]
+        return blocks.reshape(-1, *whole.shape[1:])[start:stop]
+
+
+def row_blocks(shape: ops.Shape, itemsize: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks of rows of about ROWS_BYTES."""
+    step = max(1, ROWS_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    yield from ((start, min(shape[0], start + step)) for start in range(0, shape[0], step))
+
+
+def rederive(expr: ops.Expr, sources: SourceTensors, known: Mapping[int, Any], start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    """Rows [start, stop) of what `expr` means, in float64, and a bound for the error of doing the same in float32 (None: exact)."""
+    if isinstance(expr, ops.Init):
+        return initialise(expr.method, expr.shape, expr.seed, expr.name)[start:stop], None
+    if isinstance(expr, ops.Concat):
+        value, slack = _concat(expr, sources, known)
+        return value[start:stop], None if slack is None else slack[start:stop]
+    if not isinstance(expr, ops.Merge):
+        return sources.piece(expr, start, stop).double(), None
+    x_K = [sources.piece(operand, start, stop).double() for _, operand in expr.operands]
+    base = sources.piece(expr.base[1], start, stop).double() if expr.base else None
+    value, unsure = _merge(expr, x_K, base, known.get(id(expr)), start)
+    magnitude = torch.stack([x.abs() for x in (*x_K, *([base] if base is not None else []))]).sum(0)
+    gain = 1.0 + _gain(expr.method)
+    unit = 2.0**-53 if expr.dtype == "F64" else 2.0**-24
+    slack = magnitude * unit * (len(x_K) + 3) * gain
+    return value, slack if unsure is None else slack.masked_fill(unsure, float("inf"))
+
+
+def _concat(expr: ops.Concat, sources: SourceTensors, known: Mapping[int, Any]) -> tuple[Tensor, Tensor | None]:
+    derived = [rederive(part, sources, known, 0, part.shape[0]) for part in expr.parts]
+
+    def fuse(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.view(expr.groups, -1, *t.shape[1:]) for t in tensors], 1).reshape(expr.shape)
+
+    slacks = [torch.zeros_like(value) if slack is None else slack for value, slack in derived]
+    return fuse([value for value, _ in derived]), fuse(slacks)
+
+
+def _gain(method: ops.Method) -> float:
+    """How much a method can enlarge the rounding errors of its operands."""
+    match method:
+        case ops.Linear(weights):
+            return sum(map(abs, weights))
+        case ops.TaskArithmetic(weights, scale):
+            return abs(scale) * sum(map(abs, weights)) * 2
+        case ops.Ties(_, weights, scale):
+            return 2 * abs(scale) * len(weights)
+        case ops.DareTies(density=density, weights=weights, scale=scale):
+            return 2 * abs(scale) * len(weights) / density
+        case _:
+            return 2.0
+
+
+def _merge(merge: ops.Merge, x_K: list[Tensor], base: Tensor | None, known: Any, start: int) -> tuple[Tensor, Tensor | None]:
+    """The merged rows, and where an elected sign hangs on the last digits of float32, so that either outcome is right."""
+    method = merge.method
+    if isinstance(method, ops.Mean):
+        return torch.stack(x_K).mean(0), None
+    if isinstance(method, ops.Linear):
+        return _sum(method.weights, x_K), None
+    if isinstance(method, ops.Slerp):
+        return _sum(known, x_K), None
+    assert base is not None
+    deltas = [x - base for x in x_K]
+    if isinstance(method, ops.TaskArithmetic):
+        return base + method.scale * _sum(method.weights, deltas), None
+    if isinstance(method, ops.Ties):
+        # the trim is defined on the float32 differences: whether an entry reaches the threshold must not depend on more digits
+        deltas = [d * (d.float().abs() >= least) for d, least in zip(deltas, known, strict=True)]
+    else:
+        first = start * math.prod(merge.shape[1:])
+        kept = (torch.from_numpy(uniforms(method.seed, s, first, base.numel()) < method.density) for s in method.streams)
+        deltas = [d * keep.view(d.shape) / method.density for d, keep in zip(deltas, kept, strict=True)]
+    stacked_K = torch.stack([w * d for w, d in zip(method.weights, deltas, strict=True)])
+    weights_K = torch.tensor(method.weights, dtype=torch.float64).view(-1, *[1] * base.dim())
+    total = stacked_K.sum(0)
+    agree_K = (stacked_K.sign() == total.sign()) & (stacked_K != 0)
+    mass = (agree_K * weights_K).sum(0)
+    merged = torch.where(mass != 0, (stacked_K * agree_K).sum(0) / mass.where(mass != 0, 1.0), 0.0)
+    unsure = (total.abs() <= stacked_K.abs().sum(0) * len(x_K) * 2.0**-23) & stacked_K.any(0)
+    return base + method.scale * merged, unsure
+
+
+def _sum(weights: Sequence[float], x_K: Sequence[Tensor]) -> Tensor:
+    return (torch.stack(list(x_K)) * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * x_K[0].dim())).sum(0)
+
+
+def survey_all(expr: ops.Expr, sources: SourceTensors) -> dict[int, Any]:
+    """What slerp and TIES must know of whole tensors, by the identity of the Merge: worked out with sums and a sort in float64."""
+    known: dict[int, Any] = {}
+    for node in ops.parts(expr):
+        if not isinstance(node, ops.Merge) or not isinstance(node.method, ops.Slerp | ops.Ties):
+            continue
+        whole = [sources.piece(operand, 0, node.shape[0]) for _, operand in node.operands]
+        if isinstance(node.method, ops.Slerp):
+            a, b = (x.double().flatten() for x in whole)
+            cosine = float(a @ b / (a.norm() * b.norm())) if a.any() and b.any() else 1.0
+            angle, t = math.acos(max(-1.0, min(1.0, cosine))), node.method.t
+            straight = math.sin(angle) < 1e-7
+            known[id(node)] = (
+                (1 - t, t) if straight else (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
+            )
+        else:
+            assert node.base is not None
+            base = sources.piece(node.base[1], 0, node.shape[0]).float()
+            keep = max(1, math.floor(node.method.density * base.numel()))
+            thresholds = []
+            for x in whole:
+                d = (x.float() - base).abs().flatten()
+                thresholds.append(float(d.kthvalue(d.numel() - keep + 1).values) if keep < d.numel() else 0.0)
+            known[id(node)] = thresholds
+    return known
+
+
+def half_ulp(value: Tensor, dtype: str) -> Tensor:
+    """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
+    exponent = torch.frexp(value).exponent - 1
+    result: Tensor = torch.exp2(exponent.clamp(min=SMALLEST_EXPONENT[dtype]).double() - MANTISSA_BITS[dtype] - 1)
+    return result
+
+
+def worst(written: Tensor, value: Tensor, slack: Tensor | None, dtype: str) -> tuple[float, int]:
+    """The largest error of `written` against the float64 `value`, in units of what one rounding of `dtype` may cause, and where.
+
+    At most 1 is right; a number rounded twice, or through a narrower type, is above it somewhere.
+    """
+    error = (written.double() - value).abs()
+    allowed = half_ulp(value, dtype) + (0.0 if slack is None else slack)
+    same = (written.double() == value) | (written.isnan() & value.isnan())  # infinities, and NaN that --allow-nonfinite let pass
+    ratio = torch.where(same, 0.0, torch.where(torch.isfinite(error), error / allowed, float("inf"))).flatten()
+    index = int(ratio.argmax())
+    return float(ratio[index]), index

@@ -1,0 +1,136 @@
+"""Verification: the result proves itself, from its bytes to what it computes, against its own sources by other code than made it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_merge.checkpoint import read_small_file
+from bam_merge.errors import BamMergeError, CheckpointError, VerifyError, printable, some
+from bam_merge.loading import open_model
+from bam_merge.perplexity import perplexities
+from bam_merge.plan import Plan, make_plan
+from bam_merge.recipe import Recipe, parse_recipe
+from bam_merge.report import Check, Report
+from bam_merge.strict import load_json
+from bam_merge.verify_bytes import against_sources, digests, read_manifest, structure
+from bam_merge.verify_function import against_dense, as_it_is, open_all
+
+SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
+copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
+SAMPLE_TOKENS = 48
+"""Tokens of the sample, in two sequences."""
+
+
+def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequence[str | os.PathLike[str]] = ()) -> Report:
+    """Verify the merged folder; with `texts`, also measure perplexities.
+
+    The sources are those of `plan`, or are found from the manifest; without them only digests and the model itself are checked, and
+    the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    report = Report()
+    report.add(structure(path, manifest))
+    if not any(check.name == "layout" for check in report.checks):  # the headers cannot be read: nothing more can be
+        return report
+    report.add(digests(path, manifest))
+    if plan is None:
+        plan = _plan_of(path, manifest, report)
+    if plan is not None:
+        report.add([_config_check(path, plan)])
+        report.add(against_sources(path, plan, manifest))
+    if any(record.get("nonfinite") for record in manifest["tensors"].values()):
+        report.add([Check("model", None, "not run: the merge was allowed to write NaN or infinity")])
+        return report
+    try:
+        report.add(_function(path, plan, report))
+    except CheckpointError as error:
+        report.add([Check("model", False, "; ".join(error.problems))])
+        return report
+    if texts:
+        report.perplexity = perplexities(path, plan, [Path(text) for text in texts])
+    return report
+
+
+def _plan_of(folder: Path, manifest: dict[str, Any], report: Report) -> Plan | None:
+    """The plan of the manifest's recipe over the sources where they were, if they are still what was merged."""
+    try:
+        plan = make_plan(_recipe_of(folder, manifest))
+    except BamMergeError as error:
+        report.add([Check("sources", None, f"not at hand, so digests only: {error.problems[0]} (--recipe names them)")])
+        return None
+    changed = changed_sources(plan, manifest)
+    if changed:
+        report.add([Check("sources", None, f"changed since the merge, so digests only: {some(changed)}")])
+        return None
+    report.add([Check("sources", True, f"{len(plan.models)} folders, as they were merged")])
+    return plan
+
+
+def _recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
+    """The manifest's recipe, standing where its output path leads back from `folder`."""
+    document = manifest["recipe"]
+    output = document["output"]["path"]
+    return parse_recipe(document, Path(os.path.normpath(folder.absolute() / os.path.relpath(".", output))), str(folder / "bam_merge.json"))
+
+
+def changed_sources(plan: Plan, manifest: dict[str, Any]) -> list[str]:
+    """Source files whose header or size is not what the manifest recorded."""
+    changed = []
+    for name, record in manifest["sources"].items():
+        files = plan.models[name].checkpoint.files if name in plan.models else {}
+        for file, known in record["files"].items():
+            if file not in files or (files[file].digest, files[file].identity.size) != (known["header"], known["bytes"]):
+                changed.append(f"{name}/{file}")
+    return changed
+
+
+def _config_check(folder: Path, plan: Plan) -> Check:
+    """config.json against the one that the sources and the recipe lead to, key by key."""
+    try:
+        found = load_json(read_small_file(folder / "config.json"))
+    except (ValueError, BamMergeError) as error:
+        return Check("config", False, printable(str(error)))
+    wrong = [
+        f"{key} is {printable(repr(found.get(key)), 60)}, the sources and the recipe give {printable(repr(plan.config.get(key)), 60)}"
+        for key in sorted({*found, *plan.config})
+        if found.get(key) != plan.config.get(key)
+    ]
+    return Check("config", not wrong, "; ".join(wrong) or f"{len(found)} keys follow from the sources and the recipe")
+
+
+def _function(folder: Path, plan: Plan | None, report: Report) -> Iterator[Check]:
+    mixture = open_model(folder)
+    ids_BT, real_text = sample_tokens(folder, mixture.config.vocab_size)
+    if plan is not None and plan.layout.kind == "mixture":
+        _, dense = open_all(folder, plan)
+        yield from against_dense(mixture, dense, plan, ids_BT)
+    yield from as_it_is(mixture, ids_BT, report, real_text)
+
+
+def sample_tokens(folder: Path, vocabulary: int) -> tuple[Tensor, bool]:
+    """Two sequences of token ids [2, SAMPLE_TOKENS / 2], and whether they are of a text (else pseudo-random ids)."""
+    ids = tokenize(folder, SAMPLE)
+    if ids is None or len(ids) < SAMPLE_TOKENS or max(ids) >= vocabulary:
+        return torch.randint(vocabulary, (2, SAMPLE_TOKENS // 2), generator=torch.Generator().manual_seed(0)), False
+    return torch.tensor(ids[:SAMPLE_TOKENS]).view(2, -1), True
+
+
+def tokenize(folder: Path, text: str) -> list[int] | None:
+    """Token ids by the folder's tokenizer.json; None without it or without the package tokenizers."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return None
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        ids: list[int] = Tokenizer.from_file(str(path)).encode(text).ids
+    except Exception as error:  # the package raises plain Exception for a file that is no tokenizer
+        raise VerifyError(f"{printable(str(path))}: {printable(str(error))}.") from None
+    return ids

@@ -1,0 +1,193 @@
+"""Are the bytes right? The folder against its manifest, and every tensor against its sources by the slow path of rederive.py."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from bam_merge import ops
+from bam_merge.checkpoint import Checkpoint, open_checkpoint, read_small_file
+from bam_merge.errors import BamMergeError, VerifyError, printable, some
+from bam_merge.manifest import MANIFEST, MANIFEST_FORMAT
+from bam_merge.model import Model, ModelConfig
+from bam_merge.plan import Plan, Step
+from bam_merge.rederive import SourceTensors, rederive, row_blocks, survey_all, worst
+from bam_merge.report import Check
+from bam_merge.source_files import digest_range
+from bam_merge.strict import load_json
+from bam_merge.tensors import TORCH_DTYPES
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote..")
+    try:
+        document = load_json(read_small_file(path))
+        if document["format"] != MANIFEST_FORMAT:
+            raise VerifyError(f"{printable(str(path))}: format {document['format']!r}, this version reads {MANIFEST_FORMAT}.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerifyError(f"{printable(str(path))}: not a manifest ({printable(str(error))}).") from None
+    manifest: dict[str, Any] = document
+    return manifest
+
+
+def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+    """Files, headers, index and config agree with the manifest, and the layout has every tensor it wants and none more."""
+    yield _check("files", _file_problems(folder, manifest))
+    try:
+        checkpoint = open_checkpoint(folder)
+    except BamMergeError as error:
+        yield Check("headers", False, "; ".join(error.problems))
+        return
+    yield _check("headers", _header_problems(checkpoint, manifest))
+    yield _check("layout", _layout_problems(checkpoint, manifest))
+
+
+def _check(name: str, problems: list[str]) -> Check:
+    return Check(name, not problems, "; ".join(problems))
+
+
+def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for name, digest in manifest["files"].items():
+        try:
+            found = xxhash.xxh3_128_hexdigest(read_small_file(folder / name))
+        except BamMergeError as error:
+            problems += error.problems
+            continue
+        if found != digest:
+            problems.append(f"{name} is not as it was written")
+    expected = {*manifest["files"], MANIFEST, *(record["file"] for record in manifest["tensors"].values())}
+    extra = sorted(path.name for path in folder.iterdir() if path.name.endswith((".safetensors", ".json")) and path.name not in expected)
+    if extra:
+        problems.append(f"{some(extra)}: not of this merge")
+    return problems
+
+
+def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
+    problems = []
+    records = manifest["tensors"]
+    missing, extra = sorted(records.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - records.keys())
+    if missing:
+        problems.append(f"{some(missing)} missing")
+    if extra:
+        problems.append(f"{some(extra)} not in the manifest")
+    for name, entry in checkpoint.tensors.items():
+        record = records.get(name)
+        if record and (entry.dtype, list(entry.shape), entry.file) != (record["dtype"], record["shape"], record["file"]):
+            problems.append(
+                f"{name} is {entry.dtype} {list(entry.shape)} in {entry.file}, the manifest says {record['dtype']} {record['shape']}"
+            )
+    return problems
+
+
+def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
+    """For layout bam: the tensors that a model of this config.json has, worked out by building one without memory."""
+    if checkpoint.config.get("model_type") != "bam":
+        return []
+    try:
+        with torch.device("meta"):
+            model = Model(ModelConfig.from_dict(checkpoint.config))
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        return [f"config.json describes no model: {printable(str(error))}"]
+    tied = model.config.tie_word_embeddings
+    wanted = {n: tuple(p.shape) for n, p in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    problems = []
+    missing, extra = sorted(wanted.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - wanted.keys())
+    if missing:
+        problems.append(f"config.json wants {some(missing)} ({len(missing)} tensors), which are not there")
+    if extra:
+        problems.append(f"config.json has no place for {some(extra)} ({len(extra)} tensors)")
+    shapes = [
+        f"{name} is {list(checkpoint.tensors[name].shape)}, config.json wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
+    ]
+    return problems + shapes[:3]
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+    """Every tensor's bytes still have the digest that was taken when they were made."""
+    checkpoint = open_checkpoint(folder)
+    wrong = []
+    for name, record in manifest["tensors"].items():
+        entry = checkpoint.tensors.get(name)
+        if entry is None or digest_range(folder / entry.file, entry.offset, entry.nbytes) != record["digest"]:
+            wrong.append(name)
+    yield Check("digests", not wrong, f"{some(wrong)}: bytes changed since the merge" if wrong else f"{len(manifest['tensors'])} tensors")
+
+
+KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
+
+
+def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
+    """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
+    but what --allow-nonfinite recorded."""
+    wrong: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    largest = dict.fromkeys(KINDS, 0.0)
+    counts = dict.fromkeys(KINDS, 0)
+    nonfinite: list[str] = []
+    checkpoint = open_checkpoint(folder)
+    with SourceTensors(plan) as sources:
+        for step in plan.steps:
+            kind = (
+                "copies"
+                if ops.is_copy(step.expr) and step.expr.dtype == step.dtype
+                else "routers"
+                if isinstance(step.expr, ops.Init)
+                else "merges"
+            )
+            counts[kind] += 1
+            if step.name not in checkpoint.tensors:
+                wrong[kind].append(f"{step.name} (missing)")
+                continue
+            error, where, bad = _compare(folder / checkpoint.tensors[step.name].file, step, sources, exact=kind == "copies")
+            largest[kind] = max(largest[kind], error)
+            if bad > manifest["tensors"].get(step.name, {}).get("nonfinite", 0):
+                nonfinite.append(f"{step.name} ({bad} values)")
+            if error > 1:
+                wrong[kind].append(f"{step.name} (element {where} is {error:.3g} roundings off, expected {step.expression})")
+    for kind, meaning in KINDS.items():
+        detail = some(wrong[kind]) if wrong[kind] else f"{counts[kind]} tensors are {meaning}"
+        yield Check(kind, not wrong[kind], detail, largest[kind], 0.0 if kind == "copies" else 1.0)
+    yield Check("finite", not nonfinite, some(nonfinite) if nonfinite else "no NaN and no infinity")
+
+
+def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tuple[float, int, int]:
+    """(largest error in roundings, its element, how many values are not finite) of one written tensor."""
+    largest, where, bad = 0.0, 0, 0
+    columns = math.prod(step.shape[1:])
+    known = survey_all(step.expr, sources)
+    with safe_open(path, "pt") as reader:
+        written_all = reader.get_slice(step.name)
+        for start, stop in row_blocks(step.shape, step.nbytes // max(1, math.prod(step.shape))):
+            written = written_all[start:stop]
+            if step.dtype in TORCH_DTYPES:
+                bad += int((~torch.isfinite(written)).sum())
+            if exact:
+                value = _exact(step.expr, sources, start, stop)
+                differs = (written.contiguous().view(torch.uint8) != value.contiguous().view(torch.uint8)).flatten()
+                error, index = (float("inf"), int(differs.nonzero()[0]) // written.element_size()) if bool(differs.any()) else (0.0, 0)
+            else:
+                value, slack = rederive(step.expr, sources, known, start, stop)
+                error, index = worst(written, value, slack, step.dtype)
+            if error > largest:
+                largest, where = error, start * columns + index
+    return largest, where, bad
+
+
+def _exact(expr: ops.Expr, sources: SourceTensors, start: int, stop: int) -> torch.Tensor:
+    if isinstance(expr, ops.Concat):
+        parts = [_exact(part, sources, 0, part.shape[0]) for part in expr.parts]
+        fused = torch.cat([part.view(expr.groups, -1, *part.shape[1:]) for part in parts], 1).reshape(expr.shape)
+        return fused[start:stop]
+    return sources.piece(expr, start, stop)

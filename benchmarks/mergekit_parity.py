@@ -1,0 +1,317 @@
+"""Compares the merge methods that bam-merge and mergekit both have, tensor by tensor, on small random float32 models.
+
+    python benchmarks/mergekit_parity.py --mergekit DIR      DIR holds mergekit-yaml, of mergekit 0.1.5
+
+Exit status 1 when a method that both define alike differs by more than 1e-6 of the tensor's largest magnitude, or when a case
+said below to differ does not.
+
+The same formula takes different settings. Everything here is about mergekit 0.1.5:
+
+    linear            divides by the sum of the weights unless `normalize: false`. We require weights that sum to one.
+    slerp             `base_model` is the model at t = 0; the other listed model is at t = 1.
+    task_arithmetic   our `scale` is `lambda`; `normalize` (off by default) would divide by the sum of the weights.
+    ties              our `scale` is `lambda`; `normalize: true` (the default) gives the paper's disjoint mean, weighted.
+    dare_ties         off by default: with `normalize: false` the agreeing differences are summed, not averaged, so it needs
+                      `normalize: true`. Below density 1 the two cannot be compared: both draw at random, and mergekit's
+                      `rescale` restores the L1 norm of the difference where DARE's paper and we divide by the density.
+
+Where the definitions part, each with a case of its own in CASES that shows it:
+
+    zero sums         TIES elects the sign of the weighted sum. Where that sum is exactly zero although its terms are not, mergekit
+                      takes plus and so keeps the positive terms; we take no sign and keep none: in the paper's algorithm sgn(0) is 0.
+    equal magnitudes  TIES trims to the k largest. Where others equal the k-th, mergekit keeps exactly k, whichever its sort puts
+                      first; we keep all that equal it, as the authors' own code does, so that no order decides.
+    weights that      With negative weights the weights that agree can sum to zero. mergekit then divides by one; we give no
+    cancel            difference at all.
+    narrow angles     mergekit's slerp is a straight line above a cosine of 0.9995 (about 1.8 degrees); ours is an arc down to
+                      angles where float64 cannot tell them apart (1e-7).
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+from common import bam_merge, machine, machine_line, markdown_table, run, write_recipe
+from safetensors.numpy import load_file
+
+from bam_merge.synthetic import Values, branched_values, random_values, write_checkpoint
+
+VERSION = "0.1.5"
+"""The mergekit that the cases and the text above were checked with."""
+
+TOLERANCE = 1e-6
+"""Largest difference allowed, as a share of the largest magnitude in the tensor: some 8 roundings of float32."""
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+
+Tensors = dict[str, "numpy.ndarray[Any, Any]"]
+
+
+# ---- the models ------------------------------------------------------------------------------------------------------------
+
+
+def on_grid(values: Values, step: float) -> Values:
+    """`values` rounded to multiples of `step`, a power of two: sums and differences of such numbers are exact."""
+
+    def rounded(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any] | None":
+        array = values(name, shape)
+        return None if array is None else (numpy.round(array / step) * step).astype("f4")
+
+    return rounded
+
+
+def mirrored(centre: Values, side: Values) -> Values:
+    """2 centre - side: as far from `centre` as `side`, in the opposite direction."""
+
+    def opposite(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any] | None":
+        middle, one = centre(name, shape), side(name, shape)
+        assert middle is not None and one is not None
+        return 2 * middle - one
+
+    return opposite
+
+
+def write_models(folder: Path) -> None:
+    """A seed and its branches: apart enough for every method to be well defined, and those that show a difference."""
+    apart = 0.1  # twice the weights' own scale; the cosine of two norms, all near one, is then 0.99
+    fine, coarse = 2.0**-10, 2.0**-6
+    models = {
+        "seed": random_values(0),
+        **{name: branched_values(0, branch, apart) for branch, name in enumerate(("code", "law", "math"))},
+        "near": branched_values(0, 3, drift=0.001),
+        "grid_seed": on_grid(random_values(0), fine),
+        "grid_code": on_grid(branched_values(0, 0, apart), fine),
+        "grid_mirror": mirrored(on_grid(random_values(0), fine), on_grid(branched_values(0, 0, apart), fine)),
+        "coarse_seed": on_grid(random_values(0), coarse),
+        "coarse_code": on_grid(branched_values(0, 0, apart), coarse),
+    }
+    for name, values in models.items():
+        write_checkpoint(folder / name, CONFIG, values, "F32")
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge, described to both tools. `differs` says why the results are not the same; empty where they must be."""
+
+    name: str
+    shared: Mapping[str, Any]
+    method: str
+    models: Mapping[str, Mapping[str, float]]
+    base: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    differs: str = ""
+
+    def ours(self, models: str, output: str) -> dict[str, Any]:
+        """The recipe for bam-merge."""
+        names = dict.fromkeys([*([self.base] if self.base else []), *self.models])
+        sources = {name: f"{models}/{name}" for name in names}
+        return {"method": "merge", "sources": sources, "shared": dict(self.shared), "output": {"path": output}}
+
+    def theirs(self, models: Path) -> dict[str, Any]:
+        """The configuration for mergekit-yaml."""
+        listed = [{"model": str(models / name), "parameters": dict(options)} for name, options in self.models.items()]
+        config: dict[str, Any] = {"merge_method": self.method, "dtype": "float32", "models": listed}
+        if self.base:
+            config["base_model"] = str(models / self.base)
+        if self.options:
+            config["parameters"] = dict(self.options)
+        return config
+
+
+WEIGHTS = {"code": 1.0, "law": 0.6, "math": 0.3}
+
+
+def differences(make: str, scale: float = 1.0, **settings: float) -> dict[str, Any]:
+    """The `shared` section for a method of weighted differences from the seed."""
+    return {"make": make, "base": "seed", "weights": WEIGHTS, "scale": scale, **settings}
+
+
+def weighted(weights: Mapping[str, float], **settings: float) -> dict[str, dict[str, float]]:
+    """mergekit's settings for each model."""
+    return {name: {"weight": weight, **settings} for name, weight in weights.items()}
+
+
+ALIKE = [
+    Case(
+        "mean",
+        {"make": "mean"},
+        "linear",
+        weighted({"seed": 1.0, "code": 1.0, "law": 1.0, "math": 1.0}),
+        options={"normalize": True},
+    ),
+    Case(
+        "linear",
+        {"make": "linear", "weights": {"seed": 0.1, "code": 0.2, "law": 0.3, "math": 0.4}},
+        "linear",
+        weighted({"seed": 0.1, "code": 0.2, "law": 0.3, "math": 0.4}),
+        options={"normalize": False},
+    ),
+    Case("slerp", {"make": "slerp", "from": ["seed", "code"], "t": 0.3}, "slerp", {"seed": {}, "code": {}}, "seed", {"t": 0.3}),
+    Case(
+        "task_arithmetic",
+        differences("task_arithmetic", 0.7),
+        "task_arithmetic",
+        weighted(WEIGHTS),
+        "seed",
+        {"normalize": False, "lambda": 0.7},
+    ),
+    Case(
+        "ties, density 0.4",
+        differences("ties", 0.7, density=0.4),
+        "ties",
+        weighted(WEIGHTS, density=0.4),
+        "seed",
+        {"normalize": True, "lambda": 0.7},
+    ),
+    Case(
+        "ties, density 1",
+        differences("ties", density=1.0),
+        "ties",
+        weighted(WEIGHTS, density=1.0),
+        "seed",
+        {"normalize": True, "lambda": 1.0},
+    ),
+    Case(
+        "dare_ties, density 1",
+        differences("dare_ties", 0.7, density=1.0),
+        "dare_ties",
+        weighted(WEIGHTS, density=1.0),
+        "seed",
+        {"normalize": True, "rescale": False, "lambda": 0.7},
+    ),
+]
+
+APART = [
+    Case(
+        "slerp at a narrow angle",
+        {"make": "slerp", "from": ["seed", "near"], "t": 0.3},
+        "slerp",
+        {"seed": {}, "near": {}},
+        "seed",
+        {"t": 0.3},
+        differs="above a cosine of 0.9995 mergekit takes the straight line",
+    ),
+    Case(
+        "ties with zero sums",
+        {"make": "ties", "base": "grid_seed", "density": 1.0},
+        "ties",
+        weighted({"grid_code": 1.0, "grid_mirror": 1.0}, density=1.0),
+        "grid_seed",
+        {"normalize": True},
+        differs="mergekit elects plus where the sum is zero, we elect no sign",
+    ),
+    Case(
+        "ties with equal magnitudes",
+        {"make": "ties", "base": "coarse_seed", "density": 0.5},
+        "ties",
+        weighted({"coarse_code": 1.0}, density=0.5),
+        "coarse_seed",
+        {"normalize": True},
+        differs="mergekit keeps exactly k entries, we keep all that equal the k-th",
+    ),
+    Case(
+        "ties with weights that cancel",
+        {"make": "ties", "base": "seed", "density": 1.0, "weights": {"code": 0.5, "law": -0.5}},
+        "ties",
+        weighted({"code": 0.5, "law": -0.5}, density=1.0),
+        "seed",
+        {"normalize": True},
+        differs="mergekit divides by one where the agreeing weights sum to zero, we give no difference",
+    ),
+    Case(
+        "dare_ties as mergekit has it by default",
+        differences("dare_ties", density=1.0),
+        "dare_ties",
+        weighted(WEIGHTS, density=1.0),
+        "seed",
+        differs="mergekit sums the agreeing differences unless normalize is set",
+    ),
+]
+
+
+# ---- merging and comparing -------------------------------------------------------------------------------------------------
+
+
+def merge_both(case: Case, index: int, work: Path, mergekit: Path) -> tuple[Tensors, Tensors]:
+    """The tensors that bam-merge and mergekit make for `case`."""
+    ours, theirs = work / f"ours{index}", work / f"theirs{index}"
+    recipe = write_recipe(work / f"ours{index}.yaml", case.ours("models", ours.name))
+    run([bam_merge(), "merge", recipe])
+    config = write_recipe(work / f"theirs{index}.yaml", case.theirs(work / "models"))
+    run([mergekit / "mergekit-yaml", config, theirs, "--no-copy-tokenizer", "--no-write-model-card", "--quiet"])
+    return read_folder(ours), read_folder(theirs)
+
+
+def read_folder(folder: Path) -> Tensors:
+    """All tensors of a checkpoint."""
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def largest_difference(ours: Tensors, theirs: Tensors) -> tuple[float, str]:
+    """The largest difference of two elements as a share of the tensor's largest magnitude, and that tensor's name."""
+    if {name: (array.dtype, array.shape) for name, array in ours.items()} != {name: (a.dtype, a.shape) for name, a in theirs.items()}:
+        raise SystemExit("the two merges have different tensors, shapes or dtypes.")
+    worst, where = 0.0, ""
+    for name, array in ours.items():
+        difference = float(numpy.abs(array.astype("f8") - theirs[name].astype("f8")).max())
+        share = difference / float(numpy.abs(theirs[name]).max())
+        if not share <= worst:  # so that NaN is the worst of all
+            worst, where = share, name
+    return worst, where
+
+
+def compare(cases: Sequence[Case], work: Path, mergekit: Path) -> bool:
+    """Merge every case with both tools and print the table. Returns whether all came out as their cases say."""
+    rows, right = [], True
+    for index, case in enumerate(cases):
+        ours, theirs = merge_both(case, index, work, mergekit)
+        worst, where = largest_difference(ours, theirs)
+        identical = sum(bool(numpy.array_equal(array, theirs[name])) for name, array in ours.items())
+        as_said = (worst <= TOLERANCE) != bool(case.differs)
+        right &= as_said
+        verdict = ("as defined: " + case.differs if case.differs else "same") if as_said else "WRONG"
+        rows.append([case.name, f"{worst:.1e}", where, f"{identical} of {len(ours)}", verdict])
+    print(
+        markdown_table(
+            ["method", "largest difference / largest magnitude", "in tensor", "identical tensors", "verdict"], rows, left=(0, 2, 4)
+        )
+    )
+    return right
+
+
+def mergekit_version(mergekit: Path) -> str:
+    """The version that the Python beside mergekit-yaml has installed."""
+    return run([mergekit / "python", "-c", "from importlib.metadata import version; print(version('mergekit'))"]).output.strip()
+
+
+def main() -> int:
+    """Returns the exit status of the module's docstring."""
+    parser = argparse.ArgumentParser(description="Compare the merge methods of bam-merge with mergekit's.")
+    parser.add_argument("--mergekit", type=Path, required=True, metavar="DIR", help="the bin folder in which mergekit 0.1.5 is")
+    mergekit: Path = parser.parse_args().mergekit
+    if not (mergekit / "mergekit-yaml").exists():
+        parser.error(f"{mergekit} holds no mergekit-yaml.")
+    print(f"{machine_line(machine())}; mergekit {mergekit_version(mergekit)}, {VERSION} is what the cases are about\n")
+    with tempfile.TemporaryDirectory(prefix="mergekit-parity-", dir=".") as folder:
+        work = Path(folder).resolve()  # mergekit's paths do not start from its configuration file
+        write_models(work / "models")
+        return 0 if compare([*ALIKE, *APART], work, mergekit) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
