@@ -207,7 +207,7 @@ def uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any
 
 
 def initialise(method: ops.Initialiser, shape: ops.Shape, seed: int, name: str) -> Tensor:
-    """A new tensor of `shape` in float64, from a generator that depends on `seed` and `name` only.
+    """A new tensor of `shape` in float32, from a generator that depends on `seed` and `name` only.
 
     numpy's legacy stream is used because it is frozen for good (NEP 19), so that the same recipe gives the same bytes anywhere.
     """
@@ -222,4 +222,4 @@ def initialise(method: ops.Initialiser, shape: ops.Shape, seed: int, name: str) 
         case ops.Orthogonal(gain):
             q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
             values = (q * numpy.sign(numpy.diag(r))).T * gain  # the sign makes the distribution uniform (Mezzadri 2007)
-    return torch.from_numpy(numpy.ascontiguousarray(values))
+    return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.float32))

@@ -6,7 +6,6 @@ arithmetic, another precision. Formulas are those of ops.py's records.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from bam_merge import ops
 from bam_merge.kernels import initialise, uniforms
 from bam_merge.plan import Plan
 
-ROWS_BYTES = 2**25
+ROWS_BYTES = 2**22
 """Bytes of one source tensor, as stored, that are compared at a time."""
 
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
@@ -26,27 +25,18 @@ SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
 
 
 class SourceTensors:
-    """Row blocks of source tensors through the safetensors library. Use as a context manager."""
+    """Row blocks of source tensors through the safetensors library.
+
+    Files are opened for each block anew: the library maps them, and pages of an open map count as this process's memory.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.stack = ExitStack()
-        self.files: dict[Path, Any] = {}
-
-    def __enter__(self) -> "SourceTensors":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     def rows(self, read: ops.Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
         checkpoint = self.plan.models[read.source].checkpoint
-        path = checkpoint.path / checkpoint.tensors[read.tensor].file
-        if path not in self.files:
-            self.files[path] = self.stack.enter_context(safe_open(path, "pt"))
-        part: Tensor = self.files[path].get_slice(read.tensor)[start:stop]
-        return part
+        return read_rows(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop)
 
     def piece(self, expr: ops.Expr, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor or of a slice of one."""
@@ -58,6 +48,13 @@ class SourceTensors:
         return blocks.reshape(-1, *whole.shape[1:])[start:stop]
 
 
+def read_rows(path: Path, tensor: str, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor in a safetensors file, by the safetensors library."""
+    with safe_open(path, "pt") as reader:
+        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
+    return rows
+
+
 def row_blocks(shape: ops.Shape, itemsize: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of blocks of rows of about ROWS_BYTES."""
     step = max(1, ROWS_BYTES // max(1, itemsize * math.prod(shape[1:])))
@@ -67,7 +64,7 @@ def row_blocks(shape: ops.Shape, itemsize: int) -> Iterator[tuple[int, int]]:
 def rederive(expr: ops.Expr, sources: SourceTensors, known: Mapping[int, Any], start: int, stop: int) -> tuple[Tensor, Tensor | None]:
     """Rows [start, stop) of what `expr` means, in float64, and a bound for the error of doing the same in float32 (None: exact)."""
     if isinstance(expr, ops.Init):
-        return initialise(expr.method, expr.shape, expr.seed, expr.name)[start:stop], None
+        return initialise(expr.method, expr.shape, expr.seed, expr.name)[start:stop].double(), None
     if isinstance(expr, ops.Concat):
         value, slack = _concat(expr, sources, known)
         return value[start:stop], None if slack is None else slack[start:stop]

@@ -145,7 +145,7 @@ def branch(seed: Path, text: Text, steps: int, out: Path, domain: str) -> None:
     train(model, training, steps)
     after = perplexity(model, heldout)
     with staged(out / domain) as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps({"steps": steps, "perplexity": {"seed": before, "expert": after}}, indent=2) + "\n")
         (out / "heldout").mkdir(exist_ok=True)

@@ -33,7 +33,7 @@ def write_seed(gguf_folder: Path, out: Path) -> None:
     """Dequantise the GGUF file in `gguf_folder` and write config, bfloat16 weights and tokenizer into `out`."""
     dequantised = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=dequantised)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(out)
 
 

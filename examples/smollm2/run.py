@@ -25,12 +25,12 @@ def call(*command: str | Path, capture: bool = False) -> str:
     return done.stdout
 
 
-def merge(recipe: Path) -> tuple[str, ...]:
+def merge(recipe: Path, *options: str) -> tuple[str, ...]:
     """Carry out `recipe` as a user would; returns its row of the closing table."""
-    print(f"\n$ bam-merge {recipe} --force", flush=True)
+    print(f"\n$ {' '.join(('bam-merge', str(recipe), '--force', *options))}", flush=True)
     plan = json.loads(call(BAM_MERGE, "plan", recipe, "--json", capture=True))
     started = time.monotonic()
-    call(BAM_MERGE, recipe, "--force")
+    call(BAM_MERGE, recipe, "--force", *options)
     seconds = time.monotonic() - started
     total, active, size = plan["parameters"]["total"], plan["parameters"]["active"], plan["bytes"]["write"]
     return recipe.stem, f"{total:,}", f"{active:,}", f"{size:,}", f"{seconds:.1f}"
@@ -45,14 +45,16 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a seed and three experts in checkpoints/, then merge them by every recipe.")
     parser.add_argument("--steps", default="20", metavar="N", help="training steps per expert (default: %(default)s)")
+    parser.add_argument("--no-verify", action="store_true", help="merge without proving each result, which takes longer than merging")
     args = parser.parse_args()
+    options = ["--no-verify"] if args.no_verify else []
     if not BAM_MERGE.exists():
         parser.error(f"{BAM_MERGE} is missing: install the project into this Python, or use `make example`")
 
     seed, checkpoints = Path("checkpoints/seed"), Path("checkpoints")
     call(sys.executable, HERE / "get_seed.py", seed)
     call(sys.executable, HERE / "branch.py", seed, checkpoints, "--steps", args.steps)
-    rows = [merge(recipe.relative_to(ROOT)) for recipe in sorted(ROOT.glob("recipes/*.yaml"))]
+    rows = [merge(recipe.relative_to(ROOT), *options) for recipe in sorted(ROOT.glob("recipes/*.yaml"))]
     print()
     print(table(("recipe", "parameters", "active per token", "bytes", "seconds"), rows))
 
