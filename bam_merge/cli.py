@@ -109,7 +109,7 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
     """
     from bam_merge.plan import plan_file
     from bam_merge.render import report_text
-    from bam_merge.verify import verify as run
+    from bam_merge.verification import verify as run
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")

@@ -54,7 +54,7 @@ def perplexities(folder: Path, plan: Plan | None, texts: list[Path]) -> list[dic
 
 
 def _windows(folder: Path, text: Path) -> Tensor:
-    from bam_merge.verify import tokenize
+    from bam_merge.verification import tokenize
 
     try:
         content = text.read_text(encoding="utf-8", errors="replace")

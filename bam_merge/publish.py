@@ -83,7 +83,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
 
 def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> None:
     """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
-    from bam_merge.verify import verify
+    from bam_merge.verification import verify
 
     report = verify(staging.output, plan)
     options.on_report(report)

@@ -21,7 +21,7 @@ from bam_merge.report import Report
 from bam_merge.safetensors_header import read_header
 from bam_merge.synthetic import random_values, write_checkpoint
 from bam_merge.tensors import TORCH_DTYPES
-from bam_merge.verify import verify
+from bam_merge.verification import verify
 
 UNPROVED = MergeOptions(verify=False)
 
@@ -445,3 +445,15 @@ def test_verification_needs_no_write_access(good: tuple[Path, Plan]) -> None:
     finally:
         os.chmod(folder, 0o755)
     assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_the_public_names_are_functions(llamas: Path) -> None:
+    """Also once the modules behind them are imported: a submodule must not hide a function of the same name."""
+    import bam_merge
+
+    folder = bam_merge.merge(bam_merge.load_recipe(write_recipe(llamas)))
+    assert bam_merge.verify(folder).ok
+    logits = bam_merge.load_model(folder, dtype=torch.float32)(torch.tensor([[1, 2, 3]]))
+    assert logits.shape == (1, 3, 64)
+    for name in bam_merge.__all__:
+        assert not isinstance(getattr(bam_merge, name), type(bam_merge)), name
