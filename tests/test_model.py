@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **YARN, "rope_theta": 100.0, "original_max_position_embeddings": 64, "beta_fast": 4, "beta_slow": 1, "truncate": False, "mscale": 0.8, "mscale_all_dim": 0.5,
     }),
     "yarn with a wide ramp": variant("llama", {**YARN, "rope_theta": 100.0, "original_max_position_embeddings": 64, "beta_fast": 4}),
+    "yarn by default": variant("llama", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "truncate": False}, max_position_embeddings=16384),
     "yarn with a given factor": variant("llama", {**YARN, "attention_factor": 1.3}),
     "llama3": variant("llama", LLAMA3),
     "llama3, interleaved": variant("cohere", LLAMA3),
