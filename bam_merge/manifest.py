@@ -1,5 +1,6 @@
 """bam_merge.json: the recipe as resolved, how every tensor was made, and digests (XXH3-128) of everything read and written."""
 
+import os
 from typing import Any
 
 import xxhash
@@ -30,12 +31,19 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
         "tool": "bam-merge",
         "version": __version__,
         "recipe": plan.recipe.resolved(),
+        "recipe_folder": _recipe_folder(plan),
         "sources": _source_records(plan, finished),
         "parameters": {"total": plan.parameters, "active": plan.active_parameters},
         "files": dict(sorted(files.items())),
         "tensors": tensors,
         "unused": {name: dict(sorted(reasons.items())) for name, reasons in plan.unused.items() if reasons},
     }
+
+
+def _recipe_folder(plan: Plan) -> str:
+    """The way from the recipe's output path to the folder of the recipe, from which its sources are named."""
+    folder = os.path.abspath(plan.recipe.folder)
+    return os.path.relpath(folder, os.path.join(folder, plan.recipe.output.path))
 
 
 def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:

@@ -73,9 +73,8 @@ def _plan_of(folder: Path, manifest: dict[str, Any], report: Report) -> Plan | N
 
 def _recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
     """The manifest's recipe, standing where its output path leads back from `folder`."""
-    document = manifest["recipe"]
-    output = document["output"]["path"]
-    return parse_recipe(document, Path(os.path.normpath(folder.absolute() / os.path.relpath(".", output))), str(folder / "bam_merge.json"))
+    home = os.path.normpath(folder.absolute() / str(manifest.get("recipe_folder", ".")))
+    return parse_recipe(manifest["recipe"], Path(home), str(folder / "bam_merge.json"))
 
 
 def changed_sources(plan: Plan, manifest: dict[str, Any]) -> list[str]:

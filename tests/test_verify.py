@@ -102,7 +102,9 @@ def test_every_recipe_merges_and_verifies_by_default(recipe: Path, tmp_path: Pat
     assert "verified: " in result.out
     again = run("verify", tmp_path / "out" / recipe.stem, "--json")
     assert again.status == 0
-    assert json.loads(again.out)["ok"] is True
+    document = json.loads(again.out)
+    assert document["ok"] is True
+    assert {check["name"]: check["ok"] for check in document["checks"]}["sources"] is True  # found again, from the manifest alone
 
 
 # ---- sabotage
