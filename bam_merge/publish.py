@@ -38,7 +38,7 @@ def default_workers() -> int:
 @dataclass
 class MergeOptions:
     """How to run a merge. `verify` proves the result before it appears; `on_report` is given what that found. `notify` gets one line for
-    each thing worth saying, `progress` the bytes just written.
+    each thing worth saying, `progress` the bytes just written, from any worker.
     """
 
     force: bool = False
