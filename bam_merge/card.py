@@ -46,7 +46,10 @@ def model_card(plan: Plan) -> str:
         lines.append(f"| attention experts | {config['num_attention_experts']}, {kv}; {routing} |")
     if recipe.method != "merge":
         lines += ["", "The routers are freshly initialised: train the mixture before use."]
-    if plan.layout.name != "bam":
+    if plan.layout.name == "bam":
+        lines += ["", "Runs in bam-merge's reference model:", "", "```python", "import bam_merge", ""]
+        lines += ['model = bam_merge.load_model("THIS_FOLDER")  # model(input_ids [B, T]) -> logits [B, T, V]', "```"]
+    else:
         lines += [
             "",
             f"Loads in transformers as `{plan.layout.class_name}`:",

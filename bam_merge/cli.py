@@ -19,36 +19,21 @@ class _DefaultMerge(click.Group):
     """A group for which `bam-merge recipe.yaml` is `bam-merge merge recipe.yaml`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not any(arg in self.commands for arg in args) and any(self._recipe(arg) for arg in args):
+        first = args[0] if args else ""  # a command stands first; a recipe may follow options, whose values may be any word
+        named = self._recipe(first) or (first.startswith("-") and any(self._recipe(arg) for arg in args))
+        if named and first not in self.commands:
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
     @staticmethod
     def _recipe(arg: str) -> bool:
-        return arg.endswith((".yaml", ".yml")) or (not arg.startswith("-") and Path(arg).is_file())
+        return arg.endswith((".yaml", ".yml")) or Path(arg).is_file()
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
             hint = nearest(args[0], self.commands)
             ctx.fail(f"{args[0]!r} is neither a command nor a recipe file (.yaml){hint or '.'}")
         return super().resolve_command(ctx, args)
-
-
-def run_options(command: Any) -> Any:
-    """The options of every command that executes a merge."""
-    for option in reversed(
-        [
-            click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path."),
-            click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished."),
-            click.option("--resume", is_flag=True, help="Go on with a run that was killed."),
-            click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes."),
-            click.option(
-                "--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8."
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(cls=_DefaultMerge, context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +49,11 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe", type=click.Path())
-@run_options
+@click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path.")
+@click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed.")
+@click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes.")
+@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as bam-merge plan does.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where a merge gives them, and record it in the manifest.")
 def merge(recipe: str, output: str | None, dry_run: bool, **options: Any) -> None:
@@ -148,11 +137,16 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
 
     options["workers"] = options["workers"] or default_workers()
     reports: list[Any] = []
+
+    def notify(text: str) -> None:
+        click.echo(f"bam-merge: {text}", err=True)
+
     with merge_progress(plan) as advance:
-        settings = MergeOptions(
-            **options, notify=lambda text: click.echo(f"bam-merge: {text}", err=True), progress=advance, on_report=reports.append
-        )
-        target = publish(plan, output, settings)
+        try:
+            target = publish(plan, output, MergeOptions(**options, notify=notify, progress=advance, on_report=reports.append))
+        except KeyboardInterrupt:
+            notify("what is finished is kept; run again with --resume to go on.")
+            raise
     click.echo(result_text(plan, target))
     for report in reports:
         click.echo(verdict_text(report))
@@ -191,7 +185,7 @@ def main() -> None:
             click.echo(f"{len(error.problems)} problems; nothing was written.", err=True)
         sys.exit(1 if failed else 2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nbam-merge: interrupted. What is finished is kept: run again with --resume.", err=True)
+        click.echo("bam-merge: interrupted.", err=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -98,6 +98,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     for key in COMMON_FUNCTION[:6]:
         if type(facts[key]) is not int or facts[key] < 1:
             problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(facts[key]))}.")
+    problems += _mistyped(family, config)
     if len(problems) > before:
         return {}
     facts["head_dim"] = facts["head_dim"] or facts["hidden_size"] // facts["num_attention_heads"]
@@ -118,11 +119,38 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     return facts if len(problems) == before else {}
 
 
+_KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: ((int, float), "a number"), str: ((str,), "text")}
+"""The types that a value may have where its key's default is of the given type, and their name."""
+
+MAX_LAYERS = 10_000
+"""More than any model has; a config.json that promises more is damaged."""
+
+
+def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
+    """A message for every value whose type is not that of the key's default, or that no model can have."""
+    for key, default in family.defaults.items():
+        value = config.get(key)
+        kinds, expected = _KINDS[type(default)]
+        if value is not None and type(value) not in kinds:
+            yield f"config.json: {key} must be {expected}, found {printable(repr(value), 60)}."
+    layers, types, head_dim = (config.get(key) for key in ("num_hidden_layers", "layer_types", "head_dim"))
+    if type(layers) is int and layers > MAX_LAYERS:
+        yield f"config.json: num_hidden_layers {layers}, expected at most {MAX_LAYERS}."
+    elif types is not None and (not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types)):
+        yield f"config.json: layer_types must name the kind of each of the {layers} layers, found {printable(repr(types), 60)}."
+    if head_dim is not None and (type(head_dim) is not int or head_dim < 1):
+        yield f"config.json: head_dim must be a positive integer, found {printable(repr(head_dim), 60)}."
+
+
 def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Rotary embedding in the one spelling of transformers 5, whichever of the older ones config.json uses."""
     raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(raw, dict):
         problems.append(f"config.json: rope_parameters must be an object, found {printable(repr(raw))}.")
+        return {}
+    nested = [key for key, value in raw.items() if isinstance(value, dict)]
+    if nested:
+        problems.append(f"config.json: rope_parameters has one set per {some(nested)}; {family.name} has one for all layers.")
         return {}
     rope = {key: value for key, value in raw.items() if key != "type" and value is not None}
     rope["rope_type"] = raw.get("rope_type") or raw.get("type") or "default"

@@ -105,9 +105,11 @@ def _one_torch_thread() -> Iterator[None]:
     """The workers are the parallelism, so each sets torch to one thread; afterwards the caller gets back what it had."""
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else available_processors()
-    yield
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(before)
+    try:
+        yield
+    finally:
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(before)
 
 
 def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> None:

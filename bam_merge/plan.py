@@ -146,12 +146,13 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     layout, problems = _layout(recipe)
     models, broken = _open_sources(recipe)
+    ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
+    broken += [*_same_folder(ordered), *disagreements(ordered), *tokenizer_disagreements(ordered)] if ordered else []
+    comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
     if broken:
+        if comparable:  # the rules can be tried all the same
+            assign(recipe, models, problems)
         raise CheckpointError(*problems, *broken)
-    ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources))]
-    conflicts = [*_same_folder(ordered), *disagreements(ordered), *tokenizer_disagreements(ordered)]
-    if conflicts:
-        raise CheckpointError(*problems, *conflicts)
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family

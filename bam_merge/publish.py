@@ -64,7 +64,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
         raise OutputError(*problems)
     staging = Staging.open(target)
     try:
-        done = staging.begin(plan, options.resume, options.notify)
+        done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
         finished = _run(plan, staging, options, done)
         _write_companions(plan, staging.output, finished)
         sync_folder(staging.output)

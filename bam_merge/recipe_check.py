@@ -36,9 +36,6 @@ def dotted(path: DocumentPath) -> str:
     return printable(text)
 
 
-_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a mapping", "list": "a list"}
-
-
 def explain(error: ValidationError, document: Any, name: str, places: Mapping[DocumentPath, str], root: type[BaseModel]) -> list[str]:
     """pydantic's findings as our messages: where, what was found, what was expected, the nearest valid name."""
     messages = []

@@ -9,13 +9,11 @@ import xxhash
 
 from bam_merge import ops
 from bam_merge.errors import BamMergeError, CheckpointError, printable
-from bam_merge.plan import Plan
+from bam_merge.plan import COPY_BUFFER, Plan
 from bam_merge.safetensors_header import FileIdentity, TensorEntry, open_regular
 
 OPEN_FILES = 8
 """Source files that one worker keeps open."""
-
-READ_BUFFER = 2**22
 
 
 class SourceFiles:
@@ -89,7 +87,7 @@ def check_unchanged(plan: Plan) -> None:
 def digest_range(path: Path, offset: int, nbytes: int) -> str:
     """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there."""
     digest = xxhash.xxh3_128()
-    view = memoryview(bytearray(min(READ_BUFFER, max(1, nbytes))))
+    view = memoryview(bytearray(min(COPY_BUFFER, max(1, nbytes))))
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

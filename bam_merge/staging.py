@@ -69,13 +69,15 @@ class Staging:
             (folder / "pid").write_text(f"{os.getpid()}\n")
         return cls(folder, lock)
 
-    def begin(self, plan: Plan, resume: bool, notify: Callable[[str], None]) -> dict[str, Finished]:
-        """Start the journal. Returns the tensors that an earlier run of the same plan finished, when resuming."""
+    def begin(self, plan: Plan, resume: bool, allow_nonfinite: bool, notify: Callable[[str], None]) -> dict[str, Finished]:
+        """Start the journal. Returns the tensors that an earlier run of the same plan finished, when resuming; not those with
+        NaN or infinity, unless they are allowed in this run too."""
         path = self.folder / "journal"
         header = {"fingerprint": plan.fingerprint, "version": __version__}
         done: dict[str, Finished] = {}
         if resume:
-            done = self._trusted(plan, _read_journal(path, header, notify), notify)
+            journal = _read_journal(path, header, notify)
+            done = self._trusted(plan, {name: item for name, item in journal.items() if allow_nonfinite or not item.nonfinite}, notify)
         elif self.output.exists():
             notify("an unfinished run is discarded; --resume would have continued it.")
         with writing(path):

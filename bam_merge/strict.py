@@ -105,7 +105,7 @@ def _construct(loader: _Loader, node: yaml.Node, path: Path, marks: dict[Path, y
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key: Hashable = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            key: Hashable = _scalar(loader, key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
                 word = printable(str(getattr(key_node, "value", "")))
                 raise YamlError(f"the key {word} is not a string; put it in quotes", key_node.start_mark)
@@ -116,4 +116,12 @@ def _construct(loader: _Loader, node: yaml.Node, path: Path, marks: dict[Path, y
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, child, (*path, index), marks) for index, child in enumerate(node.value)]
-    return loader.construct_object(node)
+    return _scalar(loader, node)
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_object(node)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # what PyYAML's constructors raise for "!!int x"
+        kind = node.tag.rpartition(":")[2]
+        raise YamlError(f"{printable(str(node.value), 60)!r} is no {kind}", node.start_mark) from None

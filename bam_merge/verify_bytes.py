@@ -28,12 +28,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote..")
     try:
         document = load_json(read_small_file(path))
-        if document["format"] != MANIFEST_FORMAT:
-            raise VerifyError(f"{printable(str(path))}: format {document['format']!r}, this version reads {MANIFEST_FORMAT}.")
-    except (ValueError, KeyError, TypeError) as error:
-        raise VerifyError(f"{printable(str(path))}: not a manifest ({printable(str(error))}).") from None
-    manifest: dict[str, Any] = document
-    return manifest
+    except ValueError as error:
+        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged; merge again.") from None
+    if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
+    wrong = [key for key in ("recipe", "sources", "files", "tensors") if not isinstance(document.get(key), dict)]
+    wrong += [name for name, record in document["tensors"].items() if not _is_record(record)] if "tensors" not in wrong else []
+    wrong += (
+        [name for name, record in document["sources"].items() if not isinstance(record, dict) or not isinstance(record.get("files"), dict)]
+        if "sources" not in wrong
+        else []
+    )
+    if wrong:
+        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged; merge again.")
+    return document
+
+
+def _is_record(record: object) -> bool:
+    """Whether a tensor's record in a manifest has what is read of it."""
+    kinds = {"file": str, "dtype": str, "shape": list, "digest": str}
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
 
 
 def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:

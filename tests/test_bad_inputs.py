@@ -77,6 +77,13 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantised": (lambda law: edit_config(law, quantization_config={}), "quantised weights cannot be merged"),
     "hidden_size missing": (lambda law: edit_config(law, hidden_size=...), "config.json: hidden_size must be a positive integer, found None."),
     "heads as text": (lambda law: edit_config(law, num_attention_heads="4"), "num_attention_heads must be a positive integer, found '4'."),
+    "a flag as text": (lambda law: edit_config(law, tie_word_embeddings="false"), "config.json: tie_word_embeddings must be true or false, found 'false'."),
+    "eps as text": (lambda law: edit_config(law, rms_norm_eps="1e-5"), "config.json: rms_norm_eps must be a number, found '1e-5'."),
+    "head_dim as text": (lambda law: edit_config(law, head_dim="8"), "config.json: head_dim must be a positive integer, found '8'."),
+    "layer_types that is no list": (lambda law: edit_config(law, layer_types=5), "config.json: layer_types must name the kind of each of the 2 layers, found 5."),
+    "layer_types too short": (lambda law: edit_config(law, layer_types=["full_attention"]), "config.json: layer_types must name the kind of each of the 2 layers"),
+    "layers without end": (lambda law: edit_config(law, num_hidden_layers=10**12), "config.json: num_hidden_layers 1000000000000, expected at most 10000."),
+    "rope per layer type": (lambda law: edit_config(law, rope_parameters={"full_attention": {"rope_theta": 3.0}}), "config.json: rope_parameters has one set per full_attention; llama has one for all layers."),
     "uneven heads": (lambda law: edit_config(law, num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3."),
     "rope not an object": (lambda law: edit_config(law, rope_scaling="linear"), "rope_parameters must be an object, found 'linear'."),
     "no weights": (lambda law: (law / ONE).unlink(), "no weights found; expected model.safetensors or model.safetensors.index.json."),
@@ -135,6 +142,19 @@ def test_problems_of_all_sources_are_reported_together(llamas: Path, run: Any) -
     result = run(write_recipe(llamas))
     assert result.err.count("error:") == 3
     assert "3 problems; nothing was written." in result.err
+
+
+def test_sources_and_rules_are_reported_together(llamas: Path, run: Any) -> None:
+    """A missing source does not hide that others disagree, nor a disagreement that a rule matches nothing."""
+    recipe = write_recipe(llamas, "rules: [{roles: [attn.q_norm], make: mean}]", output="{path: out, layout: mixtrl}")
+    edit_config(llamas / "code", rms_norm_eps=1e-6)
+    result = run(recipe)
+    for message in ("'mixtrl' is no layout", "rules[0]: attn.q_norm matches no tensor", "sources.code: rms_norm_eps"):
+        assert message in result.err
+    shutil.rmtree(llamas / "law")
+    result = run(recipe)
+    for message in ("'mixtrl' is no layout", "law: no such folder", "sources.code: rms_norm_eps"):
+        assert message in result.err
 
 
 def test_what_may_differ_does_not_matter(llamas: Path, run: Any) -> None:

@@ -26,6 +26,16 @@ def test_options_may_stand_first(llamas: Path, run: Any) -> None:
     assert (llamas / "elsewhere" / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["demo", "plan", "merge", "x.yaml"])
+def test_option_values_may_be_any_word(llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A folder named like a command, or like a recipe, is no command and no recipe."""
+    monkeypatch.chdir(llamas)
+    recipe = write_recipe(llamas).name
+    for arguments in ((recipe, "--output", name), ("--output", name, "--force", recipe)):
+        assert run(*arguments).status == 0
+        assert (llamas / name / "config.json").exists()
+
+
 def test_python_cli_py_in_a_checkout(llamas: Path) -> None:
     done = subprocess.run([sys.executable, ROOT / "cli.py", write_recipe(llamas), "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -55,6 +65,7 @@ def test_plan_json_is_one_document(llamas: Path, run: Any) -> None:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["plna", "x"], "'plna' is neither a command nor a recipe file (.yaml); did you mean 'plan'?"),
+    (["plna", "x.yaml"], "'plna' is neither a command nor a recipe file (.yaml); did you mean 'plan'?"),
     (["plan"], "Missing argument 'RECIPE'"),
     (["plan", "x.yaml", "--jsno"], "--json"),
     (["none.yaml"], "none.yaml: No such file or directory."),

@@ -241,6 +241,24 @@ def test_nan_and_infinity_are_refused_or_recorded(llamas: Path, value: float) ->
     assert json.loads((folder / "bam_merge.json").read_text())["tensors"]["model.norm.weight"]["nonfinite"] == 1
 
 
+def test_resuming_does_not_trust_what_this_run_refuses(llamas: Path) -> None:
+    """A run that allowed NaN was killed; going on without the permission meets the NaN again."""
+    poison(llamas / "code", float("nan"))
+    plan = plan_file(write_recipe(llamas))
+
+    class Killed(Exception): ...
+
+    def kill(plan: Any, folder: Path, finished: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bam_merge.publish._write_companions", kill)
+        with pytest.raises(Killed):
+            publish(plan, None, MergeOptions(allow_nonfinite=True))
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
+        publish(plan, None, MergeOptions(resume=True))
+
+
 def test_overflow_of_float16_is_refused(llamas: Path) -> None:
     poison(llamas / "code", 1e6)
     with pytest.raises(NonFiniteError, match=r"overflows F16; choose a wider output\.dtype"):

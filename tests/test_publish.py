@@ -326,5 +326,6 @@ def test_interrupt_says_how_to_go_on(llamas: Path, run: Any, monkeypatch: pytest
     monkeypatch.setattr(execute_module, "wait", interrupt)
     result = run(write_recipe(llamas))
     assert result.status == 130
-    assert "interrupted. What is finished is kept: run again with --resume." in result.err
+    assert "what is finished is kept; run again with --resume to go on." in result.err
+    assert "interrupted." in result.err
     assert not (llamas / "out").exists()

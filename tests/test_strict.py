@@ -44,6 +44,12 @@ def test_yaml_scalars(text: str, value: object) -> None:
     ("a: 1\n\tb: 2", "found character '\\\\t'", (2, 1)),
     ("a: !!python/object/apply:os.system [ls]\nb: !x y", "could not determine a constructor", (2, 4)),
     ("--- 1\n--- 2", "expected a single document|but found another document", (2, 1)),
+    ("a: !!int x", "'x' is no int", (1, 4)),
+    ("a: !!float x", "'x' is no float", (1, 4)),
+    ("a: !!bool x", "'x' is no bool", (1, 4)),
+    ("a: !!timestamp x", "'x' is no timestamp", (1, 4)),
+    ("a: " + "9" * 5000, "is no int", (1, 4)),
+    ("!!int x: 1", "'x' is no int", (1, 1)),
     ("[" * 40 + "]" * 40, "nested more than 32 deep", None),
     ("# " + "x" * 1_000_001, "larger than 1,000,000 bytes", None),
 ])  # fmt: skip

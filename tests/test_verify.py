@@ -317,6 +317,21 @@ def test_a_folder_that_is_no_merge(llamas: Path, run: Any) -> None:
     assert "error: " in result.err
 
 
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('"tensors"', '"tensorz"', "tensors missing or damaged"),
+    ('"digest"', '"digezt"', "missing or damaged"),
+    ('"files"', '"filez"', "missing or damaged"),
+    ('"format": 1', '"format": 9', "format 9, this version reads 1"),
+    ('"tool"', "tool", "not valid JSON"),
+])  # fmt: skip
+def test_a_damaged_manifest_is_said_to_be(good: tuple[Path, Plan], run: Any, old: str, new: str, message: str) -> None:
+    path = good[0] / "bam_merge.json"
+    path.write_text(path.read_text().replace(old, new))
+    result = run("verify", good[0])
+    assert result.status == 2
+    assert message in result.err
+
+
 # ---- as part of a merge
 
 
