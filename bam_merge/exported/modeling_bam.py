@@ -269,18 +269,14 @@ class BamAttention(nn.Module):
         """y [B, T, D], and the attention weights where the implementation gives them. `gates` [B, T, N] of a mixture."""
         own, kv = self.parts()
         shape_BT = hidden_states.shape[:-1]
-        query, key, value = (
-            proj(hidden_states).view(*shape_BT, -1, self.head_dim) for proj in (own.q_proj, kv.k_proj, kv.v_proj)
-        )
+        query, key, value = (proj(hidden_states).view(*shape_BT, -1, self.head_dim) for proj in (own.q_proj, kv.k_proj, kv.v_proj))
         if self.config.qk_norm:
             query, key = own.q_norm(query), kv.k_norm(key)
         query, key = (rotate(x, *position_embeddings, self.config.rope_interleaved).transpose(1, 2) for x in (query, key))
         value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         heads, weights = attention_interface(
             self,
             query,
@@ -533,9 +529,7 @@ class BamModel(BamPreTrainedModel):
             attention_gates=gates,
         )
 
-    def _masks(
-        self, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor
-    ) -> dict[str, Any]:
+    def _masks(self, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor) -> dict[str, Any]:
         """The mask of each kind of layer."""
         if isinstance(attention_mask, dict):
             return attention_mask
@@ -674,7 +668,8 @@ class BamFuseHeads(ConversionOps):
             fused = torch.stack([tensor[None] for tensor in tensors] if self.unit.endswith("norm") else tensors, dim)
         elif tensors[0].shape[dim] % rows:
             raise ValueError(
-                f"{tensors[0].shape[dim]} rows are not whole k/v heads of {rows}: the number of processes must divide num_key_value_heads_per_expert"
+                f"{tensors[0].shape[dim]} rows are not whole k/v heads of {rows} rows: num_key_value_heads_per_expert must be a "
+                "multiple of the processes that share the model (tp_size)"
             )
         else:
             fused = torch.stack([tensor.unflatten(dim, (-1, rows)) for tensor in tensors], dim + 1).flatten(dim, dim + 2)
@@ -756,12 +751,12 @@ def _conversions() -> list[WeightConverter]:
         "k_norm.weight": BamFuseHeads("key norm"),
     }
     return [
-        *(WeightConverter(f"{heads}*.{name}", f"{heads}{name}", [op]) for name, op in fused.items()),
-        WeightConverter(f"{heads}*.o_proj.bias", f"{heads}o_proj_bias.weight", [BamFuseHeads("expert", 1)]),
-        WeightConverter([f"{ffn}*.up_proj.weight", f"{ffn}*.gate_proj.weight"], f"{ffn}gate_up_proj", [BamFuseFfn()]),
-        WeightConverter([f"{ffn}*.up_proj.bias", f"{ffn}*.gate_proj.bias"], f"{ffn}gate_up_proj_bias", [BamFuseFfn()]),
-        WeightConverter(f"{ffn}*.down_proj.weight", f"{ffn}down_proj", [MergeModulelist(dim=0)]),
-        WeightConverter(f"{ffn}*.down_proj.bias", f"{ffn}down_proj_bias", [MergeModulelist(dim=0)]),
+        *(WeightConverter(f"{heads}*.{name}", f"{heads}{name}", operations=[op]) for name, op in fused.items()),
+        WeightConverter(f"{heads}*.o_proj.bias", f"{heads}o_proj_bias.weight", operations=[BamFuseHeads("expert", 1)]),
+        WeightConverter([f"{ffn}*.up_proj.weight", f"{ffn}*.gate_proj.weight"], f"{ffn}gate_up_proj", operations=[BamFuseFfn()]),
+        WeightConverter([f"{ffn}*.up_proj.bias", f"{ffn}*.gate_proj.bias"], f"{ffn}gate_up_proj_bias", operations=[BamFuseFfn()]),
+        WeightConverter(f"{ffn}*.down_proj.weight", f"{ffn}down_proj", operations=[MergeModulelist(dim=0)]),
+        WeightConverter(f"{ffn}*.down_proj.bias", f"{ffn}down_proj_bias", operations=[MergeModulelist(dim=0)]),
     ]
 
 
