@@ -39,7 +39,8 @@ class BamConfig(PreTrainedConfig):
     """
 
     model_type = "bam"
-    keys_to_ignore_at_inference = ("past_key_values", "aux_loss", "router_logits", "attention_router_logits", "attention_gates")
+    # A list: the Trainer's evaluation adds one to it.
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "attention_router_logits", "attention_gates"]  # noqa: RUF012
     ignore_keys_at_rope_validation = frozenset({"partial_rotary_factor"})
 
     base_model_type: str | None = None
