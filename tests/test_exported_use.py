@@ -1,5 +1,6 @@
 """The exported model as it is used: caches, generate, padding, attention and expert implementations, compile, offload, training."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,23 @@ def test_left_padding_changes_nothing(folder: Path) -> None:
     assert torch.equal(padded, load_model(folder).generate(tokens * mask, 8, attention_mask_BT=mask))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 @torch.no_grad()
-def test_attention_implementations_agree(implementation: str, folder: Path) -> None:
+def assert_attention_agrees(implementation: str, folder: Path) -> None:
     model, tokens, mask = load(folder), ids(), torch.ones(2, 40, dtype=torch.long)
     mask[0, :9] = 0
     other = load(folder, attn_implementation=implementation)
     seen = mask.bool()
     assert distance(other(tokens, attention_mask=mask).logits[seen], model(tokens, attention_mask=mask).logits[seen]) < 1e-5
+
+
+def test_eager_attention_agrees_with_sdpa(folder: Path) -> None:
+    assert_attention_agrees("eager", folder)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention compiles its kernels")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_flex_attention_agrees_with_sdpa(folders: Callable[[str], Path]) -> None:
+    assert_attention_agrees("flex_attention", folders("sliding window, mixed layers"))
 
 
 @torch.no_grad()
