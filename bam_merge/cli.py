@@ -6,13 +6,17 @@ Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usag
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bam_merge import __version__
 from bam_merge.errors import BamMergeError, VerificationFailed, nearest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class _DefaultMerge(click.Group):
@@ -97,13 +101,16 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
     After --text FILE, further FILEs may follow.
     """
     from bam_merge.plan import plan_file
-    from bam_merge.render import report_text
+    from bam_merge.render_report import report_tables
     from bam_merge.verification import verify as run
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
-    click.echo(json.dumps(report.document(), indent=2, allow_nan=False) if as_json else report_text(report))
+    if as_json:
+        click.echo(json.dumps(report.document(), indent=2, allow_nan=False))
+    else:
+        _print(report_tables(report))
     if not report.ok:
         sys.exit(1)
 
@@ -120,18 +127,22 @@ def schema() -> None:
 @click.argument("folder", type=click.Path(file_okay=False), default="demo")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
 def demo(folder: str, force: bool) -> None:
-    """Make four small dense checkpoints in FOLDER and merge them into a BAM mixture. Offline, a few seconds."""
-    from bam_merge.demo import make_demo
+    """Make four small dense checkpoints in FOLDER, merge them into a BAM mixture, prove it, run it. Offline, a few seconds."""
+    from bam_merge.demo import DEMO_TOKENS, continuation, make_demo
     from bam_merge.plan import plan_file
 
     recipe = make_demo(Path(folder), force)
     click.echo(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n", err=True)
     plan = plan_file(recipe)
     _show_plan(plan)
-    _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
+    target = _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
+    ids = [1, 2, 3, 5, 8]
+    command = f"python -m bam_merge.model {target} --ids '{' '.join(map(str, ids))}' --tokens {DEMO_TOKENS}"
+    click.echo(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
+    click.echo(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
-def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
+def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     from bam_merge.publish import MergeOptions, default_workers, publish
     from bam_merge.render import merge_progress, result_text, verdict_text
 
@@ -150,6 +161,16 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
     click.echo(result_text(plan, target))
     for report in reports:
         click.echo(verdict_text(report))
+    return target
+
+
+def _print(renderables: "Iterable[RenderableType]") -> None:
+    """Tables on stdout: as wide as the terminal, 80 columns and without colour where it is none."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    for renderable in renderables:
+        console.print(renderable)
 
 
 def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:

@@ -85,6 +85,7 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
     """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
     from bam_merge.verification import verify
 
+    options.notify("verifying")
     report = verify(staging.output, plan)
     options.on_report(report)
     if not report.ok:

@@ -62,35 +62,6 @@ def verdict_text(report: Report) -> str:
     return "; ".join([f"verified: {_count(passed, 'check')} passed", *open_])
 
 
-def report_text(report: Report) -> str:
-    """A verification for people: a line per check with value and tolerance, the routers, perplexities."""
-    marks = {True: "ok", False: "FAILED", None: "--"}
-    lines = []
-    for check in report.checks:
-        value = (
-            "" if check.value is None else f"{check.value:.3g}" + (f" (at most {check.tolerance:g})" if check.tolerance is not None else "")
-        )
-        lines.append(f"{marks[check.ok]:7} {check.name:17} {value:26} {check.detail}".rstrip())
-    for router in ("attention", "ffn"):
-        rows = [row for row in report.routing if row["router"] == router]
-        if rows:
-            lines += ["", f"{router} router    entropy   mean gate per expert (share of the tokens' choices)"]
-            lines += [
-                f"{'layer':>8} {row['layer']:<5} {row['entropy']:8.3f}   "
-                + "  ".join(f"{gate:.3f} ({share:4.0%})" for gate, share in zip(row["gate"], row["share"], strict=True))
-                for row in rows
-            ]
-    if report.perplexity:
-        names = list(report.perplexity[0]["perplexity"])
-        width = max(len(row["text"]) for row in report.perplexity)
-        lines += ["", f"{'perplexity':{max(width, 10)}} {'tokens':>7} " + " ".join(f"{name:>10}" for name in names)]
-        for row in report.perplexity:
-            values = " ".join(f"{row['perplexity'][name]:10.2f}" for name in names)
-            lines.append(f"{row['text']:{max(width, 10)}} {row['tokens']:7} {values}")
-    lines += ["", "verified" if report.ok else f"{_count(sum(1 for _ in report.failures), 'check')} failed"]
-    return "\n".join(lines)
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

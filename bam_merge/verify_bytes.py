@@ -24,8 +24,10 @@ from bam_merge.tensors import TORCH_DTYPES
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise VerifyError(f"{printable(str(folder))}: no such folder.")
     if not path.exists():
-        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote..")
+        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
     try:
         document = load_json(read_small_file(path))
     except ValueError as error:
@@ -186,7 +188,7 @@ def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tup
         if step.dtype in TORCH_DTYPES:
             bad += int((~torch.isfinite(written)).sum())
         if exact:
-            value = _exact(step.expr, sources, start, stop)
+            value = sources.piece(step.expr, start, stop)
             differs = (written.contiguous().view(torch.uint8) != value.contiguous().view(torch.uint8)).flatten()
             error, index = (float("inf"), int(differs.nonzero()[0]) // written.element_size()) if bool(differs.any()) else (0.0, 0)
         else:
@@ -197,11 +199,3 @@ def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tup
         if error > largest:
             largest, where = error, start * columns + index
     return largest, where, bad
-
-
-def _exact(expr: ops.Expr, sources: SourceTensors, start: int, stop: int) -> torch.Tensor:
-    if isinstance(expr, ops.Concat):
-        parts = [_exact(part, sources, 0, part.shape[0]) for part in expr.parts]
-        fused = torch.cat([part.view(expr.groups, -1, *part.shape[1:]) for part in parts], 1).reshape(expr.shape)
-        return fused[start:stop]
-    return sources.piece(expr, start, stop)
