@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/ready        ## four small checkpoints, planned and merged into a BAM mixture
+demo: $(VENV)/ready        ## four small checkpoints, planned, merged into a BAM mixture, verified, run
 	rm -rf demo
 	$(BIN)/bam-merge demo demo
 
