@@ -5,6 +5,7 @@ Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usag
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def cli() -> None:
     \b
     bam-merge RECIPE.yaml           plan, merge and publish, the same as bam-merge merge RECIPE.yaml
     bam-merge plan RECIPE.yaml      show what would be made from what
+    bam-merge inspect PATH          show what a model is, holds and costs
     """
 
 
@@ -83,6 +85,30 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
         _check_space(plan, None)
     else:
         _show_plan(plan, tensors)
+
+
+@cli.command()
+@click.argument("path", type=click.Path())
+@click.option("--tensors", metavar="GLOB", help="Only the tensors whose name matches, each with how it was made.")
+@click.option("--layer", type=click.IntRange(0), metavar="N", help="Only the tensors of this layer.")
+@click.option("--where", metavar="SOURCE:GLOB", help="What became of these tensors of a merge's source, as in 'math:model.layers.7.*'.")
+@click.option("--all", "every", is_flag=True, help="List every tensor, without folding equal layers and experts.")
+@click.option("--stats", is_flag=True, help="Read the values: range, moments, oddities, duplicates, routers.")
+@click.option("--as-bam", type=click.IntRange(1), metavar="N", help="What the mixtures of N such dense models would cost.")
+@click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="FFN experts per token, for --as-bam. Default: 1.")
+@click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
+@click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
+def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
+    """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
+    from bam_merge.inspection import inspect as look
+
+    found = look(path, **options)
+    if as_json:
+        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        return
+    from bam_merge.render_inspect import inspection_text
+
+    click.echo(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None), color=True)
 
 
 @cli.command()
@@ -129,6 +155,15 @@ def demo(folder: str, force: bool) -> None:
     plan = plan_file(recipe)
     _show_plan(plan)
     _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
+
+
+def _terminal() -> Any:
+    """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
+    from bam_merge.terminal import Terminal
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    unicode = (sys.stdout.encoding or "ascii").lower().startswith("utf")
+    return Terminal(max(40, shutil.get_terminal_size().columns), colour, unicode)
 
 
 def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ from bam_merge.errors import CheckpointError, printable, some
 from bam_merge.facts import mixture_values
 from bam_merge.model import ACTIVATIONS, Block, Model, ModelConfig, Norm, head
 from bam_merge.positions import ROPE_TYPES
-from bam_merge.safetensors_header import FileIdentity, TensorEntry, open_regular
-from bam_merge.source_files import leaf_runs
+from bam_merge.safetensors_header import TensorEntry
+from bam_merge.source_files import leaf_runs, read_runs
 from bam_merge.tensors import TORCH_DTYPES, buffer, decode
 
 HEAD_ROWS = 2**13
@@ -53,7 +53,7 @@ class StoredModel:
         itemsize = TORCH_DTYPES[leaf.dtype].itemsize
         bytes_B, view = buffer(ops.numel(leaf) * itemsize)
         runs = ((first * itemsize, count * itemsize) for first, count in leaf_runs(leaf, 0, ops.numel(leaf)))
-        _read_runs(self.checkpoint, entry, runs, view)
+        read_runs(self.checkpoint, entry, runs, view)
         return decode(bytes_B, leaf.dtype).reshape(leaf.shape).to(dtype)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +72,7 @@ class StoredModel:
         row = ops.numel(leaf) // leaf.shape[0] * TORCH_DTYPES[leaf.dtype].itemsize
         spans = [(rows[0], len(rows))] if isinstance(rows, range) else ((index, 1) for index in rows)
         bytes_B, view = buffer(len(rows) * row)
-        _read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
+        read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
         return decode(bytes_B, leaf.dtype).reshape(len(rows), *leaf.shape[1:]).to(dtype)
 
     def block(self, layer: int, dtype: torch.dtype = torch.float32) -> Block:
@@ -286,24 +286,3 @@ class _Locator:
     def report(self, problem: str, names: list[str]) -> None:
         if names:
             self.problems.append(f"{some(names)} {problem.format(len(names))}")
-
-
-def _read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterator[tuple[int, int]], view: memoryview) -> None:
-    """Fill `view` with the runs (first byte in the tensor, count) of a stored tensor, one after the other."""
-    path = checkpoint.path / entry.file
-    changed = CheckpointError(f"{printable(str(path))} changed since it was opened. Open it again when nothing writes to it.")
-    descriptor, position = open_regular(str(path)), 0
-    try:
-        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[entry.file].identity:
-            raise changed
-        for first, count in runs:
-            done = 0
-            while done < count:
-                got = os.preadv(descriptor, [view[position : position + count - done]], entry.offset + first + done)
-                if got == 0:
-                    raise changed
-                done, position = done + got, position + got
-    except OSError as error:
-        raise CheckpointError(f"{printable(str(path))}: reading {printable(entry.name)}: {error.strerror}.") from error
-    finally:
-        os.close(descriptor)

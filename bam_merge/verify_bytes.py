@@ -10,45 +10,14 @@ import xxhash
 
 from bam_merge import ops
 from bam_merge.checkpoint import Checkpoint, open_checkpoint, read_small_file
-from bam_merge.errors import BamMergeError, VerifyError, printable, some
-from bam_merge.manifest import MANIFEST, MANIFEST_FORMAT
+from bam_merge.errors import BamMergeError, printable, some
 from bam_merge.model import Model, ModelConfig
 from bam_merge.plan import Plan, Step
+from bam_merge.provenance import MANIFEST
 from bam_merge.rederive import SourceTensors, read_rows, rederive, row_blocks, survey_all, worst
 from bam_merge.report import Check
 from bam_merge.source_files import digest_range
-from bam_merge.strict import load_json
 from bam_merge.tensors import TORCH_DTYPES
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
-    path = folder / MANIFEST
-    if not path.exists():
-        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote..")
-    try:
-        document = load_json(read_small_file(path))
-    except ValueError as error:
-        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged; merge again.") from None
-    if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
-    wrong = [key for key in ("recipe", "sources", "files", "tensors") if not isinstance(document.get(key), dict)]
-    wrong += [name for name, record in document["tensors"].items() if not _is_record(record)] if "tensors" not in wrong else []
-    wrong += (
-        [name for name, record in document["sources"].items() if not isinstance(record, dict) or not isinstance(record.get("files"), dict)]
-        if "sources" not in wrong
-        else []
-    )
-    if wrong:
-        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged; merge again.")
-    return document
-
-
-def _is_record(record: object) -> bool:
-    """Whether a tensor's record in a manifest has what is read of it."""
-    kinds = {"file": str, "dtype": str, "shape": list, "digest": str}
-    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
 
 
 def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
