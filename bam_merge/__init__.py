@@ -20,7 +20,19 @@ _HOMES = {
     "inspect": "inspection",
 }  # fmt: skip
 
-__all__ = ["BamMergeError", "MergeOptions", "Plan", "Recipe", "__version__", "inspect", "load_model", "load_recipe", "make_plan", "merge", "verify"]
+__all__ = [
+    "BamMergeError",
+    "MergeOptions",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "inspect",
+    "load_model",
+    "load_recipe",
+    "make_plan",
+    "merge",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ def fates(manifest: Mapping[str, Any], pattern: str) -> list[dict[str, Any]]:
                     reason = dropped.get(tensor)
                     found.append({"source": name, "tensor": tensor, "made": made.get((name, tensor), []), "unused": reason})
     if not found:
-        raise VerifyError(f"--where: {printable(pattern)!r} matches no tensor of the sources. Quote the pattern, as in 'math:model.layers.7.*'.")
+        raise VerifyError(f"--where: {printable(pattern)!r} matches no tensor of the sources. Quote it: 'math:model.layers.7.*'.")
     return found
 
 

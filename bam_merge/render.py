@@ -10,15 +10,7 @@ from typing import Any
 
 from bam_merge.plan import Plan, Step
 from bam_merge.report import Report
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units, as disks are sold and max_shard_size is read: 1.23 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
+from bam_merge.words import count, human_bytes, ranges
 
 
 def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None) -> str:
@@ -91,10 +83,6 @@ def report_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
@@ -138,19 +126,6 @@ def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _without_layer(text: str, layer: int | None) -> str:
     return text if layer is None else re.sub(rf"\.{layer}\.", ".{layer}.", text, count=text.count(":") + 1)
-
-
-def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '{0-2,5}'; one number stands bare."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "}"
 
 
 def _aligned(rows: list[tuple[str, str, str]]) -> list[str]:

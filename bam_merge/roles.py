@@ -76,14 +76,16 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
 
 def guess(names: Iterable[str]) -> Architecture | None:
     """The architecture whose table explains the most of `names`, of equals the one with the fewest rows to spare; None if none does."""
+    return next(iter(alike(names)), None)
+
+
+def alike(names: Iterable[str]) -> list[Architecture]:
+    """The architectures whose tables explain the most of `names`, all of one kind, those with fewer rows first."""
     shapes = {_shape(name)[0] for name in names}
-
-    def fit(architecture: Architecture) -> tuple[int, int]:
-        templates = _templates(architecture.name)
-        return len(shapes & set(templates)), -len(templates)
-
-    best = max(architectures(), key=fit)
-    return best if fit(best)[0] else None
+    explained = {table.name: len(shapes & set(_templates(table.name))) for table in architectures()}
+    most = max(explained.values())
+    best = sorted((table for table in architectures() if most and explained[table.name] == most), key=lambda a: len(_templates(a.name)))
+    return [table for table in best if table.kind == best[0].kind]
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------------
