@@ -96,7 +96,9 @@ class Cost:
     def active(self) -> int | None:
         """Parameters that one token's forward multiplies with; None where the routing is not known."""
         inside = [piece for piece in self.pieces if piece.layer is None or piece.layer < self.layers]
-        return None if any(piece.used is None for piece in inside) else sum((piece.used or 0) * piece.size for piece in inside)
+        return (
+            None if not inside or any(piece.used is None for piece in inside) else sum((piece.used or 0) * piece.size for piece in inside)
+        )
 
     @property
     def nbytes(self) -> int:

@@ -200,7 +200,7 @@ def _provenance(
 ) -> tuple[Mapping[str, Origin], list[dict[str, Any]] | None, list[str]]:
     """The manifest's origins, what became of `where`, and what is odd: a manifest that is damaged, or of other tensors."""
     folder = anatomy.checkpoint.path
-    if os.path.isfile(path) or not (folder / MANIFEST).exists():
+    if not os.path.isdir(path) or not (folder / MANIFEST).exists():
         if where is not None:
             raise VerifyError(f"--where: {path} has no {MANIFEST}, which bam-merge writes beside what it merges.")
         return {}, None, []

@@ -95,7 +95,7 @@ def _blocks(found: Inspection) -> str:
         )
     dense = [layer for layer, block in enumerate(found.cost.blocks) if "router.ffn" not in block]
     if found.expert_count("ffn") and dense:
-        text += f"; layers {ranges(dense)} without experts"
+        text += f"; layer{'s' if len(dense) > 1 else ''} {ranges(dense)} without experts"
     return text
 
 

@@ -51,7 +51,8 @@ class Anatomy:
 
 def open_anatomy(path: str | os.PathLike[str], source: str = "model") -> Anatomy:
     """Open a folder or one safetensors file. Raises CheckpointError where the files themselves cannot be read."""
-    return anatomy(open_file(path) if os.path.isfile(path) else open_checkpoint(path), source)
+    alone = os.path.exists(path) and not os.path.isdir(path)
+    return anatomy(open_file(path) if alone else open_checkpoint(path), source)
 
 
 def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:

@@ -13,7 +13,11 @@ from bam_merge.plan import plan_file
 from bam_merge.roles import open_anatomy
 from bam_merge.synthetic import random_values, write_checkpoint
 
-METHODS: dict[Kind, tuple[str, str]] = {"expert_kv": ("bam", ""), "shared_kv": ("bam", "attention: {kv: shared}"), "btx": ("btx", "ffn: {top_k: 1}")}
+METHODS: dict[Kind, tuple[str, str]] = {
+    "expert_kv": ("bam", ""),
+    "shared_kv": ("bam", "attention: {kv: shared}"),
+    "btx": ("btx", "ffn: {top_k: 1}"),
+}
 
 
 def cost_at(path: Path) -> Cost:
