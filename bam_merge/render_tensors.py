@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 NUMBER = re.compile(r"(?<=\.)([0-9]{1,9})(?=\.)")
 
+Line = tuple[int, str, list[TensorEntry] | int]
+"""Indent, name, and the tensors that it stands for."""
+
 
 def _kind(entry: TensorEntry) -> str:
     return f"{entry.dtype} [{', '.join(map(str, entry.shape))}]"
@@ -28,27 +31,22 @@ def _kind(entry: TensorEntry) -> str:
 def tensors(found: Inspection, terminal: Terminal, every: bool) -> Iterator[RenderableType]:
     entries = found.entries
     yield heading("tensors", f"{len(entries):,}")
-    if every:
-        table = grid("left", "left", "left")
-        for entry in entries:
-            table.add_row(Text(printable(entry.name)), _kind(entry), _role(found, entry))
-        yield padded(table)
-        return
+    folded = [(0, printable(entry.name), [entry]) for entry in entries] if every else list(_folded(entries))
     if found.values:
-        yield from _tensors_with_figures(found, terminal)
+        yield from _with_figures(found, folded, terminal)
         return
-    table = grid("left", "left", "right")
-    for indent, name, members in _folded(entries):
+    table = grid("left", "left", "left" if every else "right")
+    for indent, name, members in folded:
         if isinstance(members, int):
             table.add_row(Text(name, style="cyan"), "", Text(f"{members:,}", style="cyan"))
         else:
-            table.add_row(Text("  " * indent + name), _kind(members[0]), f"{members[0].numel:,}")
+            last = _role(found, members[0]) if every else f"{members[0].numel:,}"
+            table.add_row(Text("  " * indent + name), _kind(members[0]), last)
     yield padded(table)
 
 
-def _tensors_with_figures(found: Inspection, terminal: Terminal) -> Iterator[RenderableType]:
-    folded = list(_folded(found.entries))
-    width = max(len(name) + 2 * indent for indent, name, _ in folded)
+def _with_figures(found: Inspection, folded: Sequence[Line], terminal: Terminal) -> Iterator[RenderableType]:
+    width = max((len(name) + 2 * indent for indent, name, _ in folded), default=0)
     for indent, name, members in folded:
         if isinstance(members, int):
             yield line(name, "cyan")
@@ -57,8 +55,8 @@ def _tensors_with_figures(found: Inspection, terminal: Terminal) -> Iterator[Ren
         yield Padding(_figures(found, members, terminal), (0, 0, 0, 4 + 2 * indent))
 
 
-def _folded(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, str, list[TensorEntry] | int]]:
-    """(indent, name, members): equal layers stand together below a heading, which has one layer's parameters instead of members."""
+def _folded(entries: Sequence[TensorEntry]) -> Iterator[Line]:
+    """Equal layers together below a heading, which has one layer's parameters instead of members."""
     blocks: dict[tuple[str, str | None], list[TensorEntry]] = {}
     for entry in entries:
         prefix, number, _ = _split(entry.name)

@@ -59,6 +59,8 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     """What each tensor of `checkpoint` is; leaves read from `source`."""
     findings = list(checkpoint.notes)
     facts: dict[str, Any] = {}
+    if "quantization_config" in checkpoint.config:
+        findings.append("config.json has a quantization_config: sizes and values are those of the quantised weights as stored.")
     if checkpoint.config_digest:
         architecture, guessed = find_by_model_type(checkpoint.config.get("model_type")), False
         if architecture:

@@ -206,7 +206,7 @@ def test_layers_that_differ_stand_apart(tmp_path: Path, run: Any) -> None:
     assert "layer 0 without experts" in " ".join(text.split())
     assert re.search(r"^  model\.layers\.0\.", text, re.MULTILINE)
     assert re.search(r"^  model\.layers\.1\.", text, re.MULTILINE)
-    assert "and one shared by all tokens" in text
+    assert "and one shared by all tokens" in " ".join(text.split())
 
 
 def test_what_it_says_of_a_mixture(tmp_path: Path, run: Any) -> None:
@@ -310,6 +310,9 @@ def test_stats_of_a_mixture(tmp_path: Path, run: Any) -> None:
     text = run("inspect", mixture(tmp_path, "llama"), "--stats").out
     assert re.search(r"router\.attn\s+normal", text)
     assert "▁" in text
+    everything = run("inspect", tmp_path / "out", "--stats", "--all").out
+    assert everything.count("std 0.") > text.count("std 0.") > 10
+    assert "router.ffn 1 " in everything
     record = inspect(tmp_path / "out", tensors="model.norm.weight", stats=True).document()["tensors"][0]["stats"]
     values = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].astype(float)
     assert record["mean"] == pytest.approx(values.mean(), rel=1e-12)
@@ -409,6 +412,21 @@ def test_what_is_no_model(tmp_path: Path, run: Any) -> None:
         result = run("inspect", path)
         assert (result.status, result.out) == (2, ""), path
         assert message in result.err
+
+
+def test_a_shard_that_is_not_there(tmp_path: Path, run: Any) -> None:
+    dense(tmp_path, shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    result = run("inspect", tmp_path)
+    assert result.status == 2
+    assert "1 of 3 files that model.safetensors.index.json names are missing: model-00002-of-00003.safetensors" in result.err
+    assert run("inspect", tmp_path / "model-00001-of-00003.safetensors").status == 0
+
+
+def test_quantised_weights_are_described(tmp_path: Path, run: Any) -> None:
+    result = run("inspect", edit(dense(tmp_path), quantization_config={"quant_method": "fp8"}))
+    assert result.status == 0
+    assert "config.json has a quantization_config" in result.out
 
 
 # ---- light
