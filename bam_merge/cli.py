@@ -3,6 +3,7 @@
 Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usage, recipe or checkpoint error, 130 interrupted.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -102,7 +103,11 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
     """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
     from bam_merge.inspection import inspect as look
 
-    found = look(path, **options)
+    gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
+    try:
+        found = look(path, **options)
+    finally:
+        gc.enable()
     if as_json:
         click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
         return

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bam_merge.checkpoint import Checkpoint
@@ -58,12 +59,12 @@ class Inspection:
     def entries(self) -> list[TensorEntry]:
         return [self.checkpoint.tensors[name] for name in self.shown]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
         return sum(entry.nbytes for entry in self.checkpoint.tensors.values())
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, int]:
         """Elements stored in each dtype, most first."""
         counts: Counter[str] = Counter()

@@ -57,38 +57,36 @@ def _with_figures(found: Inspection, folded: Sequence[Line], terminal: Terminal)
 
 def _folded(entries: Sequence[TensorEntry]) -> Iterator[Line]:
     """Equal layers together below a heading, which has one layer's parameters instead of members."""
-    blocks: dict[tuple[str, str | None], list[TensorEntry]] = {}
+    blocks: dict[tuple[str, str | None], list[tuple[str, TensorEntry]]] = {}
     for entry in entries:
-        prefix, number, _ = _split(entry.name)
-        blocks.setdefault((prefix, number), []).append(entry)
-    alike: dict[tuple[str, frozenset[object]], list[tuple[str, list[TensorEntry]]]] = {}
+        prefix, number, rest = _split(entry.name)
+        blocks.setdefault((prefix, number), []).append((rest, entry))
+    alike: dict[tuple[str, frozenset[object]], list[tuple[str, list[tuple[str, TensorEntry]]]]] = {}
     for (prefix, number), members in sorted(blocks.items(), key=lambda item: (item[0][1] is not None, int(item[0][1] or 0))):
-        inside = frozenset((_split(entry.name)[2], entry.dtype, entry.shape) for entry in members)
+        inside = frozenset((rest, entry.dtype, entry.shape) for rest, entry in members)
         alike.setdefault((prefix, inside), []).append((number or "", members))
     for (prefix, _), layers in alike.items():
+        first = layers[0][1]
         if not layers[0][0]:
-            yield 0, printable(prefix), layers[0][1]
+            yield 0, printable(prefix), [entry for _, entry in first]
             continue
         times = f"{len(layers)} x " if len(layers) > 1 else ""
-        each = sum(entry.numel for entry in layers[0][1])
-        yield 0, f"{times}{printable(prefix)}{ranges([int(number) for number, _ in layers])}.", each
-        yield from _fold_experts([entry for _, members in layers for entry in members])
+        name = f"{times}{printable(prefix)}{ranges([int(number) for number, _ in layers])}."
+        yield 0, name, sum(entry.numel for _, entry in first)
+        yield from _fold_experts([member for _, members in layers for member in members])
 
 
-def _fold_experts(entries: Sequence[TensorEntry]) -> Iterator[tuple[int, str, list[TensorEntry]]]:
-    """The tensors of equal layers, one line for all that differ in a number only."""
-    groups: dict[tuple[object, ...], list[TensorEntry]] = {}
-    for entry in entries:
-        groups.setdefault((NUMBER.sub("#", _inner(entry)), entry.dtype, entry.shape), []).append(entry)
-    for members in groups.values():
-        words = NUMBER.split(_inner(members[0]))
-        numbers = zip(*(map(int, NUMBER.findall(_inner(entry))) for entry in members), strict=True)
+def _fold_experts(members: Sequence[tuple[str, TensorEntry]]) -> Iterator[tuple[int, str, list[TensorEntry]]]:
+    """The tensors of equal layers, each with its name inside the layer, one line for all that differ in a number only."""
+    groups: dict[tuple[object, ...], list[tuple[list[str], TensorEntry]]] = {}
+    for rest, entry in members:
+        words = NUMBER.split(f".{rest}")
+        groups.setdefault((*words[::2], entry.dtype, entry.shape), []).append((words, entry))
+    for alike in groups.values():
+        words = list(alike[0][0])
+        numbers = zip(*(map(int, other[1::2]) for other, _ in alike), strict=True)
         words[1::2] = [ranges(sorted(set(column))) for column in numbers]
-        yield 1, printable("".join(words)[1:]), members
-
-
-def _inner(entry: TensorEntry) -> str:
-    return "." + _split(entry.name)[2]
+        yield 1, printable("".join(words)[1:]), [entry for _, entry in alike]
 
 
 def _split(name: str) -> tuple[str, str | None, str]:

@@ -73,14 +73,15 @@ def grid(*justify: str, header: Sequence[str] | None = None) -> Table:
 
 
 def number(value: int | float) -> str:
-    """1,234,567 while it fits a column, 671 G beyond."""
+    """1,234,567 while it fits a column, 671.1 G beyond."""
     if isinstance(value, float):
         return f"{value:,.0f}"
-    for unit in ("", "G", "T", "P"):
-        if value < 10**10:
-            return f"{value:,} {unit}".rstrip()
-        value = round(value / 10**9) if not unit else round(value / 1000)
-    return f"{value:.3g}"
+    if value < 10**10:
+        return f"{value:,}"
+    for unit, size in (("G", 10**9), ("T", 10**12)):
+        if value < 1000 * size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value / 10**15:,.4g} P"
 
 
 def short(value: float | None) -> str:
