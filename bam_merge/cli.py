@@ -3,20 +3,18 @@
 Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usage, recipe or checkpoint error, 130 interrupted.
 """
 
+import gc
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from bam_merge import __version__
 from bam_merge.errors import BamMergeError, VerificationFailed, nearest
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 class _DefaultMerge(click.Group):
@@ -48,6 +46,7 @@ def cli() -> None:
     \b
     bam-merge RECIPE.yaml           plan, merge and publish, the same as bam-merge merge RECIPE.yaml
     bam-merge plan RECIPE.yaml      show what would be made from what
+    bam-merge inspect PATH          show what a model is, holds and costs
     """
 
 
@@ -90,6 +89,34 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("path", type=click.Path())
+@click.option("--tensors", metavar="GLOB", help="Only the tensors whose name matches, each with how it was made.")
+@click.option("--layer", type=click.IntRange(0), metavar="N", help="Only the tensors of this layer.")
+@click.option("--where", metavar="SOURCE:GLOB", help="What became of these tensors of a merge's source, as in 'math:model.layers.7.*'.")
+@click.option("--all", "every", is_flag=True, help="List every tensor, without folding equal layers and experts.")
+@click.option("--stats", is_flag=True, help="Read the values: range, moments, oddities, duplicates, routers.")
+@click.option("--as-bam", type=click.IntRange(1), metavar="N", help="What the mixtures of N such dense models would cost.")
+@click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="FFN experts per token, for --as-bam. Default: 1.")
+@click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
+@click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
+def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
+    """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
+    from bam_merge.inspection import inspect as look
+
+    gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
+    try:
+        found = look(path, **options)
+    finally:
+        gc.enable()
+    if as_json:
+        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        return
+    from bam_merge.render_inspect import inspection_text
+
+    click.echo(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None), color=True)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path())
 @click.option("--recipe", type=click.Path(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
 @click.option("--text", "texts", type=click.Path(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
@@ -110,7 +137,7 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
     if as_json:
         click.echo(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
-        _print(report_tables(report))
+        click.echo(_terminal().text(*report_tables(report)), color=True)
     if not report.ok:
         sys.exit(1)
 
@@ -142,6 +169,15 @@ def demo(folder: str, force: bool) -> None:
     click.echo(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
+def _terminal() -> Any:
+    """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
+    from bam_merge.terminal import Terminal
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    unicode = (sys.stdout.encoding or "ascii").lower().startswith("utf")
+    return Terminal(max(40, shutil.get_terminal_size().columns), colour, unicode)
+
+
 def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     from bam_merge.publish import MergeOptions, default_workers, publish
     from bam_merge.render import merge_progress, result_text, verdict_text
@@ -162,15 +198,6 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     for report in reports:
         click.echo(verdict_text(report))
     return target
-
-
-def _print(renderables: "Iterable[RenderableType]") -> None:
-    """Tables on stdout: as wide as the terminal, 80 columns and without colour where it is none."""
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, highlight=False)
-    for renderable in renderables:
-        console.print(renderable)
 
 
 def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:

@@ -83,7 +83,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
                         settings.on_finished(step, result)
 
     try:
-        with _one_torch_thread():
+        with one_torch_thread():
             _run_all(work, settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
@@ -101,7 +101,7 @@ def available_processors() -> int:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """The workers are the parallelism, so each sets torch to one thread; afterwards the caller gets back what it had."""
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else available_processors()

@@ -18,8 +18,11 @@ from bam_merge.kernels import initialise, uniforms
 from bam_merge.plan import Plan
 from bam_merge.tensors import TORCH_DTYPES
 
-ROWS_BYTES = 2**22
+ROWS_BYTES = 2**20
 """Bytes of one source tensor, as stored, that are compared at a time."""
+
+MAPPED_BYTES = 2**23
+"""Bytes that are read of a file before it is opened anew."""
 
 SURVEY_BINS, SURVEY_SORTED = 2**12, 2**20
 """Bins of a histogram, and the most elements that are sorted, where a whole tensor is searched for a threshold."""
@@ -28,19 +31,35 @@ MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
 
 
-class SourceTensors:
-    """Row blocks of source tensors through the safetensors library.
+class RowReader:
+    """Rows of tensors in safetensors files, by the safetensors library; for one thread.
 
-    Files are opened for each block anew: the library maps them, and pages of an open map count as this process's memory.
+    The library maps files, and the pages that were read of an open map count as this process's memory: so a file is closed after
+    MAPPED_BYTES.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[Any, int]] = {}
+
+    def read(self, path: Path, tensor: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a stored tensor, in its own dtype."""
+        reader, count = self._open.pop(path, None) or (safe_open(path, "pt"), 0)
+        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
+        if count + rows.nbytes < MAPPED_BYTES:
+            self._open[path] = (reader, count + rows.nbytes)
+        return rows
+
+
+class SourceTensors:
+    """Row blocks of a plan's source tensors."""
+
+    def __init__(self, plan: Plan, reader: RowReader) -> None:
+        self.plan, self.reader = plan, reader
 
     def rows(self, read: ops.Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
         checkpoint = self.plan.models[read.source].checkpoint
-        return read_rows(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop)
+        return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop)
 
     def piece(self, expr: ops.Expr, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of what only moves bytes: a stored tensor, a slice of one, several of them fused."""
@@ -74,13 +93,6 @@ def concat_runs(expr: ops.Concat, start: int, stop: int) -> Iterator[tuple[ops.E
     rows = [part.shape[0] // expr.groups for part in expr.parts]
     for group, part, first, last in _runs(rows, start, stop):
         yield expr.parts[part], group * rows[part] + first, group * rows[part] + last
-
-
-def read_rows(path: Path, tensor: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a tensor in a safetensors file, by the safetensors library."""
-    with safe_open(path, "pt") as reader:
-        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
-    return rows
 
 
 def row_blocks(shape: ops.Shape, itemsize: int) -> Iterator[tuple[int, int]]:

@@ -13,11 +13,12 @@ from bam_merge.errors import BamMergeError, CheckpointError, printable, some
 from bam_merge.loading import open_model
 from bam_merge.perplexity import perplexities, read_texts
 from bam_merge.plan import Plan, make_plan
+from bam_merge.provenance import read_manifest
 from bam_merge.recipe import Recipe, parse_recipe
 from bam_merge.report import Check, Report
 from bam_merge.strict import load_json
 from bam_merge.tokens import encode, open_tokenizer
-from bam_merge.verify_bytes import against_sources, digests, read_manifest, structure
+from bam_merge.verify_bytes import against_sources, digests, structure
 from bam_merge.verify_function import against_dense, as_it_is, open_all
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \

@@ -305,8 +305,8 @@ def test_without_sources_it_says_digests_only(good: tuple[Path, Plan], run: Any)
     shutil.rmtree(folder.parent / "law")
     result = run("verify", folder)
     assert result.status == 0
-    assert "--      sources" in result.out
-    assert "not at hand, so digests only: sources.law" in result.out
+    out = " ".join(result.out.split())
+    assert re.search(r" sources -- not at hand, so digests only: sources\.law", out)
 
 
 def test_changed_sources_are_noticed(good: tuple[Path, Plan]) -> None:
@@ -322,8 +322,8 @@ def test_a_moved_result_finds_its_sources_by_the_recipe(good: tuple[Path, Plan],
     folder, _ = good
     moved = tmp_path / "a" / "b" / "c"
     shutil.move(folder, moved)
-    assert "digests only" in run("verify", moved).out
-    assert "digests only" not in run("verify", moved, "--recipe", tmp_path / "recipe.yaml").out
+    assert "digests only" in " ".join(run("verify", moved).out.split())
+    assert "digests only" not in " ".join(run("verify", moved, "--recipe", tmp_path / "recipe.yaml").out.split())
 
 
 def test_a_folder_that_is_no_merge(llamas: Path, run: Any) -> None:
