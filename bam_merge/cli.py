@@ -230,7 +230,8 @@ def main() -> None:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
         failed = isinstance(error, VerificationFailed)
         if len(error.problems) > 1 and not failed:
-            click.echo(f"{len(error.problems)} problems; nothing was written.", err=True)
+            reading = sys.argv[1:2] in (["inspect"], ["diff"], ["verify"])
+            click.echo(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.", err=True)
         sys.exit(1 if failed else 2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("bam-merge: interrupted.", err=True)

@@ -8,7 +8,7 @@ Sections:
     bam       bam-merge BAM Expert-KV, against the same
     mergekit  mergekit-moe with random gates, against cp of its output and bam-merge BTX (needs --mergekit)
     memory    peak memory of merges of tensors of one size and of ten times that size (sparse inputs that hold zeros)
-    startup   --help, and plans from headers alone, against `import torch`
+    startup   --help, plans and inspect from headers alone, against `import torch`
 
 Work: four Llama-shaped dense models (22 layers, d 2048, FFN 5632, 32 heads, 4 KV heads, vocabulary 32,000, untied, bfloat16,
 random weights; 2.2 GB each) at --scale 1. A smaller scale takes that share of the layers and of the vocabulary; tensors of a
@@ -350,12 +350,14 @@ def startup(bench: Bench) -> Table:
         Command("bam-merge plan, 4 x 1B shape", [bam_merge(), "plan", plan_small]),
         # Status 2 follows the plan where the disk has no room for the 900 GB that the merge would write.
         Command("bam-merge plan, 8 x 70B shape", [bam_merge(), "plan", plan_large], allowed=(0, 2)),
+        Command("bam-merge inspect, 1B shape", [bam_merge(), "inspect", small["seed"]]),
+        Command("bam-merge inspect, 70B shape", [bam_merge(), "inspect", large["model0"]]),
         Command("python -c 'import torch'", [sys.executable, "-c", "import torch"]),
     ]
     for command in commands:  # once untimed, for the page cache
         printed = measure(command).output
-        if "plan" in command.label and "parameters" not in printed:
-            raise SystemExit(f"{command.label} printed no plan:\n{printed[-3000:]}")
+        if command.label.startswith(("bam-merge plan", "bam-merge inspect")) and "parameters" not in printed:
+            raise SystemExit(f"{command.label} printed no answer:\n{printed[-3000:]}")
     return Table("start-up", alternate(commands, bench.pairs, ["python -c 'import torch'"]))
 
 
