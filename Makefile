@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/ready        ## four small checkpoints, planned and merged into a BAM mixture
+demo: $(VENV)/ready        ## four small checkpoints, planned, merged into a BAM mixture, verified, run
 	rm -rf demo
 	$(BIN)/bam-merge demo demo
 
@@ -39,6 +39,7 @@ example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, thre
 
 bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens of minutes, tens of GB)
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/verify.py
 
 test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods with mergekit's, in a venv of its own
 	$(BIN)/python benchmarks/mergekit_parity.py --mergekit .venv-mergekit/bin

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bam_merge.errors import BamMergeError
+    from bam_merge.inspection import inspect
     from bam_merge.loading import load_model
     from bam_merge.plan import Plan, make_plan
     from bam_merge.publish import MergeOptions, merge
@@ -16,9 +17,22 @@ if TYPE_CHECKING:
 _HOMES = {
     "BamMergeError": "errors", "load_recipe": "recipe", "Recipe": "recipe", "make_plan": "plan", "Plan": "plan",
     "merge": "publish", "MergeOptions": "publish", "verify": "verification", "load_model": "loading",
+    "inspect": "inspection",
 }  # fmt: skip
 
-__all__ = ["BamMergeError", "MergeOptions", "Plan", "Recipe", "__version__", "load_model", "load_recipe", "make_plan", "merge", "verify"]
+__all__ = [
+    "BamMergeError",
+    "MergeOptions",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "inspect",
+    "load_model",
+    "load_recipe",
+    "make_plan",
+    "merge",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,13 +62,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense family (`kind` "dense") or a mixture layout ("mixture"), as its table says."""
+    """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
+
+    `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads.
+    """
 
     name: str
     kind: str
     model_types: tuple[str, ...]
     class_name: str
     rows: tuple[Row, ...]
+    others: tuple[Row, ...]
     dropped: tuple[str, ...]
     function: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -88,16 +92,28 @@ def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
 
 
 @cache
-def architecture_names() -> tuple[str, ...]:
+def _table_names() -> tuple[str, ...]:
     return tuple(
         sorted(item.name.removesuffix(".toml") for item in files("bam_merge.architectures").iterdir() if item.name.endswith(".toml"))
     )
 
 
 @cache
+def architecture_names() -> tuple[str, ...]:
+    """The dense families and mixture layouts that can be merged and loaded."""
+    return tuple(name for name in _table_names() if load_architecture(name).kind != "foreign")
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """Every table, the foreign ones too."""
+    return tuple(map(load_architecture, _table_names()))
+
+
+@cache
 def load_architecture(name: str) -> Architecture:
     """The table called `name`. Raises KeyError when there is none."""
-    if name not in architecture_names():
+    if name not in _table_names():
         raise KeyError(name)
     table = tomllib.loads((files("bam_merge.architectures") / f"{name}.toml").read_text(encoding="utf-8"))
     return Architecture(
@@ -106,6 +122,7 @@ def load_architecture(name: str) -> Architecture:
         model_types=tuple(table["model_types"]),
         class_name=table["class"],
         rows=tuple(_row(record) for record in table["tensors"]["rows"]),
+        others=tuple(_row(record) for record in table["tensors"].get("others", ())),
         dropped=tuple(table["tensors"].get("dropped", ())),
         function=tuple(table.get("function", ())),
         defaults=table.get("defaults", {}),
@@ -141,14 +158,14 @@ def natural_order(architecture: Architecture, layers: int) -> Iterator[tuple[Row
 
 @cache
 def dense_families() -> tuple[Architecture, ...]:
-    return tuple(a for a in map(load_architecture, architecture_names()) if a.kind == "dense")
+    return tuple(a for a in architectures() if a.kind == "dense")
 
 
 @cache
 def mixture_layouts() -> tuple[Architecture, ...]:
-    return tuple(a for a in map(load_architecture, architecture_names()) if a.kind == "mixture")
+    return tuple(a for a in architectures() if a.kind == "mixture")
 
 
 def find_by_model_type(model_type: object) -> Architecture | None:
-    """The architecture that config.json's `model_type` names, dense or mixture."""
-    return next((a for a in (*dense_families(), *mixture_layouts()) if model_type in a.model_types), None)
+    """The architecture that config.json's `model_type` names: dense, mixture or foreign."""
+    return next((a for a in architectures() if model_type in a.model_types), None)

@@ -80,6 +80,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(folder, config, digest, files, tensors, tuple(notes))
 
 
+def open_file(path: str | os.PathLike[str]) -> Checkpoint:
+    """One safetensors file as a checkpoint without a config.json; `path` is its folder. Raises CheckpointError."""
+    file = Path(path)
+    header = read_header(str(file), file.name)
+    return Checkpoint(file.parent, {}, "", {file.name: header}, {entry.name: entry for entry in header.tensors})
+
+
 def read_small_file(path: Path) -> bytes:
     """The bytes of a regular file of at most 100 MB. Raises CheckpointError."""
     descriptor = open_regular(str(path))

@@ -3,8 +3,10 @@
 Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usage, recipe or checkpoint error, 130 interrupted.
 """
 
+import gc
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def cli() -> None:
     \b
     bam-merge RECIPE.yaml           plan, merge and publish, the same as bam-merge merge RECIPE.yaml
     bam-merge plan RECIPE.yaml      show what would be made from what
+    bam-merge inspect PATH          show what a model is, holds and costs
     """
 
 
@@ -86,6 +89,34 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("path", type=click.Path())
+@click.option("--tensors", metavar="GLOB", help="Only the tensors whose name matches, each with how it was made.")
+@click.option("--layer", type=click.IntRange(0), metavar="N", help="Only the tensors of this layer.")
+@click.option("--where", metavar="SOURCE:GLOB", help="What became of these tensors of a merge's source, as in 'math:model.layers.7.*'.")
+@click.option("--all", "every", is_flag=True, help="List every tensor, without folding equal layers and experts.")
+@click.option("--stats", is_flag=True, help="Read the values: range, moments, oddities, duplicates, routers.")
+@click.option("--as-bam", type=click.IntRange(1), metavar="N", help="What the mixtures of N such dense models would cost.")
+@click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="FFN experts per token, for --as-bam. Default: 1.")
+@click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
+@click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
+def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
+    """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
+    from bam_merge.inspection import inspect as look
+
+    gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
+    try:
+        found = look(path, **options)
+    finally:
+        gc.enable()
+    if as_json:
+        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        return
+    from bam_merge.render_inspect import inspection_text
+
+    click.echo(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None), color=True)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path())
 @click.option("--recipe", type=click.Path(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
 @click.option("--text", "texts", type=click.Path(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
@@ -97,13 +128,16 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
     After --text FILE, further FILEs may follow.
     """
     from bam_merge.plan import plan_file
-    from bam_merge.render import report_text
+    from bam_merge.render_report import report_tables
     from bam_merge.verification import verify as run
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
-    click.echo(json.dumps(report.document(), indent=2, allow_nan=False) if as_json else report_text(report))
+    if as_json:
+        click.echo(json.dumps(report.document(), indent=2, allow_nan=False))
+    else:
+        click.echo(_terminal().text(*report_tables(report)), color=True)
     if not report.ok:
         sys.exit(1)
 
@@ -120,18 +154,31 @@ def schema() -> None:
 @click.argument("folder", type=click.Path(file_okay=False), default="demo")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
 def demo(folder: str, force: bool) -> None:
-    """Make four small dense checkpoints in FOLDER and merge them into a BAM mixture. Offline, a few seconds."""
-    from bam_merge.demo import make_demo
+    """Make four small dense checkpoints in FOLDER, merge them into a BAM mixture, prove it, run it. Offline, a few seconds."""
+    from bam_merge.demo import DEMO_TOKENS, continuation, make_demo
     from bam_merge.plan import plan_file
 
     recipe = make_demo(Path(folder), force)
     click.echo(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n", err=True)
     plan = plan_file(recipe)
     _show_plan(plan)
-    _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
+    target = _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
+    ids = [1, 2, 3, 5, 8]
+    command = f"python -m bam_merge.model {target} --ids '{' '.join(map(str, ids))}' --tokens {DEMO_TOKENS}"
+    click.echo(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
+    click.echo(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
-def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
+def _terminal() -> Any:
+    """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
+    from bam_merge.terminal import Terminal
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    unicode = (sys.stdout.encoding or "ascii").lower().startswith("utf")
+    return Terminal(max(40, shutil.get_terminal_size().columns), colour, unicode)
+
+
+def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     from bam_merge.publish import MergeOptions, default_workers, publish
     from bam_merge.render import merge_progress, result_text, verdict_text
 
@@ -150,6 +197,7 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> None:
     click.echo(result_text(plan, target))
     for report in reports:
         click.echo(verdict_text(report))
+    return target
 
 
 def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:
@@ -182,7 +230,8 @@ def main() -> None:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
         failed = isinstance(error, VerificationFailed)
         if len(error.problems) > 1 and not failed:
-            click.echo(f"{len(error.problems)} problems; nothing was written.", err=True)
+            reading = sys.argv[1:2] in (["inspect"], ["diff"], ["verify"])
+            click.echo(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.", err=True)
         sys.exit(1 if failed else 2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("bam-merge: interrupted.", err=True)

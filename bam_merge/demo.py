@@ -12,6 +12,9 @@ CONFIG = {
     "max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 
+DEMO_TOKENS = 12
+"""How many tokens the demo generates."""
+
 RECIPE = """\
 # Four dense models become one BAM mixture: each keeps its attention and its FFN as an expert, the rest is averaged.
 method: bam
@@ -39,3 +42,13 @@ def make_demo(folder: Path, force: bool = False) -> Path:
     for branch, name in enumerate(("code", "law", "math")):
         write_checkpoint(folder / name, CONFIG, branched_values(0, branch), "BF16")
     return recipe
+
+
+def continuation(folder: Path, ids: list[int], tokens: int) -> list[int]:
+    """`ids` and the `tokens` likeliest ids after them, by the reference model of `folder`."""
+    import torch
+
+    from bam_merge.loading import load_model
+
+    made: list[int] = load_model(folder).generate(torch.tensor([ids]), tokens)[0].tolist()
+    return made

@@ -168,8 +168,10 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
             return {}
         rope[key] = float(rope[key])
     if rope["rope_type"] in ("dynamic", "yarn", "longrope"):
-        longest = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-        rope.setdefault("original_max_position_embeddings", longest)
+        outer = config.get("original_max_position_embeddings")  # of two, transformers prefers this one
+        rope["original_max_position_embeddings"] = (
+            outer or rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        )
     return dict(sorted(rope.items()))
 
 

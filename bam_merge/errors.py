@@ -62,6 +62,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def printable(text: str, limit: int = 200) -> str:
     """`text` made safe for a terminal and a log: control and format characters escaped, very long names cut."""
+    if len(text) <= limit and text.isprintable():
+        return text
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return shown if len(text) <= limit else shown[:limit] + f"... ({len(text)} characters)"
 

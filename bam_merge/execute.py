@@ -1,7 +1,7 @@
 """Carries out a plan: streams every tensor to its planned place with bounded memory, by any number of workers.
 
 Every output's file and offset are fixed by the plan, so workers need no order and the bytes are the same for any number of
-them. Plain copies stay in the kernel; arithmetic runs on chunks. torch is imported by the first worker that computes, while
+them. Plain copies and arithmetic run on chunks. torch is imported by the first worker that computes, while
 others already copy.
 """
 
@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bam_merge.kernels import Chunk
+
+FLUSH_SECONDS = 0.05
+"""Pause between two syncs of what the workers have written."""
 
 Progress = Callable[[int], None]
 """Called with the number of output bytes that have just been written."""
@@ -83,7 +86,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
                         settings.on_finished(step, result)
 
     try:
-        with _one_torch_thread():
+        with one_torch_thread(), _written_behind({folder / file: fd for file, fd in outputs.items()}, stop):
             _run_all(work, settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
@@ -101,7 +104,7 @@ def available_processors() -> int:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """The workers are the parallelism, so each sets torch to one thread; afterwards the caller gets back what it had."""
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else available_processors()
@@ -156,6 +159,36 @@ def _reserve(descriptor: int, nbytes: int) -> None:
                 raise
 
 
+@contextmanager
+def _written_behind(outputs: Mapping[Path, int], stop: threading.Event) -> Iterator[None]:
+    """Sync the files again and again in a thread of its own, so that the disk works while the processors do and the last sync is short.
+
+    A sync that fails is fatal, and not tried again: what it could not write may be gone from memory. It stops the workers.
+    """
+    ended, failures = threading.Event(), list[tuple[Path, OSError]]()
+
+    def flush() -> None:
+        while not ended.wait(FLUSH_SECONDS):
+            for path, descriptor in outputs.items():
+                try:
+                    getattr(os, "fdatasync", os.fsync)(descriptor)
+                except OSError as error:
+                    failures.append((path, error))
+                    stop.set()
+                    return
+
+    thread = threading.Thread(target=flush, name="bam-merge-flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    for path, error in failures:
+        with writing(path):
+            raise error
+
+
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
@@ -195,7 +228,11 @@ class _Writer:
         return Finished(self.digest.hexdigest(), reads, self.nonfinite)
 
     def copy(self) -> bool:
-        """Move bytes in the kernel (a reflink where the file system has them), and read them once for the digest."""
+        """Copy bytes through a buffer that stays in the processor's cache, where the digest finds them too.
+
+        Reading and writing 1 MB at a time takes 0.8 of the time of copy_file_range and a read for the digest; tensors do not lie on
+        block boundaries, so there would be nothing to reflink.
+        """
         size = DTYPE_BITS[self.step.dtype]
         view = memoryview(bytearray(min(COPY_BUFFER, max(1, self.step.nbytes))))
         for read, first, count in copy_runs(self.step.expr, 0, ops.numel(self.step.expr)):
@@ -205,28 +242,8 @@ class _Writer:
                     return False
                 piece = view[: min(len(view), end - position)]
                 self.sources.read_into(read, position, piece)
-                if not self._copy_in_kernel(read, position, len(piece)):
-                    self._write(piece)
-                self._advance(piece)
+                self._emit(piece)
                 position += len(piece)
-        return True
-
-    def _copy_in_kernel(self, read: ops.Read, position: int, count: int) -> bool:
-        if not hasattr(os, "copy_file_range"):  # Linux only
-            return False
-        source, start = self.sources.descriptor(read), self.sources.entry(read).offset + position
-        target, done = self.step.offset + self.written, 0
-        while done < count:
-            try:
-                moved = os.copy_file_range(source, self.output, count - done, start + done, target + done)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-                    with writing(self.path):
-                        raise
-                return False  # another file system, or none that can: write it ourselves
-            if moved == 0:
-                return False
-            done += moved
         return True
 
     def compute(self) -> bool:
@@ -300,9 +317,9 @@ class _Writer:
         from bam_merge.tensors import TORCH_DTYPES
 
         rounded_C = values_C.to(TORCH_DTYPES[self.step.dtype])
-        finite_C = torch.isfinite(rounded_C)
-        if not bool(finite_C.all()):
-            bad = (~finite_C).nonzero()
+        ends = torch.aminmax(rounded_C) if len(rounded_C) else ()  # NaN if any is; a tenth of the time of looking at every element
+        if not all(bool(torch.isfinite(end)) for end in ends):
+            bad = (~torch.isfinite(rounded_C)).nonzero()
             self.nonfinite += len(bad)
             if not self.settings.allow_nonfinite:
                 index = start + int(bad[0])
@@ -315,14 +332,8 @@ class _Writer:
         return rounded_C
 
     def _emit(self, data: memoryview) -> None:
-        self._write(data)
-        self._advance(data)
-
-    def _write(self, data: memoryview) -> None:
         with writing(self.path):
             _write_all(self.output, data, self.step.offset + self.written)
-
-    def _advance(self, data: memoryview) -> None:
         self.digest.update(data)
         self.written += len(data)
         self.settings.progress(len(data))

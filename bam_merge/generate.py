@@ -1,13 +1,13 @@
 """`python -m bam_merge.model FOLDER --prompt TEXT`: run a checkpoint on its own, by the reference model."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from bam_merge.errors import BamMergeError, CheckpointError, printable
 from bam_merge.loading import load_model
+from bam_merge.tokens import encode, open_tokenizer
 
 
 def token_ids(text: str) -> list[int]:
@@ -19,7 +19,7 @@ def token_ids(text: str) -> list[int]:
 
 @click.command(help="Continue a text with the model in FOLDER, by the reference model (slow and exact).")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--prompt", help="The text; needs tokenizer.json in FOLDER and the package tokenizers.")
+@click.option("--prompt", help="The text; needs tokenizer.json in FOLDER and the package tokenizers (else give --ids).")
 @click.option("--ids", type=token_ids, help="Token ids instead of a text, as in '1 15 27'.")
 @click.option("--tokens", type=click.IntRange(min=0), default=40, show_default=True, help="How many to add.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token each time.")
@@ -28,9 +28,9 @@ def run(folder: Path, prompt: str | None, ids: list[int] | None, tokens: int, te
     if (prompt is None) == (ids is None):
         raise click.UsageError("Give --prompt or --ids.")
     try:
-        tokenizer = None if prompt is None else _tokenizer(folder)
+        tokenizer = None if prompt is None else open_tokenizer(folder)
         model = load_model(folder)
-        given = tokenizer.encode(prompt).ids if tokenizer else ids or []
+        given = encode(tokenizer, prompt or "") if tokenizer else ids or []
         if not given or max(given) >= model.config.vocab_size:
             raise CheckpointError(f"the prompt must be token ids below {model.config.vocab_size} (the vocabulary), found {given}.")
     except BamMergeError as error:
@@ -41,18 +41,3 @@ def run(folder: Path, prompt: str | None, ids: list[int] | None, tokens: int, te
 
 def main() -> None:
     run(prog_name="python -m bam_merge.model")
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.json. Raises CheckpointError when it, or the package that reads it, is missing or unusable."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{printable(str(folder))}: no tokenizer.json, so that --prompt cannot be read. Use --ids.")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise CheckpointError("--prompt needs the package tokenizers: pip install tokenizers. Or use --ids.") from None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises no narrower one
-        raise CheckpointError(f"{printable(str(path))}: {printable(str(error))}. Use --ids.") from None

@@ -8,7 +8,7 @@ headers only; tensors are read when asked for, so that a verifier can hold one b
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +19,13 @@ from torch.nn.functional import embedding
 from bam_merge import ops
 from bam_merge.architecture import SYMBOLS, Architecture, Row, architecture_names, evaluate, find_by_model_type, load_architecture
 from bam_merge.checkpoint import Checkpoint, open_checkpoint
-from bam_merge.dense import ROPE_KEYS, TRAITS, describe
+from bam_merge.dense import describe
 from bam_merge.errors import CheckpointError, printable, some
+from bam_merge.facts import mixture_values
 from bam_merge.model import ACTIVATIONS, Block, Model, ModelConfig, Norm, head
 from bam_merge.positions import ROPE_TYPES
-from bam_merge.safetensors_header import FileIdentity, TensorEntry, open_regular
-from bam_merge.source_files import leaf_runs
+from bam_merge.safetensors_header import TensorEntry
+from bam_merge.source_files import leaf_runs, read_runs
 from bam_merge.tensors import TORCH_DTYPES, buffer, decode
 
 HEAD_ROWS = 2**13
@@ -52,7 +53,7 @@ class StoredModel:
         itemsize = TORCH_DTYPES[leaf.dtype].itemsize
         bytes_B, view = buffer(ops.numel(leaf) * itemsize)
         runs = ((first * itemsize, count * itemsize) for first, count in leaf_runs(leaf, 0, ops.numel(leaf)))
-        _read_runs(self.checkpoint, entry, runs, view)
+        read_runs(self.checkpoint, entry, runs, view)
         return decode(bytes_B, leaf.dtype).reshape(leaf.shape).to(dtype)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +72,7 @@ class StoredModel:
         row = ops.numel(leaf) // leaf.shape[0] * TORCH_DTYPES[leaf.dtype].itemsize
         spans = [(rows[0], len(rows))] if isinstance(rows, range) else ((index, 1) for index in rows)
         bytes_B, view = buffer(len(rows) * row)
-        _read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
+        read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
         return decode(bytes_B, leaf.dtype).reshape(len(rows), *leaf.shape[1:]).to(dtype)
 
     def block(self, layer: int, dtype: torch.dtype = torch.float32) -> Block:
@@ -135,7 +136,7 @@ def open_model(path: str | os.PathLike[str]) -> StoredModel:
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
     """What the reference model needs of a config.json. Raises CheckpointError with every problem, each naming its key."""
     architecture = find_by_model_type(config.get("model_type"))
-    if architecture is None:
+    if architecture is None or architecture.kind == "foreign":
         found = printable(repr(config.get("model_type")))
         raise CheckpointError(f"config.json: model_type {found} is not known here. Known: {', '.join(architecture_names())}.")
     problems: list[str] = []
@@ -146,7 +147,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     elif architecture.kind == "dense":
         values = describe(architecture, config, problems)
     else:
-        values = _mixture_values(architecture, config, problems)
+        values = mixture_values(architecture, config, problems)
     if problems:
         raise CheckpointError(*problems)
     if architecture.name != "bam":
@@ -161,27 +162,6 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     if problems:
         raise CheckpointError(*problems)
     return result
-
-
-def _mixture_values(layout: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Config values of a public mixture, in bam's words: the layout's [config] read backwards, and what [accepts] implies."""
-    keys: dict[str, str] = {}
-    for key, value in layout.config.items():
-        keys.setdefault(value.removeprefix("$") if isinstance(value, str) else key, key)
-    given = {**layout.defaults, **config}
-    spelled = {word: given[key] for word, key in keys.items() if key in given}
-    needed = ("hidden_act", "rms_norm_eps", "num_experts", "num_experts_per_tok", "norm_topk_prob", "attention_bias", "use_sliding_window")
-    missing = [keys[word] for word in needed if word in keys and word not in spelled]
-    if missing:
-        problems.append(f"config.json: {some(missing)} missing; {layout.name} needs it, or its meaning would be a guess. Add it.")
-    if spelled.get("use_sliding_window") and "layer_types" in keys and "layer_types" not in spelled:
-        problems.append("config.json: use_sliding_window is true, and layer_types does not say which layers slide. Add layer_types.")
-    implied = {word: None if value == "none" else value for word, value in layout.accepts.items() if not isinstance(value, list)}
-    traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
-    traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other
-    family = replace(layout, traits=traits, function=("rms_norm_eps",))
-    rope = {key: given[key] for key in ROPE_KEYS if key in given}
-    return {**implied, **spelled, **describe(family, {**rope, **spelled}, problems)}
 
 
 def _explained(error: Any) -> str:
@@ -306,24 +286,3 @@ class _Locator:
     def report(self, problem: str, names: list[str]) -> None:
         if names:
             self.problems.append(f"{some(names)} {problem.format(len(names))}")
-
-
-def _read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterator[tuple[int, int]], view: memoryview) -> None:
-    """Fill `view` with the runs (first byte in the tensor, count) of a stored tensor, one after the other."""
-    path = checkpoint.path / entry.file
-    changed = CheckpointError(f"{printable(str(path))} changed since it was opened. Open it again when nothing writes to it.")
-    descriptor, position = open_regular(str(path)), 0
-    try:
-        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[entry.file].identity:
-            raise changed
-        for first, count in runs:
-            done = 0
-            while done < count:
-                got = os.preadv(descriptor, [view[position : position + count - done]], entry.offset + first + done)
-                if got == 0:
-                    raise changed
-                done, position = done + got, position + got
-    except OSError as error:
-        raise CheckpointError(f"{printable(str(path))}: reading {printable(entry.name)}: {error.strerror}.") from error
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,8 @@ from bam_merge import __version__, ops
 from bam_merge.errors import CheckpointError
 from bam_merge.execute import Finished
 from bam_merge.plan import Plan
+from bam_merge.provenance import MANIFEST_FORMAT
 from bam_merge.source_files import digest_range
-
-MANIFEST = "bam_merge.json"
-MANIFEST_FORMAT = 1
 
 
 def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -> dict[str, Any]:

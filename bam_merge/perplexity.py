@@ -1,6 +1,7 @@
 """Perplexity per text of the seed, every expert, their uniform average and the mixture, one block of all models at a time."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bam_merge.errors import CheckpointError, printable
-from bam_merge.loading import StoredModel, open_model
+from bam_merge.loading import HEAD_ROWS, StoredModel, open_model
 from bam_merge.model import head
 from bam_merge.plan import Plan
+from bam_merge.tokens import encode, open_tokenizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,17 +22,38 @@ WINDOW = 256
 WINDOWS = 8
 """Sequences per text: the first ones."""
 
-HEAD_TOKENS = 128
+HEAD_TOKENS = 512
 """Positions whose logits are held at a time."""
 
 
-@torch.no_grad()
-def perplexities(folder: Path, plan: Plan | None, texts: list[Path]) -> list[dict[str, Any]]:
-    """One row per text: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone.
+def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Path, Tensor]:
+    """The first WINDOWS x WINDOW token ids of every text [<= WINDOWS, WINDOW], by the folder's tokenizer. Raises CheckpointError."""
+    ids: dict[Path, Tensor] = {}
+    problems: list[str] = []
+    tokenizer = None
+    try:
+        tokenizer = open_tokenizer(folder) if texts else None
+    except CheckpointError as error:
+        problems += error.problems
+    for text in map(Path, texts):
+        try:
+            content = text.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            problems.append(f"{printable(str(text))}: {error.strerror}.")
+            continue
+        found = encode(tokenizer, content) if tokenizer else []
+        count = min(WINDOWS, len(found) // WINDOW)
+        if tokenizer and count == 0:
+            problems.append(f"{printable(str(text))}: {len(found)} tokens, at least {WINDOW} are needed for a perplexity.")
+        ids[text] = torch.tensor(found[: count * WINDOW]).view(count, WINDOW)
+    if problems:
+        raise CheckpointError(*problems)
+    return ids
 
-    Raises CheckpointError when a text cannot be read or the folder has no tokenizer.
-    """
-    ids = {text: _windows(folder, text) for text in texts}
+
+@torch.no_grad()
+def perplexities(folder: Path, plan: Plan | None, ids: dict[Path, Tensor]) -> list[dict[str, Any]]:
+    """One row per text of `read_texts`: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone."""
     mixture = open_model(folder)
     dense = {} if plan is None else {name: open_model(model.checkpoint.path) for name, model in plan.models.items()}
     averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None else []
@@ -46,51 +69,49 @@ def perplexities(folder: Path, plan: Plan | None, texts: list[Path]) -> list[dic
             for text, ids_BT in ids.items():
                 positions = torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)
                 x[name, text] = torch.cat([block(row[None], positions[:1]).hidden for row in x[name, text]])
+            del block, blocks  # before the next ones are read
     rows = []
-    values = {name: dict(_scores(parts, {text: x[name, text] for text in texts}, ids)) for name, parts in models.items()}
-    for text in texts:
+    values = {name: dict(_scores(parts, {text: x[name, text] for text in ids}, ids)) for name, parts in models.items()}
+    for text in ids:
         rows.append({"text": text.name, "tokens": ids[text].numel(), "perplexity": {name: values[name][text] for name in models}})
     return rows
 
 
-def _windows(folder: Path, text: Path) -> Tensor:
-    from bam_merge.verification import tokenize
-
-    try:
-        content = text.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise CheckpointError(f"{printable(str(text))}: {error.strerror}.") from None
-    ids = tokenize(folder, content)
-    if ids is None:
-        raise CheckpointError(
-            f"{printable(str(folder))}: perplexity needs tokenizer.json and the package tokenizers (pip install tokenizers)."
-        )
-    count = min(WINDOWS, len(ids) // WINDOW)
-    if count == 0:
-        raise CheckpointError(f"{printable(str(text))}: {len(ids)} tokens, at least {WINDOW} are needed.")
-    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
-
-
 def _mean(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total / len(tensors)
 
 
 def _average(first: M, modules: list[M]) -> M:
     """`first` with the mean of all modules' parameters."""
     if len(modules) > 1:
         states = [module.state_dict() for module in modules]
-        first.load_state_dict({key: _mean([state[key] for state in states]) for key in states[0]})
+        first.load_state_dict({key: _mean([state[key] for state in states]) for key in states[0]}, assign=True)
     return first
 
 
 def _scores(parts: list[StoredModel], x: dict[Path, Tensor], ids: dict[Path, Tensor]) -> Iterator[tuple[Path, float]]:
-    """Perplexity of each text from the last block's hidden states, HEAD_TOKENS positions at a time."""
+    """Perplexity of each text from the last block's hidden states: exp of the mean of logsumexp(logits) - logit of the next token.
+
+    HEAD_ROWS rows of the head are in memory at a time, and HEAD_TOKENS positions: logits [HEAD_TOKENS, HEAD_ROWS].
+    """
+    config = parts[0].config
     norm = _average(parts[0].final_norm(), [part.final_norm() for part in parts])
-    weight = _mean([part.read(part.head_parameter, torch.float32) for part in parts])
-    for text, x_BTD in x.items():
-        hidden_MD, wanted_M = x_BTD[:, :-1].flatten(0, 1), ids[text][:, 1:].flatten()
-        loss = 0.0
+    hidden_MD = torch.cat([x_BTD[:, :-1].flatten(0, 1) for x_BTD in x.values()])
+    wanted_M = torch.cat([ids[text][:, 1:].flatten() for text in x])
+    total_M, logit_M = torch.full(wanted_M.shape, -torch.inf), torch.zeros(wanted_M.shape)
+    for first in range(0, config.vocab_size, HEAD_ROWS):
+        rows = range(first, min(first + HEAD_ROWS, config.vocab_size))
+        weight_RD = _mean([part.read_rows(part.head_parameter, rows, torch.float32) for part in parts])
         for start in range(0, len(wanted_M), HEAD_TOKENS):
-            logits_MV = head(parts[0].config, norm, weight, hidden_MD[start : start + HEAD_TOKENS])
-            loss += float(torch.nn.functional.cross_entropy(logits_MV, wanted_M[start : start + HEAD_TOKENS], reduction="sum"))
-        yield text, float(torch.tensor(loss / len(wanted_M), dtype=torch.float64).exp())
+            chunk = torch.arange(start, min(start + HEAD_TOKENS, len(wanted_M)))
+            logits_MR = head(config, norm, weight_RD, hidden_MD[chunk])
+            total_M[chunk] = total_M[chunk].logaddexp(logits_MR.logsumexp(-1))
+            here_M = chunk[(wanted_M[chunk] >= rows.start) & (wanted_M[chunk] < rows.stop)]
+            logit_M[here_M] = logits_MR[here_M - start, wanted_M[here_M] - rows.start]
+    end = 0
+    for text in x:
+        start, end = end, end + ids[text][:, 1:].numel()
+        yield text, float((total_M - logit_M)[start:end].double().mean().exp())

@@ -19,8 +19,9 @@ from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
 from bam_merge.errors import OutputError, VerificationFailed, printable, writing
 from bam_merge.execute import Finished, Settings, available_processors, execute
-from bam_merge.manifest import MANIFEST, manifest
+from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
+from bam_merge.provenance import MANIFEST
 from bam_merge.recipe import Recipe
 from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
 
@@ -86,6 +87,7 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
     """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
     from bam_merge.verification import verify
 
+    options.notify("verifying")
     report = verify(staging.output, plan)
     options.on_report(report)
     if not report.ok:

@@ -5,7 +5,7 @@ arithmetic, another precision. Formulas are those of ops.py's records.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +16,83 @@ from torch import Tensor
 from bam_merge import ops
 from bam_merge.kernels import initialise, uniforms
 from bam_merge.plan import Plan
+from bam_merge.tensors import TORCH_DTYPES
 
-ROWS_BYTES = 2**22
+ROWS_BYTES = 2**20
 """Bytes of one source tensor, as stored, that are compared at a time."""
+
+MAPPED_BYTES = 2**23
+"""Bytes that are read of a file before it is opened anew."""
+
+SURVEY_BINS, SURVEY_SORTED = 2**12, 2**20
+"""Bins of a histogram, and the most elements that are sorted, where a whole tensor is searched for a threshold."""
 
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
 
 
-class SourceTensors:
-    """Row blocks of source tensors through the safetensors library.
+class RowReader:
+    """Rows of tensors in safetensors files, by the safetensors library; for one thread.
 
-    Files are opened for each block anew: the library maps them, and pages of an open map count as this process's memory.
+    The library maps files, and the pages that were read of an open map count as this process's memory: so a file is closed after
+    MAPPED_BYTES.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[Any, int]] = {}
+
+    def read(self, path: Path, tensor: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a stored tensor, in its own dtype."""
+        reader, count = self._open.pop(path, None) or (safe_open(path, "pt"), 0)
+        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
+        if count + rows.nbytes < MAPPED_BYTES:
+            self._open[path] = (reader, count + rows.nbytes)
+        return rows
+
+
+class SourceTensors:
+    """Row blocks of a plan's source tensors."""
+
+    def __init__(self, plan: Plan, reader: RowReader) -> None:
+        self.plan, self.reader = plan, reader
 
     def rows(self, read: ops.Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
         checkpoint = self.plan.models[read.source].checkpoint
-        return read_rows(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop)
+        return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop)
 
     def piece(self, expr: ops.Expr, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a stored tensor or of a slice of one."""
+        """Rows [start, stop) of what only moves bytes: a stored tensor, a slice of one, several of them fused."""
         if isinstance(expr, ops.Read):
             return self.rows(expr, start, stop)
-        assert isinstance(expr, ops.Slice)
-        whole = self.rows(expr.of, 0, expr.of.shape[0])
-        blocks = whole.view(expr.groups, -1, *whole.shape[1:])[:, expr.start : expr.start + expr.rows]
-        return blocks.reshape(-1, *whole.shape[1:])[start:stop]
+        if isinstance(expr, ops.Slice):
+            block = expr.of.shape[0] // expr.groups
+            runs = _runs([expr.rows], start, stop)
+            pieces = [self.rows(expr.of, g * block + expr.start + a, g * block + expr.start + b) for g, _, a, b in runs]
+        else:
+            assert isinstance(expr, ops.Concat)
+            pieces = [self.piece(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
+        return torch.cat(pieces)
 
 
-def read_rows(path: Path, tensor: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a tensor in a safetensors file, by the safetensors library."""
-    with safe_open(path, "pt") as reader:
-        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
-    return rows
+def _runs(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where rows [start, stop) of a fused tensor come from, whose blocks hold `rows[i]` rows of part i: (block, part, first, last)."""
+    block = sum(rows)
+    while start < stop:
+        group, offset = divmod(start, block)
+        part = 0
+        while offset >= rows[part]:
+            offset, part = offset - rows[part], part + 1
+        count = min(rows[part] - offset, stop - start)
+        yield group, part, offset, offset + count
+        start += count
+
+
+def concat_runs(expr: ops.Concat, start: int, stop: int) -> Iterator[tuple[ops.Expr, int, int]]:
+    """(part, first row, last row) of the pieces that make up rows [start, stop) of `expr`, in order."""
+    rows = [part.shape[0] // expr.groups for part in expr.parts]
+    for group, part, first, last in _runs(rows, start, stop):
+        yield expr.parts[part], group * rows[part] + first, group * rows[part] + last
 
 
 def row_blocks(shape: ops.Shape, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -66,8 +106,9 @@ def rederive(expr: ops.Expr, sources: SourceTensors, known: Mapping[int, Any], s
     if isinstance(expr, ops.Init):
         return initialise(expr.method, expr.shape, expr.seed, expr.name)[start:stop].double(), None
     if isinstance(expr, ops.Concat):
-        value, slack = _concat(expr, sources, known)
-        return value[start:stop], None if slack is None else slack[start:stop]
+        derived = [rederive(part, sources, known, a, b) for part, a, b in concat_runs(expr, start, stop)]
+        slacks = [torch.zeros_like(value) if slack is None else slack for value, slack in derived]
+        return torch.cat([value for value, _ in derived]), torch.cat(slacks)
     if not isinstance(expr, ops.Merge):
         return sources.piece(expr, start, stop).double(), None
     x_K = [sources.piece(operand, start, stop).double() for _, operand in expr.operands]
@@ -78,16 +119,6 @@ def rederive(expr: ops.Expr, sources: SourceTensors, known: Mapping[int, Any], s
     unit = 2.0**-53 if expr.dtype == "F64" else 2.0**-24
     slack = magnitude * unit * (len(x_K) + 3) * gain
     return value, slack if unsure is None else slack.masked_fill(unsure, float("inf"))
-
-
-def _concat(expr: ops.Concat, sources: SourceTensors, known: Mapping[int, Any]) -> tuple[Tensor, Tensor | None]:
-    derived = [rederive(part, sources, known, 0, part.shape[0]) for part in expr.parts]
-
-    def fuse(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([t.view(expr.groups, -1, *t.shape[1:]) for t in tensors], 1).reshape(expr.shape)
-
-    slacks = [torch.zeros_like(value) if slack is None else slack for value, slack in derived]
-    return fuse([value for value, _ in derived]), fuse(slacks)
 
 
 def _gain(method: ops.Method) -> float:
@@ -140,30 +171,75 @@ def _sum(weights: Sequence[float], x_K: Sequence[Tensor]) -> Tensor:
 
 
 def survey_all(expr: ops.Expr, sources: SourceTensors) -> dict[int, Any]:
-    """What slerp and TIES must know of whole tensors, by the identity of the Merge: worked out with sums and a sort in float64."""
+    """What slerp and TIES must know of whole tensors, by the identity of the Merge, from blocks of rows: an angle, thresholds."""
     known: dict[int, Any] = {}
     for node in ops.parts(expr):
         if not isinstance(node, ops.Merge) or not isinstance(node.method, ops.Slerp | ops.Ties):
             continue
-        whole = [sources.piece(operand, 0, node.shape[0]) for _, operand in node.operands]
         if isinstance(node.method, ops.Slerp):
-            a, b = (x.double().flatten() for x in whole)
-            cosine = float(a @ b / (a.norm() * b.norm())) if a.any() and b.any() else 1.0
-            angle, t = math.acos(max(-1.0, min(1.0, cosine))), node.method.t
-            straight = math.sin(angle) < 1e-7
-            known[id(node)] = (
-                (1 - t, t) if straight else (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
-            )
+            known[id(node)] = _slerp_weights(node.method.t, node, sources)
         else:
             assert node.base is not None
-            base = sources.piece(node.base[1], 0, node.shape[0]).float()
-            keep = max(1, math.floor(node.method.density * base.numel()))
-            thresholds = []
-            for x in whole:
-                d = (x.float() - base).abs().flatten()
-                thresholds.append(float(d.kthvalue(d.numel() - keep + 1).values) if keep < d.numel() else 0.0)
-            known[id(node)] = thresholds
+            keep = max(1, math.floor(node.method.density * ops.numel(node)))
+            known[id(node)] = [
+                0.0 if keep >= ops.numel(node) else kth_largest(_differences(node, operand, node.base[1], sources), keep)
+                for _, operand in node.operands
+            ]
     return known
+
+
+def _blocks(node: ops.Merge) -> Iterator[tuple[int, int]]:
+    return row_blocks(node.shape, TORCH_DTYPES[node.dtype].itemsize)
+
+
+def _slerp_weights(t: float, node: ops.Merge, sources: SourceTensors) -> tuple[float, float]:
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start, stop in _blocks(node):
+        a, b = (sources.piece(operand, start, stop).double().flatten() for _, operand in node.operands)
+        sums += torch.stack([a @ b, a @ a, b @ b])
+    ab, aa, bb = sums.tolist()
+    angle = math.acos(max(-1.0, min(1.0, ab / math.sqrt(aa * bb)))) if aa and bb else 0.0
+    if math.sin(angle) < 1e-7:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _differences(node: ops.Merge, operand: ops.Expr, base: ops.Expr, sources: SourceTensors) -> Callable[[], Iterator[Tensor]]:
+    """Gives the float32 magnitudes of operand - base, block by block, as often as asked."""
+    largest = torch.finfo(torch.float32).max  # stands for NaN and infinity, which --allow-nonfinite lets pass
+
+    def blocks() -> Iterator[Tensor]:
+        for start, stop in _blocks(node):
+            delta = sources.piece(operand, start, stop).double() - sources.piece(base, start, stop).double()
+            yield delta.float().abs().nan_to_num(largest, largest).flatten()
+
+    return blocks
+
+
+def kth_largest(blocks: Callable[[], Iterator[Tensor]], k: int) -> float:
+    """The k-th largest of all elements of the blocks, none of them negative.
+
+    Exact in bounded memory: the range that holds it is cut into equal bins again and again, until what is left in it can be sorted
+    or is all the same.
+    """
+    low, high = 0.0, max(float(block.max()) for block in blocks())
+    while low < high:
+        scale = SURVEY_BINS / (high - low)
+
+        def binned(block: Tensor, low: float = low, high: float = high, scale: float = scale) -> tuple[Tensor, Tensor]:
+            inside = block[(block >= low) & (block <= high)]
+            return inside, ((inside.double() - low) * scale).long().clamp_(max=SURVEY_BINS - 1)  # rises with the value
+
+        counts = torch.stack([torch.bincount(binned(block)[1], minlength=SURVEY_BINS) for block in blocks()]).sum(0)
+        above = counts.flip(0).cumsum(0).flip(0)  # elements of this bin or a higher one
+        chosen = int((above >= k).nonzero()[-1])
+        k -= int(above[chosen] - counts[chosen])
+        kept = (inside[bins == chosen] for inside, bins in map(binned, blocks()))
+        if counts[chosen] <= SURVEY_SORTED:
+            return float(torch.cat(list(kept)).sort(descending=True).values[k - 1])
+        ends = [(float(values.min()), float(values.max())) for values in kept if len(values)]
+        low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    return low
 
 
 def half_ulp(value: Tensor, dtype: str) -> Tensor:

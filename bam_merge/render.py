@@ -10,15 +10,7 @@ from typing import Any
 
 from bam_merge.plan import Plan, Step
 from bam_merge.report import Report
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units, as disks are sold and max_shard_size is read: 1.23 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
+from bam_merge.words import count, human_bytes, ranges
 
 
 def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None) -> str:
@@ -33,15 +25,15 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
         "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
-        "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {_count(len(plan.shards), 'file')}",
-        "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {_count(workers, 'worker')}",
+        "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
+        "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {count(workers, 'worker')}",
         "output": f"{target} ({human_bytes(free)} free)",
     }
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value)]
     for source, reasons in plan.unused.items():
         for reason, names in _grouped(reasons).items():
             lines.append(
-                f"{'not read':12} {source}: {_count(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}"
+                f"{'not read':12} {source}: {count(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}"
             )
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
@@ -51,7 +43,7 @@ def result_text(plan: Plan, target: Path) -> str:
     """The line that a finished merge prints."""
     return (
         f"{target}: {plan.parameters:,} parameters ({plan.active_parameters:,} active per token), "
-        f"{_count(len(plan.steps), 'tensor')}, {human_bytes(plan.bytes_written)} in {_count(len(plan.shards), 'file')}"
+        f"{count(len(plan.steps), 'tensor')}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}"
     )
 
 
@@ -59,40 +51,7 @@ def verdict_text(report: Report) -> str:
     """One line on a verification that passed, or on what it could not check."""
     passed = sum(check.ok is True for check in report.checks)
     open_ = [f"{check.name}: {check.detail}" for check in report.checks if check.ok is None]
-    return "; ".join([f"verified: {_count(passed, 'check')} passed", *open_])
-
-
-def report_text(report: Report) -> str:
-    """A verification for people: a line per check with value and tolerance, the routers, perplexities."""
-    marks = {True: "ok", False: "FAILED", None: "--"}
-    lines = []
-    for check in report.checks:
-        value = (
-            "" if check.value is None else f"{check.value:.3g}" + (f" (at most {check.tolerance:g})" if check.tolerance is not None else "")
-        )
-        lines.append(f"{marks[check.ok]:7} {check.name:17} {value:26} {check.detail}".rstrip())
-    for router in ("attention", "ffn"):
-        rows = [row for row in report.routing if row["router"] == router]
-        if rows:
-            lines += ["", f"{router} router    entropy   mean gate per expert (share of the tokens' choices)"]
-            lines += [
-                f"{'layer':>8} {row['layer']:<5} {row['entropy']:8.3f}   "
-                + "  ".join(f"{gate:.3f} ({share:4.0%})" for gate, share in zip(row["gate"], row["share"], strict=True))
-                for row in rows
-            ]
-    if report.perplexity:
-        names = list(report.perplexity[0]["perplexity"])
-        width = max(len(row["text"]) for row in report.perplexity)
-        lines += ["", f"{'perplexity':{max(width, 10)}} {'tokens':>7} " + " ".join(f"{name:>10}" for name in names)]
-        for row in report.perplexity:
-            values = " ".join(f"{row['perplexity'][name]:10.2f}" for name in names)
-            lines.append(f"{row['text']:{max(width, 10)}} {row['tokens']:7} {values}")
-    lines += ["", "verified" if report.ok else f"{_count(sum(1 for _ in report.failures), 'check')} failed"]
-    return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return "; ".join([f"verified: {count(passed, 'check')} passed", *open_])
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
@@ -118,7 +77,7 @@ def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
         over_layers.setdefault(key, []).append(step)
     over_experts: dict[tuple[Any, ...], list[tuple[Step, str]]] = {}
     for (name, expression, expert, _, _), steps in over_layers.items():
-        layers = _ranges([step.layer for step in steps if step.layer is not None])
+        layers = ranges([step.layer for step in steps if step.layer is not None])
         if len(steps) == 1:
             expression = expression.replace("{layer}", layers)
         source, colon, tensor = expression.partition(":")
@@ -129,7 +88,7 @@ def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows = []
     for (name, expression, folded), members in over_experts.items():
         if folded:
-            name = name.replace("{expert}", _ranges([step.expert for step, _ in members if step.expert is not None]))
+            name = name.replace("{expert}", ranges([step.expert for step, _ in members if step.expert is not None]))
             sources = ",".join(source for _, source in members)
             expression = f"{{{sources}}}:{expression}" if len(members) > 1 else f"{sources}:{expression}"
         rows.append(_row(members[0][0], name, expression))
@@ -138,19 +97,6 @@ def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _without_layer(text: str, layer: int | None) -> str:
     return text if layer is None else re.sub(rf"\.{layer}\.", ".{layer}.", text, count=text.count(":") + 1)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '{0-2,5}'; one number stands bare."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "}"
 
 
 def _aligned(rows: list[tuple[str, str, str]]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a verification found: checks with their measured values, and what one says of them in JSON."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ class Check:
 
 @dataclass
 class Report:
-    """All checks of one verification, and the tables that go with them."""
+    """All checks of one verification, and the tables that go with them. `experts` are the names of the mixture's, by index."""
 
+    experts: Sequence[str] = ()
     checks: list[Check] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[dict[str, Any]] = field(default_factory=list)

@@ -2,12 +2,13 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
 
 from bam_merge import ops
+from bam_merge.checkpoint import Checkpoint
 from bam_merge.errors import BamMergeError, CheckpointError, printable
 from bam_merge.plan import COPY_BUFFER, Plan
 from bam_merge.safetensors_header import FileIdentity, TensorEntry, open_regular
@@ -82,6 +83,30 @@ def check_unchanged(plan: Plan) -> None:
                 problems.append(_changed(name, path))
     if problems:
         raise CheckpointError(*problems)
+
+
+def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[int, int]], view: memoryview) -> None:
+    """Fill `view` with the runs (first byte in the tensor, count) of a stored tensor, one after the other.
+
+    Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
+    """
+    path = checkpoint.path / entry.file
+    changed = CheckpointError(f"{printable(str(path))} changed since it was opened. Open it again when nothing writes to it.")
+    descriptor, position = open_regular(str(path)), 0
+    try:
+        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[entry.file].identity:
+            raise changed
+        for first, count in runs:
+            done = 0
+            while done < count:
+                got = os.preadv(descriptor, [view[position : position + count - done]], entry.offset + first + done)
+                if got == 0:
+                    raise changed
+                done, position = done + got, position + got
+    except OSError as error:
+        raise CheckpointError(f"{printable(str(path))}: reading {printable(entry.name)}: {error.strerror}.") from error
+    finally:
+        os.close(descriptor)
 
 
 def digest_range(path: Path, offset: int, nbytes: int) -> str:

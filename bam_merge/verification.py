@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from bam_merge.checkpoint import read_small_file
-from bam_merge.errors import BamMergeError, CheckpointError, VerifyError, printable, some
+from bam_merge.errors import BamMergeError, CheckpointError, printable, some
 from bam_merge.loading import open_model
-from bam_merge.perplexity import perplexities
+from bam_merge.perplexity import perplexities, read_texts
 from bam_merge.plan import Plan, make_plan
+from bam_merge.provenance import read_manifest
 from bam_merge.recipe import Recipe, parse_recipe
 from bam_merge.report import Check, Report
 from bam_merge.strict import load_json
-from bam_merge.verify_bytes import against_sources, digests, read_manifest, structure
+from bam_merge.tokens import encode, open_tokenizer
+from bam_merge.verify_bytes import against_sources, digests, structure
 from bam_merge.verify_function import against_dense, as_it_is, open_all
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
@@ -33,7 +35,8 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    report = Report()
+    ids = read_texts(path, texts)
+    report = Report(experts=tuple(map(str, manifest["recipe"].get("experts") or ())))
     report.add(structure(path, manifest))
     if not any(check.name == "layout" for check in report.checks):  # the headers cannot be read: nothing more can be
         return report
@@ -51,8 +54,7 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     except CheckpointError as error:
         report.add([Check("model", False, "; ".join(error.problems))])
         return report
-    if texts:
-        report.perplexity = perplexities(path, plan, [Path(text) for text in texts])
+    report.perplexity = perplexities(path, plan, ids) if ids else []
     return report
 
 
@@ -104,32 +106,21 @@ def _config_check(folder: Path, plan: Plan) -> Check:
 
 def _function(folder: Path, plan: Plan | None, report: Report) -> Iterator[Check]:
     mixture = open_model(folder)
-    ids_BT, real_text = sample_tokens(folder, mixture.config.vocab_size)
+    ids_BT, sample = sample_tokens(folder, mixture.config.vocab_size)
     if plan is not None and plan.layout.kind == "mixture":
         _, dense = open_all(folder, plan)
         yield from against_dense(mixture, dense, plan, ids_BT)
-    yield from as_it_is(mixture, ids_BT, report, real_text)
+    yield from as_it_is(mixture, ids_BT, report, sample)
 
 
-def sample_tokens(folder: Path, vocabulary: int) -> tuple[Tensor, bool]:
-    """Two sequences of token ids [2, SAMPLE_TOKENS / 2], and whether they are of a text (else pseudo-random ids)."""
-    ids = tokenize(folder, SAMPLE)
-    if ids is None or len(ids) < SAMPLE_TOKENS or max(ids) >= vocabulary:
-        return torch.randint(vocabulary, (2, SAMPLE_TOKENS // 2), generator=torch.Generator().manual_seed(0)), False
-    return torch.tensor(ids[:SAMPLE_TOKENS]).view(2, -1), True
-
-
-def tokenize(folder: Path, text: str) -> list[int] | None:
-    """Token ids by the folder's tokenizer.json; None without it or without the package tokenizers."""
+def sample_tokens(folder: Path, vocabulary: int) -> tuple[Tensor, str]:
+    """Two sequences of token ids [2, SAMPLE_TOKENS / 2], and what they are: a text, or pseudo-random ids where none can be read."""
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return None
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        ids: list[int] = Tokenizer.from_file(str(path)).encode(text).ids
-    except Exception as error:  # the package raises plain Exception for a file that is no tokenizer
-        raise VerifyError(f"{printable(str(path))}: {printable(str(error))}.") from None
-    return ids
+        ids = encode(open_tokenizer(folder), SAMPLE)
+    except CheckpointError as error:
+        why = str(error)
+    else:
+        if len(ids) >= SAMPLE_TOKENS and max(ids) < vocabulary:
+            return torch.tensor(ids[:SAMPLE_TOKENS]).view(2, -1), "a sample text"
+        why = f"tokenizer.json gives {len(ids)} ids up to {max(ids, default=0)}, the vocabulary has {vocabulary}"
+    return torch.randint(vocabulary, (2, SAMPLE_TOKENS // 2), generator=torch.Generator().manual_seed(0)), f"random tokens ({why})"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +11,15 @@ import xxhash
 
 from bam_merge import ops
 from bam_merge.checkpoint import Checkpoint, open_checkpoint, read_small_file
-from bam_merge.errors import BamMergeError, VerifyError, printable, some
-from bam_merge.manifest import MANIFEST, MANIFEST_FORMAT
+from bam_merge.errors import BamMergeError, printable, some
+from bam_merge.execute import available_processors, one_torch_thread
 from bam_merge.model import Model, ModelConfig
 from bam_merge.plan import Plan, Step
-from bam_merge.rederive import SourceTensors, read_rows, rederive, row_blocks, survey_all, worst
+from bam_merge.provenance import MANIFEST
+from bam_merge.rederive import RowReader, SourceTensors, rederive, row_blocks, survey_all, worst
 from bam_merge.report import Check
 from bam_merge.source_files import digest_range
-from bam_merge.strict import load_json
 from bam_merge.tensors import TORCH_DTYPES
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
-    path = folder / MANIFEST
-    if not path.exists():
-        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote..")
-    try:
-        document = load_json(read_small_file(path))
-    except ValueError as error:
-        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged; merge again.") from None
-    if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
-    wrong = [key for key in ("recipe", "sources", "files", "tensors") if not isinstance(document.get(key), dict)]
-    wrong += [name for name, record in document["tensors"].items() if not _is_record(record)] if "tensors" not in wrong else []
-    wrong += (
-        [name for name, record in document["sources"].items() if not isinstance(record, dict) or not isinstance(record.get("files"), dict)]
-        if "sources" not in wrong
-        else []
-    )
-    if wrong:
-        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged; merge again.")
-    return document
-
-
-def _is_record(record: object) -> bool:
-    """Whether a tensor's record in a manifest has what is read of it."""
-    kinds = {"file": str, "dtype": str, "shape": list, "digest": str}
-    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
 
 
 def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
@@ -141,6 +112,9 @@ def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     yield Check("digests", not wrong, f"{some(wrong)}: bytes changed since the merge" if wrong else f"{len(manifest['tensors'])} tensors")
 
 
+MOST_WORKERS = 8
+"""Threads that compare tensors; each holds some blocks of ROWS_BYTES in float64."""
+
 KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
 
 
@@ -152,14 +126,21 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
     counts = dict.fromkeys(KINDS, 0)
     nonfinite: list[str] = []
     checkpoint = open_checkpoint(folder)
-    sources = SourceTensors(plan)
+    there = [step for step in plan.steps if step.name in checkpoint.tensors]
+
+    def compare(step: Step) -> tuple[float, int, int]:
+        return _compare(folder / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
+
+    workers = min(MOST_WORKERS, available_processors())
+    with one_torch_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = dict(zip((step.name for step in there), pool.map(compare, there), strict=True))
     for step in plan.steps:
         kind = _kind(step)
         counts[kind] += 1
-        if step.name not in checkpoint.tensors:
+        if step.name not in found:
             wrong[kind].append(f"{step.name} (missing)")
             continue
-        error, where, bad = _compare(folder / checkpoint.tensors[step.name].file, step, sources, exact=kind == "copies")
+        error, where, bad = found[step.name]
         largest[kind] = max(largest[kind], error)
         if bad > manifest["tensors"].get(step.name, {}).get("nonfinite", 0):
             nonfinite.append(f"{step.name} ({bad} values)")
@@ -177,19 +158,22 @@ def _kind(step: Step) -> str:
     return "copies" if ops.is_copy(step.expr) and step.expr.dtype == step.dtype else "merges"
 
 
-def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tuple[float, int, int]:
+def _compare(path: Path, step: Step, plan: Plan, exact: bool) -> tuple[float, int, int]:
     """(largest error in roundings, its element, how many values are not finite) of one written tensor."""
     largest, where, bad = 0.0, 0, 0
     columns = math.prod(step.shape[1:])
+    reader = RowReader()
+    sources = SourceTensors(plan, reader)
     known = survey_all(step.expr, sources)
     for start, stop in row_blocks(step.shape, step.nbytes // max(1, math.prod(step.shape))):
-        written = read_rows(path, step.name, start, stop)
+        written = reader.read(path, step.name, start, stop)
         if step.dtype in TORCH_DTYPES:
-            bad += int((~torch.isfinite(written)).sum())
+            bad += _nonfinite(written)
         if exact:
-            value = _exact(step.expr, sources, start, stop)
-            differs = (written.contiguous().view(torch.uint8) != value.contiguous().view(torch.uint8)).flatten()
-            error, index = (float("inf"), int(differs.nonzero()[0]) // written.element_size()) if bool(differs.any()) else (0.0, 0)
+            value = sources.piece(step.expr, start, stop)
+            ours, theirs = (rows.contiguous().flatten().view(torch.uint8) for rows in (written, value))
+            same = torch.equal(ours, theirs)
+            error, index = (0.0, 0) if same else (float("inf"), int((ours != theirs).nonzero()[0]) // written.element_size())
         else:
             value, slack = rederive(step.expr, sources, known, start, stop)
             if step.expr.dtype == "F64" and step.dtype in ("F16", "BF16"):  # torch narrows float64 by way of float32
@@ -200,9 +184,8 @@ def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tup
     return largest, where, bad
 
 
-def _exact(expr: ops.Expr, sources: SourceTensors, start: int, stop: int) -> torch.Tensor:
-    if isinstance(expr, ops.Concat):
-        parts = [_exact(part, sources, 0, part.shape[0]) for part in expr.parts]
-        fused = torch.cat([part.view(expr.groups, -1, *part.shape[1:]) for part in parts], 1).reshape(expr.shape)
-        return fused[start:stop]
-    return sources.piece(expr, start, stop)
+def _nonfinite(values: torch.Tensor) -> int:
+    """How many elements are NaN or infinite. The extremes tell whether any is, at a fraction of the time."""
+    if not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+        return 0
+    return int((~torch.isfinite(values)).sum())

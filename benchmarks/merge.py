@@ -8,7 +8,7 @@ Sections:
     bam       bam-merge BAM Expert-KV, against the same
     mergekit  mergekit-moe with random gates, against cp of its output and bam-merge BTX (needs --mergekit)
     memory    peak memory of merges of tensors of one size and of ten times that size (sparse inputs that hold zeros)
-    startup   --help, and plans from headers alone, against `import torch`
+    startup   --help, plans and inspect from headers alone, against `import torch`
 
 Work: four Llama-shaped dense models (22 layers, d 2048, FFN 5632, 32 heads, 4 KV heads, vocabulary 32,000, untied, bfloat16,
 random weights; 2.2 GB each) at --scale 1. A smaller scale takes that share of the layers and of the vocabulary; tensors of a
@@ -18,7 +18,7 @@ Every command is a whole process. The commands of a section take turns, each rou
 the machine does falls on all of them; a ratio is taken within its round, and its median, smallest and largest value are shown.
 Before each run, outside the timing: earlier output is deleted, `sync` empties the write queue, and what the command will read
 is read once, so that it comes from the page cache. bam-merge makes its output durable before it ends; plain cp does not.
-Where bam-merge verifies what it has merged, that is switched off; --verified measures it in a line of its own in btx and bam.
+What bam-merge verifies after a merge is switched off here; benchmarks/verify.py measures it.
 """
 
 import argparse
@@ -222,16 +222,9 @@ def copies(source: Path, target: Path) -> list[Command]:
     return [Command("cp", ["cp", "-r", source, target], [source], target), Command("cp, fsync", durable, [source], target)]
 
 
-def verifies() -> bool:
-    """Whether this bam-merge verifies what it has merged, unless told not to."""
-    return "--no-verify" in run([bam_merge(), "merge", "--help"]).output
-
-
-def merge_command(label: str, recipe: Path, sources: Mapping[str, str], target: Path, verify: bool = False) -> Command:
-    """A merge by bam-merge into `target`, without or with the verification that follows it."""
-    argv: list[str | Path] = [bam_merge(), "merge", recipe, "--output", target]
-    if verifies() and not verify:
-        argv.append("--no-verify")  # what is compared with cp is the merge alone
+def merge_command(label: str, recipe: Path, sources: Mapping[str, str], target: Path) -> Command:
+    """A merge by bam-merge into `target`, without the verification that follows it: what is compared with cp is the merge alone."""
+    argv: list[str | Path] = [bam_merge(), "merge", recipe, "--output", target, "--no-verify"]
     return Command(label, argv, [Path(folder) for folder in sources.values()], target)
 
 
@@ -254,15 +247,12 @@ def make_sample(command: Command, sample: Path) -> int:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the sections need: scratch folder, scale, number of rounds, the folder of mergekit's commands, whether to measure
-    merges with their verification too.
-    """
+    """What the sections need: scratch folder, scale, number of rounds, the folder of mergekit's commands."""
 
     work: Path
     scale: float
     pairs: int
-    mergekit: Path | None
-    verified: bool
+    mergekit: Path | None = None
 
     def sources(self) -> dict[str, str]:
         """The four models, written when first asked for."""
@@ -274,9 +264,8 @@ def against_cp(bench: Bench, title: str, recipe: Mapping[str, Any]) -> Table:
     sources, sample, target = bench.sources(), bench.work / "sample", bench.work / "out"
     file = write_recipe(bench.work / "recipe.yaml", recipe)
     command = merge_command("bam-merge", file, sources, target)
-    verified = [merge_command("bam-merge, verified", file, sources, target, verify=True)] if bench.verified else []
     size = make_sample(command, sample)
-    rows = alternate([command, *verified, *copies(sample, target)], bench.pairs, ["cp", "cp, fsync"])
+    rows = alternate([command, *copies(sample, target)], bench.pairs, ["cp", "cp, fsync"])
     clear(sample)
     return Table(f"{title}, {size / 1e9:.2f} GB written", rows)
 
@@ -361,12 +350,14 @@ def startup(bench: Bench) -> Table:
         Command("bam-merge plan, 4 x 1B shape", [bam_merge(), "plan", plan_small]),
         # Status 2 follows the plan where the disk has no room for the 900 GB that the merge would write.
         Command("bam-merge plan, 8 x 70B shape", [bam_merge(), "plan", plan_large], allowed=(0, 2)),
+        Command("bam-merge inspect, 1B shape", [bam_merge(), "inspect", small["seed"]]),
+        Command("bam-merge inspect, 70B shape", [bam_merge(), "inspect", large["model0"]]),
         Command("python -c 'import torch'", [sys.executable, "-c", "import torch"]),
     ]
     for command in commands:  # once untimed, for the page cache
         printed = measure(command).output
-        if "plan" in command.label and "parameters" not in printed:
-            raise SystemExit(f"{command.label} printed no plan:\n{printed[-3000:]}")
+        if command.label.startswith(("bam-merge plan", "bam-merge inspect")) and "parameters" not in printed:
+            raise SystemExit(f"{command.label} printed no answer:\n{printed[-3000:]}")
     return Table("start-up", alternate(commands, bench.pairs, ["python -c 'import torch'"]))
 
 
@@ -423,7 +414,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5, help="rounds in which the commands take turns (default 5)")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="SECTIONS", help=f"of {','.join(SECTIONS)}")
     parser.add_argument("--mergekit", type=Path, metavar="BIN_DIR", help="the folder in which mergekit-moe 0.1.5 is")
-    parser.add_argument("--verified", action="store_true", help="measure the merge with its verification as well (minutes a run)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="scratch space in DIR/bam-merge-bench; default: a temporary folder here")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folder, so that a later run with --work finds its inputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as well")
@@ -442,9 +432,7 @@ def arguments() -> argparse.Namespace:
 def measure_all(options: argparse.Namespace, work: Path) -> None:
     """Run the sections; print each as it is done, and write what there is to --json."""
     sections: dict[str, Callable[[Bench], Table]] = {"btx": btx, "bam": bam, "mergekit": mergekit, "memory": memory, "startup": startup}
-    bench = Bench(
-        work, options.scale or default_scale(work), options.pairs, options.mergekit and options.mergekit.resolve(), options.verified
-    )
+    bench = Bench(work, options.scale or default_scale(work), options.pairs, options.mergekit and options.mergekit.resolve())
     facts = machine()
     print(f"{machine_line(facts)}, load {os.getloadavg()[0]:.1f}\n{describe(bench, options.scale is None)}", flush=True)
     results: dict[str, Any] = {"machine": facts, "scale": bench.scale, "pairs": bench.pairs, "sections": {}}

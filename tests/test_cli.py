@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_recipe
 
 from bam_merge import __version__
+from bam_merge.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +92,11 @@ def test_demo(tmp_path: Path, run: Any) -> None:
     result = run("demo", folder)
     assert result.status == 0, result.err
     assert "19,807,488 parameters" in result.out
+    made = list(map(int, result.out.splitlines()[-1].split()))
+    assert made[:5] == [1, 2, 3, 5, 8]
+    assert len(made) == 5 + 12
+    again = load_model(folder / "bam").generate(torch.tensor([made[:5]]), 12)
+    assert again[0].tolist() == made
     assert json.loads((folder / "bam" / "config.json").read_text())["num_attention_experts"] == 4
     again = run("demo", folder)
     assert again.status == 2

@@ -150,7 +150,8 @@ def test_bad_bam_folders(keys: dict[str, Any], message: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("family", "keys", "message"), [
-    ("qwen2", {"qkv_bias": None}, "qkv_bias missing; qwen2_moe needs it"),
+    ("qwen2", {"num_experts": None}, "num_experts missing; qwen2_moe needs it"),
+    ("qwen2", {"qkv_bias": "yes"}, "attention_bias must be true or false, found 'yes'"),
     ("qwen2", {"use_sliding_window": True, "layer_types": None}, "layer_types does not say which layers slide"),
     ("qwen2", {"num_attention_heads": None}, "num_attention_heads must be a positive integer"),
     ("qwen2", {"shared_expert_intermediate_size": 32}, r"shared_expert\.gate_proj\.weight is \[64, 32\], config\.json implies \[32, 32\]"),
@@ -161,6 +162,26 @@ def test_bad_mixtures(family: str, keys: dict[str, Any], message: str, tmp_path:
     folder = merged(tmp_path, CONFIGS[family], "btx", "", LAYOUTS[family])
     with pytest.raises(CheckpointError, match=message):
         open_model(edit(folder, **keys))
+
+
+@pytest.mark.parametrize(("family", "left_out"), [
+    ("llama", ["rms_norm_eps", "hidden_act"]),
+    ("qwen2", ["qkv_bias", "use_sliding_window", "norm_topk_prob", "rms_norm_eps", "hidden_act"]),
+    ("qwen3_biased", ["use_sliding_window", "norm_topk_prob", "rms_norm_eps", "hidden_act"]),
+])  # fmt: skip
+def test_a_key_left_out_means_what_transformers_means(family: str, left_out: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = json.loads((merged(tmp_path, CONFIGS[family], "btx", "", LAYOUTS[family]) / "config.json").read_text())
+    default = transformers.AutoConfig.for_model(LAYOUTS[family])
+    written = {**config, **{key: getattr(default, key) for key in left_out}}
+    assert model_config({key: value for key, value in config.items() if key not in left_out}) == model_config(written)
+
+
+def test_num_local_experts_is_num_experts(tmp_path: Path) -> None:
+    """As transformers 5 spells it when it saves a Qwen3-MoE."""
+    folder = merged(tmp_path, CONFIGS["qwen3"], "btx", "", "qwen3_moe")
+    expected = open_model(folder).config
+    assert open_model(edit(folder, num_experts=None, num_local_experts=3)).config == expected
 
 
 def test_fused_tensors_of_the_wrong_size(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -198,27 +199,16 @@ def test_input_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Path, 
     assert not (llamas / "out").exists()
 
 
-def test_copy_without_the_kernels_help_gives_the_same_bytes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
-
-    def refuse(*args: object) -> int:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert folder_bytes(publish(plan, None, MergeOptions())) == whole
-
-
 def test_short_reads_and_writes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system may do less than asked at every call."""
     whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
-    preadv, pwrite, copy = os.preadv, os.pwrite, os.copy_file_range
+    preadv, pwrite = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][: max(1, len(views[0]) // 3)]], offset))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: max(1, len(data) // 3)], offset))
-    monkeypatch.setattr(os, "copy_file_range", lambda s, d, count, so, do: copy(s, d, max(1, count // 3), so, do))
     assert folder_bytes(publish(plan, None, MergeOptions())) == whole
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "copy_file_range"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_failing_system_calls(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
     """The third call fails: our error with the file's name, no target, and a resumed run gives the same bytes."""
@@ -236,6 +226,27 @@ def test_failing_system_calls(plan: Plan, llamas: Path, monkeypatch: pytest.Monk
     with pytest.raises(BamMergeError, match=os.strerror(code)) as caught:
         publish(plan, None, MergeOptions())
     assert ".out.bam-merge/output" in str(caught.value)
+    assert not (llamas / "out").exists()
+    monkeypatch.undo()
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+
+
+def test_a_failed_sync_behind_the_workers_is_fatal(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not tried again, the workers stop, and the target stays absent."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    calls, failed = 0, threading.Event()
+
+    def fail(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr("bam_merge.execute.FLUSH_SECONDS", 0)
+    with pytest.raises(OutputError, match=r"\.out\.bam-merge/output/model.*Input/output error"):
+        publish(plan, None, MergeOptions(workers=1, progress=lambda count: count and failed.wait(60)))
+    assert calls == 1
     assert not (llamas / "out").exists()
     monkeypatch.undo()
     assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole

@@ -1,0 +1,125 @@
+"""bam_merge.json read back: what each tensor of a merged folder was made of, and what became of each tensor of a source."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from bam_merge.checkpoint import read_small_file
+from bam_merge.errors import VerifyError, nearest, printable, some
+from bam_merge.strict import load_json
+
+MANIFEST = "bam_merge.json"
+MANIFEST_FORMAT = 1
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
+    try:
+        document = load_json(read_small_file(path))
+    except ValueError as error:
+        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged; merge again.") from None
+    if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
+    wrong = [key for key in ("recipe", "sources", "files", "tensors") if not isinstance(document.get(key), dict)]
+    wrong += [name for name, record in document["tensors"].items() if not _is_record(record)] if "tensors" not in wrong else []
+    wrong += (
+        [name for name, record in document["sources"].items() if not isinstance(record, dict) or not isinstance(record.get("files"), dict)]
+        if "sources" not in wrong
+        else []
+    )
+    if wrong:
+        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged; merge again.")
+    return document
+
+
+def _is_record(record: object) -> bool:
+    """Whether a tensor's record in a manifest has what is read of it."""
+    kinds = {"file": str, "dtype": str, "shape": list, "digest": str}
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How one tensor was made: the manifest's expression, and the (source, tensor) pairs that it reads, in order."""
+
+    expression: str
+    reads: tuple[tuple[str, str], ...]
+
+
+def origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
+    """The origin of every tensor in a manifest."""
+    sources = _source_tensors(manifest)
+    return {
+        name: Origin(record["expression"], tuple(dict.fromkeys(_reads(record["expression"], name, sources))))
+        for name, record in manifest["tensors"].items()
+        if isinstance(record.get("expression"), str)
+    }
+
+
+def fates(manifest: Mapping[str, Any], pattern: str) -> list[dict[str, Any]]:
+    """What became of the source tensors that `pattern` names, "SOURCE:GLOB" (a GLOB alone asks all sources).
+
+    One record per tensor: source, tensor, made ({name, expression} of every output that reads it), and why it was not read, if so.
+    Raises VerifyError when the pattern names no source, or matches nothing.
+    """
+    source, colon, glob = pattern.partition(":")
+    if not colon:
+        source, glob = "*", pattern
+    recorded = _source_tensors(manifest)
+    if source != "*" and source not in recorded:
+        known = ", ".join(map(printable, recorded))
+        raise VerifyError(f"--where: {printable(source)!r} is no source of this merge{nearest(source, recorded)}. Its sources: {known}.")
+    made: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for name, origin in origins(manifest).items():
+        for read in origin.reads:
+            made.setdefault(read, []).append({"name": name, "expression": origin.expression})
+    unused = _mapping(manifest.get("unused"))
+    found = []
+    for name, tensors in recorded.items():
+        if source in ("*", name):
+            dropped = _mapping(unused.get(name))
+            for tensor in (*tensors, *(tensor for tensor in dropped if tensor not in tensors)):
+                if fnmatchcase(tensor, glob):
+                    reason = dropped.get(tensor)
+                    found.append({"source": name, "tensor": tensor, "made": made.get((name, tensor), []), "unused": reason})
+    if not found:
+        raise VerifyError(f"--where: {printable(pattern)!r} matches no tensor of the sources. Quote it: 'math:model.layers.7.*'.")
+    return found
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _source_tensors(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The tensors that were read of every source."""
+    files = {name: [_mapping(file) for file in record["files"].values()] for name, record in manifest["sources"].items()}
+    return {name: [tensor for file in found for tensor in _mapping(file.get("tensors"))] for name, found in files.items()}
+
+
+_METHOD = re.compile(r"\b(?:mean|linear|slerp|task_arithmetic|ties|dare_ties)\(([^()]*)\)(?:: ([^\s,()]+))?")
+
+
+def _reads(expression: str, name: str, sources: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """The stored tensors in an expression as ops.py writes it. Names of sources and of dense families' tensors have no blanks or commas."""
+    words = "|".join(re.escape(source) for source in sorted(sources, key=len, reverse=True))
+    leaf = re.compile(rf"(?<![^\s(,])({words}):([^\s,()\[\]]+)")
+    yield from leaf.findall(expression)
+    for method in _METHOD.finditer(expression):
+        operands, _, arguments = method[1].partition("; ")
+        after = method[2] or name
+        common = None if leaf.match(after) else after.partition("[")[0]
+        base = re.match(r"base=([^,]+)", arguments)
+        if common:
+            yield from ((operand, common) for operand in operands.split(", ") if operand in sources)
+        if base and base[1] in sources:
+            tensor = common or next((found for _, found in leaf.findall(expression) if found in sources[base[1]]), None)
+            if tensor:
+                yield base[1], tensor
