@@ -50,7 +50,9 @@ CHUNKS = ((0, 13), (13, 14), (14, 30), (30, 40))
 @torch.no_grad()
 def test_a_text_in_chunks_computes_what_it_does_whole(cache: str, folder: Path) -> None:
     model, tokens = load(folder), ids()
-    past = transformers.DynamicCache(config=model.config) if cache == "dynamic" else transformers.StaticCache(model.config, max_cache_len=48)
+    past = (
+        transformers.DynamicCache(config=model.config) if cache == "dynamic" else transformers.StaticCache(model.config, max_cache_len=48)
+    )
     parts = [model(tokens[:, start:stop], past_key_values=past, use_cache=True).logits for start, stop in CHUNKS]
     assert distance(torch.cat(parts, 1), model(tokens).logits) < 1e-5
 
@@ -158,7 +160,14 @@ def test_compiles_as_one_graph(folder: Path) -> None:
 def test_disk_offload_computes_and_saves_the_same(folders: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     folder, tokens = folders("parallel, biases, top-2"), ids()
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "disk",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     model = load(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     with torch.no_grad():
