@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check lint types example bench test-mergekit clean
+.PHONY: help demo test check lint types example bench test-mergekit test-ecosystem clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -50,5 +50,14 @@ test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods 
 	.venv-mergekit/bin/pip install -q mergekit==0.1.5
 	@touch $@
 
+test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2 and lm-eval, in a venv of its own
+	.venv-ecosystem/bin/python -m pytest -m ecosystem tests/ecosystem
+
+.venv-ecosystem/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/pip install -q -c constraints.txt torch
+	.venv-ecosystem/bin/pip install -q -c constraints.txt -e '.[ecosystem]'
+	@touch $@
+
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) .venv-mergekit demo build dist *.egg-info
+	rm -rf $(VENV) .venv-mergekit .venv-ecosystem demo build dist *.egg-info

@@ -7,8 +7,9 @@ so that a killed run can go on. The target appears complete or not at all.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ def _run(plan: Plan, staging: Staging, options: MergeOptions, done: dict[str, Fi
 
 
 def _write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -> None:
-    """config.json, index, tokenizer files, model card and, last, the manifest."""
+    """config.json, index, tokenizer files, model code, model card and, last, the manifest."""
     seed = plan.models[plan.recipe.seed_name].checkpoint
     documents = {"config.json": _json(plan.config)}
     if len(plan.shards) > 1:
@@ -181,11 +182,18 @@ def _write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -
         documents[INDEX] = _json({"metadata": {"total_parameters": plan.parameters, "total_size": total}, "weight_map": weight_map})
     for name in seed.companions():
         documents[name] = read_small_file(seed.path / name)
+    documents.update(model_code(plan.config))
     documents["README.md"] = model_card(plan).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
     documents[MANIFEST] = _json(manifest(plan, finished, digests))
     for name, data in documents.items():
         _write_file(folder / name, data)
+
+
+def model_code(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of `bam_merge.exported` that the config's auto_map names, as they are; none for a public layout."""
+    modules = {reference.partition(".")[0] for reference in config.get("auto_map", {}).values()}
+    return {f"{name}.py": (resources.files("bam_merge.exported") / f"{name}.py").read_bytes() for name in sorted(modules)}
 
 
 def _json(document: Any) -> bytes:

@@ -49,7 +49,8 @@ def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
         if found != digest:
             problems.append(f"{name} is not as it was written")
     expected = {*manifest["files"], MANIFEST, *(record["file"] for record in manifest["tensors"].values())}
-    extra = sorted(path.name for path in folder.iterdir() if path.name.endswith((".safetensors", ".json")) and path.name not in expected)
+    kinds = (".safetensors", ".json", ".py")  # what a loader would read, or run
+    extra = sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds) and path.name not in expected)
     if extra:
         problems.append(f"{some(extra)}: not of this merge")
     return problems

@@ -1,5 +1,7 @@
 """Tiny checkpoints of every family, made from the architecture tables, and the command line in process."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", **BASE, **GROUPED},
 }  # fmt: skip
 """A small model of every family and variant. hidden and intermediate sizes differ, so that a swap shows."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """transformers copies the model code of a checkpoint to HF_MODULES_CACHE, read when it is imported: a folder of this run."""
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_MODULES_CACHE"] = folder.name
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,10 @@ def test_config_keeps_the_family_and_copies_nothing_that_loads_code(tmp_path: Pa
     made = plan_file(write_recipe(tmp_path)).config
     assert made["model_type"] == "bam"
     assert (made["base_model_type"], made["rms_norm_eps"], made["norm_type"]) == ("llama", 1e-5, "rms_norm")
-    assert not {"auto_map", "_attn_implementation", "trust_remote_code"} & set(made)
+    assert set(made["auto_map"].values()) == {"configuration_bam.BamConfig", "modeling_bam.BamModel", "modeling_bam.BamForCausalLM"}
+    assert not {"_attn_implementation", "trust_remote_code"} & set(made)
+    public = plan_file(write_recipe(tmp_path, method="btx", output="{path: out, layout: mixtral}")).config
+    assert not {"auto_map", "_attn_implementation", "trust_remote_code"} & set(public)
 
 
 # ---- the paper's 590M shapes (Table 9)

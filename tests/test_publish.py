@@ -46,7 +46,8 @@ def test_a_finished_merge_leaves_the_folder_and_nothing_else(plan: Plan, llamas:
         os.umask(umask)
     assert sorted(path.name for path in llamas.iterdir()) == ["code", "law", "out", "recipe.yaml", "seed"]
     names = {path.name for path in target.iterdir()}
-    assert names == {"README.md", "bam_merge.json", "config.json", "model.safetensors.index.json", *(s.file for s in plan.shards)}
+    code = {"configuration_bam.py", "modeling_bam.py"}
+    assert names == {"README.md", "bam_merge.json", "config.json", "model.safetensors.index.json", *code, *(s.file for s in plan.shards)}
     assert {stat.S_IMODE(path.stat().st_mode) for path in target.iterdir()} == {0o640}
 
 

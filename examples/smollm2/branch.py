@@ -7,7 +7,8 @@ Each domain's text is on any Debian machine:
     math   formal proofs: set.mm of the Debian package metamath-databases
 
 OUT/code, OUT/law and OUT/math get the experts, each with a branch.json that says how it was made; OUT/heldout/*.txt gets text of each
-domain no paragraph of which was trained on. The result is the same for the same text, torch build and number of threads.
+domain no paragraph of which was trained on, and OUT/text/*.txt what was, for recipes/train. The result is the same for the same text,
+torch build and number of threads.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def train(model: PreTrainedModel, tokens: torch.Tensor, steps: int) -> None:
 
 
 def branch(seed: Path, text: Text, steps: int, out: Path, domain: str) -> None:
-    """Train one expert; publish its held-out text, then itself: where the folder is, both are whole."""
+    """Train one expert; publish its texts, then itself: where the folder is, they are whole."""
     started = time.monotonic()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(seed)
     training, heldout = (torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in (text.training, text.heldout))
@@ -148,8 +149,9 @@ def branch(seed: Path, text: Text, steps: int, out: Path, domain: str) -> None:
         model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps({"steps": steps, "perplexity": {"seed": before, "expert": after}}, indent=2) + "\n")
-        (out / "heldout").mkdir(exist_ok=True)
-        (out / "heldout" / f"{domain}.txt").write_text(text.heldout)
+        for part, content in (("text", text.training), ("heldout", text.heldout)):
+            (out / part).mkdir(exist_ok=True)
+            (out / part / f"{domain}.txt").write_text(content)
     print(f"{out / domain}: held-out perplexity {before:.2f} -> {after:.2f}, {time.monotonic() - started:.0f} s", flush=True)
 
 

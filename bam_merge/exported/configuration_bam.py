@@ -1,0 +1,155 @@
+"""Configuration of BAM checkpoints (Branch-Attend-Mix, arXiv 2408.08274) for transformers. Travels with a checkpoint.
+
+Written by bam-merge. Needs transformers 5.10 or later.
+"""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class BamConfig(PreTrainedConfig):
+    """A mixture of dense models: FFN experts, and attention experts or one attention.
+
+    Sizes are those of a dense model, but for `num_attention_heads` and `num_key_value_heads`: the totals over all attention
+    experts, which caches and serving engines read. `..._per_expert` are one expert's.
+
+    Training. Per router and layer, over the tokens that are no padding, with p = softmax of the router's logits:
+
+        balance  N * sum_i f_i P_i   f_i: share of the tokens sent to expert i, divided by k; P_i: mean of p_i. 1 at best
+                                     (under soft routing f_i = P_i: what expert i is sent is its share of the gates)
+        z        mean of logsumexp(logits)^2
+
+    reduced over layers as `router_loss_reduction` says. With the coefficients below,
+
+        total = router_aux_loss_coef * balance of the FFN routers
+              + attention_router_aux_loss_coef * balance of the attention routers
+              + router_z_loss_coef * (z of the FFN routers + z of the attention routers)
+
+    A forward with labels returns `loss` = NLL + total, and `aux_loss` = total / router_aux_loss_coef: transformers and TRL
+    multiply a model's aux_loss with router_aux_loss_coef, and so get the total. (router_aux_loss_coef = 0 cannot be divided by;
+    aux_loss is the total then.) `output_router_logits`: None adds the losses where labels are given, True computes them
+    always, False never: pass it with the labels to measure plain NLL.
+
+    `gate_scale` multiplies the FFN gates. `norm_topk_prob`: gates of the chosen FFN experts sum to one (BTX, Mixtral).
+    `attention_routing` "soft" mixes all attention experts; "top_k" the best `num_attention_experts_per_tok`, whose gates
+    p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
+    """
+
+    model_type = "bam"
+    # A list: the Trainer's evaluation adds one to it.
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "attention_router_logits", "attention_gates"]  # noqa: RUF012
+    ignore_keys_at_rope_validation = frozenset({"partial_rotary_factor"})
+
+    base_model_type: str | None = None
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    num_attention_heads_per_expert: int | None = None
+    num_key_value_heads_per_expert: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    gated_ffn: bool = True
+    max_position_embeddings: int | None = 2048
+    initializer_range: float | int = 0.02
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_bias: bool = False
+    rms_norm_eps: float | int = 1e-6
+    layer_norm_eps: float | int = 1e-5
+    qk_norm: bool = False
+    parallel_block: bool = False
+    parallel_norms: int = 2
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    rope_interleaved: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    logit_scale: float | int | None = None
+    num_experts: int = 4
+    expert_names: list[str] | None = None
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
+    gate_scale: float | int = 1.0
+    num_attention_experts: int = 4
+    attention_kv: Literal["expert", "shared"] | None = "expert"
+    shared_kv_layers: list[int] | None = None
+    attention_routing: Literal["soft", "top_k"] | None = "soft"
+    num_attention_experts_per_tok: int | None = None
+    output_router_logits: bool | None = None
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
+    attention_router_aux_loss_coef: float | int = 0.0
+    router_loss_reduction: Literal["mean", "sum"] = "mean"
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        experts = max(self.num_attention_experts, 1)
+        own_kv = experts if self.attention_kv == "expert" else 1
+        self.num_attention_heads_per_expert = self.num_attention_heads_per_expert or self.num_attention_heads // experts
+        self.num_key_value_heads_per_expert = self.num_key_value_heads_per_expert or self.num_key_value_heads // own_kv
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads_per_expert
+        if self.sliding_window is None or self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Head counts that belong together, and no more experts per token than there are."""
+        heads, kv_heads = self.num_attention_heads_per_expert, self.num_key_value_heads_per_expert
+        experts = max(self.num_attention_experts, 1)
+        own_kv = experts if self.attention_kv == "expert" else 1
+        if (self.num_attention_heads, self.num_key_value_heads) != (heads * experts, kv_heads * own_kv):
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} and num_key_value_heads = {self.num_key_value_heads} must be the "
+                f"totals of the attention experts, {heads * experts} and {kv_heads * own_kv}"
+            )
+        if heads % kv_heads:
+            raise ValueError(f"{heads} attention heads of an expert are not a multiple of {kv_heads} key and value heads")
+        for chosen, of in (
+            (self.num_experts_per_tok, self.num_experts),
+            (self.num_attention_experts_per_tok or experts, experts),
+        ):
+            if not 1 <= chosen <= of:
+                raise ValueError(f"{chosen} experts per token of {of}")
+
+    def shares_kv(self, layer: int) -> bool:
+        """Whether the attention experts of `layer` have one k and v between them (without experts: yes)."""
+        return self.num_attention_experts == 0 or self.attention_kv == "shared" or layer in (self.shared_kv_layers or ())
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism: heads and FFN columns are cut, routers and norms are not. Cuts fall between the k/v heads of an expert,
+        so their number must be a multiple of the processes. FFNs with biases stay whole (no style of transformers cuts them)."""
+        attention, experts = "layers.*.self_attn.", "layers.*.self_attn.experts."
+        own = experts if self.num_attention_experts else attention
+        kv = {attention if self.shares_kv(layer) else experts for layer in range(self.num_hidden_layers)}
+        columns = [own + "q_proj", *(prefix + name for prefix in sorted(kv) for name in ("k_proj", "v_proj"))]
+        plan = dict.fromkeys(columns, "colwise") | {own + "o_proj": "rowwise"}
+        if self.num_attention_experts:
+            plan[attention + "gates"] = "packed_colwise"  # on a module without weights: only its sum of the gradients
+        if self.qk_norm:
+            for norm in (own + "q_norm", *(prefix + "k_norm" for prefix in sorted(kv))):
+                if self.norm_type == "rms_norm":
+                    plan[norm] = "replicated_with_grad_allreduce"
+                else:
+                    plan |= {norm: "local_params", norm + ".weight": "colwise"}
+        if not self.mlp_bias:
+            ffn = "layers.*.mlp.experts"
+            up = "packed_colwise" if self.gated_ffn else "colwise"
+            plan |= {f"{ffn}.gate_up_proj": up, f"{ffn}.down_proj": "rowwise", ffn: "moe_tp_experts"}
+        return plan
+
+
+__all__ = ["BamConfig"]

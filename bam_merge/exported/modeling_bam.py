@@ -1,0 +1,765 @@
+"""BAM (Branch-Attend-Mix, arXiv 2408.08274) and BTX (2403.07816) mixtures for transformers. Travels with a checkpoint.
+
+All attention experts are one attention call. Its heads stand in the order (k/v head, expert, query head of the group), so that
+grouped-query attention finds each expert's keys (Expert-KV), or the shared ones (Shared-KV: larger groups); each head's output is
+multiplied with its expert's gate, and one o_proj adds them up. Files hold one tensor per expert and projection; loading fuses
+them, and saving cuts them again, without changing a bit.
+
+Shape suffixes:  B sequences of the batch    T tokens of this call    D hidden_size    F intermediate_size    N experts
+                 K key/value heads of one expert    G query heads to each    C channels of a head    P rotary pairs of channels
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_bam import BamConfig
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 where it is: what norms, rotations and gates are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- norms and positions ---------------------------------------------------------------------------------------------------
+
+
+class BamLayerNorm(nn.Module):
+    """RMS norm over the last axis; layer norm is the same of the centred vector."""
+
+    def __init__(self, config: BamConfig, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.centred = config.norm_type == "layer_norm"
+        self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = wide(x)
+        z = z - z.mean(-1, keepdim=True) if self.centred else z
+        z = self.weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
+        return (z if self.bias is None else z + self.bias).to(x.dtype)
+
+
+class BamHeadLayerNorm(BamLayerNorm):
+    """Norm of each head of q or k [B, T, heads, C]. Weights: RMS [C], of experts [N, C]; layer norm [heads, C]."""
+
+    def __init__(self, config: BamConfig, experts: int, heads: int, group: int) -> None:
+        per_head = config.norm_type == "layer_norm"
+        super().__init__(config, *((heads,) if per_head else (experts, 1) if experts else ()), config.head_dim)
+        self.by_expert = (experts, group) if experts and not per_head else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_expert is None:
+            return super().forward(x)
+        return super().forward(x.unflatten(-2, (-1, *self.by_expert))).flatten(-4, -2)
+
+
+class BamRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles, in float32 or wider, from the configuration alone.
+
+    Without buffers, so that no cast of the model rounds the frequencies, and in the precision of the model, which transformers'
+    own functions (always float32) are not. Where frequencies depend on the length (dynamic, longrope), each sequence has its own.
+    """
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B or 1, T, 1, P] each."""
+        position_BT = position_ids.to(torch.promote_types(x.dtype, torch.float32))
+        device_type = x.device.type if x.device.type != "mps" else "cpu"
+        with torch.autocast(device_type, enabled=False):
+            freqs_BP, factor = self.frequencies(position_BT.amax(-1, keepdim=True) + 1)
+            angles_BTxP = (position_BT[..., None] * freqs_BP[:, None])[:, :, None]
+            return angles_BTxP.cos() * factor, angles_BTxP.sin() * factor
+
+    def frequencies(self, lengths_Bx: Tensor) -> tuple[Tensor, float]:
+        """Radians per position [B or 1, P], and the factor on cosines and sines (arXiv 2104.09864, section 3.4.2).
+
+        linear: arXiv 2306.15595; dynamic NTK and YaRN: 2309.00071; LongRoPE: 2402.13753; llama3: Llama 3.1.
+        """
+        rope = self.config.rope_parameters
+        kind, theta, most = rope.get("rope_type", "default"), rope["rope_theta"], self.config.max_position_embeddings or 1
+        original = rope.get("original_max_position_embeddings") or most
+        factor = rope.get("factor") or most / original
+        rotary = int(self.config.head_dim * (rope.get("partial_rotary_factor") or 1.0))
+        pairs_P = torch.arange(0, rotary, 2, dtype=lengths_Bx.dtype, device=lengths_Bx.device)
+        freqs_P = 1.0 / theta ** (pairs_P / rotary)
+        if kind == "default":
+            return freqs_P[None], 1.0
+        if kind == "linear":
+            return freqs_P[None] / factor, 1.0
+        if kind == "dynamic":
+            stretch_Bx = factor * lengths_Bx.clamp(min=most) / most - (factor - 1)
+            return 1.0 / (theta * stretch_Bx ** (rotary / (rotary - 2))) ** (pairs_P / rotary), 1.0
+        if kind == "llama3":
+            few, many = rope["low_freq_factor"], rope["high_freq_factor"]
+            kept_P = ((original * freqs_P / (2 * math.pi) - few) / (many - few)).clamp(0, 1)
+            return (kept_P * freqs_P + (1 - kept_P) * freqs_P / factor)[None], 1.0
+        if kind == "yarn":
+            first, last = (
+                rotary * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+            )
+            if rope.get("truncate", True):
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, rotary - 1)
+            stretched_P = ((pairs_P / 2 - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+            return (stretched_P * freqs_P / factor + (1 - stretched_P) * freqs_P)[None], _yarn_factor(rope, factor)
+        if kind == "longrope":
+            short_P, long_P = (torch.tensor(rope[key]).to(pairs_P) for key in ("short_factor", "long_factor"))
+            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            return freqs_P / torch.where(lengths_Bx > original, long_P, short_P), float(rope.get("attention_factor") or scale)
+        raise ValueError(f"rope_type {kind!r} is not known here")
+
+
+def _yarn_factor(rope: dict[str, Any], factor: float) -> float:
+    """0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4), or DeepSeek's ratio of two such terms."""
+
+    def term(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    return float(rope.get("attention_factor") or (term(rope["mscale"]) / term(rope["mscale_all_dim"]) if both else term(1)))
+
+
+def rotate(x_BThC: Tensor, cos_BTxP: Tensor, sin_BTxP: Tensor, interleaved: bool) -> Tensor:
+    """Turn each pair of channels by its angle; channels beyond the pairs pass. A pair is (i, i + P), or neighbours if interleaved."""
+    P = cos_BTxP.shape[-1]
+    turning, passing = x_BThC[..., : 2 * P], x_BThC[..., 2 * P :]
+    a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else (turning[..., :P], turning[..., P:])
+    turned = (a * cos_BTxP - b * sin_BTxP, b * cos_BTxP + a * sin_BTxP)
+    turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((turned.to(x_BThC.dtype), passing), -1)
+
+
+# ---- routers ---------------------------------------------------------------------------------------------------------------
+
+
+class BamRouter(nn.Module):
+    """Logits [B, T, N] of the experts: W x, without bias. No nn.Linear, so that adapters and quantisers leave it alone."""
+
+    def __init__(self, config: BamConfig, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return nn.functional.linear(x_BTD, self.weight)
+
+
+def attention_gates(config: BamConfig, logits_BTN: Tensor) -> Tensor:
+    """Gates [B, T, N] in float32 or wider: softmax over all; of top_k, p_i / detach(sum of the chosen p), else 0."""
+    p_BTN = wide(logits_BTN).softmax(-1)
+    if config.attention_routing != "top_k":
+        return p_BTN
+    chosen = p_BTN.topk(config.num_attention_experts_per_tok or config.num_attention_experts, -1).indices
+    kept_BTN = p_BTN * torch.zeros_like(p_BTN).scatter(-1, chosen, 1.0)
+    return kept_BTN / kept_BTN.sum(-1, keepdim=True).detach()
+
+
+def ffn_gates(config: BamConfig, logits_BTN: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen experts [B, T, k] and their gates, in float32 or wider: p_i, or softmax over the chosen (norm_topk_prob)."""
+    logits_BTN = wide(logits_BTN)
+    p_BTk, chosen_BTk = logits_BTN.softmax(-1).topk(config.num_experts_per_tok, -1)
+    gates_BTk = logits_BTN.gather(-1, chosen_BTk).softmax(-1) if config.norm_topk_prob else p_BTk
+    return chosen_BTk, gates_BTk * config.gate_scale
+
+
+def router_losses(logits_XN: Tensor, k: int | None, counts_X: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(balance, z) of one router over X tokens, of which those with `counts_X` = 0 are padding. `k` None: soft routing. See BamConfig."""
+    logits_XN = wide(logits_XN)
+    weights_X = torch.ones_like(logits_XN[:, 0]) if counts_X is None else counts_X.to(logits_XN)
+    weights_X = weights_X / weights_X.sum().clamp(min=1)
+    p_XN = logits_XN.softmax(-1)
+    sent_XN = p_XN if k is None else torch.zeros_like(p_XN).scatter(-1, p_XN.topk(k, -1).indices, 1.0 / k)
+    balance = logits_XN.shape[-1] * ((weights_X @ sent_XN) * (weights_X @ p_XN)).sum()
+    return balance, weights_X @ logits_XN.logsumexp(-1).square()
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scaling + mask) v: [B, T, heads, C], and the weights [B, heads, T, S]. q [B, heads, T, C]; k and v have fewer heads."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = wide(scores if attention_mask is None else scores + attention_mask)
+    weights = nn.functional.dropout(scores.softmax(-1).to(query.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class BamAttentionExperts(nn.Module):
+    """The projections and norms that stand per expert, fused; files call them `experts.{e}.*`."""
+
+
+class BamAttention(nn.Module):
+    """All attention experts in one call; or one attention, where the mixture has no attention experts."""
+
+    def __init__(self, config: BamConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        N, D, C = config.num_attention_experts, config.hidden_size, config.head_dim
+        heads, K = max(N, 1) * config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert
+        self.mixed, self.shares_kv = N > 0, config.shares_kv(layer_idx)
+        kv_experts = 0 if self.shares_kv else N
+        kv_heads, group = K * max(kv_experts, 1), config.num_attention_heads_per_expert // K
+        self.head_dim, self.scaling, self.attention_dropout, self.is_causal = C, C**-0.5, config.attention_dropout, True
+        self.num_key_value_groups = heads // kv_heads
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        if self.mixed:
+            self.router = BamRouter(config, N)
+            self.gates = nn.Identity()  # under tensor parallelism it adds up the processes' gradients of the gates
+            self.experts = BamAttentionExperts()
+        own, kv = self.parts()
+        own.q_proj = nn.Linear(D, heads * C, bias=config.attention_bias)
+        kv.k_proj = nn.Linear(D, kv_heads * C, bias=config.attention_bias)
+        kv.v_proj = nn.Linear(D, kv_heads * C, bias=config.attention_bias)
+        own.o_proj = nn.Linear(heads * C, D, bias=config.attention_out_bias and not self.mixed)
+        self.mixed_bias = config.attention_out_bias and self.mixed
+        if self.mixed_bias:
+            own.o_proj_bias = nn.Linear(N, D, bias=False)  # the sum of the experts' biases, weighted by their gates
+        if config.qk_norm:
+            own.q_norm = BamHeadLayerNorm(config, N, heads, group)
+            kv.k_norm = BamHeadLayerNorm(config, kv_experts, kv_heads, 1)
+
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """The modules that hold q and o, and k and v."""
+        own = self.experts if self.mixed else self
+        return own, self if self.shares_kv else own
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        gates: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [B, T, D], and the attention weights where the implementation gives them. `gates` [B, T, N] of a mixture."""
+        own, kv = self.parts()
+        shape_BT = hidden_states.shape[:-1]
+        query, key, value = (proj(hidden_states).view(*shape_BT, -1, self.head_dim) for proj in (own.q_proj, kv.k_proj, kv.v_proj))
+        if self.config.qk_norm:
+            query, key = own.q_norm(query), kv.k_norm(key)
+        query, key = (rotate(x, *position_embeddings, self.config.rope_interleaved).transpose(1, 2) for x in (query, key))
+        value = value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        heads, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        if gates is not None:
+            heads_BTKNx = heads.reshape(*shape_BT, -1, gates.shape[-1], self.channels_per_gate)
+            heads = (wide(heads_BTKNx) * self.gates(gates)[..., None, :, None]).to(hidden_states.dtype)
+        y_BTD = own.o_proj(heads.reshape(*shape_BT, -1).contiguous())
+        if self.mixed_bias:
+            y_BTD = y_BTD + own.o_proj_bias(gates.to(y_BTD.dtype))
+        return y_BTD, weights
+
+    @property
+    def channels_per_gate(self) -> int:
+        """Channels that stand together under one gate: one expert's query heads of one key/value head."""
+        return self.config.num_attention_heads_per_expert // self.config.num_key_value_heads_per_expert * self.head_dim
+
+
+# ---- feed-forward network --------------------------------------------------------------------------------------------------
+
+
+@use_experts_implementation
+class BamExperts(nn.Module):
+    """The FFN experts' weights [N, ...]: down(act(gate x) * up x), or down(act(up x)) where the family's FFN is not gated.
+
+    transformers' implementations read `up_proj` of an FFN without gate; here it has the name `gate_up_proj` all the same, so that
+    one conversion serves both.
+    """
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        N, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+        rows = 2 * F if config.gated_ffn else F
+        self.num_experts, self.hidden_dim, self.intermediate_dim = N, D, F
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.gate_up_proj = nn.Parameter(torch.empty(N, rows, D))
+        self.down_proj = nn.Parameter(torch.empty(N, D, F))
+        if config.mlp_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(N, rows))
+            self.down_proj_bias = nn.Parameter(torch.empty(N, D))
+
+    @property
+    def up_proj(self) -> Tensor:
+        return self.gate_up_proj
+
+    @property
+    def up_proj_bias(self) -> Tensor:
+        return self.gate_up_proj_bias
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y [X, D] of X tokens [X, D], their k experts [X, k] and gates [X, k]."""
+        y_XD = wide(torch.zeros_like(hidden_states))
+        for e in range(self.num_experts):
+            token, place = torch.where(top_k_index == e)
+            bias = (self.gate_up_proj_bias[e], self.down_proj_bias[e]) if self.has_bias else (None, None)
+            up = nn.functional.linear(hidden_states[token], self.gate_up_proj[e], bias[0])
+            z = nn.functional.linear(self._apply_gate(up) if self.has_gate else self.act_fn(up), self.down_proj[e], bias[1])
+            y_XD = y_XD.index_add(0, token, (z * top_k_weights[token, place, None]).to(y_XD.dtype))
+        return y_XD.to(hidden_states.dtype)
+
+
+class BamSparseMoe(nn.Module):
+    """gate_scale * sum over the chosen i of g_i(x) FFN_i(x)."""
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = BamRouter(config, config.num_experts)
+        self.experts = BamExperts(config)
+        self.experts.has_gate, self.experts.has_bias = config.gated_ffn, config.mlp_bias
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """y [B, T, D] and the router's logits [B, T, N]."""
+        logits_BTN = self.router(x_BTD)
+        chosen_BTk, gates_BTk = ffn_gates(self.config, logits_BTN)
+        y_XD = self.experts(x_BTD.flatten(0, 1), chosen_BTk.flatten(0, 1), gates_BTk.flatten(0, 1))
+        return y_XD.view(x_BTD.shape), logits_BTN
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------------
+
+
+class BamDecoderLayer(GradientCheckpointingLayer):
+    """Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x)."""
+
+    def __init__(self, config: BamConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.input_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+        self.self_attn = BamAttention(config, layer_idx)
+        self.mlp = BamSparseMoe(config)
+        self.one_norm = config.parallel_block and config.parallel_norms == 1
+        if not self.one_norm:
+            self.post_attention_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states [B, T, D], and the logits [B, T, N] of the FFN's and the attention's router.
+
+        Logits are returned, not recorded by hooks, so that auxiliary losses reach the routers through either kind of checkpointing.
+        """
+        normed = self.input_layernorm(hidden_states)
+        logits = self.self_attn.router(normed) if self.self_attn.mixed else None
+        attention, _ = self.self_attn(
+            hidden_states=normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            gates=None if logits is None else attention_gates(self.config, logits),
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        h = hidden_states + attention
+        if not self.one_norm:
+            normed = self.post_attention_layernorm(hidden_states if self.config.parallel_block else h)
+        ffn, ffn_logits = self.mlp(normed)
+        return h + ffn, ffn_logits, logits
+
+
+@dataclass
+class BamModelOutputWithPast(ModelOutput):
+    """`router_logits`: of each layer's FFN router [B * T, N]; `attention_router_logits` likewise; `attention_gates` [B, T, N]."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    attention_router_logits: tuple[Tensor, ...] | None = None
+    attention_gates: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BamCausalLMOutputWithPast(ModelOutput):
+    """`loss` is NLL plus the routers' losses, `aux_loss` these over router_aux_loss_coef (see BamConfig); the rest as in BamModel."""
+
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    attention_router_logits: tuple[Tensor, ...] | None = None
+    attention_gates: tuple[Tensor, ...] | None = None
+
+
+class BamPreTrainedModel(PreTrainedModel):
+    config_class = BamConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BamDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(BamDecoderLayer, index=0),
+        "attentions": OutputRecorder(BamAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, BamRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, BamExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+            if self.config.mlp_bias:
+                init.zeros_(module.gate_up_proj_bias)
+                init.zeros_(module.down_proj_bias)
+
+
+class BamModel(BamPreTrainedModel):
+    """All but the head."""
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(BamDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+        self.rotary_emb = BamRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_attention_gates: bool | None = None,
+        **kwargs: Any,
+    ) -> BamModelOutputWithPast:
+        """`attention_mask` [B, S] is 0 at padding; or a prepared mask, or one for each kind of layer."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states, ffn_logits, attention_logits = inputs_embeds, (), ()
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states, of_ffn, of_attention = layer(
+                hidden_states,
+                attention_mask=masks[kind],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            ffn_logits += (of_ffn,)
+            attention_logits += (of_attention,) if of_attention is not None else ()
+        want_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        gates = tuple(attention_gates(self.config, logits) for logits in attention_logits) if output_attention_gates else None
+        return BamModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=tuple(logits.flatten(0, 1) for logits in ffn_logits) if want_logits else None,
+            attention_router_logits=tuple(logits.flatten(0, 1) for logits in attention_logits) if want_logits else None,
+            attention_gates=gates,
+        )
+
+    def _masks(self, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor) -> dict[str, Any]:
+        """The mask of each kind of layer."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: makers[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in dict.fromkeys(self.config.layer_types)
+        }
+
+
+class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__(config)
+        self.model = BamModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_attention_gates: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> BamCausalLMOutputWithPast:
+        """Logits [B, T, V]; with `labels` [B, T] (-100: not predicted) the loss. What is in it, and when: see BamConfig."""
+        shown = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        routed = shown or (shown is None and labels is not None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=bool(routed),
+            output_attention_gates=output_attention_gates,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        if self.config.logit_scale is not None:
+            logits = logits * self.config.logit_scale
+        total = self.router_loss(outputs, attention_mask, hidden_states) if routed else None
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            if total is not None:
+                loss = loss + total.to(loss) * _share(labels, **kwargs)
+        return BamCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=None if total is None else total / (self.config.router_aux_loss_coef or 1.0),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if shown else None,
+            attention_router_logits=outputs.attention_router_logits if shown else None,
+            attention_gates=outputs.attention_gates,
+        )
+
+    def router_loss(self, outputs: BamModelOutputWithPast, attention_mask: Any, hidden_states: Tensor) -> Tensor:
+        """The weighted sum of all routers' losses: `total` in BamConfig."""
+        config, counts_X = self.config, None
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            counts_X = attention_mask[:, -hidden_states.shape[1] :].flatten()
+        soft = config.attention_routing != "top_k"
+        attention_k = None if soft else config.num_attention_experts_per_tok or config.num_attention_experts
+        total = wide(hidden_states.new_zeros(()))
+        for layers, k, coefficient in (
+            (outputs.router_logits, config.num_experts_per_tok, config.router_aux_loss_coef),
+            (outputs.attention_router_logits, attention_k, config.attention_router_aux_loss_coef),
+        ):
+            for logits_XN in layers:
+                counts = None if counts_X is None else counts_X.to(logits_XN.device)
+                balance, z = router_losses(logits_XN, k, counts)
+                total = total + (coefficient * balance + config.router_z_loss_coef * z).to(total.device)
+        return total / config.num_hidden_layers if config.router_loss_reduction == "mean" else total
+
+
+def _share(labels: Tensor, num_items_in_batch: Any = None, shift_labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """This call's part of the tokens that the optimiser's step predicts: over accumulated calls the parts add up to one, as NLL does."""
+    if num_items_in_batch is None:
+        return 1.0
+    predicted = labels[..., 1:] if shift_labels is None else shift_labels
+    items = num_items_in_batch.to(labels.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    return predicted.ne(-100).sum() / items
+
+
+# ---- from files with one tensor per expert, and back -------------------------------------------------------------------------
+
+
+class BamFuseHeads(ConversionOps):
+    """The tensors of all attention experts as one, heads in the order (k/v head, expert, head of the group) along axis `dim`.
+
+    `unit` says what stands together: an expert's "query" heads or "key" head of one k/v head, in channels or (for the weights of a
+    layer norm) in heads; "expert": the tensor as a whole. Sizes are taken from the tensors: under tensor parallelism they are parts.
+    """
+
+    def __init__(self, unit: str, dim: int = 0) -> None:
+        self.unit, self.dim = unit, dim
+
+    def rows(self, config: BamConfig) -> int | None:
+        group = config.num_attention_heads_per_expert // config.num_key_value_heads_per_expert
+        if self.unit == "expert" or (self.unit.endswith("norm") and config.norm_type == "rms_norm"):
+            return None
+        return {"query": group * config.head_dim, "key": config.head_dim, "query norm": group, "key norm": 1}[self.unit]
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config), self.dim
+        if rows is None:
+            fused = torch.stack([tensor[None] for tensor in tensors] if self.unit.endswith("norm") else tensors, dim)
+        elif tensors[0].shape[dim] % rows:
+            raise ValueError(
+                f"{tensors[0].shape[dim]} rows are not whole k/v heads of {rows} rows: num_key_value_heads_per_expert must be a "
+                "multiple of the processes that share the model (tp_size)"
+            )
+        else:
+            fused = torch.stack([tensor.unflatten(dim, (-1, rows)) for tensor in tensors], dim + 1).flatten(dim, dim + 2)
+        return {target_patterns[0]: fused}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return BamSplitHeads(self.unit, self.dim)
+
+
+class BamSplitHeads(BamFuseHeads):
+    """One fused tensor as those of the attention experts."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        fused, rows, dim = _only(input_dict.pop(source_patterns[0])), self.rows(config), self.dim
+        if rows is None:
+            tensors = [part.squeeze(0) if self.unit.endswith("norm") else part for part in fused.unbind(dim)]
+        else:
+            parts = fused.unflatten(dim, (-1, config.num_attention_experts, rows)).unbind(dim + 1)
+            tensors = [part.flatten(dim, dim + 1) for part in parts]
+        return _named(target_patterns[0], tensors)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return BamFuseHeads(self.unit, self.dim)
+
+
+class BamFuseFfn(ConversionOps):
+    """The `up` and (of a gated FFN) `gate` tensors of all experts as one: gate before up along axis 1."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        up, gate = source_patterns
+        parts = [torch.stack(input_dict.pop(name)) for name in (gate, up) if name in input_dict]
+        return {target_patterns[0]: torch.cat(parts, 1)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return BamSplitFfn()
+
+
+class BamSplitFfn(ConversionOps):
+    """One fused tensor as the experts' `up` and `gate`."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        fused, (up, gate) = _only(input_dict.pop(source_patterns[0])), target_patterns
+        parts = dict(zip((gate, up), fused.chunk(2, 1), strict=True)) if config.gated_ffn else {up: fused}
+        return {name: tensor for pattern, part in parts.items() for name, tensor in _named(pattern, part.unbind(0)).items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return BamFuseFfn()
+
+
+def _only(tensors: Any) -> Tensor:
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def _named(pattern: str, tensors: Any) -> dict[str, Tensor]:
+    """`pattern` with each expert's number, and a tensor that shares no memory with the others."""
+    return {pattern.replace("*", str(e)): t.clone(memory_format=torch.contiguous_format) for e, t in enumerate(tensors)}
+
+
+def _conversions() -> list[WeightConverter]:
+    heads, ffn = "self_attn.experts.", "mlp.experts."
+    fused = {
+        **{f"q_proj.{kind}": BamFuseHeads("query") for kind in ("weight", "bias")},
+        **{f"{part}_proj.{kind}": BamFuseHeads("key") for part in "kv" for kind in ("weight", "bias")},
+        "o_proj.weight": BamFuseHeads("query", 1),
+        "q_norm.weight": BamFuseHeads("query norm"),
+        "k_norm.weight": BamFuseHeads("key norm"),
+    }
+    return [
+        *(WeightConverter(f"{heads}*.{name}", f"{heads}{name}", operations=[op]) for name, op in fused.items()),
+        WeightConverter(f"{heads}*.o_proj.bias", f"{heads}o_proj_bias.weight", operations=[BamFuseHeads("expert", 1)]),
+        WeightConverter([f"{ffn}*.up_proj.weight", f"{ffn}*.gate_proj.weight"], f"{ffn}gate_up_proj", operations=[BamFuseFfn()]),
+        WeightConverter([f"{ffn}*.up_proj.bias", f"{ffn}*.gate_proj.bias"], f"{ffn}gate_up_proj_bias", operations=[BamFuseFfn()]),
+        WeightConverter(f"{ffn}*.down_proj.weight", f"{ffn}down_proj", operations=[MergeModulelist(dim=0)]),
+        WeightConverter(f"{ffn}*.down_proj.bias", f"{ffn}down_proj_bias", operations=[MergeModulelist(dim=0)]),
+    ]
+
+
+register_checkpoint_conversion_mapping("bam", _conversions(), overwrite=True)
+
+__all__ = ["BamForCausalLM", "BamModel", "BamPreTrainedModel"]

@@ -1,0 +1,172 @@
+"""How fast the exported model runs: BAM against BTX and a dense model, and each against a loop over the experts.
+
+    python benchmarks/forward.py [--scale S] [--pairs N] [--dtypes bfloat16,float32] [--json FILE]
+
+Work: the paper's 590M architecture (arXiv 2408.08274, Table 9: d 1024, 6 parallel blocks, 8 heads, FFN 2048, vocabulary 256,000,
+untied, 4 experts; random weights) at --scale 1; a smaller scale takes that share of the layers and of the vocabulary. Batch 1, a
+prompt of 256 tokens. BTX has one expert per token, as in the paper's tables of FLOPs. Two times are taken:
+
+    generate  16 new tokens after the prompt, greedily, with a cache: what section 7.3 of the paper measures
+    forward   one pass over the prompt, with the logits of every position
+
+"loop" is bam-merge's reference model; its generate computes the logits of the whole prompt, transformers' those of the last
+position only, so `forward` is the fairer comparison of the two. The exported dense model is transformers' own Cohere.
+
+Every measurement is a process of its own, which loads the model, runs each call once untimed and twice timed; the smaller
+time counts, and the processes take turns as in merge.py. Ratios are taken within a round; shown are medians, smallest and
+largest. Peak memory includes loading.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import bam_merge, machine, machine_line, markdown_table, run, write_recipe
+from merge import spread, write_models
+
+LAYERS, VOCABULARY = 6, 256_000
+PROMPT, NEW, REPEATS = 256, 16, 2
+KINDS = ("exported", "loop")
+PAPER = {"BAM Expert-KV": 6.17 / 4.81, "BAM Shared-KV": 5.96 / 4.81}
+"""Ratios to BTX of the latencies in section 7.3."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "BTX": {"method": "btx", "ffn": {"top_k": 1, "gate": "topk_then_softmax"}},
+    "BAM Expert-KV": {"method": "bam", "attention": {"kv": "expert", "routing": "soft"}, "ffn": {"top_k": 1}},
+    "BAM Shared-KV": {"method": "bam", "attention": {"kv": "shared", "routing": "soft"}, "ffn": {"top_k": 1}},
+}
+
+
+def cohere(scale: float) -> dict[str, Any]:
+    """config.json of the paper's dense 590M model, with `scale` times the layers and the vocabulary."""
+    return {
+        "model_type": "cohere", "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": max(1, round(LAYERS * scale)),
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": max(256, round(VOCABULARY * scale)), "layer_norm_eps": 1e-5,
+        "logit_scale": 1.0, "tie_word_embeddings": False, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+
+
+def models(work: Path, scale: float) -> dict[str, Path]:
+    """The dense model and what each method makes of it; four experts of one model cost what four models' would."""
+    seed = Path(write_models(work / "models", cohere(scale), ["seed"], sparse=False)["seed"])
+    made = {"dense": seed}
+    for name, method in METHODS.items():
+        made[name] = work / name.replace(" ", "-")
+        recipe = {**method, "sources": {"seed": str(seed)}, "experts": ["seed"] * 4, "output": {"path": str(made[name])}}
+        print(f"merging {name}", file=sys.stderr)
+        run([bam_merge(), write_recipe(work / "recipe.yaml", recipe), "--force", "--no-verify"])
+    return made
+
+
+@dataclass
+class Row:
+    """One model's measurements by one implementation, a value a round: seconds, and the largest resident set in bytes."""
+
+    generate: list[float] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+    cache_bytes: int = 0
+
+
+Rows = dict[tuple[str, str], Row]
+"""By model and implementation."""
+
+
+def measure(folders: Mapping[str, Path], dtype: str, rounds: int) -> Rows:
+    """Every model by every implementation, in turn, `rounds` times, each round starting with another."""
+    rows: Rows = {(name, kind): Row() for kind in KINDS for name in folders}
+    keys = list(rows)
+    script = Path(__file__).with_name("one_forward.py")
+    for index in range(rounds):
+        first = index % len(keys)
+        for name, kind in [*keys[first:], *keys[:first]]:
+            done = run([sys.executable, script, folders[name], kind, dtype, str(PROMPT), str(NEW), str(REPEATS)])
+            result, row = json.loads(done.output.splitlines()[-1]), rows[name, kind]
+            row.generate.append(min(result["generate"]))
+            row.forward.append(min(result["forward"]))
+            row.peak_bytes.append(done.peak_bytes)
+            row.cache_bytes = result.get("cache_bytes", 0)
+            print(f"  {dtype} {name}, {kind}: generate {row.generate[-1]:.2f} s, forward {row.forward[-1]:.2f} s", file=sys.stderr)
+    return rows
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Of each round: median, smallest and largest."""
+    return spread([one / other for one, other in zip(ours, theirs, strict=True)])
+
+
+def table(title: str, rows: Rows) -> str:
+    """The exported models; the last columns compare them with the loop."""
+    lines = []
+    anchor = rows["BTX", "exported"]
+    for name in dict.fromkeys(name for name, _ in rows):
+        row, loop = rows[name, "exported"], rows[name, "loop"]
+        lines.append([
+            name, spread(row.generate), ratios(row.generate, anchor.generate), f"{PAPER[name]:.2f}" if name in PAPER else "",
+            ratios(row.forward, anchor.forward), f"{row.cache_bytes / 1e6:.1f}", f"{median(row.peak_bytes) / 1e6:,.0f}",
+            ratios(row.generate, loop.generate), ratios(row.forward, loop.forward),
+        ])  # fmt: skip
+    header = [
+        title, "generate, s", "ratio to BTX", "the paper's", "forward, ratio to BTX", "KV cache, MB", "peak memory, MB",
+        "generate, ratio to the loop", "forward, ratio to the loop",
+    ]  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the layers and the vocabulary (default 1; 0.17 is quick)")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds in which the models take turns (default 5)")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="which to compute in (default %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="scratch space (6 GB at scale 1) in a folder of its own in DIR; default: here"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as well")
+    options = parser.parse_args()
+    options.dtypes = options.dtypes.split(",")
+    if unknown := set(options.dtypes) - {"bfloat16", "float32"}:
+        parser.error(f"--dtypes: {', '.join(sorted(unknown))}: bfloat16 or float32, or both with a comma.")
+    if options.pairs < 1 or options.scale <= 0:
+        parser.error("--pairs is at least 1, and --scale above 0.")
+    return options
+
+
+def measure_all(options: argparse.Namespace, work: Path) -> None:
+    """One table per dtype; written to --json as they are done."""
+    facts, config = machine(), cohere(options.scale)
+    print(f"{machine_line(facts)}, load {os.getloadavg()[0]:.1f}")
+    print(f"{config['num_hidden_layers']} layers, vocabulary {config['vocab_size']:,}. {options.pairs} rounds.", flush=True)
+    folders = models(work, options.scale)
+    results: dict[str, Any] = {"machine": facts, "scale": options.scale, "pairs": options.pairs, "dtypes": {}}
+    for dtype in options.dtypes:
+        rows = measure(folders, dtype, options.pairs)
+        print(f"\n{table(dtype, rows)}", flush=True)
+        results["dtypes"][dtype] = {f"{name}, {kind}": asdict(row) for (name, kind), row in rows.items()}
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def main() -> None:
+    """Make the scratch folder, measure, remove it."""
+    options = arguments()
+    base = options.work or Path()
+    base.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="bam-merge-bench-", dir=base))
+    try:
+        measure_all(options, work.resolve())
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
