@@ -15,13 +15,13 @@ METHODS = {
     "merge": "a dense merge",
 }
 
-TRANSFORMERS_FLOOR = "5.12"
+TRANSFORMERS_FLOOR = "5.10"
 """The oldest transformers whose interfaces the exported model code uses (the extra `hf` in pyproject.toml)."""
 
 LOADING = """
 ## Loading
 
-With transformers {floor} or later; the model code is in this folder:
+With transformers {floor} or later (5.23 for tensor-parallel training); the model code is in this folder:
 
 ```python
 from transformers import AutoModelForCausalLM

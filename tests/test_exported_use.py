@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from test_exported import KINDS, MIXED, assert_same_tensors, exact, load
 from test_model import VARIANTS, build, distance, ids, write_three
 
@@ -209,6 +210,7 @@ def test_gradients_are_the_reference_models(folder: Path) -> None:
         assert distance(got[name].grad, expected[name].grad) < 1e-10, name
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the backward pass of earlier experts does not compile")
 def test_compiled_training_step_has_the_same_gradients(folders: Callable[[str], Path]) -> None:
     tokens, model = ids(), load(folders("Expert-KV")).train()
     torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, labels=tokens).loss.backward()

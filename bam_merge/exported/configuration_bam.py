@@ -1,6 +1,6 @@
 """Configuration of BAM checkpoints (Branch-Attend-Mix, arXiv 2408.08274) for transformers. Travels with a checkpoint.
 
-Written by bam-merge. Needs transformers 5.10 or later.
+Written by bam-merge. Needs transformers 5.10 or later; 5.23 for tensor-parallel or compiled training.
 """
 
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class BamConfig(PreTrainedConfig):
 
     model_type = "bam"
     # A list: the Trainer's evaluation adds one to it.
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "attention_router_logits", "attention_gates"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits", "attention_router_logits", "attention_gates"]  # noqa: RUF012
     ignore_keys_at_rope_validation = frozenset({"partial_rotary_factor"})
 
     base_model_type: str | None = None
@@ -103,6 +103,7 @@ class BamConfig(PreTrainedConfig):
         if self.sliding_window is None or self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        self.base_model_tp_plan = self.tensor_parallel_plan()  # an attribute: some releases of transformers add to it
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -128,8 +129,7 @@ class BamConfig(PreTrainedConfig):
         """Whether the attention experts of `layer` have one k and v between them (without experts: yes)."""
         return self.num_attention_experts == 0 or self.attention_kv == "shared" or layer in (self.shared_kv_layers or ())
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor parallelism: heads and FFN columns are cut, routers and norms are not. Cuts fall between the k/v heads of an expert,
         so their number must be a multiple of the processes. FFNs with biases stay whole (no style of transformers cuts them)."""
         attention, experts = "layers.*.self_attn.", "layers.*.self_attn.experts."

@@ -9,6 +9,7 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    D hidden_s
                  K key/value heads of one expert    G query heads to each    C channels of a head    P rotary pairs of channels
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +26,16 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_bam import BamConfig
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What this release of transformers calls a cache, in its functions and outputs; forward passes take either name."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ class BamAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         gates: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """y [B, T, D], and the attention weights where the implementation gives them. `gates` [B, T, N] of a mixture."""
@@ -274,8 +278,8 @@ class BamAttention(nn.Module):
             query, key = own.q_norm(query), kv.k_norm(key)
         query, key = (rotate(x, *position_embeddings, self.config.rope_interleaved).transpose(1, 2) for x in (query, key))
         value = value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         heads, weights = attention_interface(
             self,
@@ -385,6 +389,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states [B, T, D], and the logits [B, T, N] of the FFN's and the attention's router.
@@ -398,7 +403,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             gates=None if logits is None else attention_gates(self.config, logits),
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         h = hidden_states + attention
@@ -409,28 +414,19 @@ class BamDecoderLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class BamModelOutputWithPast(ModelOutput):
+class BamModelOutputWithPast(BaseModelOutputWithPast):
     """`router_logits`: of each layer's FFN router [B * T, N]; `attention_router_logits` likewise; `attention_gates` [B, T, N]."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     attention_router_logits: tuple[Tensor, ...] | None = None
     attention_gates: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class BamCausalLMOutputWithPast(ModelOutput):
+class BamCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`loss` is NLL plus the routers' losses, `aux_loss` these over router_aux_loss_coef (see BamConfig); the rest as in BamModel."""
 
-    loss: Tensor | None = None
     aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     attention_router_logits: tuple[Tensor, ...] | None = None
     attention_gates: tuple[Tensor, ...] | None = None
@@ -441,7 +437,7 @@ class BamPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BamDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -492,6 +488,7 @@ class BamModel(BamPreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         output_attention_gates: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BamModelOutputWithPast:
         """`attention_mask` [B, S] is 0 at padding; or a prepared mask, or one for each kind of layer."""
@@ -499,12 +496,13 @@ class BamModel(BamPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states, ffn_logits, attention_logits = inputs_embeds, (), ()
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
@@ -513,8 +511,8 @@ class BamModel(BamPreTrainedModel):
                 attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
             ffn_logits += (of_ffn,)
@@ -523,13 +521,13 @@ class BamModel(BamPreTrainedModel):
         gates = tuple(attention_gates(self.config, logits) for logits in attention_logits) if output_attention_gates else None
         return BamModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             router_logits=tuple(logits.flatten(0, 1) for logits in ffn_logits) if want_logits else None,
             attention_router_logits=tuple(logits.flatten(0, 1) for logits in attention_logits) if want_logits else None,
             attention_gates=gates,
         )
 
-    def _masks(self, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor) -> dict[str, Any]:
+    def _masks(self, inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None, position_ids: Tensor) -> dict[str, Any]:
         """The mask of each kind of layer."""
         if isinstance(attention_mask, dict):
             return attention_mask
@@ -539,8 +537,8 @@ class BamModel(BamPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
             for kind in dict.fromkeys(self.config.layer_types)
         }
@@ -573,6 +571,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_attention_gates: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BamCausalLMOutputWithPast:
         """Logits [B, T, V]; with `labels` [B, T] (-100: not predicted) the loss. What is in it, and when: see BamConfig."""
@@ -582,11 +581,11 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=bool(routed),
             output_attention_gates=output_attention_gates,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -604,7 +603,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=None if total is None else total / (self.config.router_aux_loss_coef or 1.0),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if shown else None,
