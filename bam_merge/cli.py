@@ -1,6 +1,7 @@
 """The command line. The only module that prints; results go to stdout, messages and progress to stderr.
 
-Exit status: 0 all well, 1 the answer is no (a check of verify failed), 2 a usage, recipe or checkpoint error, 130 interrupted.
+Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check failed), 2 a usage, recipe or checkpoint error,
+130 interrupted.
 """
 
 import gc
@@ -47,6 +48,7 @@ def cli() -> None:
     bam-merge RECIPE.yaml           plan, merge and publish, the same as bam-merge merge RECIPE.yaml
     bam-merge plan RECIPE.yaml      show what would be made from what
     bam-merge inspect PATH          show what a model is, holds and costs
+    bam-merge diff A B              compare two models, or branches with their seed
     """
 
 
@@ -114,6 +116,55 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
     from bam_merge.render_inspect import inspection_text
 
     click.echo(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None), color=True)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="A B | E1 E2 ...")
+@click.option("--seed", metavar="S", help="Compare the branches E1 E2 ... with the seed S that they came from, and with each other.")
+@click.option(
+    "--tol", type=click.FloatRange(0), default=0.0, metavar="X", help="Tensors whose relative difference is at most X are the same."
+)
+@click.option("--only", metavar="GLOB", help="Only the tensors whose name or role matches.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out the tensors whose name or role matches; may be repeated.")
+@click.option("--all", "every", is_flag=True, help="List every tensor that differs, and every one that was left out.")
+@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the report as one page that needs no network.")
+@click.option("--force", is_flag=True, help="Replace an existing FILE of --html.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
+def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | None, force: bool, as_json: bool, **options: Any) -> None:
+    """Compare two models, or branches with their seed. A model is a folder, a safetensors file, or FOLDER#EXPERT of a mixture.
+
+    Exit status: 0 the same, 1 different, 2 could not be compared.
+    """
+    if html is not None:
+        from bam_merge.html_report import check_free, write_report
+
+        check_free(Path(html), force)
+    found, show = _compared(models, seed, options)
+    if html is not None:
+        write_report(found, Path(html), force)
+    if as_json:
+        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+    else:
+        click.echo(show(found, _terminal(), every), color=True)
+    if not found.equal:
+        sys.exit(1)
+
+
+def _compared(models: tuple[str, ...], seed: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The comparison or the drift, and what turns it into text."""
+    from bam_merge.render_diff import comparison_text, drift_text
+
+    if seed is None:
+        if len(models) != 2:
+            raise click.UsageError(f"{len(models)} model(s) given: two are compared, or branches with their seed after --seed S.")
+        from bam_merge.comparison import diff as compare
+
+        return compare(*models, **options), comparison_text
+    if given := [f"--{name}" for name in ("tol", "only", "ignore") if options[name]]:
+        raise click.UsageError(f"{', '.join(given)}: not together with --seed.")
+    from bam_merge.drift import drift
+
+    return drift(seed, models), drift_text
 
 
 @cli.command()

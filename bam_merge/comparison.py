@@ -141,6 +141,7 @@ def _compare(sides: Sequence[Side], places: list[Place], workers: int | None) ->
 def _wanted(sides: Sequence[Side], only: str | None, ignore: Sequence[str]) -> tuple[set[Place], dict[str, str]]:
     """The places to look at, and the tensors that are not looked at, with the reason."""
     wanted: set[Place] = set()
+    unwanted: set[Place] = set()
     left: dict[str, str] = {}
     used: set[str] = set()
     for side in sides:
@@ -150,6 +151,7 @@ def _wanted(sides: Sequence[Side], only: str | None, ignore: Sequence[str]) -> t
             glob = next((glob for glob in ignore if any(fnmatchcase(word, glob) for word in words)), None)
             if glob is not None:
                 used.add(glob)
+                unwanted.add(place)
                 left[side.name(place)] = f"--ignore {glob}"
             elif only is not None and not any(fnmatchcase(word, only) for word in words):
                 left[side.name(place)] = f"not --only {only}"
@@ -160,7 +162,7 @@ def _wanted(sides: Sequence[Side], only: str | None, ignore: Sequence[str]) -> t
         problems.append(f"--only {printable(only)}: no tensor and no role matches.")
     if problems:
         raise CheckpointError(*problems)
-    return wanted, left
+    return wanted - unwanted, left
 
 
 # ---- findings --------------------------------------------------------------------------------------------------------------
@@ -173,10 +175,10 @@ def _places(sides: Sequence[Side], wanted: set[Place]) -> list[Finding]:
     digests = [_digests(side, places) for side, places in zip(sides, missing, strict=True)]
     renamed = {key: (digests[0][key], digests[1][key]) for key in digests[0] if key in digests[1]}
     for place_a, place_b in renamed.values():
-        names = sides[0].name(place_a), sides[1].name(place_b)
-        findings.append(Finding("renamed", f"{printable(names[0])} is called {printable(names[1])} in B", names, True))
+        pair = sides[0].name(place_a), sides[1].name(place_b)
+        findings.append(Finding("renamed", f"{printable(pair[0])} is called {printable(pair[1])} in B", pair, True))
     for side, label, places, index in zip(sides, "AB", missing, (0, 1), strict=True):
-        gone = {pair[index] for pair in renamed.values()}
+        gone = {both[index] for both in renamed.values()}
         names = tuple(side.name(place) for place in places if place not in gone)
         if names:
             findings.append(Finding(f"only in {label}", f"{some(names)} only in {label}: {len(names)} tensor(s)", names, True))

@@ -93,7 +93,7 @@ def difference(a: Side, b: Side, place: Place) -> Difference:
     return tally.result(place, names, shapes, count, whole)
 
 
-def _bytes_only(a: Side, b: Side, place: Place, names: Any, dtypes: tuple[str, str], shapes: Any) -> Difference:
+def _bytes_only(a: Side, b: Side, place: Place, names: tuple[str, str], dtypes: tuple[str, str], shapes: Any) -> Difference:
     """Dtypes that no arithmetic is done with (below a byte, complex): equal bytes or not."""
     digests = []
     for side in (a, b):
@@ -125,7 +125,8 @@ class _Tally:
         self.digest_b: Any = None
         self.aa = self.bb = self.dd = 0.0
         self.changed = self.zero_signs = 0
-        self.max_abs, self.at = 0.0, None
+        self.max_abs = 0.0
+        self.at: int | None = None
         self.nan, self.inf = [0, 0], [0, 0]
         self.ulps: int | None = 0
         self.coarse = _coarser(self.types)

@@ -8,7 +8,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the JSON document."""
 
-SAME_MODEL, ANOTHER_ANCESTOR, PART = 0.0, 0.5, 0.8
-"""Thresholds of the reading. Weight matrices of two models trained apart are all but orthogonal (cosine with the seed near 0, relative drift
-near sqrt 2); those of a branch stay close to the seed (cosine above 0.9 after hundreds of billions of tokens): below ANOTHER_ANCESTOR it is
-no branch. Attention that drifted at least PART times as far as the FFN has something to lose by averaging."""
+ANOTHER_ANCESTOR, PART = 0.5, 0.8
+"""Thresholds of the reading. Weight matrices of two models trained apart are all but orthogonal (cosine with the seed near 0, relative
+drift near sqrt 2), those of a branch stay close to it: below ANOTHER_ANCESTOR a model is no branch. Attention that drifted at least PART
+times as far as the FFN has as much to lose by averaging."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def total(grams: Sequence[Gram]) -> Gram:
     n = range(len(grams[0].dd))
     return Gram(
         sum(g.count for g in grams), math.fsum(g.ss for g in grams), add([g.se for g in grams]),
-        tuple(add([g.dd[i] for g in grams]) for i in n), tuple(add([g.equal[i] for g in grams]) for i in n), add([g.equal_seed for g in grams]),
+        tuple(add([g.dd[i] for g in grams]) for i in n), tuple(add([g.equal[i] for g in grams]) for i in n),
+        add([g.equal_seed for g in grams]),
     )  # fmt: skip
 
 
@@ -114,6 +116,14 @@ class Drift:
         members = [gram for place, gram in self.grams.items() if chosen(place)]
         return total(members) if members else None
 
+    def part(self, role: str | None = None, layer: int | None = None) -> Gram | None:
+        """The Gram matrix of a role (or of all that a glob matches), of a layer, or of both."""
+
+        def chosen(place: Place) -> bool:
+            return (role is None or place[0] == role or fnmatchcase(place[0], role)) and (layer is None or place[1] == layer)
+
+        return self.where(chosen)
+
     @property
     def roles(self) -> list[str]:
         return list(dict.fromkeys(place[0] for place in self.grams))
@@ -125,7 +135,7 @@ class Drift:
     def table(self, expert: int) -> tuple[list[str], list[str], list[list[float | None]]]:
         """Rows (layers, then what has no layer), columns (roles in layers), and the relative drift of one expert."""
         inside = list(dict.fromkeys(role for role, layer, _ in self.grams if layer is not None))
-        values = [[_drift_at(self.where(lambda p, r=role, n=layer: p[:2] == (r, n)), expert) for role in inside] for layer in self.layers]
+        values = [[_drift_at(self.part(role, layer), expert) for role in inside] for layer in self.layers]
         return [str(layer) for layer in self.layers], inside, values
 
     def alone(self, expert: int) -> list[tuple[str, float | None]]:
@@ -136,7 +146,7 @@ class Drift:
         """The layers by mean relative drift over the experts, furthest first."""
         ranked = []
         for layer in self.layers:
-            gram = self.where(lambda p, n=layer: p[1] == n)
+            gram = self.part(layer=layer)
             assert gram is not None
             drifts = [gram.drift(i) or 0.0 for i in range(len(self.names))]
             ranked.append((layer, sum(drifts) / len(drifts)))
@@ -145,7 +155,7 @@ class Drift:
     def document(self) -> dict[str, Any]:
         """`diff --seed --json`."""
         n = range(len(self.names))
-        by_role = {role: self._figures(self.where(lambda p, r=role: p[0] == r)) for role in self.roles}
+        by_role = {role: self._figures(self.part(role)) for role in self.roles}
         return {
             "format": FORMAT, "seed": self.seed.label, "experts": dict(zip(self.names, (side.label for side in self.experts), strict=True)),
             "equal": self.equal, "stop": any(reading.stop for reading in self.readings),
@@ -188,7 +198,7 @@ def drift(seed: str | os.PathLike[str], experts: Sequence[str | os.PathLike[str]
     places, left_out = _comparable(sides)
     grams = _grams(sides, places, workers)
     found = Drift(sides[0], sides[1:], _names(sides[1:]), grams, left_out)
-    return Drift(found.seed, found.experts, found.names, found.grams, found.left_out, tuple(readings(found)))
+    return replace(found, readings=tuple(readings(found)))
 
 
 def _names(sides: Sequence[Side]) -> tuple[str, ...]:
@@ -212,7 +222,9 @@ def _comparable(sides: Sequence[Side]) -> tuple[list[Place], dict[str, str]]:
         shapes = [side.leaves[place].shape for side in sides]
         odd = next((side for side, shape in zip(sides, shapes, strict=True) if shape != shapes[0]), None)
         if odd is not None:
-            problems.append(f"{printable(odd.label)}: {printable(odd.name(place))} is {list(odd.leaves[place].shape)}, the seed has {list(shapes[0])}")
+            problems.append(
+                f"{printable(odd.label)}: {printable(odd.name(place))} is {list(odd.leaves[place].shape)}, the seed has {list(shapes[0])}"
+            )
         elif any(side.leaves[place].dtype not in COMPUTED for side in sides):
             left_out[sides[0].name(place)] = "a dtype that no arithmetic is done with"
         else:
@@ -250,7 +262,9 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
         if not bool(found.isfinite().all()):
             bad = next((side for side, row_C in zip(sides, models_MC, strict=True) if not bool(row_C.isfinite().all())), None)
             if bad is not None:
-                raise CheckpointError(f"{printable(bad.label)}: {printable(bad.name(place))} holds NaN or infinity. bam-merge inspect --stats counts them.")
+                raise CheckpointError(
+                    f"{printable(bad.label)}: {printable(bad.name(place))} holds NaN or infinity. bam-merge inspect --stats counts them."
+                )
             found = _products(models_MC.double())
         sums += found
         for i in range(n):
@@ -323,8 +337,8 @@ def _of_one(found: Drift, gram: Gram, i: int) -> list[Reading]:
     if cosine is not None and moved is not None and cosine < ANOTHER_ANCESTOR:
         return [
             Reading(
-                f"STOP: {name} is no branch of this seed. Its matrices have cosine {cosine:.2f} with the seed's and drifted by {moved:.2f} of "
-                "their norm; unrelated models have 0 and about 1.41. Averaging them would destroy both.",
+                f"STOP: {name} is no branch of this seed. Its matrices have cosine {cosine:.2f} with the seed's and drifted by {moved:.2f} "
+                "of their norm; unrelated models have 0 and about 1.41. Averaging them would destroy both.",
                 stop=True,
             )
         ]
@@ -333,8 +347,8 @@ def _of_one(found: Drift, gram: Gram, i: int) -> list[Reading]:
 
 def _of_attention(found: Drift, moved: Sequence[int]) -> list[Reading]:
     """Whether keeping attention experts keeps anything that BTX's average would lose."""
-    attention = found.where(lambda p: p[0].startswith("attn.") and "norm" not in p[0])
-    ffn = found.where(lambda p: p[0].startswith("ffn."))
+    attention = found.part("attn.?")
+    ffn = found.part("ffn.*")
     if attention is None or ffn is None:
         return []
     ratios = [(attention.drift(i) or 0.0) / (ffn.drift(i) or math.inf) for i in moved]
@@ -355,7 +369,15 @@ def _of_averaging(found: Drift, gram: Gram, moved: Sequence[int]) -> list[Readin
     noise = 1 / math.sqrt(gram.count)
     mean = sum(cosines) / len(cosines)
     kept, blind = gram.kept_by_averaging() or 0.0, gram.kept_if_orthogonal() or 0.0
-    how = "no more alike than noise" if abs(mean) < 4 * noise else "nearly orthogonal" if abs(mean) < 0.1 else "partly alike" if mean < 0.8 else "all but the same"
+    how = (
+        "no more alike than noise"
+        if abs(mean) < 4 * noise
+        else "nearly orthogonal"
+        if abs(mean) < 0.1
+        else "partly alike"
+        if mean < 0.8
+        else "all but the same"
+    )
     return [
         Reading(f"The experts' drifts are {how}: mean cosine {mean:.3f}, random directions have 0 ± {noise:.1g}."),
         Reading(f"Averaging keeps {kept:.0%} of a drift's norm; of drifts in random directions it would keep {blind:.0%}."),

@@ -88,7 +88,7 @@ def _expert(found: Anatomy, path: str, name: str) -> int:
     if number not in there:
         known = names or [str(expert) for expert in there]
         listed = ", ".join(printable(item, 60) for item in known[:20])
-        raise CheckpointError(f"{printable(path)}: no expert {printable(repr(name), 60)}{nearest(name, known)}. There are {listed}.")
+        raise CheckpointError(f"{printable(path)}: no expert {printable(repr(name), 60)}{nearest(name, known) or '.'} There are {listed}.")
     return number
 
 
@@ -108,4 +108,3 @@ def check_comparable(sides: Sequence[Side]) -> None:
 def _what(side: Side) -> str:
     table = side.anatomy.architecture
     return f"{table.name if table else 'of no known family'}, {len(side.leaves)} tensors"
-

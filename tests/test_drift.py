@@ -1,0 +1,204 @@
+"""`diff --seed`: every figure against a direct computation, and the right words for models that are made to earn them."""
+
+import json
+import re
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, Result
+from safetensors.torch import load_file, save_file
+
+from bam_merge.drift import Drift, drift
+from bam_merge.errors import CheckpointError, OutputError
+from bam_merge.html_report import report_page, write_report
+from bam_merge.synthetic import random_values, write_checkpoint
+
+CONFIG = {**CONFIGS["llama"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+NAMES = ("code", "law", "math")
+
+
+def branch(folder: Path, name: str, change: Callable[[str, np.ndarray], np.ndarray], dtype: str = "F32") -> Path:
+    seed = random_values(1, 0.1)
+    write_checkpoint(folder / name, CONFIG, lambda tensor, shape: change(tensor, seed(tensor, shape)), dtype=dtype)
+    return folder / name
+
+
+def noise(scale: float, seed: int) -> Callable[[str, np.ndarray], np.ndarray]:
+    def change(tensor: str, values: np.ndarray) -> np.ndarray:
+        generator = np.random.default_rng([seed, *tensor.encode()])
+        return values + scale * np.sqrt(np.mean(values**2)) * generator.standard_normal(values.shape)
+
+    return change
+
+
+def same(tensor: str, values: np.ndarray) -> np.ndarray:
+    return values
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A seed, and three branches that went in random directions by a tenth of its norm."""
+    return branch(tmp_path, "seed", same), [branch(tmp_path, name, noise(0.1, index)) for index, name in enumerate(NAMES)]
+
+
+def said(found: Drift) -> str:
+    return " ".join(reading.text for reading in found.readings)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_figures_are_those_of_a_direct_computation(dtype: str, tmp_path: Path) -> None:
+    folders = [
+        branch(tmp_path, name, noise(scale, index), dtype)
+        for index, (name, scale) in enumerate(zip(("seed", *NAMES), (0, 0.1, 0.2, 0.3), strict=True))
+    ]
+    found = drift(folders[0], folders[1:])
+    stored = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
+    seed, *experts = ({name: t.double() for name, t in tensors.items()} for tensors in stored)
+    whole = [torch.cat([tensors[name].flatten() for name in seed]) for tensors in (seed, *experts)]
+    s, deltas = whole[0], [e - whole[0] for e in whole[1:]]
+    gram = found.overall
+    for i, d in enumerate(deltas):
+        assert gram.drift(i) == pytest.approx(float(d.norm() / s.norm()), rel=1e-5)
+        assert gram.seed_cosine(i) == pytest.approx(float(torch.dot(s, s + d) / s.norm() / (s + d).norm()), abs=1e-6)
+        assert gram.equal_seed[i] == int((d == 0).sum())
+    for i, j in combinations(range(3), 2):
+        assert gram.cosine(i, j) == pytest.approx(float(torch.dot(deltas[i], deltas[j]) / deltas[i].norm() / deltas[j].norm()), abs=1e-5)
+        assert gram.equal[i][j] == gram.equal[j][i] == int((deltas[i] == deltas[j]).sum())
+    norms = torch.stack([d.norm() for d in deltas])
+    assert gram.kept_by_averaging() == pytest.approx(float(torch.stack(deltas).mean(0).norm() / norms.mean()), rel=1e-5)
+    assert gram.kept_if_orthogonal() == pytest.approx(float(norms.square().sum().sqrt() / norms.sum()), rel=1e-5)
+    name = "model.layers.1.mlp.up_proj.weight"
+    one = found.part("ffn.up", 1)
+    assert one is not None and one.drift(2) == pytest.approx(float((experts[2][name] - seed[name]).norm() / seed[name].norm()), rel=1e-5)
+
+
+def test_random_directions_are_called_so(noisy: tuple[Path, list[Path]]) -> None:
+    found = drift(noisy[0], noisy[1])
+    assert found.overall.kept_by_averaging() == pytest.approx(3**-0.5, abs=0.01)
+    assert found.overall.kept_if_orthogonal() == pytest.approx(3**-0.5, abs=0.001)
+    assert "no more alike than noise" in said(found) or "nearly orthogonal" in said(found)
+    assert "Attention drifted 1.00 times as far" in said(found) and not any(reading.stop for reading in found.readings)
+
+
+def test_a_shared_direction_is_kept_by_averaging(tmp_path: Path) -> None:
+    seed = branch(tmp_path, "seed", same)
+    experts = [branch(tmp_path, name, lambda t, v, i=i: noise(0.01, i)(t, noise(0.2, 9)(t, v))) for i, name in enumerate(NAMES)]
+    found = drift(seed, experts)
+    assert (found.overall.kept_by_averaging() or 0) > 0.99 and "all but the same" in said(found)
+
+
+def test_attention_that_stayed_is_said_to_buy_little(tmp_path: Path) -> None:
+    seed = branch(tmp_path, "seed", same)
+    experts = [branch(tmp_path, name, lambda t, v, i=i: noise(0.001 if "attn" in t else 0.1, i)(t, v)) for i, name in enumerate(NAMES)]
+    assert "attention experts (BAM) buy little over BTX" in said(drift(seed, experts))
+
+
+def test_models_that_are_the_same_are_named(noisy: tuple[Path, list[Path]], run: Any) -> None:
+    seed, (code, law, _) = noisy
+    found = drift(seed, [seed, law, law])
+    assert "seed never left the seed: every weight is equal." in said(found) and "are the same model: every weight is equal." in said(found)
+    done: Result = run("diff", "--seed", seed, seed)
+    assert done.status == 0 and "never left the seed" in done.out
+    assert run("diff", "--seed", seed, code).status == 1
+
+
+def test_another_ancestor_is_a_stop(noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any) -> None:
+    write_checkpoint(tmp_path / "stranger", CONFIG, random_values(77, 0.1))
+    found = drift(noisy[0], [noisy[1][0], tmp_path / "stranger"])
+    assert found.readings[0].stop and "stranger is no branch of this seed" in found.readings[0].text and len(found.readings) == 1
+    done: Result = run("diff", "--seed", noisy[0], *noisy[1], tmp_path / "stranger", "--json")
+    assert done.status == 1 and json.loads(done.out)["stop"] is True
+
+
+def test_what_cannot_be_compared(noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any) -> None:
+    write_checkpoint(tmp_path / "wide", {**CONFIG, "intermediate_size": 128}, random_values(1, 0.1))
+    done: Result = run("diff", "--seed", noisy[0], tmp_path / "wide")
+    assert done.status == 2 and "is [128, 64], the seed has [96, 64]" in done.err and "not branches of one model" in done.err
+    (path,) = noisy[1][0].glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"code: model.norm.weight holds NaN or infinity"):
+        drift(noisy[0], noisy[1])
+
+
+def test_the_documents_numbers_are_the_tables(noisy: tuple[Path, list[Path]], run: Any) -> None:
+    done: Result = run("diff", "--seed", noisy[0], *noisy[1], "--json")
+    document = json.loads(done.out, parse_constant=lambda text: pytest.fail(text))
+    assert list(document["experts"]) == list(NAMES) and not document["stop"] and len(document["tensors"]) == 21
+    assert document["overall"]["relative_drift"]["law"] == pytest.approx(0.1, rel=0.01)
+    assert document["by_role"]["attn.q"]["cosine"][0][0] == 1.0
+    ranked = [layer["relative_drift"] for layer in document["layers"]]
+    assert ranked == sorted(ranked, reverse=True) and len(ranked) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"width": 120}, {"colour": True}, {"unicode": False}])
+def test_text_fits(options: dict[str, Any], noisy: tuple[Path, list[Path]]) -> None:
+    from bam_merge.render_diff import drift_text
+    from bam_merge.terminal import Terminal
+
+    terminal = Terminal(**options)
+    text = drift_text(drift(noisy[0], noisy[1]), terminal, every=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert max(map(len, plain.split("\n"))) <= terminal.width and ("\x1b" in text) == terminal.colour
+    for word in ("reading", "code  drift from the seed", "attn.q", "pairs", "averaging", "layers by drift", "up to"):
+        assert word in plain
+    assert terminal.unicode or set(plain) & set("▁▂▃▄▅▆▇█·") == set()
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_and_escapes(noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any) -> None:
+    evil = tmp_path / "<script>alert(1)<"
+    noisy[1][0].rename(evil)
+    page = tmp_path / "drift.html"
+    done: Result = run("diff", "--seed", noisy[0], evil, noisy[1][1], "--html", page)
+    text = page.read_text()
+    assert done.status == 1 and len(text) < 500_000
+    assert re.findall(r"""(?:https?:)?//[a-z]|src=|url\(|@import|<link""", text) == [] and "default-src 'none'" in text
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;" in text
+    for word in ("data-map=", "model.layers.1.mlp.up_proj.weight", "what averaging keeps", "prefers-color-scheme: dark"):
+        assert word in text
+
+
+def test_a_comparison_has_a_page_too(noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any) -> None:
+    page = tmp_path / "diff.html"
+    assert run("diff", noisy[0], noisy[1][0], "--html", page).status == 1
+    assert "tensors that differ" in page.read_text()
+
+
+def test_a_large_models_page_stays_small(noisy: tuple[Path, list[Path]]) -> None:
+    from dataclasses import replace
+
+    from bam_merge.matching import Side
+
+    found = drift(noisy[0], noisy[1])
+    roles = [(role, gram) for (role, layer, _), gram in found.grams.items() if layer == 0]
+    grams = {(role, layer, None): gram for layer in range(126) for role, gram in roles}
+    leaves = {place: found.seed.leaves[place[0], 0, None] for place in grams}
+    seed = Side("seed", found.seed.anatomy, None, leaves, {})
+    assert 100_000 < len(report_page(replace(found, seed=seed, grams=grams))) < 500_000
+
+
+def test_a_page_is_written_whole_or_not_at_all(
+    noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    done: Result = run("diff", noisy[0], noisy[0], "--html", page)
+    assert done.status == 2 and "exists. Choose another name, or replace it with --force." in done.err and page.read_text() == "mine"
+    assert run("diff", noisy[0], noisy[0], "--html", tmp_path / "no" / "page.html").status == 2
+    found = drift(noisy[0], noisy[1])
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_report(found, page, force=True)
+    assert page.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["code", "law", "math", "page.html", "seed"]
+    monkeypatch.undo()
+    write_report(found, page, force=True)
+    assert page.read_text().startswith("<!doctype html>")
