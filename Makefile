@@ -40,6 +40,7 @@ example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, thre
 bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens of minutes, tens of GB)
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python benchmarks/diff.py
 
 test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods with mergekit's, in a venv of its own
 	$(BIN)/python benchmarks/mergekit_parity.py --mergekit .venv-mergekit/bin

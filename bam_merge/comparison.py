@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from bam_merge import ops
 from bam_merge.checkpoint import read_small_file
+from bam_merge.difference import SHAPE, Difference, difference
 from bam_merge.errors import CheckpointError, printable, some
 from bam_merge.matching import Place, Side, check_comparable, in_common, open_side
 from bam_merge.roles import stored
+from bam_merge.source_files import available_processors
 
-if TYPE_CHECKING:
-    from bam_merge.difference import Difference
+T = TypeVar("T")
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -46,16 +47,14 @@ class Comparison:
 
     a: Side
     b: Side
-    compared: tuple["Difference", ...]
+    compared: tuple[Difference, ...]
     findings: tuple[Finding, ...]
     ignored: Mapping[str, str]
     tol: float
 
     @property
-    def changed(self) -> list["Difference"]:
+    def changed(self) -> list[Difference]:
         """What differs, and by more than the tolerance, furthest first."""
-        from bam_merge.difference import SHAPE
-
         beyond = [d for d in self.compared if not d.same and not (d.verdict != SHAPE and within(d, self.tol))]
         return sorted(beyond, key=lambda d: -math.inf if d.relative_l2 is None else -d.relative_l2)
 
@@ -79,7 +78,7 @@ class Comparison:
     def names(self, kind: str) -> list[str]:
         return [name for finding in self.findings if finding.kind == kind for name in finding.names]
 
-    def summary(self, key: Callable[["Difference"], Any]) -> dict[Any, dict[str, Any]]:
+    def summary(self, key: Callable[[Difference], Any]) -> dict[Any, dict[str, Any]]:
         """By key: how many tensors, how many of them differ, and |b - a| / |a| over all their elements."""
         groups: dict[Any, list[Difference]] = {}
         for found in self.compared:
@@ -90,12 +89,12 @@ class Comparison:
         }
 
 
-def within(found: "Difference", tol: float) -> bool:
+def within(found: Difference, tol: float) -> bool:
     """Whether the drift is at most `tol`, and nothing that is no number appeared or went."""
     return found.relative_l2 is not None and found.relative_l2 <= tol and found.nan[0] == found.nan[1] and found.inf[0] == found.inf[1]
 
 
-def drift(members: Iterable["Difference"]) -> float | None:
+def drift(members: Iterable[Difference]) -> float | None:
     """|b - a| / |a| of several tensors as one vector; None where a is zero."""
     pairs = [(d.squares, d.squared_difference) for d in members]
     squares, differences = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
@@ -123,18 +122,17 @@ def diff(
     return Comparison(*sides, tuple(compared), tuple(findings), ignored, tol)
 
 
-def _compare(sides: Sequence[Side], places: list[Place], workers: int | None) -> list["Difference"]:
+def _compare(sides: Sequence[Side], places: list[Place], workers: int | None) -> list[Difference]:
     """The differences, in the order of the places; the largest tensors are begun first."""
-    import torch
-
-    from bam_merge.difference import difference
-    from bam_merge.execute import available_processors, one_torch_thread
-
     a, b = sides
-    largest_first = sorted(places, key=lambda place: -ops.numel(a.leaves[place]))
-    count = workers or min(8, available_processors())
-    with one_torch_thread(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
-        found = dict(zip(largest_first, pool.map(lambda place: difference(a, b, place), largest_first), strict=True))
+    return by_size(places, lambda place: difference(a, b, place), lambda place: ops.numel(a.leaves[place]), workers)
+
+
+def by_size(places: Sequence[Place], work: Callable[[Place], T], size: Callable[[Place], int], workers: int | None) -> list[T]:
+    """What `work` makes of every place, in their order; threads begin with the largest."""
+    largest_first = sorted(places, key=size, reverse=True)
+    with ThreadPoolExecutor(workers or min(8, available_processors())) as pool:
+        found = dict(zip(largest_first, pool.map(work, largest_first), strict=True))
     return [found[place] for place in places]
 
 
@@ -187,8 +185,6 @@ def _places(sides: Sequence[Side], wanted: set[Place]) -> list[Finding]:
 
 def _digests(side: Side, places: list[Place]) -> dict[tuple[Any, ...], Place]:
     """The places by dtype, shape and digest."""
-    from bam_merge.difference import difference
-
     found = {}
     for place in places:
         leaf = side.leaves[place]
@@ -196,7 +192,7 @@ def _digests(side: Side, places: list[Place]) -> dict[tuple[Any, ...], Place]:
     return found
 
 
-def _moves(compared: Sequence["Difference"]) -> list[Finding]:
+def _moves(compared: Sequence[Difference]) -> list[Finding]:
     """Tensors of A that stand elsewhere in B with the same bytes: swapped layers, permuted experts."""
     changed = [d for d in compared if not d.same and d.digests[0]]
     where: dict[tuple[Any, ...], Difference] = {(d.place[0], d.dtypes[1], d.shapes[1], d.digests[1]): d for d in changed}

@@ -4,19 +4,22 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
 from bam_merge import ops
 from bam_merge.matching import Place, Side
 from bam_merge.roles import stored
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.tensor_stats import COMPUTED
-from bam_merge.tensors import buffer
+from bam_merge.values import COMPUTED, FLOAT8, STEPS, Array, is_float, steps_apart, stored_integers, widen
 
 CHUNK = 2**18
-"""Elements that a worker holds of each tensor at a time: few enough to stay in a processor's cache."""
+"""Elements that are computed with at a time: few enough to stay in a processor's cache."""
+
+BLOCK = 4 * CHUNK
+"""Elements that a worker reads of each tensor at a time."""
+
+FEW = 1024
 
 IDENTICAL, EQUAL, ROUNDING, DIFFERENT, SHAPE = "identical", "equal", "rounding", "different", "shape"
 """identical: the same bytes; equal: the same values in another dtype or layout, or zeros of another sign; rounding: each element within
@@ -75,22 +78,19 @@ def difference(a: Side, b: Side, place: Place) -> Difference:
     names = a.name(place), b.name(place)
     if shapes[0] != shapes[1]:
         return Difference(place, *names, SHAPE, dtypes, shapes, relative_l2=None, cosine=None)
-    whole = all(isinstance(leaf, ops.Read) for leaf in leaves)
-    plain = dtypes[0] == dtypes[1] and DTYPE_BITS[dtypes[0]] >= 8
-    if not set(dtypes) <= COMPUTED.keys():
+    if not set(dtypes) <= COMPUTED:
         return _bytes_only(a, b, place, names, dtypes, shapes)
-    tally = _Tally(dtypes, plain)
-    count = ops.numel(leaves[0])
-    for start in range(0, count, CHUNK):
-        stop = min(count, start + CHUNK)
-        chunks = []
-        for side, dtype in ((a, dtypes[0]), (b, dtypes[1])):
-            itemsize = DTYPE_BITS[dtype] // 8
-            bytes_B, view = buffer((stop - start) * itemsize)
-            side.read(place, start, stop, view, itemsize)
-            chunks.append((bytes_B, view))
-        tally.add(chunks[0], chunks[1], start)
-    return tally.result(place, names, shapes, count, whole)
+    tally, count = _Tally(dtypes), ops.numel(leaves[0])
+    sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
+    blocks = [bytearray(min(BLOCK, count) * size) for size in sizes]
+    for start in range(0, count, BLOCK):
+        stop = min(count, start + BLOCK)
+        for side, block, size in zip((a, b), blocks, sizes, strict=True):
+            if stop - start < BLOCK:
+                del block[(stop - start) * size :]
+            side.read(place, start, stop, memoryview(block), size)
+        tally.add(blocks[0], blocks[1], start)
+    return tally.result(place, names, shapes, count, all(isinstance(leaf, ops.Read) for leaf in leaves))
 
 
 def _bytes_only(a: Side, b: Side, place: Place, names: tuple[str, str], dtypes: tuple[str, str], shapes: Any) -> Difference:
@@ -101,26 +101,25 @@ def _bytes_only(a: Side, b: Side, place: Place, names: tuple[str, str], dtypes: 
         entry, digest = side.checkpoint.tensors[stored(leaf).tensor], xxhash.xxh3_128()
         whole = ops.Read(stored(leaf).source, entry.name, "U8", (entry.nbytes,))
         reader = Side(side.label, side.anatomy, None, {place: whole}, {})
-        for start in range(0, entry.nbytes, CHUNK):
-            _, view = buffer(min(CHUNK, entry.nbytes - start))
-            reader.read(place, start, start + len(view), view, 1)
-            digest.update(view)
+        for start in range(0, entry.nbytes, BLOCK):
+            block = bytearray(min(BLOCK, entry.nbytes - start))
+            reader.read(place, start, start + len(block), memoryview(block), 1)
+            digest.update(block)
         digests.append(digest.hexdigest())
     same = dtypes[0] == dtypes[1] and digests[0] == digests[1]
-    verdict, unknown = (IDENTICAL, 1.0) if same else (DIFFERENT, None)
     count = ops.numel(a.leaves[place])
     return Difference(
-        place, *names, verdict, dtypes, shapes, count, 0 if same else count,
-        relative_l2=0.0 if same else None, cosine=unknown, digests=(digests[0], digests[1]),
+        place, *names, IDENTICAL if same else DIFFERENT, dtypes, shapes, count, 0 if same else count,
+        relative_l2=0.0 if same else None, cosine=1.0 if same else None, digests=(digests[0], digests[1]),
     )  # fmt: skip
 
 
 class _Tally:
     """Running figures of one pair of tensors."""
 
-    def __init__(self, dtypes: tuple[str, str], plain: bool) -> None:
-        self.dtypes, self.plain = dtypes, plain
-        self.types = COMPUTED[dtypes[0]], COMPUTED[dtypes[1]]
+    def __init__(self, dtypes: tuple[str, str]) -> None:
+        self.dtypes, self.plain = dtypes, dtypes[0] == dtypes[1]
+        self.sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
         self.digest_a = xxhash.xxh3_128()
         self.digest_b: Any = None
         self.aa = self.bb = self.dd = 0.0
@@ -128,64 +127,86 @@ class _Tally:
         self.max_abs = 0.0
         self.at: int | None = None
         self.nan, self.inf = [0, 0], [0, 0]
-        self.ulps: int | None = 0
-        self.coarse = _coarser(self.types)
+        floats = [dtype for dtype in dtypes if is_float(dtype) and dtype not in FLOAT8]
+        self.coarse = max(floats, key=lambda dtype: STEPS[dtype][0]) if len(floats) == 2 else None
+        self.ulps: int | None = None if self.coarse is None else 0
         # Sums of float64, or of integers that float32 does not hold, need float64; the others are exact enough in float32, chunk by chunk.
-        narrow = all(kind.is_floating_point and kind.itemsize <= 4 for kind in self.types)
-        self.wide = torch.float32 if narrow else torch.float64
+        narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
+        self.a, self.b, self.d = (np.empty(CHUNK, np.float32 if narrow else np.float64) for _ in range(3))
 
-    def add(self, a: tuple[Tensor, memoryview], b: tuple[Tensor, memoryview], start: int) -> None:
+    def add(self, a: bytearray, b: bytearray, start: int) -> None:
         """Take in the same elements of both, which begin at element `start`."""
-        before = None if self.digest_b is not None else self.digest_a.copy()
-        self.digest_a.update(a[1])
-        same = self.plain and _same_bytes(a[0], b[0])
+        same = self.plain and a == b
+        if not same and self.digest_b is None:
+            self.digest_b = self.digest_a.copy()
+        self.digest_a.update(a)
         if self.digest_b is not None:
-            self.digest_b.update(b[1])
-        elif not same:
-            self.digest_b = before
-            assert self.digest_b is not None
-            self.digest_b.update(b[1])
-        a_C, b_C = (_widen(bytes_B, kind, self.wide) for (bytes_B, _), kind in zip((a, b), self.types, strict=True))
+            self.digest_b.update(b)
+        views, sizes = (memoryview(a), memoryview(b)), self.sizes
+        for first in range(0, len(a) // sizes[0], CHUNK):
+            one, other = (view[first * size : (first + CHUNK) * size] for view, size in zip(views, sizes, strict=True))
+            self.chunk(one, other, start + first, same)
+
+    def chunk(self, a: memoryview, b: memoryview, start: int, same: bool) -> None:
+        a_C = widen(a, self.dtypes[0], self.a)
         squares = _dot(a_C)
         if same and math.isfinite(squares):
             self.aa, self.bb = self.aa + squares, self.bb + squares
             return
-        exact = self.plain and not self.types[0].is_floating_point  # integers beyond 2^53 may differ by less than float64 shows
-        unlike = torch.count_nonzero(_integers(a[0], self.types[0]) != _integers(b[0], self.types[0])) if exact else None
-        self.compare(a_C, b_C, start, None if unlike is None else int(unlike))
-
-    def compare(self, a_C: Tensor, b_C: Tensor, start: int, unlike: int | None) -> None:
-        d_C = b_C - a_C
-        squares = _dot(a_C), _dot(b_C), _dot(d_C)
-        if not all(map(math.isfinite, squares)):
+        b_C = widen(b, self.dtypes[1], self.b)
+        d_C = self.d[: len(a_C)]
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.subtract(b_C, a_C, out=d_C)
+        sums = squares, _dot(b_C), _dot(d_C)
+        whole = all(map(math.isfinite, sums))
+        if not whole:
             a_C, b_C, d_C = self.set_apart(a_C, b_C)
-            squares = _dot(a_C), _dot(b_C), _dot(d_C)
-        self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), squares, strict=True))
-        moved = int(torch.count_nonzero(d_C))
-        self.changed += moved if unlike is None else unlike
-        if moved:
-            largest_C = d_C.abs_()
-            at = int(largest_C.argmax())
-            if float(largest_C[at]) > self.max_abs:
-                self.max_abs, self.at = float(largest_C[at]), start + at
-            if self.ulps is not None:
-                found = _ulps(a_C, b_C, self.coarse)
-                self.ulps = None if found is None or found > 1 else max(self.ulps, found)
-        if moved < len(a_C):
-            zero_C = (a_C == 0) & (b_C == 0)
-            self.zero_signs += int((zero_C & (a_C.signbit() != b_C.signbit())).sum()) if bool(zero_C.any()) else 0
+            sums = _dot(a_C), _dot(b_C), _dot(d_C)
+        self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), sums, strict=True))
+        if self.plain and whole:  # in bits, which is quick, and right for integers that no float tells apart
+            bits_a, bits_b = stored_integers(a, self.dtypes[0]), stored_integers(b, self.dtypes[1])
+            unlike = int(np.count_nonzero(bits_a != bits_b))
+            signs = self.signs(a_C, b_C) if is_float(self.dtypes[0]) and unlike and self.has_zeros(bits_a) else 0
+            self.changed += unlike - signs
+            self.zero_signs += signs
+        else:
+            self.changed += int(np.count_nonzero(d_C))
+            self.zero_signs += self.signs(a_C, b_C)
+        if sums[2]:
+            self.furthest(a_C, b_C, np.abs(d_C, out=d_C), start)
 
-    def set_apart(self, a_C: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def furthest(self, a_C: Array, b_C: Array, d_C: Array, start: int) -> None:
+        at = int(d_C.argmax())
+        if float(d_C[at]) > self.max_abs:
+            self.max_abs, self.at = float(d_C[at]), start + at
+        if self.ulps is not None:
+            assert self.coarse is not None
+            few = steps_apart(a_C[:FEW], b_C[:FEW], self.coarse)  # nearly always enough to see that it is no rounding
+            found = few if few > 1 else steps_apart(a_C, b_C, self.coarse)
+            self.ulps = None if found > 1 else max(self.ulps, found)
+
+    @staticmethod
+    def has_zeros(bits: Array) -> bool:
+        top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+        return bool((np.bitwise_and(bits, ~top) == 0).any())
+
+    @staticmethod
+    def signs(a_C: Array, b_C: Array) -> int:
+        """Zeros in both that have another sign."""
+        zero_C = (a_C == 0) & (b_C == 0)
+        return int(np.count_nonzero(zero_C & (np.signbit(a_C) != np.signbit(b_C))))
+
+    def set_apart(self, a_C: Array, b_C: Array) -> tuple[Array, Array, Array]:
         """Count what is not finite, and put zeros in its place in both; what is so in one only, or differs, counts as changed."""
         for index, x_C in enumerate((a_C, b_C)):
-            self.nan[index] += int(x_C.isnan().sum())
-            self.inf[index] += int(x_C.isinf().sum())
-        odd_C = ~(a_C.isfinite() & b_C.isfinite())
-        alike_C = (a_C == b_C) | (a_C.isnan() & b_C.isnan())
-        unlike = int((odd_C & ~alike_C).sum())
+            self.nan[index] += int(np.count_nonzero(np.isnan(x_C)))
+            self.inf[index] += int(np.count_nonzero(np.isinf(x_C)))
+        odd_C = ~(np.isfinite(a_C) & np.isfinite(b_C))
+        alike_C = (a_C == b_C) | (np.isnan(a_C) & np.isnan(b_C))
+        unlike = int(np.count_nonzero(odd_C & ~alike_C))
         self.changed += unlike
         self.ulps = None if unlike else self.ulps
-        a_C, b_C = (x_C.masked_fill(odd_C, 0).double() for x_C in (a_C, b_C))
+        a_C, b_C = (np.where(odd_C, 0.0, x_C.astype(np.float64)) for x_C in (a_C, b_C))
         return a_C, b_C, b_C - a_C
 
     def result(self, place: Place, names: tuple[str, str], shapes: Any, count: int, whole: bool) -> Difference:
@@ -207,45 +228,11 @@ class _Tally:
         )  # fmt: skip
 
 
-def _same_bytes(a_B: Tensor, b_B: Tensor) -> bool:
-    size = len(a_B) // 8 * 8
-    return torch.equal(a_B[:size].view(torch.int64), b_B[:size].view(torch.int64)) and torch.equal(a_B[size:], b_B[size:])
-
-
-def _widen(bytes_B: Tensor, kind: torch.dtype, wide: torch.dtype) -> Tensor:
-    values_C = bytes_B.view(kind)
-    if kind.itemsize == 1 and kind.is_floating_point:
-        values_C = values_C.to(torch.float32)
-    return values_C.to(wide)
-
-
-def _integers(bytes_B: Tensor, kind: torch.dtype) -> Tensor:
-    """The stored bits as integers."""
-    return bytes_B.view(_INTEGERS[kind.itemsize])
-
-
-def _dot(x_C: Tensor) -> float:
+def _dot(x_C: Array) -> float:
     """The sum of squares; in float64 where float32 would overflow or lose it."""
-    found = float(torch.dot(x_C, x_C))
-    return found if 1e-30 < found < math.inf else float(x_C.double().square().sum())
-
-
-def _coarser(types: tuple[torch.dtype, torch.dtype]) -> torch.dtype | None:
-    """The floating dtype with the longer steps; None for integers."""
-    floats = [kind for kind in types if kind.is_floating_point and kind.itemsize > 1]
-    return max(floats, key=lambda kind: torch.finfo(kind).eps) if len(floats) == 2 else None
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _ulps(a_C: Tensor, b_C: Tensor, kind: torch.dtype | None) -> int | None:
-    """The largest distance of the elements in steps of `kind`, when both are rounded to it; None where it has no steps."""
-    if kind is None:
-        return None
-    places = []
-    for x_C in (a_C, b_C):
-        bits_C = x_C.to(kind).view(_INTEGERS[kind.itemsize]).long()
-        lowest = torch.iinfo(_INTEGERS[kind.itemsize]).min
-        places.append(torch.where(bits_C < 0, lowest - bits_C, bits_C))  # in the order of the values, both zeros at 0
-    return int((places[0] - places[1]).abs_().max())
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = float(np.dot(x_C, x_C))
+        if 1e-30 < found < math.inf or x_C.dtype == np.float64:
+            return found
+        wide_C = x_C.astype(np.float64)
+        return float(np.dot(wide_C, wide_C))

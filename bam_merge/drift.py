@@ -7,19 +7,20 @@ their mean. Sums are taken in float64 over chunks that float32 holds exactly, an
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from bam_merge import ops
+from bam_merge.comparison import by_size
+from bam_merge.difference import BLOCK, CHUNK
 from bam_merge.errors import CheckpointError, printable, some
 from bam_merge.matching import Place, Side, check_comparable, in_common, open_side
 from bam_merge.safetensors_header import DTYPE_BITS
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from bam_merge.values import COMPUTED, Array, is_float, widen
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -196,8 +197,8 @@ def drift(seed: str | os.PathLike[str], experts: Sequence[str | os.PathLike[str]
     sides = tuple(open_side(address) for address in (seed, *experts))
     check_comparable(sides)
     places, left_out = _comparable(sides)
-    grams = _grams(sides, places, workers)
-    found = Drift(sides[0], sides[1:], _names(sides[1:]), grams, left_out)
+    grams = by_size(places, lambda place: gram(sides, place), lambda place: ops.numel(sides[0].leaves[place]), workers)
+    found = Drift(sides[0], sides[1:], _names(sides[1:]), dict(zip(places, grams, strict=True)), left_out)
     return replace(found, readings=tuple(readings(found)))
 
 
@@ -209,8 +210,6 @@ def _names(sides: Sequence[Side]) -> tuple[str, ...]:
 
 def _comparable(sides: Sequence[Side]) -> tuple[list[Place], dict[str, str]]:
     """The places that all have with numbers in them, and the tensors that are left out. Raises where shapes disagree."""
-    from bam_merge.tensor_stats import COMPUTED
-
     places, left_out, problems = [], {}, []
     for side in sides:
         left_out.update({f"{side.label}: {name}": reason for name, reason in side.left_out.items()})
@@ -234,78 +233,56 @@ def _comparable(sides: Sequence[Side]) -> tuple[list[Place], dict[str, str]]:
     return places, left_out
 
 
-def _grams(sides: Sequence[Side], places: list[Place], workers: int | None) -> dict[Place, Gram]:
-    import torch
-
-    from bam_merge.execute import available_processors, one_torch_thread
-
-    largest_first = sorted(places, key=lambda place: -ops.numel(sides[0].leaves[place]))
-    count = workers or min(8, available_processors())
-    with one_torch_thread(), ThreadPoolExecutor(count, initializer=lambda: torch.set_num_threads(1)) as pool:
-        found = dict(zip(largest_first, pool.map(lambda place: gram(sides, place), largest_first), strict=True))
-    return {place: found[place] for place in places}
-
-
 def gram(sides: Sequence[Side], place: Place) -> Gram:
     """The sums of one tensor over the seed, which stands first, and the experts. Raises CheckpointError for NaN or infinity."""
-    import torch
-
-    from bam_merge.difference import CHUNK
-
     n, count = len(sides) - 1, ops.numel(sides[0].leaves[place])
-    sums = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    equal, equal_seed = [[0] * n for _ in range(n)], [0] * n
-    for start in range(0, count, CHUNK // 2):
-        stop = min(count, start + CHUNK // 2)
-        models_MC = torch.stack([_chunk(side, place, start, stop) for side in sides])
-        found = _products(models_MC)
-        if not bool(found.isfinite().all()):
-            bad = next((side for side, row_C in zip(sides, models_MC, strict=True) if not bool(row_C.isfinite().all())), None)
-            if bad is not None:
-                raise CheckpointError(
-                    f"{printable(bad.label)}: {printable(bad.name(place))} holds NaN or infinity. bam-merge inspect --stats counts them."
-                )
-            found = _products(models_MC.double())
-        sums += found
-        for i in range(n):
-            equal_seed[i] += _in_common(models_MC[0], models_MC[1 + i])
-        for i, j in combinations(range(n), 2):
-            equal[i][j] += _in_common(models_MC[1 + i], models_MC[1 + j])
-    for i in range(n):
-        equal[i][i] = count
-        for j in range(i):
-            equal[i][j] = equal[j][i]
+    dtypes = [side.leaves[place].dtype for side in sides]
+    sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
+    narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
+    models_MC = np.empty((n + 1, min(CHUNK, count)), np.float32 if narrow else np.float64)
+    sums, equal = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1), np.int64)
+    blocks = [bytearray(min(BLOCK, count) * size) for size in sizes]
+    for start in range(0, count, BLOCK):
+        stop = min(count, start + BLOCK)
+        for side, block, size in zip(sides, blocks, sizes, strict=True):
+            side.read(place, start, stop, memoryview(block)[: (stop - start) * size], size)
+        for first in range(0, stop - start, CHUNK):
+            last = min(stop - start, first + CHUNK)
+            parts = [memoryview(block)[first * size : last * size] for block, size in zip(blocks, sizes, strict=True)]
+            rows = [widen(part, dtype, row_C) for part, dtype, row_C in zip(parts, dtypes, models_MC, strict=True)]
+            for i, j in combinations(range(n + 1), 2):
+                equal[i, j] += int(np.count_nonzero(rows[i] == rows[j]))
+            sums += _products(sides, place, rows)
+    equal += equal.T + count * np.eye(n + 1, dtype=np.int64)
     # The seed stands first in the products: <S, S>, <S, D_i> and <D_i, D_j>.
-    ss = float(sums[0, 0])
-    se = tuple(ss + float(sums[0, 1 + i]) for i in range(n))
-    dd = tuple(tuple(float(sums[1 + i, 1 + j]) for j in range(n)) for i in range(n))
-    return Gram(count, ss, se, dd, tuple(map(tuple, equal)), tuple(equal_seed))
+    return Gram(
+        count, float(sums[0, 0]), tuple(float(sums[0, 0] + sums[0, 1 + i]) for i in range(n)),
+        tuple(tuple(map(float, row[1:])) for row in sums[1:]), tuple(tuple(map(int, row[1:])) for row in equal[1:]),
+        tuple(map(int, equal[0, 1:])),
+    )  # fmt: skip
 
 
-def _products(models_MC: "Tensor") -> "Tensor":
-    """Inner products [M, M] of the seed and the differences from it, in float64."""
-    from torch import cat
+def _products(sides: Sequence[Side], place: Place, rows: list[Array]) -> Array:
+    """Inner products [M, M] of the seed and the differences from it, in float64. `rows` become the differences."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row_C in rows[1:]:
+            np.subtract(row_C, rows[0], out=row_C)
+        found = _dots(rows)
+        if not np.isfinite(found).all():
+            for side, row_C in zip(sides, rows, strict=True):
+                if not np.isfinite(row_C).all():
+                    raise CheckpointError(
+                        f"{printable(side.label)}: {printable(side.name(place))} holds NaN or infinity. "
+                        "bam-merge inspect --stats counts them."
+                    )
+            found = _dots([row_C.astype(np.float64) for row_C in rows])
+    return found
 
-    rows_MC = cat((models_MC[:1], models_MC[1:] - models_MC[:1]))
-    return (rows_MC @ rows_MC.T).double()
 
-
-def _in_common(a_C: "Tensor", b_C: "Tensor") -> int:
-    return int((a_C == b_C).sum())
-
-
-def _chunk(side: Side, place: Place, start: int, stop: int) -> "Tensor":
-    """Elements [start, stop) in float32, or float64 where that is stored."""
-    import torch
-
-    from bam_merge.tensor_stats import COMPUTED
-    from bam_merge.tensors import buffer
-
-    dtype = side.leaves[place].dtype
-    itemsize = DTYPE_BITS[dtype] // 8
-    bytes_B, view = buffer((stop - start) * itemsize)
-    side.read(place, start, stop, view, itemsize)
-    return bytes_B.view(COMPUTED[dtype]).to(torch.float64 if dtype in ("F64", "I64", "U64", "I32", "U32") else torch.float32)
+def _dots(rows: list[Array]) -> Array:
+    dots = [[float(np.dot(one, other)) if j >= i else 0.0 for j, other in enumerate(rows)] for i, one in enumerate(rows)]
+    upper: Array = np.array(dots)
+    return upper + np.triu(upper, 1).T
 
 
 # ---- what it means ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from bam_merge import ops
 from bam_merge.errors import NonFiniteError, writing
 from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.source_files import SourceFiles, check_unchanged, concat_runs, copy_runs, leaf_runs
+from bam_merge.source_files import SourceFiles, available_processors, check_unchanged, concat_runs, copy_runs, leaf_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,11 +96,6 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         for descriptor in outputs.values():
             os.close(descriptor)
     return finished
-
-
-def available_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

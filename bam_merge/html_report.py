@@ -17,7 +17,7 @@ from bam_merge.comparison import Comparison
 from bam_merge.drift import Drift
 from bam_merge.errors import OutputError, printable
 from bam_merge.heatmap import Row, percent, scale
-from bam_merge.render_diff import comparison_rows, drift_rows, remarks, verdict_counts
+from bam_merge.render_diff import comparison_rows, drift_rows, rank, remarks, verdict_counts
 
 LEVELS = 16
 """Shades of a heatmap."""
@@ -110,7 +110,7 @@ def _drift(found: Drift) -> tuple[str, Iterator[str]]:
             ]
             yield from _table("share of equal weights", ("", *names, "seed"), equal)
             kept = []
-            for role in found.roles:
+            for role in sorted(found.roles, key=lambda role: rank(role, False)):
                 gram = found.part(role)
                 if gram is not None:
                     kept.append([role.removeprefix("? "), gram.kept_by_averaging(), gram.kept_if_orthogonal()])

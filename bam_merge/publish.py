@@ -18,11 +18,12 @@ import xxhash
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
 from bam_merge.errors import OutputError, VerificationFailed, printable, writing
-from bam_merge.execute import Finished, Settings, available_processors, execute
+from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
 from bam_merge.provenance import MANIFEST
 from bam_merge.recipe import Recipe
+from bam_merge.source_files import available_processors
 from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
 
 if TYPE_CHECKING:

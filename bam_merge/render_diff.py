@@ -72,13 +72,13 @@ def comparison_rows(found: Comparison) -> list[Row]:
         groups.setdefault("others" if role.startswith("? ") else role, {}).setdefault(layer, []).append(d)
     layers = sorted({d.place[1] for d in found.compared if d.place[1] is not None})
     rows = []
-    for role, at in sorted(groups.items(), key=lambda item: _rank(item[0], set(item[1]) == {None})):
+    for role, at in sorted(groups.items(), key=lambda item: rank(item[0], set(item[1]) == {None})):
         each = [drift(at[layer]) if layer in at else None for layer in layers] if set(at) - {None} else [drift(at[None])]
         rows.append(Row(role, each, drift([d for members in at.values() for d in members])))
     return rows
 
 
-def _rank(role: str, alone: bool) -> tuple[bool, int, str]:
+def rank(role: str, alone: bool) -> tuple[bool, int, str]:
     """Where a role stands in a table: those in layers first, in the order of the vocabulary."""
     return alone, ROLES.index(role) if role in ROLES else len(ROLES), role
 
@@ -156,7 +156,7 @@ def drift_rows(found: Drift, expert: int) -> list[Row]:
     """A heatmap's rows: roles in the layers, then what has no layer."""
     _, roles, values = found.table(expert)
     rows = []
-    for index, role in sorted(enumerate(roles), key=lambda item: _rank(item[1], False)):
+    for index, role in sorted(enumerate(roles), key=lambda item: rank(item[1], False)):
         overall = found.part(role)
         rows.append(Row(role, [row[index] for row in values], overall.drift(expert) if overall else None))
     return rows + [Row(printable(role.removeprefix("? "), 40), [value], value) for role, value in found.alone(expert)]
@@ -198,7 +198,7 @@ def _by_role(found: Drift) -> Iterator[RenderableType]:
             Text(printable(name, 40), style="cyan"), _three(gram.kept_by_averaging()), _three(gram.kept_if_orthogonal()), _three(mean)
         )
 
-    for role in sorted(found.roles, key=lambda role: _rank(role, False)):
+    for role in sorted(found.roles, key=lambda role: rank(role, False)):
         gram = found.part(role)
         if gram is not None:
             add(role.removeprefix("? "), gram)

@@ -17,6 +17,11 @@ OPEN_FILES = 8
 """Source files that one worker keeps open."""
 
 
+def available_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class SourceFiles:
     """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one."""
 

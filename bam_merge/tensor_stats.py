@@ -11,9 +11,9 @@ import xxhash
 from torch import Tensor
 
 from bam_merge.checkpoint import Checkpoint
-from bam_merge.execute import available_processors, one_torch_thread
+from bam_merge.execute import one_torch_thread
 from bam_merge.safetensors_header import DTYPE_BITS, TensorEntry
-from bam_merge.source_files import read_runs
+from bam_merge.source_files import available_processors, read_runs
 from bam_merge.tensors import buffer
 
 CHUNK = 2**20

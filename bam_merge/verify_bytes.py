@@ -12,13 +12,13 @@ import xxhash
 from bam_merge import ops
 from bam_merge.checkpoint import Checkpoint, open_checkpoint, read_small_file
 from bam_merge.errors import BamMergeError, printable, some
-from bam_merge.execute import available_processors, one_torch_thread
+from bam_merge.execute import one_torch_thread
 from bam_merge.model import Model, ModelConfig
 from bam_merge.plan import Plan, Step
 from bam_merge.provenance import MANIFEST
 from bam_merge.rederive import RowReader, SourceTensors, rederive, row_blocks, survey_all, worst
 from bam_merge.report import Check
-from bam_merge.source_files import digest_range
+from bam_merge.source_files import available_processors, digest_range
 from bam_merge.tensors import TORCH_DTYPES
 
 

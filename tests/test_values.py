@@ -1,0 +1,40 @@
+"""Stored values as numpy arrays: what torch makes of the same bytes."""
+
+import numpy as np
+import pytest
+import torch
+
+from bam_merge.tensor_stats import COMPUTED as TORCH
+from bam_merge.values import COMPUTED, steps_apart, stored_integers, widen
+
+
+@pytest.mark.parametrize("dtype", sorted(COMPUTED & TORCH.keys()))
+def test_every_bit_pattern_has_torchs_value(dtype: str) -> None:
+    kind = TORCH[dtype]
+    data = bytearray(range(256)) if kind.itemsize == 1 else bytearray(np.arange(2**16, dtype="<u2").tobytes())
+    if kind == torch.bool:
+        data = bytearray([0, 1])
+    x = torch.frombuffer(data, dtype=kind)
+    expected = (x.float() if kind.itemsize == 1 and kind.is_floating_point else x).double().numpy()
+    narrow = kind.is_floating_point and kind.itemsize < 8
+    for wide in (np.float64, *((np.float32,) if narrow else ())):
+        found = widen(memoryview(data), dtype, np.empty(2**16, wide))
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            np.testing.assert_array_equal(found.astype(np.float64), expected)
+    assert len(stored_integers(data, dtype)) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32), ("F64", torch.float64)]
+)
+def test_steps_count_the_values_between(dtype: str, kind: torch.dtype) -> None:
+    x = torch.tensor([1.0, -2.0, 0.0, 3e-5], dtype=kind)
+    up = (
+        torch.nextafter(x, torch.tensor(float("inf"), dtype=kind))
+        if kind != torch.float16
+        else (x.view(torch.int16) + torch.tensor([1, -1, 1, 1], dtype=torch.int16)).view(kind)
+    )
+    a, b = (t.double().numpy() for t in (x, up))
+    assert steps_apart(a, b, dtype) == 1 == steps_apart(b, a, dtype) and steps_apart(a, a, dtype) == 0
+    assert steps_apart(np.array([0.0]), np.array([-0.0]), dtype) == 0
+    assert steps_apart(np.array([1.0]), np.array([1.1]), dtype) > 10
