@@ -11,7 +11,7 @@ from bam_merge import ops
 from bam_merge.matching import Place, Side
 from bam_merge.roles import stored
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.values import COMPUTED, FLOAT8, STEPS, Array, is_float, steps_apart, stored_integers, widen
+from bam_merge.values import COMPUTED, FLOAT8, STEPS, Array, dot, is_float, steps_apart, stored_integers, widen
 
 CHUNK = 2**18
 """Elements that are computed with at a time: few enough to stay in a processor's cache."""
@@ -231,7 +231,7 @@ class _Tally:
 def _dot(x_C: Array) -> float:
     """The sum of squares; in float64 where float32 would overflow or lose it."""
     with np.errstate(over="ignore", invalid="ignore"):
-        found = float(np.dot(x_C, x_C))
+        found = dot(x_C, x_C)
         if 1e-30 < found < math.inf or x_C.dtype == np.float64:
             return found
         wide_C = x_C.astype(np.float64)

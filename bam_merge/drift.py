@@ -20,7 +20,7 @@ from bam_merge.difference import BLOCK, CHUNK
 from bam_merge.errors import CheckpointError, printable, some
 from bam_merge.matching import Place, Side, check_comparable, in_common, open_side
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.values import COMPUTED, Array, is_float, widen
+from bam_merge.values import COMPUTED, Array, dot, is_float, widen
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -280,7 +280,7 @@ def _products(sides: Sequence[Side], place: Place, rows: list[Array]) -> Array:
 
 
 def _dots(rows: list[Array]) -> Array:
-    dots = [[float(np.dot(one, other)) if j >= i else 0.0 for j, other in enumerate(rows)] for i, one in enumerate(rows)]
+    dots = [[dot(one, other) if j >= i else 0.0 for j, other in enumerate(rows)] for i, one in enumerate(rows)]
     upper: Array = np.array(dots)
     return upper + np.triu(upper, 1).T
 

@@ -54,6 +54,20 @@ def _fill(view: Array, values: Array) -> None:
         view[:] = values
 
 
+ROW = 512
+"""Products of float32 that are summed in float32; float64 takes the sums. 2^18 at once cost some processors' BLAS 7e-6 of the value,
+512 at a time 2e-7."""
+
+
+def dot(a: Array, b: Array) -> float:
+    """The inner product of two vectors of one float dtype."""
+    if a.dtype == np.float64:
+        return float(np.dot(a, b))
+    whole = len(a) // ROW * ROW
+    sums_R = np.einsum("rc,rc->r", a[:whole].reshape(-1, ROW), b[:whole].reshape(-1, ROW))
+    return float(sums_R.sum(dtype=np.float64)) + float(np.dot(a[whole:], b[whole:]))
+
+
 @cache
 def _table(dtype: str) -> Array:
     """The 256 values of an 8-bit float."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bam_merge.tensor_stats import COMPUTED as TORCH
-from bam_merge.values import COMPUTED, steps_apart, stored_integers, widen
+from bam_merge.values import COMPUTED, dot, steps_apart, stored_integers, widen
 
 
 @pytest.mark.parametrize("dtype", sorted(COMPUTED & TORCH.keys()))
@@ -38,3 +38,14 @@ def test_steps_count_the_values_between(dtype: str, kind: torch.dtype) -> None:
     assert steps_apart(a, b, dtype) == 1 == steps_apart(b, a, dtype) and steps_apart(a, a, dtype) == 0
     assert steps_apart(np.array([0.0]), np.array([-0.0]), dtype) == 0
     assert steps_apart(np.array([1.0]), np.array([1.1]), dtype) > 10
+
+
+@pytest.mark.parametrize("length", [0, 1, 511, 512, 2**18, 2**18 + 7])
+def test_inner_products_are_exact_to_float32(length: int) -> None:
+    """Whatever the processor's BLAS does: one that sums a long row in float32 would lose 7e-6 of it."""
+    a, b = (np.random.default_rng(seed).standard_normal(length).astype("f4") for seed in (1, 2))
+    for one, other in ((a, a), (a, b)):
+        exact = float(np.dot(one.astype("f8"), other.astype("f8")))
+        scale = float(np.linalg.norm(one.astype("f8")) * np.linalg.norm(other.astype("f8")))
+        assert dot(one, other) == pytest.approx(exact, abs=5e-7 * scale)
+        assert dot(one.astype("f8"), other.astype("f8")) == pytest.approx(exact, rel=1e-12)

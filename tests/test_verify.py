@@ -461,7 +461,7 @@ def test_perplexity_table(tmp_path: Path, run: Any) -> None:
     assert [line.split()[:2] for line in shown.out.splitlines() if ".txt" in line] == [["held.txt", "512"], ["again.txt", "512"]]
 
 
-def test_perplexity_needs_a_tokenizer_and_a_text(good: tuple[Path, Plan], run: Any) -> None:
+def test_perplexity_needs_a_tokenizer_and_a_text(good: tuple[Path, Plan], run: Any, tmp_path: Path) -> None:
     folder, _ = good
     result = run("verify", folder, "--text", folder / "none.txt")
     assert result.status == 2
@@ -469,10 +469,11 @@ def test_perplexity_needs_a_tokenizer_and_a_text(good: tuple[Path, Plan], run: A
     assert "no tokenizer.json, so a text cannot be read" in result.err
     assert not result.out
     words_tokenizer(folder)
-    result = run("verify", folder, "--text", folder / "README.md")
+    short = tmp_path / "short.txt"
+    short.write_text("w1 " * 255)
+    result = run("verify", folder, "--text", short)
     assert result.status == 2
-    assert "README.md: " in result.err
-    assert "at least 256 are needed" in result.err
+    assert "short.txt: 255 tokens, at least 256 are needed" in result.err
 
 
 def test_verification_needs_no_write_access(good: tuple[Path, Plan]) -> None:
