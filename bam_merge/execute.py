@@ -6,15 +6,16 @@ others already copy.
 """
 
 import errno
+import itertools
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 0.05
 """Pause between two syncs of what the workers have written."""
+
+SWITCH_SECONDS = 0.0002
+"""How long a thread may keep the interpreter when another wants it."""
 
 Progress = Callable[[int], None]
 """Called with the number of output bytes that have just been written."""
@@ -64,20 +68,22 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     """
     finished: dict[str, Finished] = {}
     skip = set(done)
-    queue: SimpleQueue[Step] = SimpleQueue()
-    # Copies first, so that torch is imported behind them; large ones first, so that no worker is left with one at the end.
-    for step in sorted(plan.steps, key=lambda step: (not _moves_bytes(step), -step.nbytes)):
-        if step.name not in skip:
-            queue.put(step)
+    # Arithmetic at one end, copies at the other, each with the large tensors outside, so that no worker is left with one at the end.
+    # The first worker starts with the arithmetic and imports torch while the others copy: a file system lets one thread at a time
+    # write to a file, so two that copy wait for each other.
+    computed, copied = ([step for step in plan.steps if step.name not in skip and _moves_bytes(step) is moves] for moves in (False, True))
+    steps = deque([*sorted(computed, key=_size, reverse=True), *sorted(copied, key=_size)])
+    workers = itertools.count()
     stop, lock = threading.Event(), threading.Lock()
     outputs = {shard.file: _prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
 
     def work() -> None:
+        take = steps.popleft if next(workers) == 0 else steps.pop
         with SourceFiles(plan) as sources:
             while not stop.is_set():
                 try:
-                    step = queue.get_nowait()
-                except Empty:
+                    step = take()
+                except IndexError:
                     return
                 result = _Writer(plan, step, sources, outputs[step.file], folder / step.file, settings, stop).run()
                 if result is not None:
@@ -86,7 +92,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
                         settings.on_finished(step, result)
 
     try:
-        with one_torch_thread(), _written_behind({folder / file: fd for file, fd in outputs.items()}, stop):
+        with one_torch_thread(), _quick_switching(), _written_behind({folder / file: fd for file, fd in outputs.items()}, stop):
             _run_all(work, settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
@@ -110,6 +116,17 @@ def one_torch_thread() -> Iterator[None]:
             sys.modules["torch"].set_num_threads(before)
 
 
+@contextmanager
+def _quick_switching() -> Iterator[None]:
+    """Let a worker that comes back from the system go on soon: by default it waits 5 ms, ten copied pieces, while another imports torch."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> None:
     """Run `work` on every worker; the first failure stops the others and is raised."""
     with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="bam-merge") as pool:
@@ -120,6 +137,10 @@ def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> N
             stop.set()
     for future in futures:
         future.result()
+
+
+def _size(step: Step) -> int:
+    return step.nbytes
 
 
 def _moves_bytes(step: Step) -> bool:
