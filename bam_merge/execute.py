@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from bam_merge import ops
 from bam_merge.errors import NonFiniteError, writing
 from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.source_files import SourceFiles, available_processors, check_unchanged, concat_runs, copy_runs, leaf_runs
+from bam_merge.source_files import SourceFiles, check_unchanged, concat_runs, copy_runs, leaf_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     stop, lock = threading.Event(), threading.Lock()
     outputs = {shard.file: _prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
 
-    def work() -> None:
+    def work(single_threaded: Callable[[], None]) -> None:
         take = steps.popleft if next(workers) == 0 else steps.pop
         with SourceFiles(plan) as sources:
             while not stop.is_set():
@@ -85,6 +86,8 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
                     step = take()
                 except IndexError:
                     return
+                if not _moves_bytes(step):
+                    single_threaded()
                 result = _Writer(plan, step, sources, outputs[step.file], folder / step.file, settings, stop).run()
                 if result is not None:
                     with lock:
@@ -92,8 +95,12 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
                         settings.on_finished(step, result)
 
     try:
-        with one_torch_thread(), _quick_switching(), _written_behind({folder / file: fd for file, fd in outputs.items()}, stop):
-            _run_all(work, settings.workers, stop)
+        with (
+            one_torch_thread() as single_threaded,
+            _quick_switching(),
+            _written_behind({folder / file: fd for file, fd in outputs.items()}, stop),
+        ):
+            _run_all(partial(work, single_threaded), settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
             with writing(folder / file):
@@ -105,15 +112,25 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """The workers are the parallelism, so each sets torch to one thread; afterwards the caller gets back what it had."""
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else available_processors()
+def one_torch_thread() -> Iterator[Callable[[], None]]:
+    """The workers are the parallelism: each calls what this yields, which sets torch to one thread. Afterwards the caller gets back what
+    torch had, or would have had, which OMP_NUM_THREADS and the processors decide when it is imported."""
+    before: list[int] = []
+    lock = threading.Lock()
+
+    def single() -> None:
+        with lock:
+            import torch
+
+            if not before:
+                before.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+
     try:
-        yield
+        yield single
     finally:
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(before)
+        if before:
+            sys.modules["torch"].set_num_threads(before[0])
 
 
 @contextmanager
@@ -264,12 +281,9 @@ class _Writer:
 
     def compute(self) -> bool:
         """Evaluate the expression chunk by chunk."""
-        import torch
-
         from bam_merge.kernels import initialise
         from bam_merge.tensors import encode
 
-        torch.set_num_threads(1)
         expr = self.step.expr
         if isinstance(expr, ops.Init):
             self._emit(encode(initialise(expr.method, expr.shape, expr.seed, expr.name), self.step.dtype))

@@ -68,8 +68,8 @@ def tensor_stats(checkpoint: Checkpoint, names: Iterable[str], workers: int | No
     """The statistics of the named tensors. Raises CheckpointError when a file cannot be read or has changed."""
     ordered = sorted((checkpoint.tensors[name] for name in names), key=lambda entry: -entry.nbytes)
     with (
-        one_torch_thread(),
-        ThreadPoolExecutor(workers or min(8, available_processors()), initializer=lambda: torch.set_num_threads(1)) as pool,
+        one_torch_thread() as single_threaded,
+        ThreadPoolExecutor(workers or min(8, available_processors()), initializer=single_threaded) as pool,
     ):
         found = list(pool.map(lambda entry: _stats(checkpoint, entry), ordered))
     return {entry.name: stats for entry, stats in zip(ordered, found, strict=True)}

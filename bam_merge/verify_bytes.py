@@ -132,7 +132,7 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
         return _compare(folder / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
 
     workers = min(MOST_WORKERS, available_processors())
-    with one_torch_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_torch_thread() as single_threaded, ThreadPoolExecutor(workers, initializer=single_threaded) as pool:
         found = dict(zip((step.name for step in there), pool.map(compare, there), strict=True))
     for step in plan.steps:
         kind = _kind(step)

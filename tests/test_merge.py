@@ -1,6 +1,9 @@
 """Merges, whole: every output tensor against its sources, for every family; determinism; what transformers makes of the result."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +285,18 @@ def test_arrays_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(execute_module, "COPY_BUFFER", 13)
     pieces = load(publish(plan_file(recipe), tmp_path / "pieces", MergeOptions()))
     assert all(np.array_equal(whole[key].numpy(), pieces[key].numpy()) for key in whole)
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_torch_keeps_the_threads_it_was_given(threads: str, llamas: Path) -> None:
+    """Workers use one each; what comes after them, verification above all, has as many as a process that never merged."""
+    counted = "import torch; print(torch.get_num_threads())"
+    merged = f"""
+import bam_merge
+bam_merge.merge(bam_merge.load_recipe({str(write_recipe(llamas))!r}), options=bam_merge.MergeOptions(workers=2, verify=False))
+{counted}"""
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    plain, after = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment) for code in (counted, merged)
+    )
+    assert (after.stdout, after.stderr, after.returncode) == (plain.stdout, "", 0)
