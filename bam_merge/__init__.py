@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bam_merge.comparison import diff
     from bam_merge.errors import BamMergeError
     from bam_merge.inspection import inspect
     from bam_merge.loading import load_model
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BamMergeError": "errors", "load_recipe": "recipe", "Recipe": "recipe", "make_plan": "plan", "Plan": "plan",
     "merge": "publish", "MergeOptions": "publish", "verify": "verification", "load_model": "loading",
-    "inspect": "inspection",
+    "inspect": "inspection", "diff": "comparison",
 }  # fmt: skip
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "__version__",
+    "diff",
     "inspect",
     "load_model",
     "load_recipe",

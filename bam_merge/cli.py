@@ -124,7 +124,7 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
 @click.option(
     "--tol", type=click.FloatRange(0), default=0.0, metavar="X", help="Tensors whose relative difference is at most X are the same."
 )
-@click.option("--only", metavar="GLOB", help="Only the tensors whose name or role matches.")
+@click.option("--only", multiple=True, metavar="GLOB", help="Only the tensors whose name or role matches; may be repeated.")
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out the tensors whose name or role matches; may be repeated.")
 @click.option("--all", "every", is_flag=True, help="List every tensor that differs, and every one that was left out.")
 @click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the report as one page that needs no network.")
@@ -152,17 +152,17 @@ def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | Non
 
 def _compared(models: tuple[str, ...], seed: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     """The comparison or the drift, and what turns it into text."""
-    from bam_merge.render_diff import comparison_text, drift_text
-
     if seed is None:
         if len(models) != 2:
             raise click.UsageError(f"{len(models)} model(s) given: two are compared, or branches with their seed after --seed S.")
         from bam_merge.comparison import diff as compare
+        from bam_merge.render_diff import comparison_text
 
         return compare(*models, **options), comparison_text
     if given := [f"--{name}" for name in ("tol", "only", "ignore") if options[name]]:
         raise click.UsageError(f"{', '.join(given)}: not together with --seed.")
     from bam_merge.drift import drift
+    from bam_merge.render_drift import drift_text
 
     return drift(seed, models), drift_text
 

@@ -15,12 +15,14 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from bam_merge import ops
+from bam_merge.change import named
 from bam_merge.checkpoint import read_small_file
 from bam_merge.difference import SHAPE, Difference, difference
 from bam_merge.errors import CheckpointError, printable, some
 from bam_merge.matching import Place, Side, check_comparable, in_common, open_side
 from bam_merge.roles import stored
 from bam_merge.source_files import available_processors
+from bam_merge.words import count
 
 T = TypeVar("T")
 
@@ -39,6 +41,9 @@ class Finding:
     text: str
     names: tuple[str, ...]
     counts: bool
+
+    def document(self) -> dict[str, Any]:
+        return {"kind": self.kind, "text": self.text, "names": list(self.names), "counts": self.counts}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Comparison:
             "only_in_a": self.names("only in A"), "only_in_b": self.names("only in B"),
             "verdicts": dict(Counter(d.verdict for d in self.compared)),
             "changed": [d.document() for d in self.changed],
-            "findings": [{"kind": f.kind, "text": f.text, "names": list(f.names), "counts": f.counts} for f in self.findings],
+            "findings": [finding.document() for finding in self.findings],
             "by_role": by_role, "by_layer": {"none" if key is None else str(key): value for key, value in by_layer.items()},
             "ignored": dict(self.ignored),
         }  # fmt: skip
@@ -105,7 +110,7 @@ def diff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     tol: float = 0.0,
-    only: str | None = None,
+    only: Sequence[str] = (),
     ignore: Sequence[str] = (),
     workers: int | None = None,
 ) -> Comparison:
@@ -118,14 +123,14 @@ def diff(
     check_comparable(sides)
     wanted, ignored = _wanted(sides, only, ignore)
     compared = _compare(sides, [place for place in in_common(sides) if place in wanted], workers)
-    findings = [*_places(sides, wanted), *_moves(compared), *_storage(sides, wanted), *_config(sides), *_tokenizer(sides)]
+    findings = [*_places(sides, wanted), *_moves(compared), *_storage(sides, wanted), *config_findings(sides), *tokenizer_findings(sides)]
     return Comparison(*sides, tuple(compared), tuple(findings), ignored, tol)
 
 
 def _compare(sides: Sequence[Side], places: list[Place], workers: int | None) -> list[Difference]:
     """The differences, in the order of the places; the largest tensors are begun first."""
     a, b = sides
-    return by_size(places, lambda place: difference(a, b, place), lambda place: ops.numel(a.leaves[place]), workers)
+    return by_size(places, lambda place: named(a, b, difference(a, b, place)), lambda place: ops.numel(a.leaves[place]), workers)
 
 
 def by_size(places: Sequence[Place], work: Callable[[Place], T], size: Callable[[Place], int], workers: int | None) -> list[T]:
@@ -136,7 +141,7 @@ def by_size(places: Sequence[Place], work: Callable[[Place], T], size: Callable[
     return [found[place] for place in places]
 
 
-def _wanted(sides: Sequence[Side], only: str | None, ignore: Sequence[str]) -> tuple[set[Place], dict[str, str]]:
+def _wanted(sides: Sequence[Side], only: Sequence[str], ignore: Sequence[str]) -> tuple[set[Place], dict[str, str]]:
     """The places to look at, and the tensors that are not looked at, with the reason."""
     wanted: set[Place] = set()
     unwanted: set[Place] = set()
@@ -146,18 +151,17 @@ def _wanted(sides: Sequence[Side], only: str | None, ignore: Sequence[str]) -> t
         left.update(side.left_out)
         for place in side.leaves:
             words = (stored(side.leaves[place]).tensor, place[0])
-            glob = next((glob for glob in ignore if any(fnmatchcase(word, glob) for word in words)), None)
-            if glob is not None:
-                used.add(glob)
+            matched = [[glob for glob in globs if any(fnmatchcase(word, glob) for word in words)] for globs in (ignore, only)]
+            used.update(*matched)
+            if matched[0]:
                 unwanted.add(place)
-                left[side.name(place)] = f"--ignore {glob}"
-            elif only is not None and not any(fnmatchcase(word, only) for word in words):
-                left[side.name(place)] = f"not --only {only}"
+                left[side.name(place)] = f"--ignore {matched[0][0]}"
+            elif only and not matched[1]:
+                left[side.name(place)] = f"not --only {' '.join(only)}"
             else:
                 wanted.add(place)
-    problems = [f"--ignore {printable(glob)}: no tensor and no role matches." for glob in ignore if glob not in used]
-    if only is not None and not wanted:
-        problems.append(f"--only {printable(only)}: no tensor and no role matches.")
+    asked = [*(("--ignore", glob) for glob in ignore), *(("--only", glob) for glob in only)]
+    problems = [f"{option} {printable(glob)}: no tensor and no role matches." for option, glob in asked if glob not in used]
     if problems:
         raise CheckpointError(*problems)
     return wanted - unwanted, left
@@ -171,46 +175,56 @@ def _places(sides: Sequence[Side], wanted: set[Place]) -> list[Finding]:
     missing = [[place for place in side.leaves if place in wanted and place not in other.leaves] for side, other in (sides, sides[::-1])]
     findings = []
     digests = [_digests(side, places) for side, places in zip(sides, missing, strict=True)]
-    renamed = {key: (digests[0][key], digests[1][key]) for key in digests[0] if key in digests[1]}
-    for place_a, place_b in renamed.values():
+    renamed = [pair for key in digests[0] if key in digests[1] for pair in zip(digests[0][key], digests[1][key], strict=False)]
+    for place_a, place_b in renamed:
         pair = sides[0].name(place_a), sides[1].name(place_b)
         findings.append(Finding("renamed", f"{printable(pair[0])} is called {printable(pair[1])} in B", pair, True))
     for side, label, places, index in zip(sides, "AB", missing, (0, 1), strict=True):
-        gone = {both[index] for both in renamed.values()}
+        gone = {both[index] for both in renamed}
         names = tuple(side.name(place) for place in places if place not in gone)
         if names:
-            findings.append(Finding(f"only in {label}", f"{some(names)} only in {label}: {len(names)} tensor(s)", names, True))
+            findings.append(Finding(f"only in {label}", f"only in {label}: {count(len(names), 'tensor')}, {some(names)}", names, True))
     return findings
 
 
-def _digests(side: Side, places: list[Place]) -> dict[tuple[Any, ...], Place]:
+def _digests(side: Side, places: list[Place]) -> dict[tuple[Any, ...], list[Place]]:
     """The places by dtype, shape and digest."""
-    found = {}
+    found: dict[tuple[Any, ...], list[Place]] = {}
     for place in places:
         leaf = side.leaves[place]
-        found[leaf.dtype, leaf.shape, difference(side, side, place).digests[0]] = place
+        found.setdefault((leaf.dtype, leaf.shape, difference(side, side, place).digests[0]), []).append(place)
     return found
 
 
 def _moves(compared: Sequence[Difference]) -> list[Finding]:
-    """Tensors of A that stand elsewhere in B with the same bytes: swapped layers, permuted experts."""
+    """Tensors of A that stand elsewhere in B with the same bytes: swapped layers, permuted experts, gate for up."""
     changed = [d for d in compared if not d.same and d.digests[0]]
-    where: dict[tuple[Any, ...], Difference] = {(d.place[0], d.dtypes[1], d.shapes[1], d.digests[1]): d for d in changed}
-    moves: dict[tuple[Any, ...], list[Difference]] = {}
+    where: dict[tuple[Any, ...], list[Difference]] = {}
+    for d in changed:
+        where.setdefault((d.dtypes[1], d.shapes[1], d.digests[1]), []).append(d)
+    moves: dict[tuple[str, str], list[Difference]] = {}
     for found in changed:
-        other = where.get((found.place[0], found.dtypes[0], found.shapes[0], found.digests[0]))
-        if other is not None and other is not found:
-            moves.setdefault((found.place[1:], other.place[1:]), []).append(found)
+        others = where.get((found.dtypes[0], found.shapes[0], found.digests[0]), [])
+        for other in sorted(others, key=lambda other: other.place[0] != found.place[0])[:1]:  # the same role elsewhere, before another
+            alike = other.place[0] == found.place[0]
+            moves.setdefault((_where(found.place, alike), _where(other.place, alike)), []).append(found)
     findings = []
     for (a, b), members in moves.items():
         names = tuple(d.name_a for d in members)
-        findings.append(Finding("moved", f"{_where(a)} of A is {_where(b)} of B: {len(members)} tensor(s), {some(names)}", names, True))
+        back = moves.get((b, a), [])
+        if back and a > b:
+            continue  # said already
+        what = f"{a} and {b} are swapped" if back else f"{a} of A is {b} of B"
+        text = f"{what}: {count(len(members), 'tensor')}, {some(names)}"
+        findings.append(Finding("moved", text, (*names, *(d.name_a for d in back)), True))
     return findings
 
 
-def _where(place: tuple[int | None, int | None]) -> str:
-    layer, expert = place
-    return ", ".join([f"layer {layer}"] * (layer is not None) + [f"expert {expert}"] * (expert is not None)) or "a tensor"
+def _where(place: Place, alike: bool) -> str:
+    """Where a tensor stands, in words; its role too where that is another."""
+    role, layer, expert = place
+    words = [f"layer {layer}"] * (layer is not None) + [f"expert {expert}"] * (expert is not None)
+    return ", ".join([printable(role.removeprefix("? "))] * (not alike or not words) + words)
 
 
 def _storage(sides: Sequence[Side], wanted: set[Place]) -> list[Finding]:
@@ -219,26 +233,32 @@ def _storage(sides: Sequence[Side], wanted: set[Place]) -> list[Finding]:
     both = [place for place in in_common(sides) if place in wanted]
     findings = []
     dtypes = Counter((a.leaves[place].dtype, b.leaves[place].dtype) for place in both)
-    for (one, other), count in dtypes.items():
+    for (one, other), number in dtypes.items():
         if one != other:
             names = tuple(a.name(place) for place in both if (a.leaves[place].dtype, b.leaves[place].dtype) == (one, other))
-            findings.append(Finding("dtype", f"{count} tensor(s) are {one} in A and {other} in B", names, False))
-    named = tuple(a.name(place) for place in both if a.name(place) != b.name(place))
-    if named:
+            findings.append(Finding("dtype", f"{count(number, 'tensor')}: {one} in A, {other} in B", names, False))
+    renamed = tuple(a.name(place) for place in both if a.name(place) != b.name(place))
+    if renamed:
         example = next(place for place in both if a.name(place) != b.name(place))
-        text = f"{len(named)} tensor(s) have another name or are fused in one of the two, as "
+        text = f"{count(len(renamed), 'tensor')} of another name, or fused in one of the two, as "
         text += f"{printable(a.name(example))} and {printable(b.name(example))}"
-        findings.append(Finding("names", text, named, False))
+        findings.append(Finding("names", text, renamed, False))
     files = [len(side.checkpoint.files) for side in sides]
-    layout = [[(side.checkpoint.tensors[stored(leaf).tensor].file, stored(leaf).tensor) for leaf in side.leaves.values()] for side in sides]
-    if not named and a.expert is None and b.expert is None and (files[0] != files[1] or layout[0] != layout[1]):
-        same = sorted(name for _, name in layout[0]) == sorted(name for _, name in layout[1])
-        order = "in another order or other files" if same else "in other files"
-        findings.append(Finding("shards", f"tensors stand {order}: {files[0]} file(s) in A, {files[1]} in B", (), False))
+    layouts = [_layout(side, set(both)) for side in sides]
+    if not renamed and a.expert is None and b.expert is None and (files[0] != files[1] or layouts[0] != layouts[1]):
+        text = f"tensors stand in another order or other files: {count(files[0], 'file')} in A, {files[1]} in B"
+        findings.append(Finding("shards", text, (), False))
     return findings
 
 
-def _config(sides: Sequence[Side]) -> list[Finding]:
+def _layout(side: Side, places: set[Place]) -> list[tuple[int, str]]:
+    """The tensors in their order, each with the number of its file."""
+    number = {file: index for index, file in enumerate(side.checkpoint.files)}
+    names = [stored(leaf).tensor for place, leaf in side.leaves.items() if place in places]
+    return [(number[side.checkpoint.tensors[name].file], name) for name in names]
+
+
+def config_findings(sides: Sequence[Side], called: Sequence[str] = "AB") -> list[Finding]:
     """Keys of config.json that differ. Where the model types do, what the two configurations mean is compared instead."""
     a, b = (side.checkpoint.config for side in sides)
     if not all(side.checkpoint.config_digest for side in sides):
@@ -252,7 +272,7 @@ def _config(sides: Sequence[Side]) -> list[Finding]:
     for key in sorted({*a, *b}):
         if a.get(key) != b.get(key) or (key in a) != (key in b):
             shown = [printable(json.dumps(side[key], default=str), 100) if key in side else "absent" for side in (a, b)]
-            text = f"{what}: {printable(key)} is {shown[0]} in A, {shown[1]} in B"
+            text = f"{what}: {printable(key)} is {shown[0]} in {called[0]}, {shown[1]} in {called[1]}"
             findings.append(Finding("config.json", text, (key,), key not in INCIDENTAL))
     return findings
 
@@ -261,14 +281,14 @@ def _of_mixtures(key: str) -> bool:
     return "expert" in key or key.startswith(("router", "gate", "norm_topk", "attention_kv", "attention_routing", "shared_kv"))
 
 
-def _tokenizer(sides: Sequence[Side]) -> list[Finding]:
+def tokenizer_findings(sides: Sequence[Side], called: Sequence[str] = "AB") -> list[Finding]:
     """Tokenizer and generation files that differ in content, or that one folder lacks."""
     checkpoints = [side.checkpoint for side in sides]
     there = [set(checkpoint.companions()) for checkpoint in checkpoints]
     findings = []
     for name in sorted(there[0] | there[1]):
         if name not in there[0] & there[1]:
-            findings.append(Finding("tokenizer", f"{name} is only in {'A' if name in there[0] else 'B'}", (name,), False))
+            findings.append(Finding("tokenizer", f"{name} is only in {called[name not in there[0]]}", (name,), False))
         elif len({read_small_file(checkpoint.path / name) for checkpoint in checkpoints}) > 1:
             findings.append(Finding("tokenizer", f"{name} differs", (name,), name != "generation_config.json"))
     return findings

@@ -1,8 +1,8 @@
 """How two tensors differ: streamed in chunks, equal bytes passed over as bytes, differences summed up in float64."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -12,6 +12,9 @@ from bam_merge.matching import Place, Side
 from bam_merge.roles import stored
 from bam_merge.safetensors_header import DTYPE_BITS
 from bam_merge.values import COMPUTED, FLOAT8, STEPS, Array, dot, is_float, steps_apart, stored_integers, widen
+
+if TYPE_CHECKING:
+    from bam_merge.change import Change
 
 CHUNK = 2**18
 """Elements that are computed with at a time: few enough to stay in a processor's cache."""
@@ -31,9 +34,10 @@ class Difference:
     """Tensor `name_b` of B against `name_a` of A. Figures are over elements that are finite in both, the others are counted apart.
 
     `relative_l2` is |b - a| / |a| (None where a is zero and b is not), `cosine` that of a and b as vectors, `max_abs` the largest
-    |b - a|, at element `at` in C order; `changed` counts elements whose values differ (NaN equals NaN), `ulps` is the largest
-    distance in units in the last place of the coarser dtype, where the verdict is rounding. `zero_signs` counts zeros whose sign
-    differs; `nan` and `inf` are the counts in A and in B. `squares` is |a|^2 and `squared_difference` |b - a|^2.
+    |b - a|, at element `at` in C order; `changed` counts elements whose values differ (NaN equals NaN), the first of them is `first`,
+    and `zeroed` those that are zero in B only; `ulps` is the largest distance in units in the last place of the coarser dtype, where
+    the verdict is rounding. `zero_signs` counts zeros whose sign differs; `nan` and `inf` are the counts in A and in B. `squares`
+    are |a|^2 and |b|^2, `squared_difference` |b - a|^2. `change` says what was done to the tensor, where that has a name (change.py).
     """
 
     place: Place
@@ -48,13 +52,18 @@ class Difference:
     cosine: float | None = 1.0
     max_abs: float = 0.0
     at: int | None = None
+    first: int | None = None
+    zeroed: int = 0
     ulps: int | None = None
     zero_signs: int = 0
     nan: tuple[int, int] = (0, 0)
     inf: tuple[int, int] = (0, 0)
     squares: float = 0.0
+    squares_b: float = 0.0
     squared_difference: float = 0.0
     digests: tuple[str, str] = ("", "")
+    change: "Change | None" = None
+    sample_PQ: Array | None = field(default=None, repr=False, compare=False)
 
     @property
     def same(self) -> bool:
@@ -67,7 +76,8 @@ class Difference:
             "name": self.name_a, "name_b": self.name_b, "role": None if role.startswith("? ") else role, "layer": layer, "expert": expert,
             "equal": self.same, "verdict": self.verdict, "dtypes": list(self.dtypes), "shapes": [list(shape) for shape in self.shapes],
             "count": self.count, "changed": self.changed, "relative_l2": self.relative_l2, "cosine": self.cosine, "max_abs": self.max_abs,
-            "max_abs_at": self.at, "ulps": self.ulps, "zero_signs": self.zero_signs, "nan": list(self.nan), "inf": list(self.inf),
+            "max_abs_at": self.at, "ulps": self.ulps, "zeroed": self.zeroed, "zero_signs": self.zero_signs,
+            "nan": list(self.nan), "inf": list(self.inf), "change": self.change.document() if self.change else None,
         }  # fmt: skip
 
 
@@ -80,7 +90,7 @@ def difference(a: Side, b: Side, place: Place) -> Difference:
         return Difference(place, *names, SHAPE, dtypes, shapes, relative_l2=None, cosine=None)
     if not set(dtypes) <= COMPUTED:
         return _bytes_only(a, b, place, names, dtypes, shapes)
-    tally, count = _Tally(dtypes), ops.numel(leaves[0])
+    tally, count = _Tally(dtypes, shapes[0]), ops.numel(leaves[0])
     sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
     blocks = [bytearray(min(BLOCK, count) * size) for size in sizes]
     for start in range(0, count, BLOCK):
@@ -114,18 +124,50 @@ def _bytes_only(a: Side, b: Side, place: Place, names: tuple[str, str], dtypes: 
     )  # fmt: skip
 
 
+SAMPLE = (128, 256)
+"""Rows, and elements side by side in each, that a matrix's difference is sampled in: enough to tell a low rank from noise."""
+
+
+class _Sample:
+    """A sample [P, Q] of the difference of two matrices, taken as their blocks come by: the same elements for the same shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        rows, row = shape[0], int(np.prod(shape[1:]))
+        generator = np.random.default_rng(0)
+        self.width = min(SAMPLE[1], row)
+        chosen = np.sort(generator.choice(rows, min(SAMPLE[0], rows), replace=False, shuffle=False))
+        self.starts_P = chosen * row + int(generator.integers(row - self.width + 1))
+        self.taken: list[Array] = []
+
+    def take(self, blocks: tuple[bytearray, bytearray], dtypes: tuple[str, str], start: int, stop: int, same: bool) -> None:
+        """Take what is wholly in the block of elements [start, stop)."""
+        inside_P = (self.starts_P >= start) & (self.starts_P + self.width <= stop)
+        starts_P = self.starts_P[inside_P] - start
+        if not len(starts_P) or same:
+            self.taken.append(np.zeros((len(starts_P), self.width)))
+            return
+        values = []
+        for block, dtype in zip(blocks, dtypes, strict=True):
+            windows = np.lib.stride_tricks.sliding_window_view(stored_integers(block, dtype), self.width)[starts_P]
+            values.append(widen(memoryview(windows.tobytes()), dtype, np.empty(windows.size)).reshape(windows.shape))
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.taken.append(values[1] - values[0])
+
+
 class _Tally:
     """Running figures of one pair of tensors."""
 
-    def __init__(self, dtypes: tuple[str, str]) -> None:
+    def __init__(self, dtypes: tuple[str, str], shape: tuple[int, ...]) -> None:
         self.dtypes, self.plain = dtypes, dtypes[0] == dtypes[1]
+        self.sample = _Sample(shape) if len(shape) > 1 and 0 not in shape and all(map(is_float, dtypes)) else None
         self.sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
         self.digest_a = xxhash.xxh3_128()
         self.digest_b: Any = None
         self.aa = self.bb = self.dd = 0.0
-        self.changed = self.zero_signs = 0
+        self.changed = self.zeroed = self.zero_signs = 0
         self.max_abs = 0.0
         self.at: int | None = None
+        self.first: int | None = None
         self.nan, self.inf = [0, 0], [0, 0]
         floats = [dtype for dtype in dtypes if is_float(dtype) and dtype not in FLOAT8]
         self.coarse = max(floats, key=lambda dtype: STEPS[dtype][0]) if len(floats) == 2 else None
@@ -142,6 +184,8 @@ class _Tally:
         self.digest_a.update(a)
         if self.digest_b is not None:
             self.digest_b.update(b)
+        if self.sample is not None:
+            self.sample.take((a, b), self.dtypes, start, start + len(a) // self.sizes[0], same)
         views, sizes = (memoryview(a), memoryview(b)), self.sizes
         for first in range(0, len(a) // sizes[0], CHUNK):
             one, other = (view[first * size : (first + CHUNK) * size] for view, size in zip(views, sizes, strict=True))
@@ -159,19 +203,23 @@ class _Tally:
             np.subtract(b_C, a_C, out=d_C)
         sums = squares, _dot(b_C), _dot(d_C)
         whole = all(map(math.isfinite, sums))
+        unlike_C: Array = np.zeros(1, bool)
         if not whole:
-            a_C, b_C, d_C = self.set_apart(a_C, b_C)
+            a_C, b_C, d_C, unlike_C = self.set_apart(a_C, b_C)
             sums = _dot(a_C), _dot(b_C), _dot(d_C)
         self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), sums, strict=True))
         if self.plain and whole:  # in bits, which is quick, and right for integers that no float tells apart
             bits_a, bits_b = stored_integers(a, self.dtypes[0]), stored_integers(b, self.dtypes[1])
-            unlike = int(np.count_nonzero(bits_a != bits_b))
-            signs = self.signs(a_C, b_C) if is_float(self.dtypes[0]) and unlike and self.has_zeros(bits_a) else 0
-            self.changed += unlike - signs
-            self.zero_signs += signs
+            unlike_C = bits_a != bits_b
+            if unlike_C.any() and self.has_zeros(bits_b) and self.zeros(a_C, b_C):
+                unlike_C = d_C != 0
         else:
-            self.changed += int(np.count_nonzero(d_C))
-            self.zero_signs += self.signs(a_C, b_C)
+            unlike_C = (d_C != 0) | unlike_C
+            self.zeros(a_C, b_C)
+        unlike = int(np.count_nonzero(unlike_C))
+        self.changed += unlike
+        if unlike and self.first is None:
+            self.first = start + int(unlike_C.argmax())
         if sums[2]:
             self.furthest(a_C, b_C, np.abs(d_C, out=d_C), start)
 
@@ -185,29 +233,31 @@ class _Tally:
             found = few if few > 1 else steps_apart(a_C, b_C, self.coarse)
             self.ulps = None if found > 1 else max(self.ulps, found)
 
-    @staticmethod
-    def has_zeros(bits: Array) -> bool:
+    def has_zeros(self, bits: Array) -> bool:
+        if not is_float(self.dtypes[1]):
+            return not bits.all()
         top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
         return bool((np.bitwise_and(bits, ~top) == 0).any())
 
-    @staticmethod
-    def signs(a_C: Array, b_C: Array) -> int:
-        """Zeros in both that have another sign."""
-        zero_C = (a_C == 0) & (b_C == 0)
-        return int(np.count_nonzero(zero_C & (np.signbit(a_C) != np.signbit(b_C))))
+    def zeros(self, a_C: Array, b_C: Array) -> int:
+        """Count the zeros that are in B only, and those in both that have another sign; returns the latter."""
+        zero_C = b_C == 0
+        self.zeroed += int(np.count_nonzero(zero_C & (a_C != 0)))
+        signs = int(np.count_nonzero(zero_C & (a_C == 0) & (np.signbit(a_C) != np.signbit(b_C))))
+        self.zero_signs += signs
+        return signs
 
-    def set_apart(self, a_C: Array, b_C: Array) -> tuple[Array, Array, Array]:
-        """Count what is not finite, and put zeros in its place in both; what is so in one only, or differs, counts as changed."""
+    def set_apart(self, a_C: Array, b_C: Array) -> tuple[Array, Array, Array, Array]:
+        """Count what is not finite, and put zeros in its place in both: A, B, their difference, and where such elements are not alike."""
         for index, x_C in enumerate((a_C, b_C)):
             self.nan[index] += int(np.count_nonzero(np.isnan(x_C)))
             self.inf[index] += int(np.count_nonzero(np.isinf(x_C)))
         odd_C = ~(np.isfinite(a_C) & np.isfinite(b_C))
         alike_C = (a_C == b_C) | (np.isnan(a_C) & np.isnan(b_C))
-        unlike = int(np.count_nonzero(odd_C & ~alike_C))
-        self.changed += unlike
-        self.ulps = None if unlike else self.ulps
+        unlike_C = odd_C & ~alike_C
+        self.ulps = None if unlike_C.any() else self.ulps
         a_C, b_C = (np.where(odd_C, 0.0, x_C.astype(np.float64)) for x_C in (a_C, b_C))
-        return a_C, b_C, b_C - a_C
+        return a_C, b_C, b_C - a_C, unlike_C
 
     def result(self, place: Place, names: tuple[str, str], shapes: Any, count: int, whole: bool) -> Difference:
         one_digest = self.digest_a.hexdigest()
@@ -222,9 +272,10 @@ class _Tally:
         return Difference(
             place, *names, verdict, self.dtypes, shapes, count, self.changed,
             relative_l2=relative, cosine=None if cosine is None else max(-1.0, min(1.0, cosine)), max_abs=self.max_abs, at=self.at,
-            ulps=self.ulps if verdict == ROUNDING else None, zero_signs=self.zero_signs,
+            first=self.first, zeroed=self.zeroed, ulps=self.ulps if verdict == ROUNDING else None, zero_signs=self.zero_signs,
             nan=(self.nan[0], self.nan[1]), inf=(self.inf[0], self.inf[1]),
-            squares=self.aa, squared_difference=self.dd, digests=digests,
+            squares=self.aa, squares_b=self.bb, squared_difference=self.dd, digests=digests,
+            sample_PQ=np.concatenate(self.sample.taken) if self.sample and self.changed else None,
         )  # fmt: skip
 
 

@@ -14,13 +14,19 @@ from importlib import resources
 from pathlib import Path
 
 from bam_merge.comparison import Comparison
+from bam_merge.difference import ROUNDING, SHAPE, Difference
 from bam_merge.drift import Drift
 from bam_merge.errors import OutputError, printable
+from bam_merge.gram import Gram
 from bam_merge.heatmap import Row, percent, scale
-from bam_merge.render_diff import comparison_rows, drift_rows, rank, remarks, verdict_counts
+from bam_merge.render_diff import comparison_rows, remarks, verdict_counts
+from bam_merge.render_drift import drift_rows, grams_by_role
 
 LEVELS = 16
 """Shades of a heatmap."""
+
+AXIS = 16
+"""Height of the row of layer numbers in a heatmap."""
 
 LISTED = 1500
 """Rows of the table of tensors: so a page stays below 500 kB."""
@@ -70,24 +76,30 @@ def _comparison(found: Comparison) -> tuple[str, Iterator[str]]:
     a, b = printable(found.a.label, 200), printable(found.b.label, 200)
 
     def parts() -> Iterator[str]:
-        yield f"<h1>{escape(a)} <small>and</small> {escape(b)}</h1>"
+        yield f"<h1>{escape(a)} <small>(A) and</small> {escape(b)} <small>(B)</small></h1>"
         yield f'<p class="{"same" if found.equal else "stop"}">{"the same" if found.equal else "different"}</p>'
-        yield _list([(finding.text, "" if finding.counts else "aside") for finding in found.findings])
+        yield _list([(finding.text, "" if finding.counts else "aside") for finding in found.findings[:LISTED]])
         yield _list([(f"{number:,} {words}", "") for number, words in verdict_counts(found)])
         rows = comparison_rows(found)
         if any(not d.same for d in found.compared):
             yield from _maps([("relative difference", "|B - A| / |A|", rows)])
-        changed = found.changed
-        if changed:
-            header = ("tensor", "role", "layer", "relative", "cosine", "largest", "changed", "")
+        told = [d for d in found.compared if not d.same or d.zero_signs or any((*d.nan, *d.inf))]
+        if told:
+            header = ("tensor", "role", "layer", "relative", "cosine", "largest", "changed", "B is")
             cells = [
-                [d.name_a, d.place[0], d.place[1], d.relative_l2, d.cosine, d.max_abs, d.changed / max(1, d.count), "; ".join(remarks(d))]
-                for d in changed
-            ]
-            yield from _table("tensors that differ", header, cells)
+                [d.name_a, d.place[0], d.place[1], _Share(d.relative_l2), d.cosine, d.max_abs, _Share(d.changed / max(1, d.count)),
+                 "shape " + " and ".join(str(list(shape)) for shape in d.shapes) if d.verdict == SHAPE else _told(d)]
+                for d in sorted(told, key=lambda d: -math.inf if d.relative_l2 is None else -d.relative_l2)
+            ]  # fmt: skip
+            yield from _table("tensors that differ", "a click on a column sorts by it", header, cells)
         yield _left_out(found.ignored)
 
     return f"{a} and {b}", parts()
+
+
+def _told(d: Difference) -> str:
+    words = [text for _, text in remarks(d)]
+    return "; ".join(words or ["within one unit in the last place"] * (d.verdict == ROUNDING))
 
 
 def _drift(found: Drift) -> tuple[str, Iterator[str]]:
@@ -95,29 +107,35 @@ def _drift(found: Drift) -> tuple[str, Iterator[str]]:
 
     def parts() -> Iterator[str]:
         yield f"<h1>Branches of {escape(seed)}</h1>"
-        yield _list([(reading.text, "stop" if reading.stop else "") for reading in found.readings])
+        answers = ((escape(reading.question), escape(reading.text), ' class="stop"' * reading.stop) for reading in found.readings)
+        yield f"<dl>{''.join(f'<dt>{question}</dt><dd{style}>{answer}</dd>' for question, answer, style in answers)}</dl>"
+        yield _list([(finding.text, "" if finding.counts else "aside") for finding in found.findings[:LISTED]])
         n = range(len(found.names))
         names = [printable(name, 60) for name in found.names]
-        overall = found.overall
-        maps = [(name, f"|E - S| / |S|, {percent(overall.drift(i))} overall", drift_rows(found, i)) for i, name in enumerate(names)]
-        yield from _maps(maps)
+        overall, roles = found.overall, grams_by_role(found)
+        yield from _maps(
+            [(name, f"|E - S| / |S|, {percent(overall.drift(i))} overall", drift_rows(found, i)) for i, name in enumerate(names)]
+        )
         if len(names) > 1:
-            cosines = [[name, *(overall.cosine(i, j) for j in n)] for i, name in enumerate(names)]
-            yield from _table("cosine of what training added", ("", *names), cosines)
+            squares = "".join(_square(role, names, gram) for role, gram in (roles[-1], *roles[:-1]))
+            yield "<h2>cosines of task vectors <small>what training added, E - S, by role; random directions have 0</small></h2>"
+            yield f'<div class="squares">{squares}</div>'
+            yield '<div class="beside">'
+            chance = f"bit for bit; unrelated models: {percent(overall.chance_equal)}" if overall.chance_equal is not None else ""
+            total = max(1, overall.count)
             equal = [
-                [name, *(overall.equal[i][j] / overall.count for j in n), overall.equal_seed[i] / overall.count]
+                [name, _Share(overall.equal_seed[i] / total), *(_Share(overall.equal[i][j] / total) for j in n)]
                 for i, name in enumerate(names)
             ]
-            yield from _table("share of equal weights", ("", *names, "seed"), equal)
-            kept = []
-            for role in sorted(found.roles, key=lambda role: rank(role, False)):
-                gram = found.part(role)
-                if gram is not None:
-                    kept.append([role.removeprefix("? "), gram.kept_by_averaging(), gram.kept_if_orthogonal()])
-            yield from _table("what averaging keeps of a drift's norm", ("role", "kept", "random directions"), kept)
+            yield from _table("equal weights", chance, ("", "seed", *names), equal)
+            kept = [[role, gram.kept_by_averaging(), gram.kept_if_orthogonal()] for role, gram in roles]
+            yield from _table("what averaging keeps", "|mean drift| / mean |drift|", ("role", "kept", "of random drifts"), kept)
+        layers = [[layer, _Share(value)] for layer, value in found.ranking()]
+        yield from _table("layers by drift", "mean over the experts", ("layer", "drift"), layers)
+        yield "</div>" * (len(names) > 1)
         ranked = sorted(found.grams.items(), key=lambda item: -max(item[1].drift(i) or 0.0 for i in n))
-        tensors = [[found.seed.name(place), place[0], place[1], *(gram.drift(i) for i in n)] for place, gram in ranked]
-        yield from _table("tensors by drift", ("tensor", "role", "layer", *names), tensors)
+        tensors = [[found.seed.name(place), place[0], place[1], *(_Share(gram.drift(i)) for i in n)] for place, gram in ranked]
+        yield from _table("tensors by drift", "a click on a column sorts by it", ("tensor", "role", "layer", *names), tensors)
         yield _left_out(found.left_out)
 
     return f"Branches of {seed}", parts()
@@ -144,54 +162,102 @@ def _maps(maps: Sequence[tuple[str, str, Sequence[Row]]]) -> Iterator[str]:
     top, largest = scale([value for _, _, rows in maps for row in rows for value in row.values if value is not None])
     for name, aside, rows in maps:
         yield f"<h2>{escape(name)} <small>{escape(aside)}</small></h2>"
-        yield _map(rows, top)
+        yield _map(name, rows, top)
     shades = "".join(f'<path class="s{level}" d="M{level * 8} 0h8v10h-8z"/>' for level in range(LEVELS + 1))
-    more = f", largest {percent(largest)}" if largest > top else ""
+    more = f", the largest {percent(largest)}" if largest > top else ""
     yield (
         f'<p class="legend"><svg width="{8 * LEVELS + 8}" height="10">{shades}</svg> 0 to {percent(top)}{escape(more)}. '
         "A row is a role, a column a layer.</p>"
     )
 
 
-def _map(rows: Sequence[Row], top: float) -> str:
-    """One heatmap: cells of 10 by 14, a path per shade."""
+def _map(name: str, rows: Sequence[Row], top: float) -> str:
+    """One heatmap: roles in layers above the layers' numbers, what has no layer below; a path per shade."""
     width = max((len(row.values) for row in rows), default=0)
-    side = max(4, min(18, 900 // max(1, width)))
+    side = max(4, min(26, 840 // max(1, width)))
+    split = sum(len(row.values) > 1 for row in rows) or len(rows)
     paths: dict[int, list[str]] = {}
     for y, row in enumerate(rows):
         for x, value in enumerate(row.values):
             if value is not None:
                 level = 0 if value == 0 else 1 + min(LEVELS - 1, int(LEVELS * min(1.0, value / top))) if top else 0
-                paths.setdefault(level, []).append(f"M{x * side} {y * 16}h{side - 1}v15h-{side - 1}z")
+                above = y * 16 + (AXIS if y >= split else 0)
+                paths.setdefault(level, []).append(f"M{x * side} {above}h{side - 1}v15h-{side - 1}z")
     drawn = "".join(f'<path class="s{level}" d="{"".join(cells)}"/>' for level, cells in sorted(paths.items()))
-    labels = "".join(f"<div>{escape(row.name)}</div>" for row in rows)
-    totals = "".join(f"<div>{percent(row.overall)}</div>" for row in rows)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 10**6) if step * side >= 26)
+    ticks = "".join(f'<text x="{x * side + side // 2}" y="{split * 16 + 11}">{x}</text>' for x in range(0, width, step) if width > 1)
+    columns = ['<div class="axis">layer</div>' if width > 1 else '<div class="axis"></div>', '<div class="axis"></div>']
+    labels, totals = [escape(row.name) for row in rows], [percent(row.overall) for row in rows]
+    beside = [
+        "".join(f"<div>{text}</div>" for text in texts[:split]) + between + "".join(f"<div>{text}</div>" for text in texts[split:])
+        for texts, between in zip((labels, totals), columns, strict=True)
+    ]
     values = [[None if value is None else float(f"{value:.3g}") for value in row.values] for row in rows]
-    data = escape(json.dumps({"side": side, "rows": [row.name for row in rows], "values": values}, separators=(",", ":")))
+    data = {"side": side, "split": split, "axis": AXIS, "rows": [row.name for row in rows], "values": values}
+    size = f'width="{width * side}" height="{len(rows) * 16 + AXIS}"'
     return (
-        f'<div class="map" data-map="{data}"><div class="labels">{labels}</div>'
-        f'<svg width="{width * side}" height="{len(rows) * 16}" role="img" aria-label="heatmap">{drawn}</svg>'
-        f'<div class="totals">{totals}</div></div>'
+        f'<div class="map" {_data(data)}><div class="labels">{beside[0]}</div>'
+        f'<svg {size} role="img" aria-label="heatmap of {escape(name)}">{drawn}{ticks}</svg>'
+        f'<div class="totals">{beside[1]}</div></div>'
     )
+
+
+def _square(role: str, names: Sequence[str], gram: Gram) -> str:
+    """The cosines of every expert with every other, as a picture: the stronger the colour, the further from 0."""
+    n = range(len(names))
+    side = 20 if len(names) <= 8 else 10
+    cosines = [[gram.cosine(i, j) for j in n] for i in n]
+    cells = "".join(
+        f'<path class="{"c" if value >= 0 else "d"}" fill-opacity="{min(1.0, abs(value)):.2g}" '
+        f'd="M{j * side} {i * side}h{side - 1}v{side - 1}h-{side - 1}z"/>'
+        for i, row in enumerate(cosines) for j, value in enumerate(row) if value is not None
+    )  # fmt: skip
+    others = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if j > i and value is not None]
+    mean = f"{sum(others) / len(others):.3f} ± {gram.noise:.1g}" if others else "no drift"
+    values = [[None if value is None else float(f"{value:.3g}") for value in row] for row in cosines]
+    data = {"side": side, "height": side, "rows": names, "columns": names, "values": values}
+    return (
+        f'<figure class="map" {_data(data)}><svg width="{len(names) * side}" height="{len(names) * side}" role="img" '
+        f'aria-label="cosines of {escape(role)}">{cells}</svg>'
+        f"<figcaption>{escape(printable(role, 40))}<br><small>{mean}</small></figcaption></figure>"
+    )
+
+
+def _data(values: object) -> str:
+    """What the pointer reads off a picture."""
+    return f'data-map="{escape(json.dumps(values, separators=(",", ":")))}"'
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------
 
 
-def _table(name: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+class _Share(float):
+    """A number that is shown as a percentage."""
+
+    def __new__(cls, value: float | None) -> "_Share":
+        return super().__new__(cls, math.nan if value is None else value)
+
+
+def _table(name: str, aside: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     """A table whose columns sort on a click."""
-    aside = f" <small>the first {LISTED:,} of {len(rows):,}</small>" if len(rows) > LISTED else ""
-    head = "".join(f"<th>{escape(printable(text, 60))}</th>" for text in header)
+    if not rows:
+        return
+    aside = f"the first {LISTED:,} of {len(rows):,}; {aside}" if len(rows) > LISTED else aside
+    numeric = [any(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+    head = "".join(
+        f"<th{' class=n' if right else ''}>{escape(printable(text, 60))}</th>" for text, right in zip(header, numeric, strict=True)
+    )
     body = "".join("<tr>" + "".join(_td(value) for value in row) + "</tr>" for row in rows[:LISTED])
-    yield f"<h2>{escape(name)}{aside}</h2>"
-    yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    yield f"<section><h2>{escape(name)} <small>{escape(aside)}</small></h2>"
+    yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
 
 
 def _td(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "<td></td>"
     if isinstance(value, float):
-        return f"<td class=n>{value:.4g}</td>" if math.isfinite(value) else "<td class=n>inf</td>"
+        shown = f"{100 * value:.3g}%" if isinstance(value, _Share) else f"{value:.6g}"
+        return f"<td class=n>{shown if math.isfinite(value) else 'inf'}</td>"
     if isinstance(value, int):
         return f"<td class=n>{value}</td>"
     return f"<td>{escape(printable(str(value), 200))}</td>"

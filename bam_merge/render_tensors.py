@@ -1,6 +1,5 @@
 """How an inspection shows tensors: equal layers folded, one by one with their origins, their values. Builds text."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,10 @@ from bam_merge.errors import printable
 from bam_merge.inspection import Inspection
 from bam_merge.safetensors_header import TensorEntry
 from bam_merge.terminal import Terminal, grid, heading, line, padded, short, span
-from bam_merge.words import count, human_bytes, ranges
+from bam_merge.words import NUMBER, count, human_bytes, ranges
 
 if TYPE_CHECKING:
     from bam_merge.router_stats import RouterStats
-
-NUMBER = re.compile(r"(?<=\.)([0-9]{1,9})(?=\.)")
 
 Line = tuple[int, str, list[TensorEntry] | int]
 """Indent, name, and the tensors that it stands for."""

@@ -1,4 +1,11 @@
-"""Numbers in words, for messages and tables."""
+"""Numbers in words, and lists of names, for messages and tables."""
+
+import re
+from collections.abc import Iterable
+from math import prod
+
+NUMBER = re.compile(r"(?<=\.)([0-9]{1,9})(?=\.)")
+"""A number between dots in a tensor's name."""
 
 
 def human_bytes(count: float) -> str:
@@ -26,3 +33,19 @@ def ranges(numbers: list[int]) -> str:
         else:
             spans.append([number, number])
     return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "}"
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Names that differ in their numbers alone as one: model.layers.0.x, model.layers.1.x -> model.layers.{0-1}.x."""
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    for name in names:
+        pieces = NUMBER.split(name)
+        groups.setdefault(tuple(pieces[::2]), []).append(tuple(map(int, pieces[1::2])))
+    lines = []
+    for words, rows in groups.items():
+        columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+        whole = prod(map(len, columns)) == len(rows)  # every combination is there
+        for row in [None] if whole else rows:
+            shown = [ranges(column) for column in columns] if row is None else [str(number) for number in row]
+            lines.append("".join(word + number for word, number in zip(words, [*shown, ""], strict=True)))
+    return lines

@@ -82,7 +82,7 @@ def test_random_directions_are_called_so(noisy: tuple[Path, list[Path]]) -> None
     assert found.overall.kept_by_averaging() == pytest.approx(3**-0.5, abs=0.01)
     assert found.overall.kept_if_orthogonal() == pytest.approx(3**-0.5, abs=0.001)
     assert "no more alike than noise" in said(found) or "nearly orthogonal" in said(found)
-    assert "Attention drifted 1.00 times as far" in said(found) and not any(reading.stop for reading in found.readings)
+    assert "attention drifted 1.00 times as far" in said(found) and not any(reading.stop for reading in found.readings)
 
 
 def test_a_shared_direction_is_kept_by_averaging(tmp_path: Path) -> None:
@@ -101,16 +101,17 @@ def test_attention_that_stayed_is_said_to_buy_little(tmp_path: Path) -> None:
 def test_models_that_are_the_same_are_named(noisy: tuple[Path, list[Path]], run: Any) -> None:
     seed, (code, law, _) = noisy
     found = drift(seed, [seed, law, law])
-    assert "seed never left the seed: every weight is equal." in said(found) and "are the same model: every weight is equal." in said(found)
+    assert "no: seed never left it, every weight is equal. The others did: " in said(found)
+    assert re.search(r"yes: .+ and .+, every weight is equal", said(found))
     done: Result = run("diff", "--seed", seed, seed)
-    assert done.status == 0 and "never left the seed" in done.out
+    assert done.status == 0 and "seed never left it, every weight is equal" in " ".join(done.out.split())
     assert run("diff", "--seed", seed, code).status == 1
 
 
 def test_another_ancestor_is_a_stop(noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any) -> None:
     write_checkpoint(tmp_path / "stranger", CONFIG, random_values(77, 0.1))
     found = drift(noisy[0], [noisy[1][0], tmp_path / "stranger"])
-    assert found.readings[0].stop and "stranger is no branch of this seed" in found.readings[0].text and len(found.readings) == 1
+    assert found.readings[0].stop and "stranger is no branch of this seed" in found.readings[0].text and len(found.readings) == 3
     done: Result = run("diff", "--seed", noisy[0], *noisy[1], tmp_path / "stranger", "--json")
     assert done.status == 1 and json.loads(done.out)["stop"] is True
 
@@ -139,14 +140,14 @@ def test_the_documents_numbers_are_the_tables(noisy: tuple[Path, list[Path]], ru
 
 @pytest.mark.parametrize("options", [{}, {"width": 120}, {"colour": True}, {"unicode": False}])
 def test_text_fits(options: dict[str, Any], noisy: tuple[Path, list[Path]]) -> None:
-    from bam_merge.render_diff import drift_text
+    from bam_merge.render_drift import drift_text
     from bam_merge.terminal import Terminal
 
     terminal = Terminal(**options)
     text = drift_text(drift(noisy[0], noisy[1]), terminal, every=True)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert max(map(len, plain.split("\n"))) <= terminal.width and ("\x1b" in text) == terminal.colour
-    for word in ("reading", "code  drift from the seed", "attn.q", "pairs", "averaging", "layers by drift", "up to"):
+    for word in ("reading", "code  drift from the seed", "attn.q", "task vectors", "equal weights", "layers by drift", "up to"):
         assert word in plain
     assert terminal.unicode or set(plain) & set("▁▂▃▄▅▆▇█·") == set()
 
