@@ -146,7 +146,7 @@ def _whole(a: Side, b: Side, found: Difference) -> Iterator[Change]:
     if abs(along) >= ALONG * math.sqrt(aa * dd) and found.count >= 16:
         factor = 1 + along / aa
         rest = math.sqrt(max(0.0, 1 - along * along / (aa * dd)))
-        yield Change("scaled", f"{factor:.6g} x A" + (f" (but for {rest:.2g} of the difference)" if rest > 0.01 else ""))
+        yield Change("scaled", f"{factor:.5g} x A" + (f" (but for {rest:.2g} of the difference)" if rest > 0.01 else ""))
     if abs(bb - aa) <= 1e-3 * dd and len(found.shapes[0]) > 1 and found.dtypes[0] == found.dtypes[1] and _permuted(a, b, found):
         yield Change("permuted", "the rows of A in another order")
     if cosine is not None and abs(cosine) < UNRELATED and found.count >= ENOUGH:

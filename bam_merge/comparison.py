@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from bam_merge import ops
 from bam_merge.change import named
 from bam_merge.checkpoint import read_small_file
-from bam_merge.difference import SHAPE, Difference, difference
+from bam_merge.difference import SHAPE, Difference, difference, digest
 from bam_merge.errors import CheckpointError, printable, some
 from bam_merge.matching import Place, Side, check_comparable, in_common, open_side
 from bam_merge.roles import stored
@@ -123,7 +123,13 @@ def diff(
     check_comparable(sides)
     wanted, ignored = _wanted(sides, only, ignore)
     compared = _compare(sides, [place for place in in_common(sides) if place in wanted], workers)
-    findings = [*_places(sides, wanted), *_moves(compared), *_storage(sides, wanted), *config_findings(sides), *tokenizer_findings(sides)]
+    findings = [
+        *_places(sides, wanted),
+        *_moves(sides, compared),
+        *_storage(sides, wanted),
+        *config_findings(sides),
+        *tokenizer_findings(sides),
+    ]
     return Comparison(*sides, tuple(compared), tuple(findings), ignored, tol)
 
 
@@ -192,19 +198,20 @@ def _digests(side: Side, places: list[Place]) -> dict[tuple[Any, ...], list[Plac
     found: dict[tuple[Any, ...], list[Place]] = {}
     for place in places:
         leaf = side.leaves[place]
-        found.setdefault((leaf.dtype, leaf.shape, difference(side, side, place).digests[0]), []).append(place)
+        found.setdefault((leaf.dtype, leaf.shape, digest(side, place)), []).append(place)
     return found
 
 
-def _moves(compared: Sequence[Difference]) -> list[Finding]:
+def _moves(sides: Sequence[Side], compared: Sequence[Difference]) -> list[Finding]:
     """Tensors of A that stand elsewhere in B with the same bytes: swapped layers, permuted experts, gate for up."""
-    changed = [d for d in compared if not d.same and d.digests[0]]
+    changed = [d for d in compared if not d.same and d.prints[0] is not None]
     where: dict[tuple[Any, ...], list[Difference]] = {}
     for d in changed:
-        where.setdefault((d.dtypes[1], d.shapes[1], d.digests[1]), []).append(d)
+        where.setdefault((d.dtypes[1], d.shapes[1], d.prints[1]), []).append(d)
     moves: dict[tuple[str, str], list[Difference]] = {}
     for found in changed:
-        others = where.get((found.dtypes[0], found.shapes[0], found.digests[0]), [])
+        others = where.get((found.dtypes[0], found.shapes[0], found.prints[0]), [])
+        others = [other for other in others if digest(sides[0], found.place) == digest(sides[1], other.place)]
         for other in sorted(others, key=lambda other: other.place[0] != found.place[0])[:1]:  # the same role elsewhere, before another
             alike = other.place[0] == found.place[0]
             moves.setdefault((_where(found.place, alike), _where(other.place, alike)), []).append(found)

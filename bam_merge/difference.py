@@ -1,6 +1,8 @@
 """How two tensors differ: streamed in chunks, equal bytes passed over as bytes, differences summed up in float64."""
 
 import math
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,25 @@ from bam_merge import ops
 from bam_merge.matching import Place, Side
 from bam_merge.roles import stored
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.values import COMPUTED, FLOAT8, STEPS, Array, dot, is_float, steps_apart, stored_integers, widen
+from bam_merge.values import (
+    COMPUTED,
+    FLOAT8,
+    STEPS,
+    Array,
+    dot,
+    in_order,
+    in_pairs,
+    is_float,
+    steps_apart,
+    stored_integers,
+    widen,
+    widen_pairs,
+)
 
 if TYPE_CHECKING:
     from bam_merge.change import Change
 
-CHUNK = 2**18
+CHUNK = 2**17
 """Elements that are computed with at a time: few enough to stay in a processor's cache."""
 
 BLOCK = 4 * CHUNK
@@ -37,7 +52,8 @@ class Difference:
     |b - a|, at element `at` in C order; `changed` counts elements whose values differ (NaN equals NaN), the first of them is `first`,
     and `zeroed` those that are zero in B only; `ulps` is the largest distance in units in the last place of the coarser dtype, where
     the verdict is rounding. `zero_signs` counts zeros whose sign differs; `nan` and `inf` are the counts in A and in B. `squares`
-    are |a|^2 and |b|^2, `squared_difference` |b - a|^2. `change` says what was done to the tensor, where that has a name (change.py).
+    are |a|^2 and |b|^2, `squared_difference` |b - a|^2. `prints` are
+    unlike for unlike bytes, nearly always. `change` says what was done to the tensor, where that has a name (change.py).
     """
 
     place: Place
@@ -61,7 +77,7 @@ class Difference:
     squares: float = 0.0
     squares_b: float = 0.0
     squared_difference: float = 0.0
-    digests: tuple[str, str] = ("", "")
+    prints: tuple[object, object] = (None, None)
     change: "Change | None" = None
     sample_PQ: Array | None = field(default=None, repr=False, compare=False)
 
@@ -92,35 +108,55 @@ def difference(a: Side, b: Side, place: Place) -> Difference:
         return _bytes_only(a, b, place, names, dtypes, shapes)
     tally, count = _Tally(dtypes, shapes[0]), ops.numel(leaves[0])
     sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
-    blocks = [bytearray(min(BLOCK, count) * size) for size in sizes]
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are counted
+        for start in range(0, count, BLOCK):
+            stop = min(count, start + BLOCK)
+            blocks = scratch([(stop - start) * size for size in sizes])
+            for side, block, size in zip((a, b), blocks, sizes, strict=True):
+                side.read(place, start, stop, block, size)
+            tally.add(blocks[0], blocks[1], start)
+    return tally.result(place, names, shapes, count, all(isinstance(leaf, ops.Read) for leaf in leaves))
+
+
+_of_thread = threading.local()
+
+
+def scratch(sizes: Sequence[int]) -> list[memoryview]:
+    """Memory of this thread's, one piece per size in bytes; a later call gives out the same memory again."""
+    kept: list[bytearray] = _of_thread.__dict__.setdefault("kept", [])
+    for index, size in enumerate(sizes):
+        if index == len(kept):
+            kept.append(bytearray(size))
+        elif len(kept[index]) < size:
+            kept[index] = bytearray(size)
+    return [memoryview(block)[:size] for block, size in zip(kept, sizes, strict=False)]
+
+
+def digest(side: Side, place: Place) -> str:
+    """XXH3-128 of the bytes of what stands there. Raises CheckpointError when they cannot be read."""
+    leaf = side.leaves[place]
+    found, entry = xxhash.xxh3_128(), side.checkpoint.tensors[stored(leaf).tensor]
+    if leaf.dtype in COMPUTED:
+        count, size = ops.numel(leaf), DTYPE_BITS[leaf.dtype] // 8
+    else:  # below a byte: no part of it stands alone
+        whole = ops.Read(stored(leaf).source, entry.name, "U8", (entry.nbytes,))
+        side, count, size = Side(side.label, side.anatomy, None, {place: whole}, {}), entry.nbytes, 1
     for start in range(0, count, BLOCK):
         stop = min(count, start + BLOCK)
-        for side, block, size in zip((a, b), blocks, sizes, strict=True):
-            if stop - start < BLOCK:
-                del block[(stop - start) * size :]
-            side.read(place, start, stop, memoryview(block), size)
-        tally.add(blocks[0], blocks[1], start)
-    return tally.result(place, names, shapes, count, all(isinstance(leaf, ops.Read) for leaf in leaves))
+        (block,) = scratch([(stop - start) * size])
+        side.read(place, start, stop, block, size)
+        found.update(block)
+    return found.hexdigest()
 
 
 def _bytes_only(a: Side, b: Side, place: Place, names: tuple[str, str], dtypes: tuple[str, str], shapes: Any) -> Difference:
     """Dtypes that no arithmetic is done with (below a byte, complex): equal bytes or not."""
-    digests = []
-    for side in (a, b):
-        leaf = side.leaves[place]
-        entry, digest = side.checkpoint.tensors[stored(leaf).tensor], xxhash.xxh3_128()
-        whole = ops.Read(stored(leaf).source, entry.name, "U8", (entry.nbytes,))
-        reader = Side(side.label, side.anatomy, None, {place: whole}, {})
-        for start in range(0, entry.nbytes, BLOCK):
-            block = bytearray(min(BLOCK, entry.nbytes - start))
-            reader.read(place, start, start + len(block), memoryview(block), 1)
-            digest.update(block)
-        digests.append(digest.hexdigest())
+    digests = digest(a, place), digest(b, place)
     same = dtypes[0] == dtypes[1] and digests[0] == digests[1]
     count = ops.numel(a.leaves[place])
     return Difference(
         place, *names, IDENTICAL if same else DIFFERENT, dtypes, shapes, count, 0 if same else count,
-        relative_l2=0.0 if same else None, cosine=1.0 if same else None, digests=(digests[0], digests[1]),
+        relative_l2=0.0 if same else None, cosine=1.0 if same else None, prints=digests,
     )  # fmt: skip
 
 
@@ -139,7 +175,7 @@ class _Sample:
         self.starts_P = chosen * row + int(generator.integers(row - self.width + 1))
         self.taken: list[Array] = []
 
-    def take(self, blocks: tuple[bytearray, bytearray], dtypes: tuple[str, str], start: int, stop: int, same: bool) -> None:
+    def take(self, blocks: tuple[memoryview, memoryview], dtypes: tuple[str, str], start: int, stop: int, same: bool) -> None:
         """Take what is wholly in the block of elements [start, stop)."""
         inside_P = (self.starts_P >= start) & (self.starts_P + self.width <= stop)
         starts_P = self.starts_P[inside_P] - start
@@ -150,8 +186,7 @@ class _Sample:
         for block, dtype in zip(blocks, dtypes, strict=True):
             windows = np.lib.stride_tricks.sliding_window_view(stored_integers(block, dtype), self.width)[starts_P]
             values.append(widen(memoryview(windows.tobytes()), dtype, np.empty(windows.size)).reshape(windows.shape))
-        with np.errstate(invalid="ignore", over="ignore"):
-            self.taken.append(values[1] - values[0])
+        self.taken.append(values[1] - values[0])
 
 
 class _Tally:
@@ -161,8 +196,8 @@ class _Tally:
         self.dtypes, self.plain = dtypes, dtypes[0] == dtypes[1]
         self.sample = _Sample(shape) if len(shape) > 1 and 0 not in shape and all(map(is_float, dtypes)) else None
         self.sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
-        self.digest_a = xxhash.xxh3_128()
-        self.digest_b: Any = None
+        self.identical, self.floats = self.plain, is_float(dtypes[1])
+        self.widen = widen_pairs if self.plain else widen
         self.aa = self.bb = self.dd = 0.0
         self.changed = self.zeroed = self.zero_signs = 0
         self.max_abs = 0.0
@@ -175,58 +210,69 @@ class _Tally:
         # Sums of float64, or of integers that float32 does not hold, need float64; the others are exact enough in float32, chunk by chunk.
         narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
         self.a, self.b, self.d = (np.empty(CHUNK, np.float32 if narrow else np.float64) for _ in range(3))
+        self.unlike = np.empty(CHUNK, bool)
 
-    def add(self, a: bytearray, b: bytearray, start: int) -> None:
+    def add(self, a: memoryview, b: memoryview, start: int) -> None:
         """Take in the same elements of both, which begin at element `start`."""
-        same = self.plain and a == b
-        if not same and self.digest_b is None:
-            self.digest_b = self.digest_a.copy()
-        self.digest_a.update(a)
-        if self.digest_b is not None:
-            self.digest_b.update(b)
+        same = self.plain and a[:FEW] == b[:FEW] and self.equal(a, b)
+        self.identical &= same
         if self.sample is not None:
             self.sample.take((a, b), self.dtypes, start, start + len(a) // self.sizes[0], same)
-        views, sizes = (memoryview(a), memoryview(b)), self.sizes
+        views, sizes = (a, b), self.sizes
         for first in range(0, len(a) // sizes[0], CHUNK):
             one, other = (view[first * size : (first + CHUNK) * size] for view, size in zip(views, sizes, strict=True))
             self.chunk(one, other, start + first, same)
 
+    def equal(self, a: memoryview, b: memoryview) -> bool:
+        one, other = (stored_integers(data, dtype) for data, dtype in zip((a, b), self.dtypes, strict=True))
+        return bool(np.array_equal(one, other))
+
     def chunk(self, a: memoryview, b: memoryview, start: int, same: bool) -> None:
-        a_C = widen(a, self.dtypes[0], self.a)
+        a_C = self.widen(a, self.dtypes[0], self.a)
         squares = _dot(a_C)
         if same and math.isfinite(squares):
             self.aa, self.bb = self.aa + squares, self.bb + squares
             return
-        b_C = widen(b, self.dtypes[1], self.b)
+        b_C = self.widen(b, self.dtypes[1], self.b)
         d_C = self.d[: len(a_C)]
-        with np.errstate(invalid="ignore", over="ignore"):
-            np.subtract(b_C, a_C, out=d_C)
+        np.subtract(b_C, a_C, out=d_C)
         sums = squares, _dot(b_C), _dot(d_C)
         whole = all(map(math.isfinite, sums))
-        unlike_C: Array = np.zeros(1, bool)
+        unlike_C = self.unlike[: len(a_C)]
         if not whole:
             a_C, b_C, d_C, unlike_C = self.set_apart(a_C, b_C)
             sums = _dot(a_C), _dot(b_C), _dot(d_C)
         self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), sums, strict=True))
         if self.plain and whole:  # in bits, which is quick, and right for integers that no float tells apart
             bits_a, bits_b = stored_integers(a, self.dtypes[0]), stored_integers(b, self.dtypes[1])
-            unlike_C = bits_a != bits_b
-            if unlike_C.any() and self.has_zeros(bits_b) and self.zeros(a_C, b_C):
-                unlike_C = d_C != 0
+            np.not_equal(bits_a, bits_b, out=unlike_C)
+            if self.has_zeros(bits_b) and self.zeros(a_C, b_C):
+                unlike_C = self.ordered(d_C != 0)
         else:
-            unlike_C = (d_C != 0) | unlike_C
+            unlike_C = self.ordered((d_C != 0) | unlike_C if not whole else d_C != 0)
             self.zeros(a_C, b_C)
         unlike = int(np.count_nonzero(unlike_C))
         self.changed += unlike
         if unlike and self.first is None:
             self.first = start + int(unlike_C.argmax())
         if sums[2]:
-            self.furthest(a_C, b_C, np.abs(d_C, out=d_C), start)
+            self.furthest(d_C, start)
+            self.round(a_C, b_C)
 
-    def furthest(self, a_C: Array, b_C: Array, d_C: Array, start: int) -> None:
-        at = int(d_C.argmax())
-        if float(d_C[at]) > self.max_abs:
-            self.max_abs, self.at = float(d_C[at]), start + at
+    def ordered(self, x_C: Array) -> Array:
+        """What was widened in pairs, in the order in which it is stored."""
+        return x_C.reshape(2, -1).T.reshape(-1) if self.plain and in_pairs(self.dtypes[0], len(x_C)) else x_C
+
+    def furthest(self, d_C: Array, start: int) -> None:
+        """Note the largest |d|, if it is larger than those before."""
+        largest, least = float(d_C.max()), float(d_C.min())
+        if max(largest, -least) > self.max_abs:
+            self.max_abs = max(largest, -least)
+            at = int(d_C.argmax() if largest >= -least else d_C.argmin())
+            self.at = start + (in_order(at, self.dtypes[0], len(d_C)) if self.plain else at)
+
+    def round(self, a_C: Array, b_C: Array) -> None:
+        """Note how many units in the last place are between them, as long as it is one at most."""
         if self.ulps is not None:
             assert self.coarse is not None
             few = steps_apart(a_C[:FEW], b_C[:FEW], self.coarse)  # nearly always enough to see that it is no rounding
@@ -234,10 +280,10 @@ class _Tally:
             self.ulps = None if found > 1 else max(self.ulps, found)
 
     def has_zeros(self, bits: Array) -> bool:
-        if not is_float(self.dtypes[1]):
-            return not bits.all()
-        top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
-        return bool((np.bitwise_and(bits, ~top) == 0).any())
+        """Whether there may be a zero: as unsigned integers 0 is the least, as signed ones -0.0 is."""
+        if not bits.min():
+            return True
+        return self.floats and int(bits.view(f"<i{bits.itemsize}").min()) == -1 << (8 * bits.itemsize - 1)
 
     def zeros(self, a_C: Array, b_C: Array) -> int:
         """Count the zeros that are in B only, and those in both that have another sign; returns the latter."""
@@ -260,12 +306,10 @@ class _Tally:
         return a_C, b_C, b_C - a_C, unlike_C
 
     def result(self, place: Place, names: tuple[str, str], shapes: Any, count: int, whole: bool) -> Difference:
-        one_digest = self.digest_a.hexdigest()
-        digests = one_digest, (one_digest if self.digest_b is None else self.digest_b.hexdigest())
         if self.changed:
             verdict = ROUNDING if self.ulps is not None else DIFFERENT
         else:
-            verdict = IDENTICAL if self.digest_b is None and self.plain and whole else EQUAL
+            verdict = IDENTICAL if self.identical and whole else EQUAL
         norms = math.sqrt(self.aa * self.bb)
         relative = math.sqrt(self.dd / self.aa) if self.aa else (0.0 if not self.dd else None)
         cosine = (self.aa + self.bb - self.dd) / 2 / norms if norms else (1.0 if not self.dd else None)
@@ -274,16 +318,15 @@ class _Tally:
             relative_l2=relative, cosine=None if cosine is None else max(-1.0, min(1.0, cosine)), max_abs=self.max_abs, at=self.at,
             first=self.first, zeroed=self.zeroed, ulps=self.ulps if verdict == ROUNDING else None, zero_signs=self.zero_signs,
             nan=(self.nan[0], self.nan[1]), inf=(self.inf[0], self.inf[1]),
-            squares=self.aa, squares_b=self.bb, squared_difference=self.dd, digests=digests,
+            squares=self.aa, squares_b=self.bb, squared_difference=self.dd, prints=(self.aa, self.bb),
             sample_PQ=np.concatenate(self.sample.taken) if self.sample and self.changed else None,
         )  # fmt: skip
 
 
 def _dot(x_C: Array) -> float:
     """The sum of squares; in float64 where float32 would overflow or lose it."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = dot(x_C, x_C)
-        if 1e-30 < found < math.inf or x_C.dtype == np.float64:
-            return found
-        wide_C = x_C.astype(np.float64)
-        return float(np.dot(wide_C, wide_C))
+    found = dot(x_C, x_C)
+    if 1e-30 < found < math.inf or x_C.dtype == np.float64:
+        return found
+    wide_C = x_C.astype(np.float64)
+    return float(np.dot(wide_C, wide_C))

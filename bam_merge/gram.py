@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from bam_merge import ops
-from bam_merge.difference import BLOCK, CHUNK
+from bam_merge.difference import BLOCK, CHUNK, scratch
 from bam_merge.errors import CheckpointError, printable
 from bam_merge.matching import Place, Side
 from bam_merge.safetensors_header import DTYPE_BITS
-from bam_merge.values import Array, dot, is_float, widen
+from bam_merge.values import Array, dot, is_float, stored_integers, widen, widen_pairs
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,30 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
     n, elements = len(sides) - 1, ops.numel(sides[0].leaves[place])
     dtypes = [side.leaves[place].dtype for side in sides]
     sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
+    plain = len(set(dtypes)) == 1
     narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
     models_MC = np.empty((n + 1, min(CHUNK, elements)), np.float32 if narrow else np.float64)
     sums, equal, chance = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1), np.int64), (0, 0)
-    blocks = [bytearray(min(BLOCK, elements) * size) for size in sizes]
-    for start in range(0, elements, BLOCK):
-        stop = min(elements, start + BLOCK)
-        for side, block, size in zip(sides, blocks, sizes, strict=True):
-            side.read(place, start, stop, memoryview(block)[: (stop - start) * size], size)
-        for first in range(0, stop - start, CHUNK):
-            last = min(stop - start, first + CHUNK)
-            parts = [memoryview(block)[first * size : last * size] for block, size in zip(blocks, sizes, strict=True)]
-            rows = [widen(part, dtype, row_C) for part, dtype, row_C in zip(parts, dtypes, models_MC, strict=True)]
-            if start + first == 0:
-                half = len(rows[0]) // 2
-                chance = half, int(np.count_nonzero(rows[0][:half] == rows[0][::-1][:half]))
-            for i, j in combinations(range(n + 1), 2):
-                equal[i, j] += int(np.count_nonzero(rows[i] == rows[j]))
-            sums += _products(sides, place, rows)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, elements, BLOCK):
+            stop = min(elements, start + BLOCK)
+            blocks = scratch([(stop - start) * size for size in sizes])
+            for side, block, size in zip(sides, blocks, sizes, strict=True):
+                side.read(place, start, stop, block, size)
+            for first in range(0, stop - start, CHUNK):
+                last = min(stop - start, first + CHUNK)
+                parts = [block[first * size : last * size] for block, size in zip(blocks, sizes, strict=True)]
+                rows = [
+                    (widen_pairs if plain else widen)(part, dtype, row_C)
+                    for part, dtype, row_C in zip(parts, dtypes, models_MC, strict=True)
+                ]
+                stored = [stored_integers(part, dtypes[0]) for part in parts] if plain else rows
+                if start + first == 0:
+                    half = len(stored[0]) // 2
+                    chance = half, int(np.count_nonzero(stored[0][:half] == stored[0][::-1][:half]))
+                for i, j in combinations(range(n + 1), 2):
+                    equal[i, j] += int(np.count_nonzero(stored[i] == stored[j]))
+                sums += _products(sides, place, rows, models_MC)
     equal += equal.T + elements * np.eye(n + 1, dtype=np.int64)
     # The seed stands first in the products: <S, S>, <S, D_i> and <D_i, D_j>.
     return Gram(
@@ -116,20 +122,17 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
     )  # fmt: skip
 
 
-def _products(sides: Sequence[Side], place: Place, rows: list[Array]) -> Array:
-    """Inner products [M, M] of the seed and the differences from it, in float64. `rows` become the differences."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        for row_C in rows[1:]:
-            np.subtract(row_C, rows[0], out=row_C)
-        found = _dots(rows)
-        if not np.isfinite(found).all():
-            for side, row_C in zip(sides, rows, strict=True):
-                if not np.isfinite(row_C).all():
-                    raise CheckpointError(
-                        f"{printable(side.label)}: {printable(side.name(place))} holds NaN or infinity. "
-                        "bam-merge inspect --stats counts them."
-                    )
-            found = _dots([row_C.astype(np.float64) for row_C in rows])
+def _products(sides: Sequence[Side], place: Place, rows: list[Array], models_MC: Array) -> Array:
+    """Inner products [M, M] of the seed and the differences from it, in float64. The differences are put into `models_MC`."""
+    differences = [np.subtract(row_C, rows[0], out=out_C[: len(row_C)]) for row_C, out_C in zip(rows[1:], models_MC[1:], strict=True)]
+    found = _dots([rows[0], *differences])
+    if not np.isfinite(found).all():
+        for side, row_C in zip(sides, [rows[0], *differences], strict=True):
+            if not np.isfinite(row_C).all():
+                raise CheckpointError(
+                    f"{printable(side.label)}: {printable(side.name(place))} holds NaN or infinity. bam-merge inspect --stats counts them."
+                )
+        found = _dots([row_C.astype(np.float64) for row_C in (rows[0], *differences)])
     return found
 
 

@@ -4,14 +4,17 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from bam_merge import ops
 from bam_merge.checkpoint import Checkpoint
 from bam_merge.errors import BamMergeError, CheckpointError, printable
-from bam_merge.plan import COPY_BUFFER, Plan
 from bam_merge.safetensors_header import FileIdentity, TensorEntry, open_regular
+
+if TYPE_CHECKING:  # who only reads two models needs no recipe, whose library is a third of the start-up
+    from bam_merge.plan import Plan
 
 OPEN_FILES = 8
 """Source files that one worker keeps open."""
@@ -25,7 +28,7 @@ def available_processors() -> int:
 class SourceFiles:
     """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: "Plan") -> None:
         self.plan = plan
         self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
 
@@ -74,7 +77,7 @@ def _changed(source: str, path: Path) -> str:
     return f"sources.{source}: {printable(str(path))} changed while it was being merged. Run again when nothing writes to it."
 
 
-def check_unchanged(plan: Plan) -> None:
+def check_unchanged(plan: "Plan") -> None:
     """Raise CheckpointError if a source file is no longer the one that was planned with."""
     problems = []
     for name, model in plan.models.items():
@@ -116,6 +119,8 @@ def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[i
 
 def digest_range(path: Path, offset: int, nbytes: int) -> str:
     """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there."""
+    from bam_merge.plan import COPY_BUFFER
+
     digest = xxhash.xxh3_128()
     view = memoryview(bytearray(min(COPY_BUFFER, max(1, nbytes))))
     try:

@@ -34,19 +34,49 @@ def stored_integers(data: memoryview | bytearray, dtype: str) -> Array:
 
 
 def widen(data: memoryview | bytearray, dtype: str, out: Array) -> Array:
-    """The elements, in the first places of `out`: float32 (for floats of up to 4 bytes) or float64. Exact but for 64-bit integers."""
+    """The elements as float32 (for floats of up to 4 bytes) or float64, whichever `out` is: in its first places, or `data` itself where
+    that is what it holds. Exact but for 64-bit integers."""
     if dtype == "BF16":  # the upper half of a float32
         bits = np.frombuffer(data, "<u2")
         view = out[: len(bits)]
         if out.dtype == np.float32:
-            np.left_shift(bits, 16, out=view.view(np.uint32), dtype=np.uint32, casting="unsafe")
+            places = view.view(np.uint32)
+            np.copyto(places, bits)
+            np.left_shift(places, 16, out=places)
         else:
             _fill(view, (bits.astype(np.uint32) << 16).view(np.float32))
         return view
     values = _table(dtype)[np.frombuffer(data, np.uint8)] if dtype in FLOAT8 else np.frombuffer(data, BITS[dtype])
+    if values.dtype == out.dtype and dtype not in FLOAT8:
+        return values
     view = out[: len(values)]
     _fill(view, values)
     return view
+
+
+def widen_pairs(data: memoryview | bytearray, dtype: str, out: Array) -> Array:
+    """As `widen`, but bfloat16 in another order, three times as fast: the elements at even places, then those at odd ones (in_order)."""
+    if not in_pairs(dtype, len(data) // 2) or out.dtype != np.float32:
+        return widen(data, dtype, out)
+    pairs = np.frombuffer(data, "<u4")
+    half = len(pairs)
+    view = out[: 2 * half]
+    places = view.view(np.uint32)
+    np.left_shift(pairs, 16, out=places[:half])
+    np.bitwise_and(pairs, np.uint32(0xFFFF0000), out=places[half:])
+    return view
+
+
+def in_pairs(dtype: str, count: int) -> bool:
+    return dtype == "BF16" and count % 2 == 0
+
+
+def in_order(place: int, dtype: str, count: int) -> int:
+    """Where the element stood that `widen_pairs` put at `place` of `count`."""
+    if not in_pairs(dtype, count):
+        return place
+    half = count // 2
+    return 2 * place if place < half else 2 * (place - half) + 1
 
 
 def _fill(view: Array, values: Array) -> None:
@@ -64,8 +94,9 @@ def dot(a: Array, b: Array) -> float:
     if a.dtype == np.float64:
         return float(np.dot(a, b))
     whole = len(a) // ROW * ROW
-    sums_R = np.einsum("rc,rc->r", a[:whole].reshape(-1, ROW), b[:whole].reshape(-1, ROW))
-    return float(sums_R.sum(dtype=np.float64)) + float(np.dot(a[whole:], b[whole:]))
+    sums_R = np.matmul(a[:whole].reshape(-1, 1, ROW), b[:whole].reshape(-1, ROW, 1))  # an inner product of BLAS for every row
+    found = float(np.add.reduce(sums_R, axis=None, dtype=np.float64))
+    return found if whole == len(a) else found + float(np.dot(a[whole:], b[whole:]))
 
 
 @cache

@@ -1,6 +1,6 @@
 """How long `bam-merge diff` takes, and in how much memory, against reading the same bytes.
 
-    python benchmarks/diff.py [--scale S] [--pairs N] [--work DIR]
+    python benchmarks/diff.py [--scale S] [--pairs N] [--only equal,different,--seed] [--work DIR]
 
 The models and the conditions are those of benchmarks/merge.py: 1.1 billion parameters in bfloat16, 2.2 GB, page cache warm, commands
 that take turns. Each comparison's time is divided by that of `cat` of the same files. "equal": a model and a copy of it; "different":
@@ -35,20 +35,26 @@ def comparison(kind: str, folders: dict[str, Path], pairs: int) -> Table:
 
 
 def main() -> None:
-    """Make the models, measure, remove them."""
+    """Make the models that are needed, measure, remove them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size (default 1: 11 GB of disk)")
-    parser.add_argument("--pairs", type=int, default=3, help="rounds in which the commands take turns (default 3)")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds in which the commands take turns (default 5)")
+    parser.add_argument("--only", default=",".join(MODELS), metavar="KINDS", help="which comparisons, with commas between (default: all)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="scratch space in a folder of its own in DIR; default: here")
     options = parser.parse_args()
+    kinds = options.only.split(",")
+    if unknown := set(kinds) - MODELS.keys():
+        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(MODELS)}")
+    needed = {name for kind in kinds for name in MODELS[kind]}
     work = Path(tempfile.mkdtemp(prefix="bam-merge-bench-", dir=options.work or ".")).resolve()
     print(f"{machine_line(machine())}, load {os.getloadavg()[0]:.1f}", flush=True)
     try:
-        sources = write_models(work / "models", scaled(options.scale), NAMES, sparse=False)
+        sources = write_models(work / "models", scaled(options.scale), [name for name in NAMES if name in needed], sparse=False)
         folders = {name: Path(path) for name, path in sources.items()}
-        folders["copy"] = work / "copy"
-        shutil.copytree(folders["seed"], folders["copy"])
-        for kind in MODELS:
+        if "copy" in needed:
+            folders["copy"] = work / "copy"
+            shutil.copytree(folders["seed"], folders["copy"])
+        for kind in kinds:
             print(f"\n{table_text(comparison(kind, folders, options.pairs))}", flush=True)
     finally:
         shutil.rmtree(work)
