@@ -168,4 +168,8 @@ def mixture_layouts() -> tuple[Architecture, ...]:
 
 def find_by_model_type(model_type: object) -> Architecture | None:
     """The architecture that config.json's `model_type` names: dense, mixture or foreign."""
+    if isinstance(model_type, str) and model_type in _table_names():  # most tables are called so, and the others need not be read
+        named = load_architecture(model_type)
+        if model_type in named.model_types:
+            return named
     return next((a for a in architectures() if model_type in a.model_types), None)

@@ -112,6 +112,17 @@ class Cost:
             counts[piece.role] += piece.copies * piece.size
         return {**counts, **({"unknown": self.unexplained} if self.unexplained else {})}
 
+    @property
+    def active_by_role(self) -> dict[str, int] | None:
+        """Of every role, the parameters that one token's forward multiplies with; None where the routing is not known."""
+        if self.active is None:
+            return None
+        counts: Counter[str] = Counter()
+        for piece in self.pieces:
+            if piece.layer is None or piece.layer < self.layers:
+                counts[piece.role] += (piece.used or 0) * piece.size
+        return dict(counts)
+
     @cached_property
     def blocks(self) -> tuple[dict[str, list[Piece]], ...]:
         """The pieces of every layer, by role: expert tensors and a shared one may stand under the same role."""
@@ -145,7 +156,12 @@ class Cost:
     def document(self, context: int = CONTEXT) -> dict[str, Any]:
         """The cost card, as `inspect --json` prints it."""
         return {
-            "parameters": {"total": self.parameters, "active": self.active, "by_role": self.by_role},
+            "parameters": {
+                "total": self.parameters,
+                "active": self.active,
+                "by_role": self.by_role,
+                "active_by_role": self.active_by_role,
+            },
             "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
             "flops_per_token": self._flops_document(context),
         }

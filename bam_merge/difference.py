@@ -209,7 +209,7 @@ class _Tally:
         self.ulps: int | None = None if self.coarse is None else 0
         # Sums of float64, or of integers that float32 does not hold, need float64; the others are exact enough in float32, chunk by chunk.
         narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
-        self.a, self.b, self.d = (np.empty(CHUNK, np.float32 if narrow else np.float64) for _ in range(3))
+        self.a, self.b, self.c = (np.empty(CHUNK, np.float32 if narrow else np.float64) for _ in range(3))
         self.unlike = np.empty(CHUNK, bool)
 
     def add(self, a: memoryview, b: memoryview, start: int) -> None:
@@ -234,30 +234,35 @@ class _Tally:
             self.aa, self.bb = self.aa + squares, self.bb + squares
             return
         b_C = self.widen(b, self.dtypes[1], self.b)
-        d_C = self.d[: len(a_C)]
-        np.subtract(b_C, a_C, out=d_C)
-        sums = squares, _dot(b_C), _dot(d_C)
+        squares_b = _dot(b_C)
+        d_C = np.subtract(b_C, a_C, out=self.b[: len(a_C)])  # where B was, which few chunks need again: memory that a cache holds
+        sums = squares, squares_b, _dot(d_C)
         whole = all(map(math.isfinite, sums))
-        unlike_C = self.unlike[: len(a_C)]
-        if not whole:
-            a_C, b_C, d_C, unlike_C = self.set_apart(a_C, b_C)
-            sums = _dot(a_C), _dot(b_C), _dot(d_C)
-        self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), sums, strict=True))
-        if self.plain and whole:  # in bits, which is quick, and right for integers that no float tells apart
-            bits_a, bits_b = stored_integers(a, self.dtypes[0]), stored_integers(b, self.dtypes[1])
-            np.not_equal(bits_a, bits_b, out=unlike_C)
-            if self.has_zeros(bits_b) and self.zeros(a_C, b_C):
-                unlike_C = self.ordered(d_C != 0)
+        bits_a, bits_b = stored_integers(a, self.dtypes[0]), stored_integers(b, self.dtypes[1])
+        if not self.plain or not whole or self.ulps is not None or self.has_zeros(bits_b):
+            b_C = self.widen(b, self.dtypes[1], self.c)
+            odd_C: Array | None = None
+            if not whole:
+                a_C, b_C, d_C, odd_C = self.set_apart(a_C, b_C)
+                sums = _dot(a_C), _dot(b_C), _dot(d_C)
+            unlike_C = self.unlike_places(d_C, odd_C, self.zeros(a_C, b_C), bits_a, bits_b)
+            if sums[2]:
+                self.round(a_C, b_C)
         else:
-            unlike_C = self.ordered((d_C != 0) | unlike_C if not whole else d_C != 0)
-            self.zeros(a_C, b_C)
+            unlike_C = np.not_equal(bits_a, bits_b, out=self.unlike[: len(a_C)])
+        self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), sums, strict=True))
         unlike = int(np.count_nonzero(unlike_C))
         self.changed += unlike
         if unlike and self.first is None:
             self.first = start + int(unlike_C.argmax())
         if sums[2]:
             self.furthest(d_C, start)
-            self.round(a_C, b_C)
+
+    def unlike_places(self, d_C: Array, odd_C: Array | None, signs: int, bits_a: Array, bits_b: Array) -> Array:
+        """Where the values differ: by bits, right for integers that no float tells apart, but not for zeros of unlike signs."""
+        if self.plain and odd_C is None and not signs:
+            return np.not_equal(bits_a, bits_b, out=self.unlike[: len(d_C)])
+        return self.ordered(d_C != 0 if odd_C is None else (d_C != 0) | odd_C)
 
     def ordered(self, x_C: Array) -> Array:
         """What was widened in pairs, in the order in which it is stored."""

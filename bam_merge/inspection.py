@@ -72,12 +72,14 @@ class Inspection:
             counts[entry.dtype] += entry.numel
         return dict(counts.most_common())
 
-    @property
-    def by_layer(self) -> dict[str, int]:
-        """Parameters of every layer, and of what is outside the layers."""
+    def by_layer(self, active: bool = False) -> dict[str, int] | None:
+        """Parameters of every layer, and of what is outside the layers; or those that a token goes through, None where not known."""
+        if active and self.cost.active is None:
+            return None
         counts: Counter[str] = Counter()
         for piece in self.cost.pieces:
-            counts["outside" if piece.layer is None else str(piece.layer)] += piece.copies * piece.size
+            copies = piece.used or 0 if active else piece.copies
+            counts["outside" if piece.layer is None else str(piece.layer)] += copies * piece.size
         return dict(sorted(counts.items(), key=lambda item: (item[0] == "outside", int(item[0]) if item[0] != "outside" else 0)))
 
     def expert_count(self, group: str) -> int:
@@ -92,7 +94,7 @@ class Inspection:
     def document(self) -> dict[str, Any]:
         """As `inspect --json` prints it: plain data without NaN or infinity."""
         anatomy, facts = self.anatomy, self.anatomy.facts
-        parameters = {**self.cost.document()["parameters"], "by_layer": self.by_layer}
+        parameters = {**self.cost.document()["parameters"], "by_layer": self.by_layer(), "active_by_layer": self.by_layer(active=True)}
         document: dict[str, Any] = {
             "format": FORMAT,
             "path": self.path,

@@ -13,8 +13,8 @@ from bam_merge.heatmap import Row, percent
 from bam_merge.render_diff import apart, heatmaps, ignored, rank
 from bam_merge.terminal import Terminal, grid, heading, line, padded
 
-COLUMN = 9
-"""Characters of a column of cosines."""
+COLUMN, OTHERS = 7, 35
+"""Characters of a column of cosines, and of what stands beside them."""
 
 
 def drift_text(found: Drift, terminal: Terminal, every: bool = False) -> str:
@@ -61,7 +61,7 @@ def _cosines(found: Drift, terminal: Terminal) -> Iterator[RenderableType]:
     if not pairs:
         return
     names = [printable(name, 40) for name in found.names]
-    columns, key = _columns(names, pairs, terminal.width - 14 - 3 * COLUMN)
+    columns, key = _columns(names, pairs, terminal.width - OTHERS)
     yield heading("task vectors", "cosines of what training added (E - S), and what averaging keeps")
     table = grid("left", *["right"] * (len(columns) + 3), header=("role", *columns, "noise", "kept", "noise"))
     for role, gram in grams_by_role(found):
@@ -85,7 +85,7 @@ def _columns(names: Sequence[str], pairs: Sequence[tuple[int, int]], width: int)
     full = [f"{names[i]}, {names[j]}" for i, j in pairs]
     if sum(max(COLUMN, len(name) + 2) for name in full) <= width:
         return full, ""
-    if len(pairs) * (COLUMN - 2) <= width:
+    if len(pairs) * COLUMN <= width:
         return [f"{i + 1}, {j + 1}" for i, j in pairs], ", ".join(f"{i + 1} {name}" for i, name in enumerate(names))
     return ["least", "mean", "most"], ""
 
@@ -99,7 +99,7 @@ def _matrix(found: Drift, aside: str, values: Sequence[Sequence[float | None]]) 
 
 
 def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1)
 
 
 def _equal(found: Drift, terminal: Terminal) -> Iterator[RenderableType]:

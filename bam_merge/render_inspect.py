@@ -138,11 +138,13 @@ def _experts(found: Inspection) -> str:
 
 
 def _roles(found: Inspection, terminal: Terminal) -> Table:
-    roles = sorted(found.cost.by_role.items(), key=lambda item: -item[1])
-    table = grid("left", "right", "right", "left")
+    roles, active = sorted(found.cost.by_role.items(), key=lambda item: -item[1]), found.cost.active_by_role
+    sparse = active is not None and found.cost.active != found.cost.parameters
+    table = grid("left", "right", "right", *["right"] * sparse, "left", header=("", "total", "share", "active", "") if sparse else None)
     for role, parameters in roles:
         share = parameters / max(1, found.cost.parameters)
-        table.add_row(Text(role), f"{parameters:,}", f"{share:.1%}", Text(terminal.bar(share, 30), style="cyan"))
+        used = [f"{active.get(role, 0):,}"] if sparse and active is not None else []
+        table.add_row(Text(role), f"{parameters:,}", f"{share:.1%}", *used, Text(terminal.bar(share, 30), style="cyan"))
     return table
 
 

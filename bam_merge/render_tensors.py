@@ -16,6 +16,7 @@ from bam_merge.words import NUMBER, count, human_bytes, ranges
 
 if TYPE_CHECKING:
     from bam_merge.router_stats import RouterStats
+    from bam_merge.tensor_stats import TensorStats
 
 Line = tuple[int, str, list[TensorEntry] | int]
 """Indent, name, and the tensors that it stands for."""
@@ -114,6 +115,15 @@ def details(found: Inspection, terminal: Terminal) -> Iterator[RenderableType]:
                 yield from (line(f"{printable(source)}:{printable(tensor)}", "dim", 6) for source, tensor in origin.reads)
         if found.values and entry.name in found.values.tensors:
             yield Padding(_figures(found, [entry], terminal), (0, 0, 0, 2))
+            yield line(_counts(found.values.tensors[entry.name]), "dim")
+
+
+def _counts(stats: "TensorStats") -> str:
+    """What is special in a tensor, also where there is nothing."""
+    words = [f"{stats.nan:,} NaN", f"{stats.inf:,} infinite", f"{stats.negative_zeros:,} -0.0"]
+    words += [count(stats.zero_rows, "zero row")] if stats.zero_rows is not None else []
+    words += [f"largest {short(stats.limit)} of the dtype's limit"] if stats.limit is not None else []
+    return ", ".join([*words, *["constant"] * stats.constant]) if stats.finite is not None else f"XXH3-128 {stats.digest}"
 
 
 def fates(found: Inspection) -> Iterator[RenderableType]:

@@ -123,6 +123,9 @@ def test_routing_decides_what_is_active(tmp_path: Path) -> None:
     assert top.active is not None
     assert soft.active - top.active == attention * 2 // 3
     assert top.parameters == soft.parameters
+    for cost in (soft, top):
+        assert cost.active_by_role is not None and sum(cost.active_by_role.values()) == cost.active
+    assert (top.active_by_role or {})["attn.q"] * 3 == soft.by_role["attn.q"] == (soft.active_by_role or {})["attn.q"]
 
 
 # ---- public mixtures, and what cannot be known

@@ -98,6 +98,48 @@ def test_attention_that_stayed_is_said_to_buy_little(tmp_path: Path) -> None:
     assert "attention experts (BAM) buy little over BTX" in said(drift(seed, experts))
 
 
+def test_what_else_tells_the_folders_apart_is_said(noisy: tuple[Path, list[Path]], run: Any) -> None:
+    seed, (code, law, _) = noisy
+    config = json.loads((code / "config.json").read_text())
+    (code / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
+    (path,) = law.glob("*.safetensors")
+    save_file({**load_file(path), "extra": torch.ones(2)}, path)
+    texts = [finding.text for finding in drift(seed, [code, law]).findings]
+    assert [text.partition(": ")[2] for text in texts] == [
+        "1 tensor not in all of the models, extra", "config.json: rms_norm_eps is 1e-05 in the seed, 0.25 in it"
+    ]  # fmt: skip
+    assert run("diff", "--seed", seed, seed).status == 0 and not drift(seed, [law]).equal
+    (path,) = seed.glob("*.safetensors")
+    save_file({**load_file(path)}, law / path.name)
+    assert drift(seed, [law]).equal
+    save_file({**load_file(path), "extra": torch.ones(2)}, law / path.name)
+    assert run("diff", "--seed", seed, law).status == 1  # all that can be compared is equal, but it is not the seed
+
+
+def test_weights_in_common_by_chance(tmp_path: Path) -> None:
+    """Of values from a set of four, a quarter: what unrelated models of such weights share; branches share far more."""
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randint(0, 4, (64, 4096), generator=generator).float()
+    e = s.where(torch.rand(s.shape, generator=generator) < 0.9, -1.0)
+    for name, x in (("s", s), ("e", e)):
+        save_file({"x": x}, tmp_path / f"{name}.safetensors")
+    found = drift(tmp_path / "s.safetensors", [tmp_path / "e.safetensors"]).overall
+    assert found.chance_equal == pytest.approx(0.25, abs=0.01) and found.equal_seed[0] == int((s == e).sum())
+
+
+@pytest.mark.parametrize("experts", [2, 4, 6])
+def test_every_pair_of_experts_is_there(experts: int, noisy: tuple[Path, list[Path]], tmp_path: Path, run: Any) -> None:
+    """By names where they fit, by numbers, or as least, mean and most with the whole matrix below."""
+    folders = [branch(tmp_path, f"expert{index}", noise(0.1, index)) for index in range(experts)]
+    done: Result = run("diff", "--seed", noisy[0], *folders)
+    shown = {2: "expert0, expert1", 4: "1, 2   1, 3   1, 4   2, 3   2, 4   3, 4", 6: "least    mean    most"}[experts]
+    squeezed = " ".join(done.out.split())
+    assert " ".join(shown.split()) in squeezed and max(map(len, done.out.split("\n"))) <= 80
+    assert ("cosine of task vectors overall" in squeezed) == (experts == 6) and "expert1" in done.out
+    document = json.loads(run("diff", "--seed", noisy[0], *folders, "--json").out)
+    assert len(document["by_role"]["ffn.up"]["cosine"]) == experts and all(r["question"] and r["answer"] for r in document["readings"])
+
+
 def test_models_that_are_the_same_are_named(noisy: tuple[Path, list[Path]], run: Any) -> None:
     seed, (code, law, _) = noisy
     found = drift(seed, [seed, law, law])

@@ -56,7 +56,7 @@ def test_json_of_every_family(name: str, tmp_path: Path, run: Any) -> None:
     stored = bam_merge.inspect(tmp_path).checkpoint.tensors
     total = sum(entry.numel for entry in stored.values())
     assert document["parameters"]["total"] == document["parameters"]["active"] == sum(document["parameters"]["by_role"].values()) == total
-    assert sum(document["parameters"]["by_layer"].values()) == total
+    assert sum(document["parameters"]["by_layer"].values()) == sum(document["parameters"]["active_by_layer"].values()) == total
     assert (document["bytes"], document["dtypes"], document["layers"]) == (2 * total, {"BF16": total}, 2)
     assert document["experts"] == {"ffn": 0, "attention": 0, "names": None}
     assert {record["name"]: tuple(record["shape"]) for record in document["tensors"]} == {n: e.shape for n, e in stored.items()}
