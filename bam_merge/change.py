@@ -94,8 +94,8 @@ def _zeroed(a: Side, b: Side, found: Difference) -> Iterator[Change]:
         yield Change("zeroed", "all zero")
         return
     if len(found.shapes[0]) == 2:
-        for kind, gone in zip(("rows", "columns"), _zero_lines(a, b, found), strict=True):
-            if len(gone):
+        for kind, gone, length in zip(("rows", "columns"), _zero_lines(a, b, found), found.shapes[0][::-1], strict=True):
+            if 2 * len(gone) * length > found.zeroed:  # or else they are a part of a pruning
                 which = ranges(gone) if len(gone) <= 8 else f"{gone[0]} to {gone[-1]}"
                 yield Change(kind, f"{count(len(gone), kind[:-1])} zeroed ({which}){rest}")
     if alone:

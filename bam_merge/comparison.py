@@ -61,7 +61,7 @@ class Comparison:
     def changed(self) -> list[Difference]:
         """What differs, and by more than the tolerance, furthest first."""
         beyond = [d for d in self.compared if not d.same and not (d.verdict != SHAPE and within(d, self.tol))]
-        return sorted(beyond, key=lambda d: -math.inf if d.relative_l2 is None else -d.relative_l2)
+        return sorted(beyond, key=lambda d: -math.inf if d.relative_l2 is None or d.odd else -d.relative_l2)
 
     @property
     def equal(self) -> bool:
@@ -96,7 +96,7 @@ class Comparison:
 
 def within(found: Difference, tol: float) -> bool:
     """Whether the drift is at most `tol`, and nothing that is no number appeared or went."""
-    return found.relative_l2 is not None and found.relative_l2 <= tol and found.nan[0] == found.nan[1] and found.inf[0] == found.inf[1]
+    return found.relative_l2 is not None and found.relative_l2 <= tol and not found.odd
 
 
 def drift(members: Iterable[Difference]) -> float | None:

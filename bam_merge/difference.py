@@ -85,6 +85,11 @@ class Difference:
     def same(self) -> bool:
         return self.verdict in (IDENTICAL, EQUAL)
 
+    @property
+    def odd(self) -> bool:
+        """Whether NaN or infinity appeared, or went."""
+        return self.nan[0] != self.nan[1] or self.inf[0] != self.inf[1]
+
     def document(self) -> dict[str, Any]:
         """As `diff --json` prints it."""
         role, layer, expert = self.place

@@ -1,5 +1,6 @@
 """A layer x role heatmap in a terminal: a row per role, a character per layer, all on one scale from 0."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ LABEL, FIGURE = 16, 11
 
 @dataclass(frozen=True)
 class Row:
-    """A role: its value in each layer (None where there is none), or one value without layers, and over all of them."""
+    """A role: its value in each layer (None where there is none, infinity for what is no number), or one value, and over all of them."""
 
     name: str
     values: Sequence[float | None]
@@ -24,9 +25,9 @@ class Row:
 
 def scale(values: Sequence[float]) -> tuple[float, float]:
     """(where the scale ends, the largest value): all but the highest twentieth lie on the scale, so that one outlier hides nothing."""
-    if not values:
+    ordered = sorted(value for value in values if value < math.inf)
+    if not ordered:
         return 0.0, 0.0
-    ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))] or ordered[-1], ordered[-1]
 
 
@@ -52,9 +53,11 @@ def heatmap(rows: Sequence[Row], top: float, terminal: Terminal) -> RenderableTy
 
 
 def cell(values: Sequence[float], top: float, terminal: Terminal) -> Text:
-    """One character: blank where there is no value, a dot for exactly 0, else a bar that grows with the largest of the values."""
+    """One character: blank where there is no value, a dot for exactly 0, a mark for infinity, else a bar that grows with the largest."""
     if not values:
         return Text(" ")
+    if max(values) == math.inf:
+        return Text("!", style="bold red")
     share = min(1.0, max(values) / top) if top else 0.0
     if share == 0:
         return Text("·" if terminal.unicode else "0", style="dim")
@@ -62,16 +65,18 @@ def cell(values: Sequence[float], top: float, terminal: Terminal) -> Text:
     return Text(bars[min(len(bars) - 1, int(share * len(bars)))], style=COLOURS[min(len(COLOURS) - 1, int(share * len(COLOURS)))])
 
 
-def legend(top: float, largest: float, layers: int, terminal: Terminal) -> Text:
+def legend(top: float, largest: float, layers: int, terminal: Terminal, odd: bool = False) -> Text:
     """What a character means."""
     width = max(8, terminal.width - LABEL - FIGURE - 8)
     together = -(-layers // width) if layers else 1
-    text = Text("  ", style="dim")
+    text = Text("  ")
     text.append_text(cell([0.0], top, terminal))
-    text.append(" equal  ")
+    text.append(" equal  ", style="dim")
+    if odd:
+        text.append_text(cell([math.inf], top, terminal)).append(" NaN or infinity  ", style="dim")
     steps = len(BARS[terminal.unicode])
     for step in range(steps):
         text.append_text(cell([top * (step + 0.5) / steps], top, terminal))
-    text.append(f" up to {percent(top)}" + (f", at most {percent(largest)}. " if largest > top else ". "))
-    text.append("A column is a layer." if together == 1 else f"A column is {together} layers, the furthest of them shown.")
-    return text
+    words = f" up to {percent(top)}" + (f", the largest {percent(largest)}. " if largest > top else ". ")
+    words += "A column is a layer." if together == 1 else f"A column is {together} layers, the furthest of them shown."
+    return text.append(words, style="dim")

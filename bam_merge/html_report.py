@@ -83,13 +83,14 @@ def _comparison(found: Comparison) -> tuple[str, Iterator[str]]:
         rows = comparison_rows(found)
         if any(not d.same for d in found.compared):
             yield from _maps([("relative difference", "|B - A| / |A|", rows)])
+        moved = set(found.names("moved"))
         told = [d for d in found.compared if not d.same or d.zero_signs or any((*d.nan, *d.inf))]
         if told:
             header = ("tensor", "role", "layer", "relative", "cosine", "largest", "changed", "B is")
             cells = [
                 [d.name_a, d.place[0], d.place[1], _Share(d.relative_l2), d.cosine, d.max_abs, _Share(d.changed / max(1, d.count)),
-                 "shape " + " and ".join(str(list(shape)) for shape in d.shapes) if d.verdict == SHAPE else _told(d)]
-                for d in sorted(told, key=lambda d: -math.inf if d.relative_l2 is None else -d.relative_l2)
+                 "shape " + " and ".join(str(list(shape)) for shape in d.shapes) if d.verdict == SHAPE else _told(d, d.name_a in moved)]
+                for d in sorted(told, key=lambda d: -math.inf if d.relative_l2 is None or d.odd else -d.relative_l2)
             ]  # fmt: skip
             yield from _table("tensors that differ", "a click on a column sorts by it", header, cells)
         yield _left_out(found.ignored)
@@ -97,8 +98,8 @@ def _comparison(found: Comparison) -> tuple[str, Iterator[str]]:
     return f"{a} and {b}", parts()
 
 
-def _told(d: Difference) -> str:
-    words = [text for _, text in remarks(d)]
+def _told(d: Difference, moved: bool) -> str:
+    words = [text for kind, text in remarks(d) if not (moved and kind == "unrelated")] + ["what stood elsewhere"] * moved
     return "; ".join(words or ["within one unit in the last place"] * (d.verdict == ROUNDING))
 
 
@@ -165,9 +166,10 @@ def _maps(maps: Sequence[tuple[str, str, Sequence[Row]]]) -> Iterator[str]:
         yield _map(name, rows, top)
     shades = "".join(f'<path class="s{level}" d="M{level * 8} 0h8v10h-8z"/>' for level in range(LEVELS + 1))
     more = f", the largest {percent(largest)}" if largest > top else ""
+    odd = " Framed: NaN or infinity in one of the two." if any(math.inf in row.values for _, _, rows in maps for row in rows) else ""
     yield (
         f'<p class="legend"><svg width="{8 * LEVELS + 8}" height="10">{shades}</svg> 0 to {percent(top)}{escape(more)}. '
-        "A row is a role, a column a layer.</p>"
+        f"A row is a role, a column a layer.{odd}</p>"
     )
 
 
@@ -176,14 +178,14 @@ def _map(name: str, rows: Sequence[Row], top: float) -> str:
     width = max((len(row.values) for row in rows), default=0)
     side = max(4, min(26, 840 // max(1, width)))
     split = sum(len(row.values) > 1 for row in rows) or len(rows)
-    paths: dict[int, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for y, row in enumerate(rows):
         for x, value in enumerate(row.values):
             if value is not None:
-                level = 0 if value == 0 else 1 + min(LEVELS - 1, int(LEVELS * min(1.0, value / top))) if top else 0
+                level = _level(value, top)
                 above = y * 16 + (AXIS if y >= split else 0)
                 paths.setdefault(level, []).append(f"M{x * side} {above}h{side - 1}v15h-{side - 1}z")
-    drawn = "".join(f'<path class="s{level}" d="{"".join(cells)}"/>' for level, cells in sorted(paths.items()))
+    drawn = "".join(f'<path class="{level}" d="{"".join(cells)}"/>' for level, cells in sorted(paths.items()))
     step = next(step for step in (1, 2, 5, 10, 20, 50, 10**6) if step * side >= 26)
     ticks = "".join(f'<text x="{x * side + side // 2}" y="{split * 16 + 11}">{x}</text>' for x in range(0, width, step) if width > 1)
     columns = ['<div class="axis">layer</div>' if width > 1 else '<div class="axis"></div>', '<div class="axis"></div>']
@@ -192,7 +194,7 @@ def _map(name: str, rows: Sequence[Row], top: float) -> str:
         "".join(f"<div>{text}</div>" for text in texts[:split]) + between + "".join(f"<div>{text}</div>" for text in texts[split:])
         for texts, between in zip((labels, totals), columns, strict=True)
     ]
-    values = [[None if value is None else float(f"{value:.3g}") for value in row.values] for row in rows]
+    values = [[_pointed(value) for value in row.values] for row in rows]
     data = {"side": side, "split": split, "axis": AXIS, "rows": [row.name for row in rows], "values": values}
     size = f'width="{width * side}" height="{len(rows) * 16 + AXIS}"'
     return (
@@ -200,6 +202,18 @@ def _map(name: str, rows: Sequence[Row], top: float) -> str:
         f'<svg {size} role="img" aria-label="heatmap of {escape(name)}">{drawn}{ticks}</svg>'
         f'<div class="totals">{beside[1]}</div></div>'
     )
+
+
+def _level(value: float, top: float) -> str:
+    """The class of a cell: its shade, or that it is no number."""
+    if value == math.inf:
+        return "odd"
+    return f"s{0 if not value or not top else 1 + min(LEVELS - 1, int(LEVELS * min(1.0, value / top)))}"
+
+
+def _pointed(value: float | None) -> float | str | None:
+    """What the pointer shows: three digits."""
+    return value if value is None else "NaN or infinity" if value == math.inf else float(f"{value:.3g}")
 
 
 def _square(role: str, names: Sequence[str], gram: Gram) -> str:
@@ -214,7 +228,7 @@ def _square(role: str, names: Sequence[str], gram: Gram) -> str:
     )  # fmt: skip
     others = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if j > i and value is not None]
     mean = f"{sum(others) / len(others):.3f} ± {gram.noise:.1g}" if others else "no drift"
-    values = [[None if value is None else float(f"{value:.3g}") for value in row] for row in cosines]
+    values = [[_pointed(value) for value in row] for row in cosines]
     data = {"side": side, "height": side, "rows": names, "columns": names, "values": values}
     return (
         f'<figure class="map" {_data(data)}><svg width="{len(names) * side}" height="{len(names) * side}" role="img" '
@@ -256,7 +270,7 @@ def _td(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "<td></td>"
     if isinstance(value, float):
-        shown = f"{100 * value:.3g}%" if isinstance(value, _Share) else f"{value:.6g}"
+        shown = f"{100 * value:.3g}%" if isinstance(value, _Share) else f"{value:.{6 if 0.999 < value < 1 else 4}g}"
         return f"<td class=n>{shown if math.isfinite(value) else 'inf'}</td>"
     if isinstance(value, int):
         return f"<td class=n>{value}</td>"

@@ -1,5 +1,6 @@
 """How `diff A B` looks in a terminal. Builds text; cli.py prints it."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -89,9 +90,14 @@ def comparison_rows(found: Comparison) -> list[Row]:
     layers = sorted({d.place[1] for d in found.compared if d.place[1] is not None})
     rows = []
     for role, at in sorted(groups.items(), key=lambda item: rank(item[0], set(item[1]) == {None})):
-        each = [drift(at[layer]) if layer in at else None for layer in layers] if set(at) - {None} else [drift(at[None])]
+        each = [_shade(at[layer]) if layer in at else None for layer in layers] if set(at) - {None} else [_shade(at[None])]
         rows.append(Row(role, each, drift([d for members in at.values() for d in members])))
     return rows
+
+
+def _shade(members: Sequence[Difference]) -> float | None:
+    """The drift of tensors; infinity where some has NaN or infinity that the other does not have."""
+    return math.inf if any(d.odd for d in members) else drift(members)
 
 
 def rank(role: str, alone: bool) -> tuple[bool, int, str]:
@@ -101,11 +107,13 @@ def rank(role: str, alone: bool) -> tuple[bool, int, str]:
 
 def heatmaps(maps: Sequence[tuple[str, str, Sequence[Row]]], terminal: Terminal) -> Iterator[RenderableType]:
     """Heatmaps on one scale, with one legend."""
-    top, largest = scale([value for _, _, rows in maps for row in rows for value in row.values if value is not None])
+    values = [value for _, _, rows in maps for row in rows for value in row.values if value is not None]
+    top, largest = scale(values)
     for name, aside, rows in maps:
         yield heading(name, aside)
         yield heatmap(rows, top, terminal)
-    yield legend(top, largest, max((len(row.values) for _, _, rows in maps for row in rows), default=0), terminal)
+    layers = max((len(row.values) for _, _, rows in maps for row in rows), default=0)
+    yield legend(top, largest, layers, terminal, math.inf in values)
 
 
 # ---- tensors -----------------------------------------------------------------------------------------------------------------
@@ -125,8 +133,11 @@ def remarks(d: Difference) -> Iterator[tuple[str, str]]:
 def _recognised(found: Comparison, every: bool) -> Iterator[RenderableType]:
     """What was done, by kind, equal sentences with the tensors that they hold for folded into one line."""
     kinds: dict[str, dict[str, list[str]]] = {}
+    moved = set(found.names("moved"))
     for d in found.compared:
         for kind, text in remarks(d):
+            if kind == "unrelated" and d.name_a in moved:
+                continue  # it is related to another
             kinds.setdefault(kind, {}).setdefault(text, []).append(d.name_a)
     if not kinds:
         return
