@@ -227,7 +227,7 @@ def _square(role: str, names: Sequence[str], gram: Gram) -> str:
         for i, row in enumerate(cosines) for j, value in enumerate(row) if value is not None
     )  # fmt: skip
     others = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if j > i and value is not None]
-    mean = f"{sum(others) / len(others):.3f} ± {gram.noise:.1g}" if others else "no drift"
+    mean = f"{sum(others) / len(others):.3f}<br>noise ±{gram.noise:.1g}" if others else "no drift"
     values = [[_pointed(value) for value in row] for row in cosines]
     data = {"side": side, "height": side, "rows": names, "columns": names, "values": values}
     return (

@@ -140,5 +140,5 @@ def _averaging(gram: Gram, moved: Sequence[int]) -> Iterator[Reading]:
     yield Reading(
         "what averaging loses",
         f"{1 - kept:.0%} of a drift's norm (noise: {1 - blind:.0%}). The drifts are {how}: mean cosine {mean:.3f} "
-        f"(noise: 0 ± {gram.noise:.1g}).",
+        f"(noise: {gram.noise:.1g}).",
     )

@@ -71,7 +71,7 @@ def _cosines(found: Drift, terminal: Terminal) -> Iterator[RenderableType]:
             cosines = [min(known), sum(known) / len(known), max(known)] if known else [None] * 3
         shown = [_three(cosine) for cosine in cosines]
         kept = _three(gram.kept_by_averaging()), _three(gram.kept_if_orthogonal())
-        table.add_row(Text(printable(role, 40), style="cyan"), *shown, f"±{gram.noise:.1g}" if known else "-", *kept)
+        table.add_row(Text(printable(role, 40), style="cyan"), *shown, f"{gram.noise:.1g}" if known else "-", *kept)
     yield padded(table)
     if key:
         yield line(key, "dim")

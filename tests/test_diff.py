@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -361,3 +362,38 @@ def test_names_cannot_reach_the_terminal_raw(tmp_path: Path, run: Any) -> None:
         save_file({"x\x1b[31m": torch.full((3,), value)}, tmp_path / f"{name}.safetensors")
     done: Result = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert done.status == 1 and "\x1b" not in done.out and max(map(len, done.out.split("\n"))) <= 80
+
+
+@pytest.mark.parametrize("options", [{}, {"width": 120}, {"colour": True}, {"unicode": False}])
+def test_the_picture_fits(options: dict[str, Any], pair: tuple[Path, Path]) -> None:
+    from bam_merge.render_diff import comparison_text
+    from bam_merge.terminal import Terminal
+
+    edit(pair[1], lambda tensors: tensors.update({Q: put(math.nan)(tensors[Q]), UP: 1.5 * tensors[UP], "extra": torch.ones(2)}))
+    terminal = Terminal(**options)
+    text = comparison_text(diff(*pair, ignore=["norm.*"]), terminal, every=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert max(map(len, plain.split("\n"))) <= terminal.width and ("\x1b" in text) == terminal.colour
+    for word in (
+        "apart from values",
+        "only in B: 1 tensor, extra",
+        "identical bytes",
+        "attn.q",
+        "! NaN or infinity",
+        "recognised",
+        "furthest apart",
+    ):
+        assert word in plain
+    assert plain.rstrip().endswith("different") and (terminal.unicode or plain.isascii())
+    (row,) = [line for line in plain.split("\n") if line.startswith("  attn.q ")]
+    ranked = plain[plain.index("furthest apart") :]
+    assert "!" in row and ranked.index(Q) < ranked.index(UP)  # what is no number comes first
+
+
+def test_the_page_of_a_comparison_marks_what_is_no_number(pair: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
+    edit(pair[1], lambda tensors: tensors.update({Q: put(math.nan)(tensors[Q])}))
+    page = tmp_path / "page.html"
+    assert run("diff", *pair, "--html", page).status == 1
+    text = page.read_text()
+    assert 'class="odd"' in text and "NaN or infinity" in text and "NaN: 0 in A, 1 in B" in text
+    json.loads(run("diff", *pair, "--json").out, parse_constant=lambda word: pytest.fail(word))
