@@ -92,6 +92,7 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
     plain = len(set(dtypes)) == 1
     narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
     models_MC = np.empty((n + 1, min(CHUNK, elements)), np.float32 if narrow else np.float64)
+    alike_C = np.empty(min(CHUNK, elements), bool)
     sums, equal, chance = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1), np.int64), (0, 0)
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, elements, BLOCK):
@@ -111,7 +112,7 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
                     half = len(stored[0]) // 2
                     chance = half, int(np.count_nonzero(stored[0][:half] == stored[0][::-1][:half]))
                 for i, j in combinations(range(n + 1), 2):
-                    equal[i, j] += int(np.count_nonzero(stored[i] == stored[j]))
+                    equal[i, j] += int(np.count_nonzero(np.equal(stored[i], stored[j], out=alike_C[: last - first])))
                 sums += _products(sides, place, rows, models_MC)
     equal += equal.T + elements * np.eye(n + 1, dtype=np.int64)
     # The seed stands first in the products: <S, S>, <S, D_i> and <D_i, D_j>.
