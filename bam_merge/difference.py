@@ -50,7 +50,7 @@ class Difference:
     """Tensor `name_b` of B against `name_a` of A. Figures are over elements that are finite in both, the others are counted apart.
 
     `relative_l2` is |b - a| / |a| (None where a is zero and b is not), `cosine` that of a and b as vectors, `max_abs` the largest
-    |b - a|, at element `at` in C order; `changed` counts elements whose values differ (NaN equals NaN), the first of them is `first`,
+    |b - a|, at `at`, an element in C order; `changed` counts elements whose values differ (NaN equals NaN), the first of them is `first`,
     and `zeroed` those that are zero in B only; `ulps` is the largest distance in units in the last place of the coarser dtype, where
     the verdict is rounding. `zero_signs` counts zeros whose sign differs; `nan` and `inf` are the counts in A and in B. `squares`
     are |a|^2 and |b|^2, `squared_difference` |b - a|^2. `prints` are

@@ -221,7 +221,9 @@ def test_figures_are_those_of_a_direct_computation(dtype: str, tmp_path: Path) -
     assert found.changed == int((d != 0).sum()) and found.verdict == "different"
     assert found.relative_l2 == pytest.approx(float(d.norm() / x.norm()), rel=1e-6)
     assert found.cosine == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-7)
-    assert (found.max_abs, found.at) == pytest.approx((float(d.abs().max()), int(d.abs().argmax())), rel=1e-6)
+    assert found.at is not None and found.max_abs == pytest.approx(float(d.abs().max()), rel=1e-6)
+    assert float(d.abs().flatten()[found.at]) == float(d.abs().max())
+    assert (found.first, found.zeroed) == (int((d != 0).flatten().int().argmax()), int(((y == 0) & (x != 0)).sum()))
 
 
 def test_large_integers_and_extreme_floats(tmp_path: Path) -> None:
