@@ -152,6 +152,7 @@ def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | Non
 
 def _compared(models: tuple[str, ...], seed: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     """The comparison or the drift, and what turns it into text."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy reads it: the workers are threads enough
     if seed is None:
         if len(models) != 2:
             raise click.UsageError(f"{len(models)} model(s) given: two are compared, or branches with their seed after --seed S.")

@@ -247,7 +247,7 @@ class _Tally:
         sums = squares, squares_b, _dot(d_C)
         whole = all(map(math.isfinite, sums))
         bits_a, bits_b = stored_integers(a, self.dtypes[0]), stored_integers(b, self.dtypes[1])
-        if not self.plain or not whole or self.ulps is not None or self.has_zeros(bits_b):
+        if not self.plain or not whole or self.ulps is not None:
             b_C = self.widen(b, self.dtypes[1], self.c)
             odd_C: Array | None = None
             if not whole:
@@ -257,7 +257,8 @@ class _Tally:
             if sums[2]:
                 self.round(a_C, b_C)
         else:
-            unlike_C = np.not_equal(bits_a, bits_b, out=self.unlike[: len(a_C)])
+            signs = self.zero_bits(bits_a, bits_b) if self.has_zeros(bits_b) else 0
+            unlike_C = self.unlike_places(d_C, None, signs, bits_a, bits_b)
         self.aa, self.bb, self.dd = (total + new for total, new in zip((self.aa, self.bb, self.dd), sums, strict=True))
         unlike = int(np.count_nonzero(unlike_C))
         self.changed += unlike
@@ -294,9 +295,23 @@ class _Tally:
 
     def has_zeros(self, bits: Array) -> bool:
         """Whether there may be a zero: as unsigned integers 0 is the least, as signed ones -0.0 is."""
+        if self.dtypes[1] == "F8_E8M0":
+            return False
         if not bits.min():
             return True
         return self.floats and int(bits.view(f"<i{bits.itemsize}").min()) == -1 << (8 * bits.itemsize - 1)
+
+    def zero_bits(self, bits_a: Array, bits_b: Array) -> int:
+        """As `zeros`, of one dtype and finite values."""
+        size = 8 * bits_b.itemsize
+        magnitude = bits_b.dtype.type(2 ** (size - 1) - 1 if self.floats else 2**size - 1)
+        at_Z = np.flatnonzero(np.bitwise_and(bits_b, magnitude) == 0)
+        a_Z, b_Z = bits_a[at_Z], bits_b[at_Z]
+        was_Z = np.bitwise_and(a_Z, magnitude) == 0
+        signs = int(np.count_nonzero(was_Z & (a_Z != b_Z)))
+        self.zeroed += int(np.count_nonzero(~was_Z))
+        self.zero_signs += signs
+        return signs
 
     def zeros(self, a_C: Array, b_C: Array) -> int:
         """Count the zeros that are in B only, and those in both that have another sign; returns the latter."""
