@@ -28,6 +28,9 @@ HEAD, DROP = 0.75, 4.0
 RESOLVED = 1e-4
 """Relative difference from which sums of float32 products, exact to 2e-7 of |A|^2, tell its direction."""
 
+BEGINNING = 16
+"""Bytes of a row that are compared before all of it is."""
+
 ENOUGH = 1024
 """Elements below which nothing is said about distributions."""
 
@@ -127,11 +130,15 @@ def _both(a: Side, b: Side, found: Difference) -> Iterator[tuple[Side, str]]:
     yield from zip((a, b), found.dtypes, strict=True)
 
 
+def _bytes(side: Side, place: Place, start: int, stop: int, size: int) -> memoryview:
+    data = memoryview(bytearray((stop - start) * size))
+    side.read(place, start, stop, data, size)
+    return data
+
+
 def _read(side: Side, place: Place, dtype: str, start: int, stop: int) -> Array:
-    size = DTYPE_BITS[dtype] // 8
-    data = bytearray((stop - start) * size)
-    side.read(place, start, stop, memoryview(data), size)
-    return widen(memoryview(data), dtype, np.empty(stop - start, np.float32 if is_float(dtype) and dtype != "F64" else np.float64))
+    data = _bytes(side, place, start, stop, DTYPE_BITS[dtype] // 8)
+    return widen(data, dtype, np.empty(stop - start, np.float32 if is_float(dtype) and dtype != "F64" else np.float64))
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------------------------
@@ -154,12 +161,28 @@ def _whole(a: Side, b: Side, found: Difference) -> Iterator[Change]:
 
 
 def _permuted(a: Side, b: Side, found: Difference) -> bool:
-    """Whether both have the same rows."""
+    """Whether both have the same rows. Most of what gets here has not, which the first row shows without a digest of any."""
+    if not _has_first_row(a, b, found):
+        return False
     rows: list[list[bytes]] = [[], []]
     for _, pair in _rows(a, b, found):
         for seen, values in zip(rows, pair, strict=True):
             seen += [xxhash.xxh3_128_digest(row) for row in values]
     return sorted(rows[0]) == sorted(rows[1])
+
+
+def _has_first_row(a: Side, b: Side, found: Difference) -> bool:
+    """Whether the first row of A is a row of B, byte for byte."""
+    rows, row = found.shapes[0][0], math.prod(found.shapes[0][1:])
+    size = DTYPE_BITS[found.dtypes[0]] // 8
+    first_B = np.frombuffer(_bytes(a, found.place, 0, row, size), np.uint8)
+    step = max(1, BLOCK // row)
+    for start in range(0, rows, step):
+        rows_RB = np.frombuffer(_bytes(b, found.place, start * row, min(rows, start + step) * row, size), np.uint8).reshape(-1, row * size)
+        begin_alike = (rows_RB[:, :BEGINNING] == first_B[:BEGINNING]).all(1)
+        if any(np.array_equal(rows_RB[index], first_B) for index in np.flatnonzero(begin_alike)):
+            return True
+    return False
 
 
 def _sampled(found: Difference, d_PQ: Array) -> Iterator[Change]:

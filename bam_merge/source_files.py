@@ -98,23 +98,26 @@ def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[i
 
     Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
     """
-    path = checkpoint.path / entry.file
-    changed = CheckpointError(f"{printable(str(path))} changed since it was opened. Open it again when nothing writes to it.")
-    descriptor, position = open_regular(str(path)), 0
+    path = os.path.join(checkpoint.path, entry.file)
+    descriptor, position = open_regular(path), 0
     try:
         if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[entry.file].identity:
-            raise changed
+            raise _reopen(path)
         for first, count in runs:
             done = 0
             while done < count:
                 got = os.preadv(descriptor, [view[position : position + count - done]], entry.offset + first + done)
                 if got == 0:
-                    raise changed
+                    raise _reopen(path)
                 done, position = done + got, position + got
     except OSError as error:
-        raise CheckpointError(f"{printable(str(path))}: reading {printable(entry.name)}: {error.strerror}.") from error
+        raise CheckpointError(f"{printable(path)}: reading {printable(entry.name)}: {error.strerror}.") from error
     finally:
         os.close(descriptor)
+
+
+def _reopen(path: str) -> CheckpointError:
+    return CheckpointError(f"{printable(path)} changed since it was opened. Open it again when nothing writes to it.")
 
 
 def digest_range(path: Path, offset: int, nbytes: int) -> str:
