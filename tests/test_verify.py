@@ -210,8 +210,9 @@ SABOTAGE: dict[str, tuple[Callable[[Forger], Any], dict[str, str]]] = {
     "wrong rope_theta": (lambda f: f.config(rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}), {"config": "rope_parameters", "expert isolation": "layer 0"}),
     "wrong norm eps": (lambda f: f.config(rms_norm_eps=1e-2), {"config": "rms_norm_eps is 0.01, the sources and the recipe give 1e-05", "expert isolation": "the block's configuration or wiring"}),
     "wrong head_dim": (lambda f: f.config(head_dim=16), {"layout": "q_proj.weight is [32, 32], config.json wants [64, 32]", "config": "head_dim is 16"}),
-    "wrong norm_topk_prob": (lambda f: f.config(norm_topk_prob=True), {"config": "norm_topk_prob is True"}),
-    "wrong gate_scale": (lambda f: f.config(gate_scale=2.0), {"config": "gate_scale is 2.0"}),
+    "wrong norm_topk_prob": (lambda f: f.config(norm_topk_prob=True), {"config": "norm_topk_prob is True", "identity": "layer 0"}),
+    "wrong num_experts_per_tok": (lambda f: f.config(num_experts_per_tok=2), {"config": "num_experts_per_tok is 2", "identity": "layer 0"}),
+    "wrong gate_scale": (lambda f: f.config(gate_scale=2.0), {"config": "gate_scale is 2.0", "identity": "layer 0"}),
     "sequential block declared parallel": (lambda f: f.config(parallel_block=True), {"config": "parallel_block is True", "expert isolation": "the block's configuration or wiring"}),
     "tied heads declared": (lambda f: f.config(tie_word_embeddings=True), {"layout": "config.json has no place for lm_head.weight", "config": "tie_word_embeddings is True"}),
     "other experts' names": (lambda f: f.config(expert_names=["code", "seed", "law"]), {"config": "expert_names"}),
@@ -240,14 +241,40 @@ def test_parallel_block_declared_sequential(tmp_path: Path) -> None:
     assert "layer 0, expert 0 (seed): the block's configuration or wiring" in found["expert isolation"]
 
 
-def test_a_norm_of_the_wrong_source(tmp_path: Path) -> None:
+def test_tied_heads_declared_untied(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["llama_tied"])
+    plan = plan_file(write_recipe(tmp_path))
+    folder = publish(plan, None, UNPROVED)
+    Forger(folder).config(tie_word_embeddings=False)
+    found = failed(verify(folder, plan))
+    assert "config.json wants lm_head.weight" in found["layout"]
+    assert "tie_word_embeddings is False, the sources and the recipe give True" in found["config"]
+
+
+def test_experts_swapped_in_a_public_layout(tmp_path: Path) -> None:
+    """Mixtral's names: w1 is gate, w3 is up, w2 is down."""
+    write_sources(tmp_path, CONFIGS["llama"])
+    plan = plan_file(write_recipe(tmp_path, "", "btx", output="{path: out, layout: mixtral}"))
+    folder = publish(plan, None, UNPROVED)
+    forge = Forger(folder)
+    for expert, (a, b) in enumerate((("w1", "w3"), ("w1", "w1"))):  # gate and up of expert 0; the gates of experts 1 and 2
+        names = (f"model.layers.{expert}.block_sparse_moe.experts.{expert}.{a}.weight", f"model.layers.{expert}.block_sparse_moe.experts.{2 * expert}.{b}.weight")
+        forge.swap(*names)
+    found = failed(verify(folder, plan))
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in found["copies"]
+    for place in ("layer 0, expert 0 (seed): FFN", "layer 1, expert 1 (code): FFN", "layer 1, expert 2 (law): FFN"):
+        assert place in found["expert isolation"]
+
+
+@pytest.mark.parametrize(("make", "check"), [("copy, from: seed", "copies"), ("mean", "merges")])
+def test_a_norm_of_the_wrong_source(make: str, check: str, tmp_path: Path) -> None:
     write_sources(tmp_path, SQUARE)
-    plan = plan_file(write_recipe(tmp_path, "rules: [{roles: [norm.attn], make: copy, from: seed}]"))
+    plan = plan_file(write_recipe(tmp_path, f"rules: [{{roles: [norm.attn], make: {make}}}]"))
     folder = publish(plan, None, UNPROVED)
     forge = Forger(folder)
     with_law = load_model(tmp_path / "law").state_dict()[NORM]
     forge.write(NORM, with_law)
-    assert NORM in failed(verify(folder, plan))["copies"]
+    assert NORM in failed(verify(folder, plan))[check]
 
 
 @pytest.mark.parametrize("through", [torch.float16, None])
