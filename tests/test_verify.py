@@ -257,9 +257,9 @@ def test_experts_swapped_in_a_public_layout(tmp_path: Path) -> None:
     plan = plan_file(write_recipe(tmp_path, "", "btx", output="{path: out, layout: mixtral}"))
     folder = publish(plan, None, UNPROVED)
     forge = Forger(folder)
-    for expert, (a, b) in enumerate((("w1", "w3"), ("w1", "w1"))):  # gate and up of expert 0; the gates of experts 1 and 2
-        names = (f"model.layers.{expert}.block_sparse_moe.experts.{expert}.{a}.weight", f"model.layers.{expert}.block_sparse_moe.experts.{2 * expert}.{b}.weight")
-        forge.swap(*names)
+    experts = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+    forge.swap(experts.format(0, 0, "w1"), experts.format(0, 0, "w3"))
+    forge.swap(experts.format(1, 1, "w1"), experts.format(1, 2, "w1"))
     found = failed(verify(folder, plan))
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in found["copies"]
     for place in ("layer 0, expert 0 (seed): FFN", "layer 1, expert 1 (code): FFN", "layer 1, expert 2 (law): FFN"):
