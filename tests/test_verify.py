@@ -334,6 +334,7 @@ def test_without_sources_it_says_digests_only(good: tuple[Path, Plan], run: Any)
     assert result.status == 0
     out = " ".join(result.out.split())
     assert re.search(r" sources -- not at hand, so digests only: sources\.law", out)
+    assert out.endswith(" verified as far as it could be; not checked: sources")
 
 
 def test_changed_sources_are_noticed(good: tuple[Path, Plan]) -> None:
@@ -343,6 +344,16 @@ def test_changed_sources_are_noticed(good: tuple[Path, Plan]) -> None:
     report = verify(folder)
     assert report.ok
     assert next(c for c in report.checks if c.name == "sources").detail == "changed since the merge, so digests only: law/model.safetensors"
+
+
+def test_a_source_of_other_values_is_to_blame(good: tuple[Path, Plan], run: Any) -> None:
+    """Of the same size and header, so that only its values tell."""
+    folder, _ = good
+    path = folder.parent / "law" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    found = failed(verify(folder))
+    assert set(found) == {"merges"}
+    assert "expected mean(seed, code, law); law:lm_head.weight changed since the merge)" in found["merges"]
 
 
 def test_a_moved_result_finds_its_sources_by_the_recipe(good: tuple[Path, Plan], run: Any, tmp_path: Path) -> None:
@@ -356,9 +367,19 @@ def test_a_moved_result_finds_its_sources_by_the_recipe(good: tuple[Path, Plan],
 def test_a_folder_that_is_no_merge(llamas: Path, run: Any) -> None:
     with pytest.raises(VerifyError, match=r"no bam_merge\.json"):
         verify(llamas / "seed")
-    result = run("verify", llamas / "seed")
-    assert result.status == 2
-    assert "error: " in result.err
+    for path, message in (("seed", "no bam_merge.json"), ("nowhere", "nowhere: no such folder"), ("seed/config.json", "not a folder")):
+        result = run("verify", llamas / path)
+        assert result.status == 2
+        assert message in result.err
+
+
+def test_an_empty_config_is_named_in_short(good: tuple[Path, Plan]) -> None:
+    Forger(good[0]).config()
+    (good[0] / "config.json").write_text("{}")
+    found = failed(verify(*good))
+    assert found["config"].startswith("architectures is missing, the sources and the recipe give ['BamForCausalLM']; ")
+    assert re.search(r"; and \d+ more keys$", found["config"])
+    assert "model_type None is not known here" in found["layout"]
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
