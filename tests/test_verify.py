@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -440,6 +442,20 @@ def test_library_callers_get_the_error(llamas: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("bam_merge.verify_function.TOLERANCE", 0.0)
     with pytest.raises(VerificationFailed, match="was not published"):
         publish(plan_file(write_recipe(llamas)), None, MergeOptions())
+
+
+@pytest.mark.parametrize("asked", ["1", "3", "3,2"])
+def test_verification_has_the_threads_that_were_asked_for(asked: str) -> None:
+    """Also after a merge that has imported torch only in its workers."""
+    code = """
+from bam_merge.execute import one_torch_thread
+with one_torch_thread() as single_threaded:
+    single_threaded()
+import torch
+print(torch.get_num_threads())"""
+    environment = {**os.environ, "OMP_NUM_THREADS": asked}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == asked[0]
 
 
 # ---- what it measures
