@@ -18,6 +18,8 @@ MANIFEST_FORMAT = 1
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise VerifyError(f"{printable(str(folder))}: {'not a' if folder.exists() else 'no such'} folder.")
     if not path.exists():
         raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
     try:

@@ -26,7 +26,13 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
         yield heading("perplexity")
         yield _perplexity(report.perplexity)
     failures = sum(1 for _ in report.failures)
-    yield Text("\nverified", "bold green") if report.ok else Text(f"\n{count(failures, 'check')} failed", "bold red")
+    open_ = [check.name for check in report.checks if check.ok is None]
+    if failures:
+        yield Text(f"\n{count(failures, 'check')} failed", "bold red")
+    elif open_:
+        yield Text(f"\nverified as far as it could be; not checked: {', '.join(open_)}", "bold yellow")
+    else:
+        yield Text("\nverified", "bold green")
 
 
 def _checks(checks: Sequence[Check]) -> Table:

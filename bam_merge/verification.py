@@ -1,7 +1,7 @@
 """Verification: the result proves itself, from its bytes to what it computes, against its own sources by other code than made it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a
 copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
 SAMPLE_TOKENS = 48
 """Tokens of the sample, in two sequences."""
+
+MOST_KEYS = 8
+"""Wrong keys of config.json that are named."""
 
 
 def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequence[str | os.PathLike[str]] = ()) -> Report:
@@ -97,11 +100,17 @@ def _config_check(folder: Path, plan: Plan) -> Check:
     except (ValueError, BamMergeError) as error:
         return Check("config", False, printable(str(error)))
     wrong = [
-        f"{key} is {printable(repr(found.get(key)), 60)}, the sources and the recipe give {printable(repr(plan.config.get(key)), 60)}"
+        f"{key} is {_shown(found, key)}, the sources and the recipe give {_shown(plan.config, key)}"
         for key in sorted({*found, *plan.config})
-        if found.get(key) != plan.config.get(key)
+        if key not in found or key not in plan.config or found[key] != plan.config[key]
     ]
-    return Check("config", not wrong, "; ".join(wrong) or f"{len(found)} keys follow from the sources and the recipe")
+    more = [f"and {len(wrong) - MOST_KEYS} more keys"] if len(wrong) > MOST_KEYS else []
+    detail = "; ".join([*wrong[:MOST_KEYS], *more])
+    return Check("config", not wrong, detail or f"{len(found)} keys follow from the sources and the recipe")
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return printable(repr(config[key]), 60) if key in config else "missing"
 
 
 def _function(folder: Path, plan: Plan | None, report: Report) -> Iterator[Check]:

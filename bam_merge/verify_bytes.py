@@ -13,6 +13,7 @@ from bam_merge import ops
 from bam_merge.checkpoint import Checkpoint, open_checkpoint, read_small_file
 from bam_merge.errors import BamMergeError, printable, some
 from bam_merge.execute import one_torch_thread
+from bam_merge.loading import open_model
 from bam_merge.model import Model, ModelConfig
 from bam_merge.plan import Plan, Step
 from bam_merge.provenance import MANIFEST
@@ -68,7 +69,8 @@ def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
         record = records.get(name)
         if record and (entry.dtype, list(entry.shape), entry.file) != (record["dtype"], record["shape"], record["file"]):
             problems.append(
-                f"{name} is {entry.dtype} {list(entry.shape)} in {entry.file}, the manifest says {record['dtype']} {record['shape']}"
+                f"{name} is {entry.dtype} {list(entry.shape)} in {entry.file}, "
+                f"the manifest says {record['dtype']} {record['shape']} in {printable(record['file'])}"
             )
     return problems
 
@@ -76,6 +78,10 @@ def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
     """For layout bam: the tensors that a model of this config.json has, worked out by building one without memory."""
     if checkpoint.config.get("model_type") != "bam":
+        try:
+            open_model(checkpoint.path)
+        except BamMergeError as error:
+            return list(error.problems)
         return []
     try:
         with torch.device("meta"):
@@ -145,11 +151,23 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
         if bad > manifest["tensors"].get(step.name, {}).get("nonfinite", 0):
             nonfinite.append(f"{step.name} ({bad} values)")
         if error > 1:
-            wrong[kind].append(f"{step.name} (element {where} is {error:.3g} roundings off, expected {step.expression})")
+            why = "".join(
+                f"; {read} changed since the merge" for read in dict.fromkeys(ops.reads(step.expr)) if _changed(read, plan, manifest)
+            )
+            wrong[kind].append(f"{step.name} (element {where} is {error:.3g} roundings off, expected {step.expression}{why})")
     for kind, meaning in KINDS.items():
         detail = some(wrong[kind]) if wrong[kind] else f"{counts[kind]} tensors are {meaning}"
         yield Check(kind, not wrong[kind], detail, largest[kind], 0.0 if kind == "copies" else 1.0)
     yield Check("finite", not nonfinite, some(nonfinite) if nonfinite else "no NaN and no infinity")
+
+
+def _changed(read: ops.Read, plan: Plan, manifest: dict[str, Any]) -> bool:
+    """Whether a source's tensor has other bytes than those that were merged."""
+    checkpoint = plan.models[read.source].checkpoint
+    entry = checkpoint.tensors[read.tensor]
+    files = manifest["sources"].get(read.source, {}).get("files", {})
+    known = files.get(entry.file, {}).get("tensors", {}).get(read.tensor)
+    return known is not None and digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) != known
 
 
 def _kind(step: Step) -> str:

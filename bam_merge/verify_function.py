@@ -1,7 +1,7 @@
 """Does the mixture compute what it should? Hidden states go through one block at a time; no model is ever held whole.
 
 Every check compares the reference model of the merged folder with the reference models of its dense sources, layer by layer, on the
-same input: an error is found in the layer that makes it. (paper.md, "Step 0: what a merge preserves".)
+same input: an error is found in the layer that makes it. (README, "What a merge preserves at step 0".)
 """
 
 import copy
@@ -19,6 +19,7 @@ from bam_merge.loading import StoredModel, open_model
 from bam_merge.model import Block, FfnMixture
 from bam_merge.plan import Plan
 from bam_merge.positions import Cache
+from bam_merge.recipe import Ffn, Recipe
 from bam_merge.report import Check, Report
 
 TOLERANCE = 1e-5
@@ -186,13 +187,14 @@ def _layer(
             blame = f": {_blame(block, own, j, x_BTD, expected, tolerance)}" if wrong else ""
             isolation.append((error, f"layer {layer}, expert {j} ({name}){blame}"))
         if name == seed:
-            error, factor = _identity(block, own, x_BTD, mixture.config.gate_scale)
+            of_copies, factor = _identity(block, own, x_BTD, plan.recipe)
         del own  # before the next one is read
-    return LayerErrors(isolation, (error, f"layer {layer}"), factor, hidden)
+    return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden)
 
 
-def _identity(mixture: Block, dense: Block, x_BTD: Tensor, scale: float) -> tuple[float, float]:
-    """With every expert the seed's: attention must be the seed's, the FFN times gates' sum and `scale`. (error, that factor's mean)"""
+def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tuple[float, float]:
+    """With every expert the seed's, attention must be the seed's, the FFN times the sum of the gates that `recipe` asks for. (error,
+    that factor's mean)"""
     block = with_expert(mixture, dense, 0)
     for j in range(len(mixture.self_attn.experts)):
         block.self_attn = _as_expert(block.self_attn, dense.self_attn, j)
@@ -200,14 +202,22 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, scale: float) -> tupl
     for j in range(len(mixture.mlp.experts)):
         block.mlp = _as_expert(block.mlp, dense.mlp, j)
     positions = positions_of(x_BTD)
-    out = block(x_BTD, positions)
-    assert out.ffn_gates is not None
-    sum_BT1 = out.ffn_gates.sum(-1, keepdim=True) * scale
     normed = dense.input_layernorm(x_BTD)
     attention = dense.self_attn(normed, positions, Cache(), None)[0]
     if dense.post_attention_layernorm is not None:
         normed = dense.post_attention_layernorm(x_BTD if dense.parallel else x_BTD + attention)
-    return difference(out.hidden - x_BTD, attention + sum_BT1 * dense.mlp(normed), out.hidden), float(sum_BT1.mean())
+    factor_BT1 = _gate_sum(mixture.mlp.router(normed), recipe)
+    out = block(x_BTD, positions).hidden
+    return difference(out - x_BTD, attention + factor_BT1 * dense.mlp(normed), out), float(factor_BT1.mean())
+
+
+def _gate_sum(logits_BTN: Tensor, recipe: Recipe) -> Tensor:
+    """What equal FFN experts are multiplied with [B, T, 1], by the recipe alone: gate_scale, times the sum of the k largest of
+    softmax(logits) where they are not renormalised."""
+    top_k, renormalised = recipe.gates
+    p_BTN = logits_BTN.softmax(-1)
+    sum_BT1 = torch.ones_like(p_BTN[..., :1]) if renormalised else p_BTN.topk(top_k).values.sum(-1, keepdim=True)
+    return sum_BT1 * (recipe.ffn or Ffn()).gate_scale
 
 
 def _tolerance(plan: Plan) -> float:

@@ -12,6 +12,8 @@ prompt of 256 tokens. BTX has one expert per token, as in the paper's tables of 
 "loop" is bam-merge's reference model; its generate computes the logits of the whole prompt, transformers' those of the last
 position only, so `forward` is the fairer comparison of the two. The exported dense model is transformers' own Cohere.
 
+At --scale 1 the parameters of every model that runs are counted, and must be those of the paper's Table 9.
+
 Every measurement is a process of its own, which loads the model, runs each call once untimed and twice timed; the smaller
 time counts, and the processes take turns as in merge.py. Ratios are taken within a round; shown are medians, smallest and
 largest. Peak memory includes loading.
@@ -37,6 +39,9 @@ PROMPT, NEW, REPEATS = 256, 16, 2
 KINDS = ("exported", "loop")
 PAPER = {"BAM Expert-KV": 6.17 / 4.81, "BAM Shared-KV": 5.96 / 4.81}
 """Ratios to BTX of the latencies in section 7.3."""
+
+TOTALS = {"dense": 587_209_728, "BTX": 700_480_512, "BAM Expert-KV": 776_002_560, "BAM Shared-KV": 738_253_824}
+"""Parameters by the paper's Table 9, at scale 1."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "BTX": {"method": "btx", "ffn": {"top_k": 1, "gate": "topk_then_softmax"}},
@@ -75,6 +80,7 @@ class Row:
     forward: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     cache_bytes: int = 0
+    parameters: int = 0
 
 
 Rows = dict[tuple[str, str], Row]
@@ -94,7 +100,7 @@ def measure(folders: Mapping[str, Path], dtype: str, rounds: int) -> Rows:
             row.generate.append(min(result["generate"]))
             row.forward.append(min(result["forward"]))
             row.peak_bytes.append(done.peak_bytes)
-            row.cache_bytes = result.get("cache_bytes", 0)
+            row.cache_bytes, row.parameters = result.get("cache_bytes", 0), result["parameters"]
             print(f"  {dtype} {name}, {kind}: generate {row.generate[-1]:.2f} s, forward {row.forward[-1]:.2f} s", file=sys.stderr)
     return rows
 
@@ -111,12 +117,13 @@ def table(title: str, rows: Rows) -> str:
     for name in dict.fromkeys(name for name, _ in rows):
         row, loop = rows[name, "exported"], rows[name, "loop"]
         lines.append([
-            name, spread(row.generate), ratios(row.generate, anchor.generate), f"{PAPER[name]:.2f}" if name in PAPER else "",
-            ratios(row.forward, anchor.forward), f"{row.cache_bytes / 1e6:.1f}", f"{median(row.peak_bytes) / 1e6:,.0f}",
+            name, f"{row.parameters:,}", spread(row.generate), ratios(row.generate, anchor.generate),
+            f"{PAPER[name]:.2f}" if name in PAPER else "", ratios(row.forward, anchor.forward),
+            f"{row.cache_bytes / 1e6:.1f}", f"{median(row.peak_bytes) / 1e6:,.0f}",
             ratios(row.generate, loop.generate), ratios(row.forward, loop.forward),
         ])  # fmt: skip
     header = [
-        title, "generate, s", "ratio to BTX", "the paper's", "forward, ratio to BTX", "KV cache, MB", "peak memory, MB",
+        title, "parameters", "generate, s", "ratio to BTX", "the paper's", "forward, ratio to BTX", "KV cache, MB", "peak memory, MB",
         "generate, ratio to the loop", "forward, ratio to the loop",
     ]  # fmt: skip
     return markdown_table(header, lines)
@@ -150,6 +157,8 @@ def measure_all(options: argparse.Namespace, work: Path) -> None:
     results: dict[str, Any] = {"machine": facts, "scale": options.scale, "pairs": options.pairs, "dtypes": {}}
     for dtype in options.dtypes:
         rows = measure(folders, dtype, options.pairs)
+        if options.scale == 1 and (wrong := {name: row.parameters for (name, _), row in rows.items() if row.parameters != TOTALS[name]}):
+            raise SystemExit(f"parameters not as in the paper's Table 9: {wrong}")
         print(f"\n{table(dtype, rows)}", flush=True)
         results["dtypes"][dtype] = {f"{name}, {kind}": asdict(row) for (name, kind), row in rows.items()}
         if options.json:

@@ -3,7 +3,8 @@
     python one_forward.py FOLDER (exported | loop) DTYPE PROMPT_TOKENS NEW_TOKENS REPEATS
 
 exported: as transformers loads it, attention by sdpa. loop: bam-merge's reference model, a loop over the experts.
-Prints forward and generate (seconds, one value a repeat, after one untimed pass of each) and cache_bytes (of exported).
+Prints forward and generate (seconds, one value a repeat, after one untimed pass of each), parameters (counted on the model that runs)
+and cache_bytes (of exported). Logits that are not all finite are an error.
 """
 
 import json
@@ -50,7 +51,11 @@ def main(folder: str, kind: str, dtype: str, prompt: str, new: str, repeats: str
     made = generate(ids_BT, int(new))
     if made.shape != (1, int(prompt) + int(new)):
         raise SystemExit(f"{folder}: {tuple(made.shape)} tokens came back, not {new} more than {prompt}")
+    outputs = model(ids_BT)
+    if not bool(getattr(outputs, "logits", outputs).isfinite().all()):
+        raise SystemExit(f"{folder}: logits are NaN or infinite")
     result: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "forward": timed(lambda: model(ids_BT), int(repeats)),
         "generate": timed(lambda: generate(ids_BT, int(new)), int(repeats)),
     }

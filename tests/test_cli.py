@@ -1,8 +1,11 @@
 """The command line as a user meets it."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,20 @@ def test_merge_without_the_word_merge(llamas: Path, run: Any) -> None:
     assert result.status == 0
     assert result.out.startswith(f"{llamas}/out: ")
     assert result.err == ""  # quiet where stderr is no terminal
+
+
+def test_a_plain_installation_has_what_the_code_imports() -> None:
+    """Third-party imports at the head of modules are dependencies, and not only of an extra. (`exported` runs where transformers is.)"""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = {re.split(r"[<>=]", requirement)[0].lower() for requirement in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "bam_merge").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+            imported |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+    ours = {str(name).partition(".")[0] for name in imported} - {*sys.stdlib_module_names, "bam_merge"}
+    assert {"torch", "safetensors"} <= ours
+    assert {name.replace("yaml", "pyyaml") for name in ours} <= installed
 
 
 def test_options_may_stand_first(llamas: Path, run: Any) -> None:

@@ -69,6 +69,20 @@ def test_every_family_and_kind_computes_what_the_reference_model_does(name: str,
     assert_equals_reference(build(tmp_path, text, method), ids())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama_biased", "mistral", "qwen2", "qwen3", "gpt_neox", "phi3"])
+def test_the_other_kind_of_block_computes_what_the_reference_model_does(name: str, kind: str, tmp_path: Path) -> None:
+    """Sequential families in parallel, and the other way round; cohere, with its one norm, can only be parallel."""
+    method, text = KINDS[kind]
+    write_three(tmp_path, CONFIGS[name])
+    folder = build(tmp_path, text, method)
+    before, path = load_model(folder)(ids()), folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "parallel_block": not config["parallel_block"], "parallel_norms": 2}))
+    assert_equals_reference(folder, ids())
+    assert distance(load_model(folder)(ids()), before) > 0.01
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in CONFIGS])
 def test_every_variant_computes_what_the_reference_model_does(name: str, tmp_path: Path) -> None:
     write_three(tmp_path, VARIANTS[name])

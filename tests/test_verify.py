@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,8 +212,9 @@ SABOTAGE: dict[str, tuple[Callable[[Forger], Any], dict[str, str]]] = {
     "wrong rope_theta": (lambda f: f.config(rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}), {"config": "rope_parameters", "expert isolation": "layer 0"}),
     "wrong norm eps": (lambda f: f.config(rms_norm_eps=1e-2), {"config": "rms_norm_eps is 0.01, the sources and the recipe give 1e-05", "expert isolation": "the block's configuration or wiring"}),
     "wrong head_dim": (lambda f: f.config(head_dim=16), {"layout": "q_proj.weight is [32, 32], config.json wants [64, 32]", "config": "head_dim is 16"}),
-    "wrong norm_topk_prob": (lambda f: f.config(norm_topk_prob=True), {"config": "norm_topk_prob is True"}),
-    "wrong gate_scale": (lambda f: f.config(gate_scale=2.0), {"config": "gate_scale is 2.0"}),
+    "wrong norm_topk_prob": (lambda f: f.config(norm_topk_prob=True), {"config": "norm_topk_prob is True", "identity": "layer 0"}),
+    "wrong num_experts_per_tok": (lambda f: f.config(num_experts_per_tok=2), {"config": "num_experts_per_tok is 2", "identity": "layer 0"}),
+    "wrong gate_scale": (lambda f: f.config(gate_scale=2.0), {"config": "gate_scale is 2.0", "identity": "layer 0"}),
     "sequential block declared parallel": (lambda f: f.config(parallel_block=True), {"config": "parallel_block is True", "expert isolation": "the block's configuration or wiring"}),
     "tied heads declared": (lambda f: f.config(tie_word_embeddings=True), {"layout": "config.json has no place for lm_head.weight", "config": "tie_word_embeddings is True"}),
     "other experts' names": (lambda f: f.config(expert_names=["code", "seed", "law"]), {"config": "expert_names"}),
@@ -240,14 +243,40 @@ def test_parallel_block_declared_sequential(tmp_path: Path) -> None:
     assert "layer 0, expert 0 (seed): the block's configuration or wiring" in found["expert isolation"]
 
 
-def test_a_norm_of_the_wrong_source(tmp_path: Path) -> None:
+def test_tied_heads_declared_untied(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["llama_tied"])
+    plan = plan_file(write_recipe(tmp_path))
+    folder = publish(plan, None, UNPROVED)
+    Forger(folder).config(tie_word_embeddings=False)
+    found = failed(verify(folder, plan))
+    assert "config.json wants lm_head.weight" in found["layout"]
+    assert "tie_word_embeddings is False, the sources and the recipe give True" in found["config"]
+
+
+def test_experts_swapped_in_a_public_layout(tmp_path: Path) -> None:
+    """Mixtral's names: w1 is gate, w3 is up, w2 is down."""
+    write_sources(tmp_path, CONFIGS["llama"])
+    plan = plan_file(write_recipe(tmp_path, "", "btx", output="{path: out, layout: mixtral}"))
+    folder = publish(plan, None, UNPROVED)
+    forge = Forger(folder)
+    experts = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+    forge.swap(experts.format(0, 0, "w1"), experts.format(0, 0, "w3"))
+    forge.swap(experts.format(1, 1, "w1"), experts.format(1, 2, "w1"))
+    found = failed(verify(folder, plan))
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in found["copies"]
+    for place in ("layer 0, expert 0 (seed): FFN", "layer 1, expert 1 (code): FFN", "layer 1, expert 2 (law): FFN"):
+        assert place in found["expert isolation"]
+
+
+@pytest.mark.parametrize(("make", "check"), [("copy, from: seed", "copies"), ("mean", "merges")])
+def test_a_norm_of_the_wrong_source(make: str, check: str, tmp_path: Path) -> None:
     write_sources(tmp_path, SQUARE)
-    plan = plan_file(write_recipe(tmp_path, "rules: [{roles: [norm.attn], make: copy, from: seed}]"))
+    plan = plan_file(write_recipe(tmp_path, f"rules: [{{roles: [norm.attn], make: {make}}}]"))
     folder = publish(plan, None, UNPROVED)
     forge = Forger(folder)
     with_law = load_model(tmp_path / "law").state_dict()[NORM]
     forge.write(NORM, with_law)
-    assert NORM in failed(verify(folder, plan))["copies"]
+    assert NORM in failed(verify(folder, plan))[check]
 
 
 @pytest.mark.parametrize("through", [torch.float16, None])
@@ -307,6 +336,7 @@ def test_without_sources_it_says_digests_only(good: tuple[Path, Plan], run: Any)
     assert result.status == 0
     out = " ".join(result.out.split())
     assert re.search(r" sources -- not at hand, so digests only: sources\.law", out)
+    assert out.endswith(" verified as far as it could be; not checked: sources")
 
 
 def test_changed_sources_are_noticed(good: tuple[Path, Plan]) -> None:
@@ -316,6 +346,16 @@ def test_changed_sources_are_noticed(good: tuple[Path, Plan]) -> None:
     report = verify(folder)
     assert report.ok
     assert next(c for c in report.checks if c.name == "sources").detail == "changed since the merge, so digests only: law/model.safetensors"
+
+
+def test_a_source_of_other_values_is_to_blame(good: tuple[Path, Plan], run: Any) -> None:
+    """Of the same size and header, so that only its values tell."""
+    folder, _ = good
+    path = folder.parent / "law" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    found = failed(verify(folder))
+    assert set(found) == {"merges"}
+    assert "expected mean(seed, code, law); law:lm_head.weight changed since the merge)" in found["merges"]
 
 
 def test_a_moved_result_finds_its_sources_by_the_recipe(good: tuple[Path, Plan], run: Any, tmp_path: Path) -> None:
@@ -329,9 +369,19 @@ def test_a_moved_result_finds_its_sources_by_the_recipe(good: tuple[Path, Plan],
 def test_a_folder_that_is_no_merge(llamas: Path, run: Any) -> None:
     with pytest.raises(VerifyError, match=r"no bam_merge\.json"):
         verify(llamas / "seed")
-    result = run("verify", llamas / "seed")
-    assert result.status == 2
-    assert "error: " in result.err
+    for path, message in (("seed", "no bam_merge.json"), ("nowhere", "nowhere: no such folder"), ("seed/config.json", "not a folder")):
+        result = run("verify", llamas / path)
+        assert result.status == 2
+        assert message in result.err
+
+
+def test_an_empty_config_is_named_in_short(good: tuple[Path, Plan]) -> None:
+    Forger(good[0]).config()
+    (good[0] / "config.json").write_text("{}")
+    found = failed(verify(*good))
+    assert found["config"].startswith("architectures is missing, the sources and the recipe give ['BamForCausalLM']; ")
+    assert re.search(r"; and \d+ more keys$", found["config"])
+    assert "model_type None is not known here" in found["layout"]
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -392,6 +442,19 @@ def test_library_callers_get_the_error(llamas: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("bam_merge.verify_function.TOLERANCE", 0.0)
     with pytest.raises(VerificationFailed, match="was not published"):
         publish(plan_file(write_recipe(llamas)), None, MergeOptions())
+
+
+def test_verification_has_the_threads_that_were_asked_for() -> None:
+    """Also after a merge that has imported torch only in its workers."""
+    code = """
+from bam_merge.execute import one_torch_thread
+with one_torch_thread() as single_threaded:
+    single_threaded()
+import torch
+print(torch.get_num_threads())"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "1"
 
 
 # ---- what it measures
