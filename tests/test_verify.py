@@ -17,6 +17,7 @@ from bam_merge import MergeOptions
 from bam_merge.errors import VerificationFailed, VerifyError
 from bam_merge.loading import load_model
 from bam_merge.plan import Plan, plan_file
+from bam_merge.provenance import sealed
 from bam_merge.publish import publish
 from bam_merge.report import Report
 from bam_merge.safetensors_header import read_header
@@ -161,7 +162,7 @@ class Forger:
             stream.seek(entry.offset)
             stream.write(data)
         self.manifest["tensors"][name]["digest"] = xxhash.xxh3_128_hexdigest(data)
-        self.path.write_text(json.dumps(self.manifest))
+        self.path.write_bytes(sealed(self.manifest))
 
     def swap(self, a: str, b: str) -> None:
         first, second = self.read(a), self.read(b)
@@ -172,7 +173,7 @@ class Forger:
         path = self.folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         self.manifest["files"]["config.json"] = xxhash.xxh3_128_hexdigest(path.read_bytes())
-        self.path.write_text(json.dumps(self.manifest))
+        self.path.write_bytes(sealed(self.manifest))
 
 
 def swap_ffns(forge: Forger) -> None:
