@@ -14,6 +14,7 @@ from bam_merge.strict import load_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON = 100_000_000
+DAMAGED = "The file is damaged: download or write it again"
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -102,12 +103,12 @@ def _is_there(path: Path) -> bool:
         os.stat(path)
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise CheckpointError(f"{printable(str(path))}: {reason(path, error)}.") from None
+            raise CheckpointError(f"{printable(str(path), 1000)}: {reason(path, error)}.") from None
         return False
     except NotADirectoryError:
         return False
     except OSError as error:
-        raise CheckpointError(f"{printable(str(path))}: {reason(path, error)}.") from None
+        raise CheckpointError(f"{printable(str(path), 1000)}: {reason(path, error)}.") from None
     return True
 
 
@@ -119,7 +120,7 @@ def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
             raise ValueError("not a JSON object")
     except ValueError as error:
         what = lookalike(data)
-        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else error}.") from None
+        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else f'{error}. {DAMAGED}'}.") from None
     return document, data
 
 
@@ -142,11 +143,11 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
         document, _ = _read_json_object(folder / INDEX)
         weight_map = document.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names.")
+            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names. {DAMAGED}.")
         names = sorted(set(weight_map.values()))
         unsafe = [name for name in names if not is_plain_name(name)]
         if unsafe:
-            raise CheckpointError(f"{where}/{INDEX}: weight_map names {some(unsafe)}, which is no plain file in this folder.")
+            raise CheckpointError(f"{where}/{INDEX}: weight_map names {some(unsafe)}, which is no plain file in this folder. Correct the index.")
         if single and SINGLE not in names:
             raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
         missing = [name for name in names if not _is_there(folder / name)]
@@ -188,8 +189,8 @@ def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str,
         problems.append(f"{where}: lists {some(absent)}, which no shard holds. Is the download complete?")
     unlisted = sorted(name for name in tensors if name not in weight_map)
     if unlisted:
-        problems.append(f"{where}: does not list {some(unlisted)}, which the shards hold.")
+        problems.append(f"{where}: does not list {some(unlisted)}, which the shards hold. {DAMAGED}.")
     moved = sorted(name for name, file in weight_map.items() if name in tensors and tensors[name].file != file)
     if moved:
-        problems.append(f"{where}: places {some(moved)} in the wrong shard.")
+        problems.append(f"{where}: places {some(moved)} in the wrong shard. {DAMAGED}.")
     return problems

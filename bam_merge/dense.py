@@ -145,7 +145,7 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and type(value) not in kinds:
             yield f"config.json: {key} must be {expected}, found {printable(repr(value), 60)}."
     layers, types, head_dim = (config.get(key) for key in ("num_hidden_layers", "layer_types", "head_dim"))
-    if type(layers) is int and layers > MAX_LAYERS:
+    if is_size(layers) and layers > MAX_LAYERS:
         yield f"config.json: num_hidden_layers {layers}, expected at most {MAX_LAYERS}."
     elif types is not None and (not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types)):
         yield f"config.json: layer_types must name the kind of each of the {layers} layers, found {printable(repr(types), 60)}."

@@ -116,7 +116,7 @@ def read_header(path: str, file: str | None = None) -> Header:
 
 def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
     what = lookalike(os.pread(descriptor, 32, 0))
-    if what and not _plausible(start, size):
+    if what and not _plausible(start):
         raise CheckpointError(f"{printable(path)}: this is {what}.")
     if len(start) < 8:
         raise CheckpointError(f"{printable(path)}: {size} bytes, too short for a safetensors header. Is the download complete?")
@@ -140,8 +140,9 @@ def lookalike(start: bytes) -> str | None:
     return next((what for prefix, what in _LOOKALIKES if start.startswith(prefix)), None)
 
 
-def _plausible(start: bytes, size: int) -> bool:
-    return len(start) == 8 and 2 <= int.from_bytes(start, "little") <= min(MAX_HEADER, size - 8)
+def _plausible(start: bytes) -> bool:
+    """Whether `start` can be a header's length, though it may look like another format's first bytes."""
+    return len(start) == 8 and 2 <= int.from_bytes(start, "little") <= MAX_HEADER
 
 
 def _parse(document: object, file: str, data: int, size: int) -> tuple[dict[str, str], tuple[TensorEntry, ...]]:

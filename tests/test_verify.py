@@ -336,7 +336,7 @@ def test_a_folder_that_is_no_merge(llamas: Path, run: Any) -> None:
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('"tensors"', '"tensorz"', "tensors missing or damaged"),
+    ('\n  "tensors"', '\n  "tensorz"', "tensors missing or damaged"),
     ('"digest"', '"digezt"', "missing or damaged"),
     ('"files"', '"filez"', "missing or damaged"),
     ('"format": 1', '"format": 9', "format 9, this version reads 1"),
@@ -371,7 +371,7 @@ def test_a_merge_that_fails_its_proof_is_not_published(llamas: Path, run: Any, m
     for _ in range(2):  # a second failure replaces the first one's remains
         result = run(recipe)
         assert result.status == 1
-        assert f"error: digests: {E1}o_proj.weight: bytes changed since the merge" in result.err
+        assert f"error: digests: {E1}o_proj.weight in model.safetensors: bytes changed since the merge" in result.err
         assert "layer 1, expert 1 (code): attention" in result.err
         assert f"{llamas}/out was not published; the result is kept for inspection in {llamas}/out.failed." in result.err
         assert sorted(p.name for p in llamas.iterdir()) == ["code", "law", "out.failed", "recipe.yaml", "seed"]

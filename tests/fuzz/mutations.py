@@ -1,5 +1,6 @@
 """Inputs that are almost right: edits of a valid document's values, keys and text, and of its bytes."""
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,7 @@ def edit_document(document: Any, edit: tuple[str, int, int, Any]) -> None:
     box = boxes[a % len(boxes)]
     keys = list(box) if isinstance(box, dict) else list(range(len(box)))
     key = keys[b % len(keys)]
+    value = copy.deepcopy(value)  # further edits must not change the value that others are drawn from
     word = value if isinstance(value, str) and not value.startswith(RAW) else str(b)
     match kind:
         case "replace":

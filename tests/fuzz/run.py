@@ -16,10 +16,10 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from targets import Target, targets
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+from targets import Target, targets  # noqa: E402
 
 SECONDS = 5
 """Processor time of one case: a thousand times what a good input takes."""
