@@ -147,7 +147,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
         names = sorted(set(weight_map.values()))
         unsafe = [name for name in names if not is_plain_name(name)]
         if unsafe:
-            raise CheckpointError(f"{where}/{INDEX}: weight_map names {some(unsafe)}, which is no plain file in this folder. Correct the index.")
+            wrong = f"weight_map names {some(unsafe)}, which is no plain file in this folder"
+            raise CheckpointError(f"{where}/{INDEX}: {wrong}. Correct the index.")
         if single and SINGLE not in names:
             raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
         missing = [name for name in names if not _is_there(folder / name)]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from bam_merge.architecture import Architecture, Row, dense_families, evaluate, find_by_model_type, natural_order
 from bam_merge.checkpoint import Checkpoint, open_checkpoint
@@ -132,7 +132,7 @@ def _is_plain(value: object) -> bool:
     return value is None or numbers or isinstance(value, int | float | str)
 
 
-def is_size(value: object) -> bool:
+def is_size(value: object) -> TypeGuard[int]:
     """Whether `value` can be a dimension of a tensor."""
     return type(value) is int and 1 <= value < 2**31
 

@@ -18,6 +18,7 @@ from bam_merge.plan import Plan, Step
 from bam_merge.provenance import MANIFEST, REMEDY
 from bam_merge.rederive import RowReader, SourceTensors, rederive, row_blocks, survey_all, worst
 from bam_merge.report import Check
+from bam_merge.safetensors_header import read_header
 from bam_merge.source_files import available_processors, digest_range
 from bam_merge.tensors import TORCH_DTYPES
 
@@ -48,6 +49,14 @@ def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
             continue
         if found != digest:
             problems.append(f"{name} is not as it was written: {REMEDY}")
+    for name, shard in manifest["shards"].items():
+        try:
+            header = read_header(str(folder / name))
+        except BamMergeError as error:
+            problems += error.problems
+            continue
+        if (header.digest, header.identity.size) != (shard["header"], shard["bytes"]):
+            problems.append(f"{name} has not the header that was written: {REMEDY}")
     expected = {*manifest["files"], *manifest["shards"], MANIFEST}
     read = (".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".jinja")  # what a loader would read, or run
     there = sorted(path.name for path in folder.iterdir())
@@ -59,10 +68,6 @@ def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
     problems = []
-    for name, shard in manifest["shards"].items():
-        header = checkpoint.files.get(name)
-        if header is None or (header.digest, header.identity.size) != (shard["header"], shard["bytes"]):
-            problems.append(f"{name} has not the header that was written: {REMEDY}")
     records = manifest["tensors"]
     missing, extra = sorted(records.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - records.keys())
     if missing:

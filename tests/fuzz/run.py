@@ -91,7 +91,7 @@ def main() -> None:
     began, failures, counts = time.monotonic(), 0, Counter[str]()
     watch()
     in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=in_memory) as home:
+    with tempfile.TemporaryDirectory(prefix="bam-merge-fuzz-", dir=in_memory) as home:
         aims = [target for target in targets(Path(home)) if options.target in target.name]
         for target in aims:
             assert target.run(target.good), f"{target.name}: the good input is refused"
