@@ -1,5 +1,6 @@
 """Inputs that attack: code, links, bombs, names; values that are no numbers; outputs that are inputs; permissions; very many tensors."""
 
+import ctypes
 import json
 import os
 import resource
@@ -7,14 +8,12 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, Result, write_recipe, write_sources
+from conftest import CONFIGS, Result, write_recipe
 from test_bad_inputs import ONE, add, edit_config, edit_tensors, said, shard, spans, tokenizer, tree
 
 from bam_merge.checkpoint import INDEX
@@ -38,13 +37,15 @@ def test_code_of_a_source_never_reaches_the_output(layout: str, llamas: Path, ru
         tokenizer(llamas / source, {"a": 0})
         (llamas / source / "evil.py").write_text("raise SystemExit('evil')")
         (llamas / source / "modeling_bam.py").write_text("raise SystemExit('evil')")
-        (llamas / source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 7, "eos_token": "é", **trap}))
+        (llamas / source / "tokenizer_config.json").write_text(
+            json.dumps({"model_max_length": 7, "eos_token": "é", "auto_map": trap["auto_map"], "trust_remote_code": True})
+        )
         (llamas / source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "trust_remote_code": True}))
     method = "bam" if layout == "bam" else "btx"
     result: Result = run(write_recipe(llamas, "", method, output=f"{{path: out, layout: {layout}}}"))
     assert result.status == 0, result.err
     out = llamas / "out"
-    everything = b"".join(path.read_bytes() for path in out.iterdir() if path.name != "README.md")
+    everything = b"".join(path.read_bytes() for path in out.iterdir() if path.suffix not in (".md", ".py"))
     for word in (b"evil", b"_attn_implementation", b'"trust_remote_code"'):
         assert word not in everything, word
     config = json.loads((out / "config.json").read_text())
@@ -135,7 +136,7 @@ def test_an_output_that_is_a_file_or_a_dangling_symlink(llamas: Path, run: Any) 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))
 RECIPES = {
-    "an alias bomb": (BOMB, "HOME/x.yaml:5:26: more than 20,000 values once its aliases are expanded."),
+    "an alias bomb": (BOMB, "HOME/x.yaml:1:34: more than 20,000 values once its aliases are expanded."),
     "an alias of itself": ("method: &a [*a]", "HOME/x.yaml:1:9: nested more than 32 deep."),
     "more than 1 MB": ("#" + "x" * 1_000_001, "HOME/x.yaml: larger than 1,000,000 bytes."),
     "half a million brackets": ("[" * 500_000, "HOME/x.yaml:1:34: nested more than 32 deep, as no recipe is."),
@@ -227,60 +228,62 @@ def test_values_that_are_not_finite(name: str, llamas: Path, run: Any) -> None:
 # ---- permissions -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that another user may look into, with three sources."""
-    with tempfile.TemporaryDirectory() as name:
-        home = Path(name)
-        home.chmod(0o755)
-        write_sources(home, CONFIGS["llama"])
-        write_recipe(home)
-        yield home
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
-NOBODY = 65534
+def obey_permissions() -> None:
+    """Give up what lets root read and write whatever it likes."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None)
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
+                raise PermissionError("this root may not give up its capabilities")
 
 
-def as_nobody(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user who is not root; skip where that cannot be."""
-    root = os.geteuid() == 0
-    if root and subprocess.run([sys.executable, "-c", "import bam_merge.cli"], user=NOBODY, capture_output=True, check=False).returncode:
-        pytest.skip("another user may not read this checkout")
+def as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line as one whom permissions bind; skip where that cannot be."""
     command = [sys.executable, "-B", "-m", "bam_merge", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=home, check=False, **({"user": NOBODY, "group": NOBODY} if root else {})
-    )
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=obey_permissions)
+    except subprocess.SubprocessError as error:
+        pytest.skip(str(error))
 
 
 UNREADABLE = {
-    "weights": (ONE, 0, "sources.law: HOME/law/model.safetensors: Permission denied."),
-    "config.json": ("config.json", 0, "sources.law: HOME/law/config.json: Permission denied."),
-    "the folder": (".", 0, "sources.law: HOME/law/config.json: Permission denied.\nsources.law: HOME/law/model.safetensors.index.json: Permission denied."),
-    "the recipe": ("../recipe.yaml", 0, "HOME/recipe.yaml: Permission denied."),
+    "weights": (ONE, "sources.law: HOME/law/model.safetensors: Permission denied."),
+    "config.json": ("config.json", "sources.law: HOME/law/config.json: Permission denied."),
+    "the folder": (".", "sources.law: HOME/law/config.json: Permission denied.\nsources.law: HOME/law: Permission denied."),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_may_not_be_read(name: str, public: Path) -> None:
-    file, mode, message = UNREADABLE[name]
-    path = public / "law" / file
+def test_what_may_not_be_read(name: str, llamas: Path) -> None:
+    file, message = UNREADABLE[name]
+    recipe, path = write_recipe(llamas), llamas / "law" / file
     before = stat.S_IMODE(path.stat().st_mode)
-    path.chmod(mode)
-    done = as_nobody(public, "plan", public / "recipe.yaml")
-    path.chmod(before)
-    assert done.returncode == 2, done
-    lines = done.stderr.replace(str(public), "HOME").splitlines()
-    assert [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] == message.split("\n")
+    path.chmod(0)
+    try:
+        done = as_a_user("plan", recipe)
+    finally:
+        path.chmod(before)
+    assert (done.returncode, done.stdout) == (2, "")
+    found = [line.removeprefix("error: ").replace(str(llamas), "HOME") for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert found == message.split("\n")
 
 
-def test_a_parent_that_is_read_only_or_missing(public: Path) -> None:
+def test_a_parent_that_is_read_only_or_missing(llamas: Path) -> None:
     """A missing parent is made; where the nearest that exists may not be written, that is said before anything is."""
-    before = tree(public)
-    for output in ("out", "missing/out"):
-        done = as_nobody(public, public / "recipe.yaml", "--output", public / output)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"error: no permission to write in {public}. Choose another --output.\n"
-    assert tree(public) == before
+    recipe = write_recipe(llamas)
+    before = tree(llamas)
+    llamas.chmod(0o555)
+    try:
+        for output in ("out", "missing/out"):
+            done = as_a_user(recipe, "--output", llamas / output)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr == f"error: no permission to write in {llamas}. Choose another --output.\n"
+    finally:
+        llamas.chmod(0o755)
+    assert tree(llamas) == before
 
 
 # ---- very many -----------------------------------------------------------------------------------------------------------------
