@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check lint types example bench test-mergekit test-ecosystem clean
+.PHONY: help demo test fuzz check lint types example bench test-mergekit test-ecosystem clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -23,6 +23,9 @@ demo: $(VENV)/ready        ## four small checkpoints, planned, merged into a BAM
 
 test: $(VENV)/ready        ## the test suite (offline)
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/ready        ## 100,000 broken headers, indexes, configurations and recipes (some minutes; CASES=, SEED=)
+	$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
 
 lint: $(VENV)/ready        ## ruff: style and formatting
 	$(BIN)/ruff check .

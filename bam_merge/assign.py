@@ -164,8 +164,12 @@ def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:
     """What of attention is per expert must fit together: q with o, k with v, and k and v alone only as shared."""
     problems = []
     kinds: dict[bool, list[int]] = {}
+    attention: dict[int | None, dict[str, bool]] = {}
+    for (role, at), item in made.items():
+        if role.startswith("attn."):
+            attention.setdefault(at, {})[role] = item.per_expert
     for layer in range(layers):
-        axes = {role: made[role, layer].per_expert for role, at in made if at == layer and role.startswith("attn.")}
+        axes = attention.get(layer, {})
         for group in (QO_ROLES, KV_ROLES):
             split = {role: axis for role, axis in axes.items() if role.removesuffix(".bias") in group}
             if len(set(split.values())) > 1:

@@ -98,7 +98,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     recipe, config, names = plan.recipe, plan.config, plan.recipe.expert_names
     dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
     yield "layout", f"`{plan.layout.name}`"
-    places = (f"{name} ({printable(recipe.relative(recipe.sources[name])).replace('|', '&#124;')})" for name in plan.models)
+    places = (f"{name} ({_literal(recipe.relative(recipe.sources[name]))})" for name in plan.models)
     yield "sources", ", ".join(places)
     if recipe.method == "merge":
         yield "parameters", f"{plan.parameters:,}"
@@ -116,6 +116,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         if config.get("shared_kv_layers"):
             kv += f", shared in layers {', '.join(map(str, config['shared_kv_layers']))}"
         yield "attention experts", f"{config['num_attention_experts']}, {kv}; {routing}"
+
+
+def _literal(path: str) -> str:
+    """`path` for Markdown, with nothing in it that Markdown or HTML would take for their own."""
+    return "".join(c if c.isalnum() or c in "/.-_ ," else f"&#{ord(c)};" for c in printable(path))
 
 
 def cache_bytes(plan: Plan) -> tuple[int, int]:

@@ -8,12 +8,13 @@ from typing import Any
 import xxhash
 
 from bam_merge.errors import CheckpointError, printable, some
-from bam_merge.safetensors_header import FileIdentity, Header, TensorEntry, open_regular, read_header
+from bam_merge.safetensors_header import FileIdentity, Header, TensorEntry, lookalike, open_regular, read_header, reason
 from bam_merge.strict import load_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON = 100_000_000
+DAMAGED = "The file is damaged: download or write it again"
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -44,7 +45,7 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it."""
     folder = Path(path)
-    if not folder.exists():
+    if not _is_there(folder):
         raise CheckpointError(f"{printable(str(folder))}: no such folder.")
     if not folder.is_dir():
         raise CheckpointError(f"{printable(str(folder))}: not a folder. Give the folder that holds config.json.")
@@ -64,12 +65,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         except CheckpointError as error:
             problems += error.problems
     for name, header in files.items():
+        twice: dict[str, list[str]] = {}
         for entry in header.tensors:
             if entry.name in tensors:
-                problems.append(
-                    f"{printable(str(folder))}: {printable(entry.name)} is in {tensors[entry.name].file} and in {name}. Keep one."
-                )
+                twice.setdefault(tensors[entry.name].file, []).append(entry.name)
             tensors[entry.name] = entry
+        problems += [f"{printable(str(folder))}: {some(both)} in {other} and in {name}. Keep one." for other, both in twice.items()]
     if weight_map is not None and len(files) == len(names):
         problems += _index_problems(folder, weight_map, tensors)
         size = sum(entry.nbytes for entry in tensors.values())
@@ -87,13 +88,28 @@ def open_file(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(file.parent, {}, "", {file.name: header}, {entry.name: entry for entry in header.tensors})
 
 
-def read_small_file(path: Path) -> bytes:
-    """The bytes of a regular file of at most 100 MB. Raises CheckpointError."""
+def read_small_file(path: Path, limit: int = MAX_JSON) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes. Raises CheckpointError."""
     descriptor = open_regular(str(path))
     with os.fdopen(descriptor, "rb") as stream:
-        if os.fstat(descriptor).st_size > MAX_JSON:
-            raise CheckpointError(f"{printable(str(path))}: larger than {MAX_JSON:,} bytes.")
-        return stream.read()
+        if os.fstat(descriptor).st_size > limit:
+            raise CheckpointError(f"{printable(str(path))}: larger than {limit:,} bytes.")
+        return stream.read(limit)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something stands at `path`. Raises CheckpointError when the system will not say, or it is a symlink to nothing."""
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise CheckpointError(f"{printable(str(path), 1000)}: {reason(path, error)}.") from None
+        return False
+    except NotADirectoryError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{printable(str(path), 1000)}: {reason(path, error)}.") from None
+    return True
 
 
 def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -103,15 +119,15 @@ def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
         if not isinstance(document, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
-        raise CheckpointError(f"{printable(str(path))}: {error}.") from None
+        what = lookalike(data)
+        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else f'{error}. {DAMAGED}'}.") from None
     return document, data
 
 
 def _read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
-    if not (folder / "config.json").exists():
-        problems.append(f"{printable(str(folder))}: config.json is missing. Is this a Hugging Face folder?")
-        return {}, ""
     try:
+        if not _is_there(folder / "config.json"):
+            raise CheckpointError(f"{printable(str(folder))}: config.json is missing. Is this a Hugging Face folder?")
         config, data = _read_json_object(folder / "config.json")
     except CheckpointError as error:
         problems += error.problems
@@ -127,14 +143,15 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
         document, _ = _read_json_object(folder / INDEX)
         weight_map = document.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names.")
+            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names. {DAMAGED}.")
         names = sorted(set(weight_map.values()))
-        unsafe = [name for name in names if not _plain_name(name)]
+        unsafe = [name for name in names if not is_plain_name(name)]
         if unsafe:
-            raise CheckpointError(f"{where}/{INDEX}: weight_map names {some(unsafe)}, which is no plain file in this folder.")
+            wrong = f"weight_map names {some(unsafe)}, which is no plain file in this folder"
+            raise CheckpointError(f"{where}/{INDEX}: {wrong}. Correct the index.")
         if single and SINGLE not in names:
             raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not _is_there(folder / name)]
         if missing:
             raise CheckpointError(
                 f"{where}: {len(missing)} of {len(names)} files that {INDEX} names are missing: {some(missing)}. Is the download complete?"
@@ -144,10 +161,14 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
         return names, weight_map, total if isinstance(total, int) else None
     if single:
         return [SINGLE], None, None
-    present = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    try:
+        there = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{where}: {reason(folder, error)}.") from None
+    present = [name for name in there if name.endswith(".safetensors")]
     if present:
         raise CheckpointError(f"{where}: {INDEX} is missing, and there is no {SINGLE} (found {some(present)}).")
-    pickled = sorted(name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth")))
+    pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth"))]
     if pickled:
         raise CheckpointError(
             f"{where}: only {some(pickled)} present. Pickled weights are never loaded, since loading them runs code. Convert "
@@ -156,7 +177,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
     raise CheckpointError(f"{where}: no weights found; expected {SINGLE} or {INDEX}.")
 
 
-def _plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only mean a file in the folder where it is read: no path, drive, URL, NUL or control character."""
     return name.isprintable() and name == os.path.basename(name) and name not in {"", ".", ".."} and not set(name) & set("\\:")
 
 
@@ -168,8 +190,8 @@ def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str,
         problems.append(f"{where}: lists {some(absent)}, which no shard holds. Is the download complete?")
     unlisted = sorted(name for name in tensors if name not in weight_map)
     if unlisted:
-        problems.append(f"{where}: does not list {some(unlisted)}, which the shards hold.")
+        problems.append(f"{where}: does not list {some(unlisted)}, which the shards hold. {DAMAGED}.")
     moved = sorted(name for name, file in weight_map.items() if name in tensors and tensors[name].file != file)
     if moved:
-        problems.append(f"{where}: places {some(moved)} in the wrong shard.")
+        problems.append(f"{where}: places {some(moved)} in the wrong shard. {DAMAGED}.")
     return problems

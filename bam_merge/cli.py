@@ -15,7 +15,10 @@ from typing import Any
 import click
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, VerificationFailed, nearest
+from bam_merge.errors import BamMergeError, VerificationFailed, nearest, printable
+
+PROBLEM_LENGTH = 4000
+"""Characters of one message that are printed."""
 
 
 class _DefaultMerge(click.Group):
@@ -84,7 +87,7 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
     if as_json:
         from bam_merge.publish import default_workers
 
-        click.echo(json.dumps(plan.document(default_workers()), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(plan.document(default_workers()), indent=2))
         _check_space(plan, None)
     else:
         _show_plan(plan, tensors)
@@ -238,7 +241,7 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     reports: list[Any] = []
 
     def notify(text: str) -> None:
-        click.echo(f"bam-merge: {text}", err=True)
+        click.echo(f"bam-merge: {printable(text, PROBLEM_LENGTH)}", err=True)
 
     with merge_progress(plan) as advance:
         try:
@@ -279,7 +282,7 @@ def main() -> None:
         sys.exit(2)
     except BamMergeError as error:
         for problem in error.problems:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(problem, PROBLEM_LENGTH)}", err=True)
         failed = isinstance(error, VerificationFailed)
         if len(error.problems) > 1 and not failed:
             reading = sys.argv[1:2] in (["inspect"], ["diff"], ["verify"])
@@ -292,5 +295,5 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(str(error), PROBLEM_LENGTH)}", err=True)
         sys.exit(2)

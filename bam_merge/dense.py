@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from bam_merge.architecture import Architecture, Row, dense_families, evaluate, find_by_model_type, natural_order
 from bam_merge.checkpoint import Checkpoint, open_checkpoint
@@ -96,8 +96,8 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
     before = len(problems)
     for key in COMMON_FUNCTION[:6]:
-        if type(facts[key]) is not int or facts[key] < 1:
-            problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(facts[key]))}.")
+        if not is_size(facts[key]):
+            problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(facts[key]), 60)}.")
     problems += _mistyped(family, config)
     if len(problems) > before:
         return {}
@@ -126,6 +126,17 @@ MAX_LAYERS = 10_000
 """More than any model has; a config.json that promises more is damaged."""
 
 
+def _is_plain(value: object) -> bool:
+    """Whether `value` is what a configuration may hold: it is copied into the output."""
+    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    return value is None or numbers or isinstance(value, int | float | str)
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether `value` can be a dimension of a tensor."""
+    return type(value) is int and 1 <= value < 2**31
+
+
 def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     """A message for every value whose type is not that of the key's default, or that no model can have."""
     for key, default in family.defaults.items():
@@ -134,23 +145,33 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and type(value) not in kinds:
             yield f"config.json: {key} must be {expected}, found {printable(repr(value), 60)}."
     layers, types, head_dim = (config.get(key) for key in ("num_hidden_layers", "layer_types", "head_dim"))
-    if type(layers) is int and layers > MAX_LAYERS:
+    if is_size(layers) and layers > MAX_LAYERS:
         yield f"config.json: num_hidden_layers {layers}, expected at most {MAX_LAYERS}."
     elif types is not None and (not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types)):
         yield f"config.json: layer_types must name the kind of each of the {layers} layers, found {printable(repr(types), 60)}."
-    if head_dim is not None and (type(head_dim) is not int or head_dim < 1):
+    if head_dim is not None and not is_size(head_dim):
         yield f"config.json: head_dim must be a positive integer, found {printable(repr(head_dim), 60)}."
+    for key in ("sliding_window", "max_position_embeddings"):
+        if config.get(key) is not None and config[key] != 0 and not is_size(config[key]):
+            yield f"config.json: {key} must be a positive integer, found {printable(repr(config[key]), 60)}."
+    for key in (*NEUTRAL, *family.neutral):
+        if not _is_plain(config.get(key)):
+            yield f"config.json: {key} must be a number, text or a list of numbers, found {printable(repr(config[key]), 60)}."
 
 
 def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Rotary embedding in the one spelling of transformers 5, whichever of the older ones config.json uses."""
     raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(raw, dict):
-        problems.append(f"config.json: rope_parameters must be an object, found {printable(repr(raw))}.")
+        problems.append(f"config.json: rope_parameters must be an object, found {printable(repr(raw), 60)}.")
         return {}
     nested = [key for key, value in raw.items() if isinstance(value, dict)]
     if nested:
         problems.append(f"config.json: rope_parameters has one set per {some(nested)}; {family.name} has one for all layers.")
+        return {}
+    odd = [key for key, value in raw.items() if not _is_plain(value)]
+    if odd:
+        problems.append(f"config.json: {some(odd)} in rope_parameters must be a number, text or a list of numbers.")
         return {}
     rope = {key: value for key, value in raw.items() if key != "type" and value is not None}
     rope["rope_type"] = raw.get("rope_type") or raw.get("type") or "default"
@@ -164,7 +185,7 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
     )
     for key in ("rope_theta", "partial_rotary_factor"):
         if type(rope[key]) not in (int, float):
-            problems.append(f"config.json: {key} must be a number, found {printable(repr(rope[key]))}.")
+            problems.append(f"config.json: {key} must be a number, found {printable(repr(rope[key]), 60)}.")
             return {}
         rope[key] = float(rope[key])
     if rope["rope_type"] in ("dynamic", "yarn", "longrope"):
@@ -244,7 +265,7 @@ class _Locator:
         shape = tuple(evaluate(size, self.facts) for size in row.shape)
         if entry.shape != shape:
             sizes = ", ".join(row.shape)
-            self.problems.append(f"{name} is {list(entry.shape)}, config.json implies {list(shape)} ({sizes}).")
+            self.problems.append(f"{name} is {printable(str(list(entry.shape)))}, config.json implies {list(shape)} ({sizes}).")
             return
         read = Read(self.source, name, entry.dtype, shape)
         if len(row.roles) == 1:
@@ -306,7 +327,8 @@ def _matters(key: str, facts: Mapping[str, Any]) -> bool:
 def _disagreement(key: str, name: str, mine: Any, first: str, theirs: Any) -> str:
     if key == "rope_parameters":
         keys = [k for k in dict.fromkeys((*mine, *theirs)) if mine.get(k) != theirs.get(k)]
-        shown = "; ".join(f"{k} {mine.get(k)!r} here, {theirs.get(k)!r} there" for k in keys)
+        values = ((key, *(printable(repr(side.get(key)), 60) for side in (mine, theirs))) for key in keys)
+        shown = "; ".join(f"{printable(key)} {here} here, {there} there" for key, here, there in values)
         return f"sources.{name}: rotary embedding differs from sources.{first}: {shown}. Experts must share it."
     advice = {
         "vocab_size": "Embeddings are never cut; align the tokenizers first.",

@@ -71,7 +71,7 @@ def printable(text: str, limit: int = 200) -> str:
 def some(names: Iterable[str], limit: int = 3) -> str:
     """The first few names and how many more there are: 'a, b, c and 7 more'."""
     items = list(names)
-    text = ", ".join(printable(name) for name in items[:limit])
+    text = ", ".join(printable(name) or "''" for name in items[:limit])
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from bam_merge.architecture import Architecture
-from bam_merge.dense import MAX_LAYERS, ROPE_KEYS, TRAITS, describe
+from bam_merge.dense import MAX_LAYERS, ROPE_KEYS, TRAITS, describe, is_size
 from bam_merge.errors import printable, some
 
 ALIASES = {"num_local_experts": "num_experts"}
@@ -25,10 +25,16 @@ def facts_of(architecture: Architecture, config: Mapping[str, Any], problems: li
     before = len(problems)
     if architecture.name == "bam":
         for key in BAM_SIZES:
-            if type(config.get(key)) is not int or config[key] < 1:
-                problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(config.get(key)))}.")
+            if not is_size(config.get(key)):
+                problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(config.get(key)), 60)}.")
         if len(problems) == before and config["num_hidden_layers"] > MAX_LAYERS:
             problems.append(f"config.json: num_hidden_layers {config['num_hidden_layers']}, expected at most {MAX_LAYERS}.")
+        for key in ("num_attention_experts", "num_attention_experts_per_tok", "parallel_norms"):
+            if config.get(key) and not is_size(config[key]):
+                problems.append(f"config.json: {key} must be an integer, found {printable(repr(config[key]), 60)}.")
+        shared = config.get("shared_kv_layers")
+        if shared is not None and not (isinstance(shared, list) and all(type(layer) is int for layer in shared)):
+            problems.append(f"config.json: shared_kv_layers must be a list of layers, found {printable(repr(shared), 60)}.")
         heads = {key: config.get(f"{key}_per_expert") for key in ("num_attention_heads", "num_key_value_heads")}
         facts = {**config, **heads, "untied": not config.get("tie_word_embeddings")}
     elif architecture.kind == "dense":

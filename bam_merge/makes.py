@@ -210,7 +210,7 @@ def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
     chosen: set[int] = set()
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+        if not first.isdecimal() or (last and not last.isdecimal()) or len(part) > 20:
             raise ValueError(f'{printable(repr(text))} is no layer range; write 3, "0-3", "0,4-7" or "20-".')
         end = int(last) if last else count - 1 if dash else int(first)
         if int(first) > end:
@@ -228,8 +228,8 @@ def parse_size(text: int | str) -> int:
     unit = number.lstrip("0123456789.")
     try:
         size = int(float(number[: len(number) - len(unit)]) * units[unit.strip().upper()])
-    except (KeyError, ValueError):
-        raise ValueError(f"{printable(repr(text))} is no size; write for example 5GB, 500MB or 2GiB.") from None
-    if size < 1:
-        raise ValueError(f"{printable(repr(text))} is no size of a file.")
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"{printable(repr(text), 60)} is no size; write for example 5GB, 500MB or 2GiB.") from None
+    if not 1 <= size < 2**63:
+        raise ValueError(f"{printable(repr(text), 60)} is no size of a file.")
     return size

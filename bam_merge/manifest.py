@@ -33,6 +33,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
         "sources": _source_records(plan, finished),
         "parameters": {"total": plan.parameters, "active": plan.active_parameters},
         "files": dict(sorted(files.items())),
+        "shards": {shard.file: {"bytes": shard.nbytes, "header": xxhash.xxh3_128_hexdigest(shard.header)} for shard in plan.shards},
         "tensors": tensors,
         "unused": {name: dict(sorted(reasons.items())) for name, reasons in plan.unused.items() if reasons},
     }

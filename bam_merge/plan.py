@@ -225,15 +225,19 @@ def _open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
 
 
 def _same_folder(models: list[DenseModel]) -> list[str]:
-    seen: dict[tuple[int, int], str] = {}
+    """Sources that are one model by identity: a folder under two names, or weight files that are links to the same ones."""
+    seen: dict[tuple[str, Any], str] = {}
     problems = []
     for model in models:
         status = os.stat(model.checkpoint.path)
-        other = seen.setdefault((status.st_dev, status.st_ino), model.name)
-        if other != model.name:
-            problems.append(
-                f"sources.{model.name}: the same folder as sources.{other}. Name it once; it may stand several times in experts."
-            )
+        files = frozenset((identity.device, identity.inode) for identity in model.checkpoint.identities.values())
+        for what, key in (("folder", (status.st_dev, status.st_ino)), ("weight files", files)):
+            other = seen.setdefault((what, key), model.name)
+            if other != model.name:
+                problems.append(
+                    f"sources.{model.name}: the same {what} as sources.{other}. Name it once; it may stand several times in experts."
+                )
+                break
     return problems
 
 

@@ -1,18 +1,40 @@
 """bam_merge.json read back: what each tensor of a merged folder was made of, and what became of each tensor of a source."""
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from bam_merge.checkpoint import read_small_file
+import xxhash
+
+from bam_merge.checkpoint import is_plain_name, read_small_file
 from bam_merge.errors import VerifyError, nearest, printable, some
 from bam_merge.strict import load_json
 
 MANIFEST = "bam_merge.json"
 MANIFEST_FORMAT = 1
+REMEDY = "copy the file again from where the merge was published, or merge again"
+SEAL = "manifest_digest"
+"""The manifest's last key: a digest (XXH3-128) of its own bytes, with zeros where the digest stands."""
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest, with a digest of themselves as the last key, so that a flipped bit in it is found too."""
+    blank = "0" * 32
+    text = json.dumps({**document, SEAL: blank}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    head, _, tail = text.rpartition(blank)
+    return f"{head}{xxhash.xxh3_128_hexdigest(text.encode())}{tail}".encode()
+
+
+def _is_sealed(document: Mapping[str, Any], data: bytes) -> bool:
+    seal = document.get(SEAL)
+    if not isinstance(seal, str) or len(seal) != 32:
+        return False
+    head, found, tail = data.rpartition(seal.encode())
+    return bool(found) and xxhash.xxh3_128_hexdigest(head + b"0" * 32 + tail) == seal
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -23,28 +45,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
     try:
-        document = load_json(read_small_file(path))
+        data = read_small_file(path)
+        document = load_json(data)
     except ValueError as error:
-        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged; merge again.") from None
+        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged: {REMEDY}.") from None
     if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
-    wrong = [key for key in ("recipe", "sources", "files", "tensors") if not isinstance(document.get(key), dict)]
-    wrong += [name for name, record in document["tensors"].items() if not _is_record(record)] if "tensors" not in wrong else []
-    wrong += (
-        [name for name, record in document["sources"].items() if not isinstance(record, dict) or not isinstance(record.get("files"), dict)]
-        if "sources" not in wrong
-        else []
-    )
+    wrong = list(_damaged(document))
     if wrong:
-        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged; merge again.")
+        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged: {REMEDY}.")
+    if not _is_sealed(document, data):
+        raise VerifyError(f"{printable(str(path))}: not as it was written: its {SEAL} is not that of its own bytes: {REMEDY}.")
     return document
 
 
-def _is_record(record: object) -> bool:
-    """Whether a tensor's record in a manifest has what is read of it."""
-    kinds = {"file": str, "dtype": str, "shape": list, "digest": str}
-    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+def _damaged(document: dict[str, Any]) -> Iterator[str]:
+    """Sections and entries of a manifest that are not what is read of them. A manifest that anyone may have written is read too."""
+    entries: dict[str, Callable[[str, Any], bool]] = {
+        "recipe": lambda key, value: key != "experts" or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "sources": lambda _, value: _has(value, {"files": dict}) and all(_has(f, SOURCE_FILE) for f in value["files"].values()),
+        "files": lambda name, value: is_plain_name(name) and isinstance(value, str),
+        "shards": lambda name, value: is_plain_name(name) and _has(value, {"bytes": int, "header": str}),
+        "tensors": lambda _, value: _has(value, TENSOR) and isinstance(value.get("nonfinite", 0), int),
+    }
+    for section, is_right in entries.items():
+        found = document.get(section)
+        if isinstance(found, dict):
+            yield from (name for name, value in found.items() if not is_right(name, value))
+        else:
+            yield section
+
+
+TENSOR = {"expression": str, "file": str, "dtype": str, "shape": list, "digest": str}
+SOURCE_FILE = {"bytes": int, "header": str, "tensors": dict}
+
+
+def _has(value: object, kinds: Mapping[str, type]) -> bool:
+    """Whether `value` is an object with these keys, of these types."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 @dataclass(frozen=True)
@@ -61,7 +100,6 @@ def origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
     return {
         name: Origin(record["expression"], tuple(dict.fromkeys(_reads(record["expression"], name, sources))))
         for name, record in manifest["tensors"].items()
-        if isinstance(record.get("expression"), str)
     }
 
 

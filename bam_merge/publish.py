@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from bam_merge.card import model_card
-from bam_merge.checkpoint import INDEX, read_small_file
+from bam_merge.checkpoint import INDEX
 from bam_merge.errors import OutputError, VerificationFailed, printable, writing
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
-from bam_merge.provenance import MANIFEST
+from bam_merge.provenance import MANIFEST, sealed
 from bam_merge.recipe import Recipe
 from bam_merge.source_files import available_processors
 from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
+from bam_merge.tokenizer_check import companion
 
 if TYPE_CHECKING:
     from bam_merge.report import Report
@@ -99,7 +100,8 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
             os.rename(staging.output, failed)
         staging.remove()
         names = [f"{check.name}: {check.detail}" for check in report.failures]
-        raise VerificationFailed(*names, f"{printable(str(target))} was not published; the result is kept for inspection in {failed}.")
+        kept = f"the result is kept for inspection in {printable(str(failed))}"
+        raise VerificationFailed(*names, f"{printable(str(target))} was not published; {kept}.")
 
 
 def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:
@@ -182,11 +184,11 @@ def _write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -
         total = sum(step.nbytes for step in plan.steps)
         documents[INDEX] = _json({"metadata": {"total_parameters": plan.parameters, "total_size": total}, "weight_map": weight_map})
     for name in seed.companions():
-        documents[name] = read_small_file(seed.path / name)
+        documents[name] = companion(seed.path / name)
     documents.update(model_code(plan.config))
     documents["README.md"] = model_card(plan).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
-    documents[MANIFEST] = _json(manifest(plan, finished, digests))
+    documents[MANIFEST] = sealed(manifest(plan, finished, digests))
     for name, data in documents.items():
         _write_file(folder / name, data)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError
 
 from bam_merge import ops
-from bam_merge.errors import RecipeError, printable
+from bam_merge.checkpoint import read_small_file
+from bam_merge.errors import CheckpointError, RecipeError, printable
 from bam_merge.makes import (
     Count,
     Mean,
@@ -24,8 +25,8 @@ from bam_merge.makes import (
     Strict,
 )  # fmt: skip
 from bam_merge.recipe_check import dotted, explain, inconsistencies
+from bam_merge.strict import YAML_MAX_BYTES, YamlError, load_yaml
 from bam_merge.strict import Path as DocumentPath
-from bam_merge.strict import YamlError, load_yaml
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
 
@@ -165,9 +166,9 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read the recipe at `path`. Raises RecipeError with every problem, each with line, column and key."""
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{printable(str(path))}: {error.strerror}.") from None
+        text = read_small_file(file, YAML_MAX_BYTES).decode()
+    except CheckpointError as error:
+        raise RecipeError(*error.problems) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{printable(str(path))}: not UTF-8 text (byte {error.start}).") from None
     try:
@@ -188,7 +189,7 @@ def parse_recipe(document: Any, folder: Path = Path(), file: str = "recipe", pla
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         raise RecipeError(*explain(error, document, name, places, Recipe)) from None
-    recipe._folder, recipe._file = folder, file
+    recipe._folder, recipe._file = folder, name
     problems = [f"{name}{places.get(path, '')}: {dotted(path)}: {text}" for path, text in inconsistencies(recipe)]
     if problems:
         raise RecipeError(*problems)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from bam_merge.architecture import ROLE_GLOBS, ROLES
-from bam_merge.errors import nearest, printable
+from bam_merge.errors import nearest, printable, some
 from bam_merge.makes import (
     Copy,
     DareTies,
@@ -57,7 +57,8 @@ def explain(error: ValidationError, document: Any, name: str, places: Mapping[Do
                 context = item["ctx"]
                 key = "init" if path[0] == "router" else "make"
                 valid = [tag for tag in (word.strip(" '") for word in str(context["expected_tags"]).split(",")) if tag != "both"]
-                path, text = (*path, key), f"{context['tag']!r} is none of {', '.join(valid)}{nearest(str(context['tag']), valid)}"
+                tag = str(context["tag"])
+                path, text = (*path, key), f"{printable(repr(tag), 60)} is none of {', '.join(valid)}{nearest(tag, valid)}"
             case "literal_error":
                 valid = [word.strip(" '") for word in str(item["ctx"]["expected"]).replace(" or ", ", ").split(",")]
                 text = f"found {what}, expected {' or '.join(valid)}{nearest(str(found), valid)}"
@@ -141,10 +142,10 @@ def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             yield ("experts",), "a merge needs at least two different sources."
         return
     if len(names) < 2:
-        example = f" For several experts from one model: experts: [{names[0]}, {names[0]}, {names[0]}, {names[0]}]."
+        example = f" For several experts from one model: experts: [{', '.join([printable(names[0])] * 4)}]."
         yield ("experts",), f"a mixture needs at least two experts, found {len(names)}.{example}"
     if recipe.method == "sparse_upcycling" and len(distinct) > 1:
-        yield ("experts",), f"sparse_upcycling copies one dense model, found {', '.join(distinct)}. Use btx or bam for several."
+        yield ("experts",), f"sparse_upcycling copies one dense model, found {some(distinct)}. Use btx or bam for several."
 
 
 def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
@@ -184,9 +185,9 @@ def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[Doc
         yield (*path, "from"), "slerp needs two different sources."
     if isinstance(make, TaskArithmetic | Ties | DareTies):
         if make.base in (make.weights or ()):
-            yield (*path, "weights"), f"{make.base} is the base; its difference from itself is zero. Remove it."
+            yield (*path, "weights"), f"{printable(make.base)} is the base; its difference from itself is zero. Remove it."
         if not operands(make, recipe.distinct):
-            yield path, f"no source but the base {make.base} is left to merge. Name others in experts or weights."
+            yield path, f"no source but the base {printable(make.base)} is left to merge. Name others in experts or weights."
 
 
 def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
@@ -204,8 +205,8 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
             )
         routers = [role.startswith("router.") for role in matched]
         if isinstance(rule, Initialising) and not all(routers):
-            yield (*path, "roles", index), f"{rule.make} initialises routers only, {pattern!r} covers other tensors."
+            yield (*path, "roles", index), f"{rule.make} initialises routers only, {printable(pattern)!r} covers other tensors."
         if not isinstance(rule, Initialising) and any(routers):
-            yield (*path, "roles", index), f"{pattern!r} covers routers, which no source has. Give them a rule of their own."
+            yield (*path, "roles", index), f"{printable(pattern)!r} covers routers, which no source has. Give them a rule of their own."
     if isinstance(rule, Expert) and recipe.method == "merge":
         yield (*path, "make"), "method merge gives a dense model, which has no experts."

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bam_merge.errors import printable
 from bam_merge.plan import Plan, Step
 from bam_merge.report import Report
 from bam_merge.words import count, human_bytes, ranges
@@ -27,7 +28,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
         "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
         "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {count(workers, 'worker')}",
-        "output": f"{target} ({human_bytes(free)} free)",
+        "output": f"{printable(str(target), 1000)} ({human_bytes(free)} free)",
     }
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value)]
     for source, reasons in plan.unused.items():
@@ -42,7 +43,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
 def result_text(plan: Plan, target: Path) -> str:
     """The line that a finished merge prints."""
     return (
-        f"{target}: {plan.parameters:,} parameters ({plan.active_parameters:,} active per token), "
+        f"{printable(str(target), 1000)}: {plan.parameters:,} parameters ({plan.active_parameters:,} active per token), "
         f"{count(len(plan.steps), 'tensor')}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}"
     )
 

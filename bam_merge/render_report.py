@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bam_merge.errors import printable
 from bam_merge.report import Check, Report
 from bam_merge.terminal import grid, heading, short
 from bam_merge.words import count
@@ -39,7 +40,7 @@ def _checks(checks: Sequence[Check]) -> Table:
     table = grid("left", "left", "right", "right", "left", header=("check", "", "measured", "at most", ""))
     for check in checks:
         numbers = ("" if number is None else short(number) for number in (check.value, check.tolerance))
-        table.add_row(check.name, Text(*MARKS[check.ok]), *numbers, Text(check.detail))
+        table.add_row(check.name, Text(*MARKS[check.ok]), *numbers, Text(printable(check.detail, 4000)))
     return table
 
 
@@ -57,5 +58,5 @@ def _perplexity(rows: Sequence[dict[str, Any]]) -> Table:
     table = grid("left", *["right"] * (1 + len(models)), header=("text", "tokens", *models))
     for row in rows:
         values = (f"{value:.2f}" if value < 1e5 else f"{value:.2e}" for value in row["perplexity"].values())
-        table.add_row(Text(row["text"]), str(row["tokens"]), *values)
+        table.add_row(Text(printable(row["text"])), str(row["tokens"]), *values)
     return table

@@ -14,7 +14,7 @@ from math import prod
 import xxhash
 
 from bam_merge.errors import CheckpointError, printable
-from bam_merge.strict import load_json
+from bam_merge.strict import parse_json
 
 MAX_HEADER = 100_000_000
 
@@ -74,13 +74,19 @@ class Header:
     tensors: tuple[TensorEntry, ...]
 
 
+def reason(path: str | os.PathLike[str], error: OSError) -> str:
+    """Why the system did not open `path`, in words."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"a symlink to {printable(os.readlink(path))}, which does not exist"
+    return error.strerror or str(error)
+
+
 def open_regular(path: str) -> int:
     """Open `path` read-only, refusing what is not a regular file (a FIFO would hang). Raises CheckpointError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        what = f"a symlink to {printable(os.readlink(path))}, which does not exist" if os.path.islink(path) else error.strerror
-        raise CheckpointError(f"{printable(path)}: {what}.") from None
+        raise CheckpointError(f"{printable(path)}: {reason(path, error)}.") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{printable(path)}: not a regular file.")
@@ -102,16 +108,16 @@ def read_header(path: str, file: str | None = None) -> Header:
     try:
         if not raw.startswith(b"{"):
             raise ValueError("the header does not begin with '{'")
-        metadata, tensors = _parse(load_json(raw), file or os.path.basename(path), 8 + len(raw), identity.size)
+        metadata, tensors = _parse(parse_json(raw), file or os.path.basename(path), 8 + len(raw), identity.size)
     except ValueError as error:
         raise CheckpointError(f"{printable(path)}: {error}. The file is damaged: download or write it again.") from None
     return Header(path, identity, xxhash.xxh3_128_hexdigest(start + raw), metadata, tensors)
 
 
 def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
-    for prefix, what in _LOOKALIKES:
-        if os.pread(descriptor, len(prefix), 0) == prefix and not _plausible(start, size):
-            raise CheckpointError(f"{printable(path)}: this is {what}.")
+    what = lookalike(os.pread(descriptor, 32, 0))
+    if what and not _plausible(start):
+        raise CheckpointError(f"{printable(path)}: this is {what}.")
     if len(start) < 8:
         raise CheckpointError(f"{printable(path)}: {size} bytes, too short for a safetensors header. Is the download complete?")
     length = int.from_bytes(start, "little")
@@ -129,8 +135,14 @@ def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
     return raw
 
 
-def _plausible(start: bytes, size: int) -> bool:
-    return len(start) == 8 and 2 <= int.from_bytes(start, "little") <= min(MAX_HEADER, size - 8)
+def lookalike(start: bytes) -> str | None:
+    """What a file that begins with `start` is instead of a checkpoint's, and what to do; None when it is nothing known."""
+    return next((what for prefix, what in _LOOKALIKES if start.startswith(prefix)), None)
+
+
+def _plausible(start: bytes) -> bool:
+    """Whether `start` can be a header's length, though it may look like another format's first bytes."""
+    return len(start) == 8 and 2 <= int.from_bytes(start, "little") <= MAX_HEADER
 
 
 def _parse(document: object, file: str, data: int, size: int) -> tuple[dict[str, str], tuple[TensorEntry, ...]]:
@@ -166,11 +178,14 @@ def _entry(name: str, record: object, file: str, data: int) -> TensorEntry:
         raise ValueError(f"{where} has the unknown dtype {printable(str(dtype))}")
     if not _naturals(shape) or not _naturals(span) or len(span) != 2:
         raise ValueError(f"{where}: shape and data_offsets must be non-negative integers")
-    bits = prod(shape) * DTYPE_BITS[dtype]
-    if bits >= 2**66:
-        raise ValueError(f"{where}: a shape of {len(shape)} dimensions that no file can hold")
+    bits = DTYPE_BITS[dtype]
+    for size in shape:  # stopping early: the product of a million dimensions would take hours
+        bits *= size
+        if bits >= 2**64:
+            raise ValueError(f"{where}: a shape of {len(shape)} dimensions that no file can hold")
     if bits % 8 or span[1] - span[0] != bits // 8:
-        raise ValueError(f"{where}: {dtype} {shape} takes {bits // 8:,} bytes, its data_offsets span {span[1] - span[0]:,}")
+        takes = f"{bits // 8:,} bytes" if bits % 8 == 0 else f"{bits} bits"
+        raise ValueError(f"{where}: {dtype} {printable(str(shape))} takes {takes}, its data_offsets span {span[1] - span[0]:,}")
     return TensorEntry(name, dtype, tuple(shape), file, data + span[0], span[1] - span[0])
 
 

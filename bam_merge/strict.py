@@ -1,9 +1,11 @@
 """Strict readers for JSON and YAML: nothing ambiguous is accepted and nothing is silently dropped.
 
-Both refuse duplicate keys; JSON also refuses NaN and Infinity, YAML also aliases that explode and documents of absurd size.
+Both refuse duplicate keys, lone surrogates and absurd depth; JSON also refuses NaN and numbers beyond float64, YAML also aliases
+that explode and documents of absurd size.
 """
 
 import json
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -14,7 +16,8 @@ from bam_merge.errors import printable
 
 YAML_MAX_BYTES = 1_000_000
 YAML_MAX_DEPTH = 32
-YAML_MAX_NODES = 100_000
+YAML_MAX_NODES = 20_000
+JSON_MAX_DEPTH = 64
 
 Path = tuple[str | int, ...]
 """Where a value stands in a document: keys and list positions from the root."""
@@ -35,18 +38,47 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{printable(text, 40)} is beyond float64")
+    return value
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def load_json(data: bytes) -> Any:
     """Parse UTF-8 JSON. Raises ValueError, in words, for anything a careful reader would object to."""
+    document = parse_json(data)
+    level = [document]
+    for _ in range(JSON_MAX_DEPTH):
+        inside = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list))
+        level = [item for items in inside for item in items]
+        if not level:
+            return document
+    raise ValueError(f"nested more than {JSON_MAX_DEPTH} deep")
+
+
+def parse_json(data: bytes) -> Any:
+    """As load_json, of any depth that Python can hold: for documents whose every value is then looked at."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     try:
-        return json.loads(text, object_pairs_hook=_unique_object, parse_constant=_no_constant)
+        document = json.loads(text, object_pairs_hook=_unique_object, parse_constant=_no_constant, parse_float=_finite)
+        if _SURROGATE.search(data):  # half of a pair is no character: it can be neither printed nor written
+            json.dumps(document, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the lone surrogate \\u{ord(error.object[error.start]):04x} is no character") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError("a number of thousands of digits" if "int_max_str_digits" in str(error) else str(error)) from None
+    return document
 
 
 class YamlError(ValueError):
@@ -59,7 +91,22 @@ class YamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader whose scalars are what a reader of a recipe expects: 1e-2 is a number, 1:30 a string."""
+    """PyYAML's safe loader whose scalars are what a reader of a recipe expects: 1e-2 is a number, 1:30 a string.
+
+    It stops at absurd depth and size while it reads, for it is slow.
+    """
+
+    depth = nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        self.nodes += 1
+        if self.depth > YAML_MAX_DEPTH + 1 or self.nodes > YAML_MAX_NODES:
+            what = f"nested more than {YAML_MAX_DEPTH} deep" if self.nodes <= YAML_MAX_NODES else f"more than {YAML_MAX_NODES:,} values"
+            raise YamlError(f"{what}, as no recipe is", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _RESOLVERS = {
@@ -82,16 +129,21 @@ def load_yaml(text: str) -> tuple[Any, dict[Path, yaml.Mark]]:
     if len(text.encode()) > YAML_MAX_BYTES:
         raise YamlError(f"larger than {YAML_MAX_BYTES:,} bytes, which no recipe is")
     marks: dict[Path, yaml.Mark] = {}
+    loader: _Loader | None = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         value = _construct(loader, node, (), marks) if node is not None else None
+    except YamlError:
+        raise
     except yaml.MarkedYAMLError as error:
-        raise YamlError(error.problem or "not valid YAML", error.problem_mark) from None
+        raise YamlError(printable(error.problem or "not valid YAML"), error.problem_mark) from None
     except yaml.YAMLError as error:  # of the reader, which knows no line: a control character, say
         raise YamlError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise YamlError("nested too deeply") from None
+    except (ValueError, OverflowError):  # PyYAML's scanner, of "\\UFFFFFFFF" and of version numbers of thousands of digits
+        raise YamlError("a character or number that does not exist", loader.get_mark() if loader else None) from None
     return value, marks
 
 
@@ -121,7 +173,12 @@ def _construct(loader: _Loader, node: yaml.Node, path: Path, marks: dict[Path, y
 
 def _scalar(loader: _Loader, node: yaml.Node) -> Any:
     try:
-        return loader.construct_object(node)
+        value = loader.construct_object(node)
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise OverflowError
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # what PyYAML's constructors raise for "!!int x"
         kind = node.tag.rpartition(":")[2]
         raise YamlError(f"{printable(str(node.value), 60)!r} is no {kind}", node.start_mark) from None
+    if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise YamlError("a NUL or half a surrogate pair, which no name and no path has", node.start_mark)
+    return value

@@ -39,7 +39,7 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     path = Path(folder)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
-    report = Report(experts=tuple(map(str, manifest["recipe"].get("experts") or ())))
+    report = Report(experts=tuple(map(printable, manifest["recipe"].get("experts", ()))))
     report.add(structure(path, manifest))
     if not any(check.name == "layout" for check in report.checks):  # the headers cannot be read: nothing more can be
         return report

@@ -10,15 +10,16 @@ import torch
 import xxhash
 
 from bam_merge import ops
-from bam_merge.checkpoint import Checkpoint, open_checkpoint, read_small_file
+from bam_merge.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint, read_small_file
 from bam_merge.errors import BamMergeError, printable, some
 from bam_merge.execute import one_torch_thread
 from bam_merge.loading import open_model
 from bam_merge.model import Model, ModelConfig
 from bam_merge.plan import Plan, Step
-from bam_merge.provenance import MANIFEST
+from bam_merge.provenance import MANIFEST, REMEDY
 from bam_merge.rederive import RowReader, SourceTensors, rederive, row_blocks, survey_all, worst
 from bam_merge.report import Check
+from bam_merge.safetensors_header import read_header
 from bam_merge.source_files import available_processors, digest_range
 from bam_merge.tensors import TORCH_DTYPES
 
@@ -48,12 +49,21 @@ def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
             problems += error.problems
             continue
         if found != digest:
-            problems.append(f"{name} is not as it was written")
-    expected = {*manifest["files"], MANIFEST, *(record["file"] for record in manifest["tensors"].values())}
-    kinds = (".safetensors", ".json", ".py")  # what a loader would read, or run
-    extra = sorted(path.name for path in folder.iterdir() if path.name.endswith(kinds) and path.name not in expected)
+            problems.append(f"{name} is not as it was written: {REMEDY}")
+    for name, shard in manifest["shards"].items():
+        try:
+            header = read_header(str(folder / name))
+        except BamMergeError as error:
+            problems += error.problems
+            continue
+        if (header.digest, header.identity.size) != (shard["header"], shard["bytes"]):
+            problems.append(f"{name} has not the header that was written: {REMEDY}")
+    expected = {*manifest["files"], *manifest["shards"], MANIFEST}
+    read = (".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".jinja")  # what a loader would read, or run
+    there = sorted(path.name for path in folder.iterdir())
+    extra = [name for name in there if (name.endswith(read) or name in TOKENIZER_FILES) and name not in expected]
     if extra:
-        problems.append(f"{some(extra)}: not of this merge")
+        problems.append(f"{some(extra)}: not of this merge: remove it")
     return problems
 
 
@@ -69,8 +79,8 @@ def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
         record = records.get(name)
         if record and (entry.dtype, list(entry.shape), entry.file) != (record["dtype"], record["shape"], record["file"]):
             problems.append(
-                f"{name} is {entry.dtype} {list(entry.shape)} in {entry.file}, "
-                f"the manifest says {record['dtype']} {record['shape']} in {printable(record['file'])}"
+                f"{printable(name)} is {entry.dtype} {list(entry.shape)} in {entry.file}, "
+                f"the manifest says {printable(record['dtype'])} {printable(str(record['shape']))} in {printable(record['file'])}"
             )
     return problems
 
@@ -97,7 +107,7 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
     if extra:
         problems.append(f"config.json has no place for {some(extra)} ({len(extra)} tensors)")
     shapes = [
-        f"{name} is {list(checkpoint.tensors[name].shape)}, config.json wants {list(shape)}"
+        f"{printable(name)} is {list(checkpoint.tensors[name].shape)}, config.json wants {list(shape)}"
         for name, shape in wanted.items()
         if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
     ]
@@ -110,12 +120,14 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     """Every tensor's bytes still have the digest that was taken when they were made."""
     checkpoint = open_checkpoint(folder)
-    wrong = []
+    wrong: dict[str, list[str]] = {}
     for name, record in manifest["tensors"].items():
         entry = checkpoint.tensors.get(name)
         if entry is None or digest_range(folder / entry.file, entry.offset, entry.nbytes) != record["digest"]:
-            wrong.append(name)
-    yield Check("digests", not wrong, f"{some(wrong)}: bytes changed since the merge" if wrong else f"{len(manifest['tensors'])} tensors")
+            wrong.setdefault(printable(entry.file if entry else record["file"]), []).append(name)
+    changed = "; ".join(f"{some(names)} in {file}" for file, names in wrong.items())
+    detail = f"{changed}: bytes changed since the merge: {REMEDY}" if wrong else f"{len(manifest['tensors'])} tensors"
+    yield Check("digests", not wrong, detail)
 
 
 MOST_WORKERS = 8

@@ -47,10 +47,12 @@ REFUSED = {
     "float dimension": ({"a": record(shape=(1.0,))}, b"x" * 4, "must be non-negative integers"),
     "boolean dimension": ({"a": record(shape=(True,))}, b"x" * 4, "must be non-negative integers"),
     "huge product": ({"a": record(shape=(2**62,) * 200)}, b"", "no file can hold"),
+    "a million huge dimensions": ({"a": record(shape=(2**62,) * 10**6)}, b"", "no file can hold"),
+    "a million dimensions": ({"a": record(shape=(1,) * 10**6, span=(0, 8))}, b"x" * 8, r"characters\) takes 4 bytes"),
     "wrong span": ({"a": record(shape=(2,))}, b"x" * 4, r"F32 \[2\] takes 8 bytes, its data_offsets span 4"),
     "backward span": ({"a": record(span=(4, 0))}, b"x" * 4, "span -4"),
     "unknown dtype": ({"a": record(dtype="F33")}, b"", "unknown dtype F33"),
-    "odd nibbles": ({"a": record(dtype="F4", shape=(3,), span=(0, 1))}, b"x", "takes 1 bytes"),
+    "odd nibbles": ({"a": record(dtype="F4", shape=(3,), span=(0, 1))}, b"x", "takes 12 bits"),
     "extra key": ({"a": {**record(), "x": 1}}, b"x" * 4, "does not have exactly"),
     "missing key": ({"a": {"dtype": "F32"}}, b"", "does not have exactly"),
     "not a record": ({"a": 3}, b"", "does not have exactly"),
@@ -75,6 +77,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
     (b'{"\xff":1}', "not UTF-8"),
     (b"{" + b'"a":{' * 50_000, "nested too deeply|not valid JSON"),
     (b'{"a":NaN}', "NaN is not"),
+    (b'{"a\\ud800b":1}', r"the lone surrogate \\ud800 is no character"),
 ])  # fmt: skip
 def test_header_text_refused(raw: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):

@@ -14,6 +14,12 @@ from bam_merge.strict import YamlError, load_json, load_yaml
     (b"\xff\xfe{}", "not UTF-8 text"),
     (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
     (b"", "not valid JSON"),
+    (b'{"a": 1e999}', "1e999 is beyond float64"),
+    (b"[-1e400]", "-1e400 is beyond float64"),
+    (b"9" * 5000, "a number of thousands of digits"),
+    (b'"a\\udc00b"', r"the lone surrogate \\udc00 is no character"),
+    (b'{"\\ud83d": 1}', r"the lone surrogate \\ud83d is no character"),
+    (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
 ])  # fmt: skip
 def test_json_refused(text: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -22,6 +28,8 @@ def test_json_refused(text: bytes, message: str) -> None:
 
 def test_json_accepted() -> None:
     assert load_json(b'{"a": [1, 2.5, null, "\\u00e9"]}') == {"a": [1, 2.5, None, "é"]}
+    assert load_json(b'"\\ud83d\\ude00"') == "\U0001f600"
+    assert load_json(b"[" * 64 + b"]" * 64)
 
 
 @pytest.mark.parametrize(("text", "value"), [
@@ -52,6 +60,11 @@ def test_yaml_scalars(text: str, value: object) -> None:
     ("!!int x: 1", "'x' is no int", (1, 1)),
     ("[" * 40 + "]" * 40, "nested more than 32 deep", None),
     ("# " + "x" * 1_000_001, "larger than 1,000,000 bytes", None),
+    ("a: [" + "b," * 20_001 + "]", "more than 20,000 values", None),
+    ('a: "\\uD800"', "half a surrogate pair", (1, 4)),
+    ('a: "\\0"', "a NUL", (1, 4)),
+    ('a: "\\UFFFFFFFF"', "does not exist", (1, 7)),
+    ("a: !!int 0x" + "f" * 5000, "is no int", (1, 4)),
 ])  # fmt: skip
 def test_yaml_refused(text: str, message: str, place: tuple[int, int] | None) -> None:
     with pytest.raises(YamlError, match=message) as caught:
@@ -68,7 +81,7 @@ def test_python_tags_make_nothing() -> None:
 def test_alias_bomb_is_refused() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 8)]
-    with pytest.raises(YamlError, match="more than 100,000 values once its aliases are expanded"):
+    with pytest.raises(YamlError, match="more than 20,000 values once its aliases are expanded"):
         load_yaml("\n".join(lines))
 
 

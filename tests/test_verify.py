@@ -19,6 +19,7 @@ from bam_merge import MergeOptions
 from bam_merge.errors import VerificationFailed, VerifyError
 from bam_merge.loading import load_model
 from bam_merge.plan import Plan, plan_file
+from bam_merge.provenance import sealed
 from bam_merge.publish import publish
 from bam_merge.report import Report
 from bam_merge.safetensors_header import read_header
@@ -163,7 +164,7 @@ class Forger:
             stream.seek(entry.offset)
             stream.write(data)
         self.manifest["tensors"][name]["digest"] = xxhash.xxh3_128_hexdigest(data)
-        self.path.write_text(json.dumps(self.manifest))
+        self.path.write_bytes(sealed(self.manifest))
 
     def swap(self, a: str, b: str) -> None:
         first, second = self.read(a), self.read(b)
@@ -174,7 +175,7 @@ class Forger:
         path = self.folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         self.manifest["files"]["config.json"] = xxhash.xxh3_128_hexdigest(path.read_bytes())
-        self.path.write_text(json.dumps(self.manifest))
+        self.path.write_bytes(sealed(self.manifest))
 
 
 def swap_ffns(forge: Forger) -> None:
@@ -385,7 +386,7 @@ def test_an_empty_config_is_named_in_short(good: tuple[Path, Plan]) -> None:
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('"tensors"', '"tensorz"', "tensors missing or damaged"),
+    ('\n  "tensors"', '\n  "tensorz"', "tensors missing or damaged"),
     ('"digest"', '"digezt"', "missing or damaged"),
     ('"files"', '"filez"', "missing or damaged"),
     ('"format": 1', '"format": 9', "format 9, this version reads 1"),
@@ -420,7 +421,7 @@ def test_a_merge_that_fails_its_proof_is_not_published(llamas: Path, run: Any, m
     for _ in range(2):  # a second failure replaces the first one's remains
         result = run(recipe)
         assert result.status == 1
-        assert f"error: digests: {E1}o_proj.weight: bytes changed since the merge" in result.err
+        assert f"error: digests: {E1}o_proj.weight in model.safetensors: bytes changed since the merge" in result.err
         assert "layer 1, expert 1 (code): attention" in result.err
         assert f"{llamas}/out was not published; the result is kept for inspection in {llamas}/out.failed." in result.err
         assert sorted(p.name for p in llamas.iterdir()) == ["code", "law", "out.failed", "recipe.yaml", "seed"]

@@ -1,0 +1,119 @@
+"""Fuzzing of everything that reads what others wrote: `python tests/fuzz/run.py --cases 100000 --seed 0`.
+
+Every case must end in a result or in one of our errors, within SECONDS of processor time and MEMORY bytes. Exit status 1 when one did not;
+the smallest input that shows it is printed.
+"""
+
+import argparse
+import faulthandler
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+from targets import Target, targets  # noqa: E402
+
+SECONDS = 5
+"""Processor time of one case: a thousand times what a good input takes."""
+
+MEMORY = 400_000_000
+"""Bytes that the process may have beyond those it has when the targets are ready. No input is longer than 200 kB."""
+
+BATCH = 500
+"""Cases from one seed; a batch ends at its first failure."""
+
+
+class Hang(Exception):
+    """A case took too long."""
+
+
+def watch() -> None:
+    """Raise Hang in a case after SECONDS of processor time, or after a minute that it slept away."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Hang(f"more than {SECONDS} s of processor time, or a minute of waiting")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.signal(signal.SIGALRM, stop)
+
+
+def limit_memory() -> None:
+    """Let an allocation fail with MemoryError that takes the process more than MEMORY beyond what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
+    resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + MEMORY,) * 2)
+
+
+def hunt(target: Target, cases: int, first_seed: int, counts: Counter[str]) -> str | None:
+    """Run one batch; the report of its failure, if any."""
+    failing: list[bytes] = []
+
+    def case(data: bytes) -> None:
+        if not failing:
+            counts["cases"] += 1
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, 60)
+        try:
+            counts["accepted"] += target.run(data) and not failing
+        except BaseException:
+            failing[:] = [data]
+            raise
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    how = settings(
+        max_examples=cases, database=None, deadline=None, report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    try:
+        seed(first_seed)(how(given(target.inputs)(case)))()
+    except Exception:
+        shown = repr(failing[0]) if failing else "?"
+        more = f" ... ({len(failing[0])} bytes)" if failing and len(shown) > 1000 else ""
+        return f"{target.name}, seed {first_seed}: {shown[:1000]}{more}\n{traceback.format_exc(limit=-6)}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", default="", help="only targets whose name holds this")
+    options = parser.parse_args()
+    began, failures, counts = time.monotonic(), 0, Counter[str]()
+    watch()
+    in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="bam-merge-fuzz-", dir=in_memory) as home:
+        aims = [target for target in targets(Path(home)) if options.target in target.name]
+        for target in aims:
+            assert target.run(target.good), f"{target.name}: the good input is refused"
+        limit_memory()
+        batch = 0
+        while counts["cases"] < options.cases:
+            faulthandler.dump_traceback_later(900, exit=True)  # a batch that nothing else could stop
+            target = aims[batch % len(aims)]
+            report = hunt(target, min(BATCH, options.cases - counts["cases"]), options.seed * 1_000_000 + batch, counts)
+            batch += 1
+            if report:
+                failures += 1
+                print(report, flush=True)
+            if batch % 20 == 0:
+                print(f"{counts['cases']:,} cases, {failures} failures", file=sys.stderr, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    print(
+        f"fuzz: {counts['cases']:,} cases from seed {options.seed}, {counts['accepted']:,} accepted, {failures} failures; "
+        f"{time.monotonic() - began:.0f} s, {peak:.0f} MB at most"
+    )
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
