@@ -134,6 +134,43 @@ def test_resume_does_not_trust_damaged_tensors(plan: Plan, llamas: Path) -> None
     assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
 
 
+def test_resume_loses_nothing_of_the_journal_when_it_is_killed_at_once(plan: Plan, llamas: Path) -> None:
+    staging = interrupted(plan, llamas)
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(resume=True, workers=1, progress=stop_after(0)))
+    again = Staging.open(llamas / "out")
+    try:
+        journal = (staging / "journal").read_bytes()
+        assert len(again.begin(plan, True, False, lambda text: None)) == 20
+        assert (staging / "journal").read_bytes() == journal
+    finally:
+        again.close()
+
+
+def test_resume_lets_nothing_into_the_result_that_is_not_of_it(plan: Plan, llamas: Path) -> None:
+    """Files of a model that --force replaced, whose deletion was cut short; a tokenizer that the seed no longer has."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    staging = interrupted(plan, llamas)
+    (staging / "output" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    (staging / "output" / "tokenizer.model").write_bytes(b"stale")
+    (staging / "output" / "original").mkdir()
+    (staging / "output" / "original" / "params.json").write_text("{}")
+    (staging / "output" / "link").symlink_to(llamas / "seed")
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+    assert (llamas / "seed" / "config.json").exists()
+
+
+def test_deleting_the_staging_folder_begins_with_its_journal(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a kill leaves of it is never resumed from."""
+    staging = interrupted(plan, llamas)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    lock = Staging.open(llamas / "out")
+    lock.remove()
+    lock.close()
+    assert not (staging / "journal").exists()
+    assert (staging / "output").exists()
+
+
 def test_resume_with_a_torn_journal(plan: Plan, llamas: Path) -> None:
     """The journal cut at every byte: whatever is left is used or not, the bytes are the same."""
     whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
@@ -176,6 +213,64 @@ def test_second_run_of_the_same_target_is_refused(plan: Plan, llamas: Path) -> N
     finally:
         staging.close()
     publish(plan, None, MergeOptions())
+
+
+def test_a_run_that_ends_while_another_begins(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It deletes the staging folder just after the other one made sure that it is there."""
+    real, calls = os.open, 0
+
+    def too_late(path: Any, *args: Any, **options: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            os.rmdir(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", too_late)
+    lock = Staging.open(llamas / "out")
+    monkeypatch.undo()
+    assert lock.is_ours()
+    lock.close()
+
+
+def test_holder_is_not_a_run_that_died_earlier(llamas: Path) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    lock = Staging.open(llamas / "out")
+    try:
+        (lock.folder / "pid").write_text(f"{child.pid}\n")
+        with pytest.raises(OutputError, match=r"out is being written by another run\. Wait for it\."):
+            Staging.open(llamas / "out")
+        (lock.folder / "pid").write_text("1\n")
+        with pytest.raises(OutputError, match=r"another run \(process 1\)"):
+            Staging.open(llamas / "out")
+    finally:
+        lock.close()
+
+
+def test_staging_folder_without_anything_in_it_goes(llamas: Path) -> None:
+    Staging.open(llamas / "out").close()
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+def test_staging_folder_is_no_symlink(plan: Plan, llamas: Path) -> None:
+    (llamas / ".out.bam-merge").symlink_to(llamas / "seed")
+    with pytest.raises(OutputError, match=r"\.out\.bam-merge: (Not a directory|Too many levels of symbolic links)"):
+        publish(plan, None, MergeOptions())
+    assert (llamas / "seed" / "config.json").exists()
+
+
+def test_new_parent_folders_are_made_durable(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(plan, llamas / "a" / "b" / "out", MergeOptions())
+    assert synced[:2] == [str(llamas), str(llamas / "a")]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "rewrite", "replace"])
