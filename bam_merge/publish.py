@@ -17,7 +17,7 @@ import xxhash
 
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
-from bam_merge.errors import OutputError, VerificationFailed, printable, writing
+from bam_merge.errors import OutputError, SyncFailed, VerificationFailed, printable, writing
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
@@ -75,6 +75,9 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
             _prove(plan, staging, target, options)
         appear(staging.output, target, replace_existing=options.force)
         staging.remove()
+    except SyncFailed:
+        staging.forget()
+        raise
     finally:
         staging.close()
     try:
@@ -205,4 +208,5 @@ def _write_file(path: Path, data: bytes) -> None:
     with writing(path), open(path, "wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())
+        with writing(path, SyncFailed):
+            os.fsync(stream.fileno())

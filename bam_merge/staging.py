@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, OutputError, printable, writing
+from bam_merge.errors import BamMergeError, OutputError, SyncFailed, printable, writing
 from bam_merge.execute import Finished
 from bam_merge.plan import Plan
 from bam_merge.source_files import digest_range
@@ -231,7 +231,7 @@ def _delete(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the folder's entries durable."""
-    with writing(folder):
+    with writing(folder, SyncFailed):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)

@@ -18,7 +18,7 @@ from conftest import CONFIGS, write_recipe, write_sources
 
 from bam_merge import MergeOptions
 from bam_merge import execute as execute_module
-from bam_merge.errors import BamMergeError, CheckpointError, OutputError
+from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed
 from bam_merge.plan import Plan, plan_file
 from bam_merge.publish import publish
 from bam_merge.staging import Staging
@@ -345,6 +345,30 @@ def test_a_failed_sync_behind_the_workers_is_fatal(plan: Plan, llamas: Path, mon
     assert not (llamas / "out").exists()
     monkeypatch.undo()
     assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+
+
+def test_nothing_is_resumed_after_a_failed_sync(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page cache may still show, and digest to, what never reached the disk, and a second fsync would say nothing: all is written again."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    real, written = os.pwrite, 0
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(SyncFailed):
+        patch.setattr(os, "fsync", fail)
+        publish(plan, None, MergeOptions())
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    settings, said = options(resume=True)
+    assert folder_bytes(publish(plan, None, settings)) == whole
+    assert said == ["nothing to resume: starting from the beginning."]
+    assert written == plan.bytes_written
 
 
 def test_chunk_of_an_unreadable_source(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
