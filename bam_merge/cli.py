@@ -1,7 +1,7 @@
 """The command line. The only module that prints; results go to stdout, messages and progress to stderr.
 
 Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check failed), 2 a usage, recipe or checkpoint error,
-130 interrupted.
+3 published, but not known to survive a power cut, 130 interrupted.
 """
 
 import gc
@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, VerificationFailed, nearest
+from bam_merge.errors import BamMergeError, DurabilityUncertain, VerificationFailed, nearest
 
 
 class _DefaultMerge(click.Group):
@@ -283,7 +283,7 @@ def main() -> None:
         if len(error.problems) > 1 and not failed:
             reading = sys.argv[1:2] in (["inspect"], ["diff"], ["verify"])
             click.echo(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.", err=True)
-        sys.exit(1 if failed else 2)
+        sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("bam-merge: interrupted.", err=True)
         sys.exit(130)

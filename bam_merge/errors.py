@@ -35,6 +35,10 @@ class SyncFailed(OutputError):
     """The system could not bring to the disk what was written. Memory may show what the disk does not have, so none of it is trusted."""
 
 
+class DurabilityUncertain(OutputError):
+    """The result is published and complete, but the system could not say that it would survive a power cut."""
+
+
 class NonFiniteError(BamMergeError):
     """A merge produced NaN or infinity."""
 

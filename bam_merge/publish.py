@@ -17,7 +17,7 @@ import xxhash
 
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
-from bam_merge.errors import OutputError, SyncFailed, VerificationFailed, printable, writing
+from bam_merge.errors import DurabilityUncertain, OutputError, SyncFailed, VerificationFailed, printable, writing
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
@@ -74,16 +74,13 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
         if options.verify:
             _prove(plan, staging, target, options)
         appear(staging.output, target, replace_existing=options.force)
+        _make_durable(staging, target)
         staging.remove()
     except SyncFailed:
         staging.forget()
         raise
     finally:
         staging.close()
-    try:
-        sync_folder(target.parent)
-    except OutputError as error:
-        raise OutputError(f"{printable(str(target))} is complete, but may not survive a power cut yet: {error}") from error
     return target
 
 
@@ -103,6 +100,19 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
         staging.remove()
         names = [f"{check.name}: {check.detail}" for check in report.failures]
         raise VerificationFailed(*names, f"{printable(str(target))} was not published; the result is kept for inspection in {failed}.")
+
+
+def _make_durable(staging: Staging, target: Path) -> None:
+    """Bring the new name to the disk, before what it replaced is deleted: a power cut must not leave the old one's remains there."""
+    try:
+        sync_folder(target.parent)
+        sync_folder(staging.folder)
+    except SyncFailed as error:
+        kept = f" What it replaced is kept in {printable(str(staging.folder))}." if staging.output.exists() else ""
+        raise DurabilityUncertain(
+            f"{printable(str(target))} is published and complete, but may not survive a power cut: {error}{kept} "
+            "Run again with --resume to try once more."
+        ) from error
 
 
 def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:

@@ -371,6 +371,51 @@ def test_nothing_is_resumed_after_a_failed_sync(plan: Plan, llamas: Path, monkey
     assert written == plan.bytes_written
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_published_but_not_known_to_be_durable(plan: Plan, llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    """The folder's last sync fails: the result is there, the exit status is neither success nor that of nothing published."""
+    recipe = llamas / "recipe.yaml"
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    if force:
+        (llamas / "out").mkdir()
+        (llamas / "out" / "config.json").write_text("old")
+    real = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(llamas):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        result = run(recipe, *(["--force"] if force else []))
+    assert result.status == 3
+    assert f"{llamas}/out is published and complete, but may not survive a power cut: " in result.err
+    assert folder_bytes(llamas / "out") == whole
+    kept = llamas / ".out.bam-merge" / "output" / "config.json"
+    assert (kept.exists() and kept.read_text() == "old") == force
+    assert (f"What it replaced is kept in {llamas}/.out.bam-merge" in result.err) == force
+
+
+def test_the_old_model_is_deleted_after_the_new_one_is_durable(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(plan, None, MergeOptions())
+    done: list[str] = []
+    real_fsync, real_unlink = os.fsync, os.unlink
+
+    def fsync(descriptor: int) -> None:
+        done.append(f"sync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        real_fsync(descriptor)
+
+    def unlink(path: Any, **options: Any) -> None:
+        done.append(f"delete {os.fspath(path)}")
+        real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "unlink", unlink)
+    publish(plan, None, MergeOptions(force=True))
+    assert done.index("delete config.json") > done.index(f"sync {llamas}")
+
+
 def test_chunk_of_an_unreadable_source(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
