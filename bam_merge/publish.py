@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,14 +94,20 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
     report = verify(staging.output, plan)
     options.on_report(report)
     if not report.ok:
-        failed = target.with_name(f"{target.name}.failed")
-        with writing(failed):
-            if (failed / MANIFEST).exists():  # of an earlier run
-                shutil.rmtree(failed)
-            os.rename(staging.output, failed)
+        failed = _free_name(target.with_name(f"{target.name}.failed"))
+        appear(staging.output, failed, replace_existing=False)
+        with suppress(SyncFailed):  # it is only for looking at
+            sync_folder(target.parent)
         staging.remove()
         names = [f"{check.name}: {check.detail}" for check in report.failures]
         raise VerificationFailed(*names, f"{printable(str(target))} was not published; the result is kept for inspection in {failed}.")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of NAME-2, NAME-3, ... that is not taken. What stands there may be somebody's."""
+    if not os.path.lexists(path):
+        return path
+    return next(other for n in count(2) if not os.path.lexists(other := path.with_name(f"{path.name}-{n}")))
 
 
 def _make_durable(staging: Staging, target: Path) -> None:

@@ -18,7 +18,7 @@ from conftest import CONFIGS, write_recipe, write_sources
 
 from bam_merge import MergeOptions
 from bam_merge import execute as execute_module
-from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed
+from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed, VerificationFailed
 from bam_merge.plan import Plan, plan_file
 from bam_merge.publish import publish
 from bam_merge.staging import Staging
@@ -73,6 +73,31 @@ def test_force_does_not_delete_what_is_no_checkpoint(plan: Plan, llamas: Path) -
     with pytest.raises(OutputError, match="is not a checkpoint folder, so --force will not delete it"):
         publish(plan, None, MergeOptions(force=True))
     assert (llamas / "out" / "thesis.tex").exists()
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verification that fails."""
+    import bam_merge.verification
+    from bam_merge import publish as publish_module
+    from bam_merge.report import Check, Report
+
+    monkeypatch.undo()  # the fixture that leaves verification out
+    assert publish_module._prove.__name__ == "_prove"
+    monkeypatch.setattr(bam_merge.verification, "verify", lambda folder, plan: Report(checks=[Check("digests", False, "wrong")]))
+
+
+def test_a_failed_result_takes_nobodys_place(plan: Plan, llamas: Path, failing: None) -> None:
+    """Not even a folder that looks like an earlier failed result: it may be a model that was published under that name."""
+    (llamas / "out.failed").mkdir()
+    (llamas / "out.failed" / "bam_merge.json").write_text("{}")
+    for name in ("out.failed-2", "out.failed-3"):
+        with pytest.raises(VerificationFailed, match=rf"not published; the result is kept for inspection in {llamas}/{name}"):
+            publish(plan, None, MergeOptions())
+        assert (llamas / name / "config.json").exists()
+    assert (llamas / "out.failed" / "bam_merge.json").read_text() == "{}"
+    assert not (llamas / "out").exists()
+    assert not (llamas / ".out.bam-merge").exists()
 
 
 def test_target_that_appears_during_the_run_is_not_replaced(plan: Plan, llamas: Path) -> None:
