@@ -19,13 +19,14 @@ import xxhash
 
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
-from bam_merge.errors import DurabilityUncertain, OutputError, SyncFailed, VerificationFailed, printable, writing
+from bam_merge.errors import CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed, printable, writing
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
 from bam_merge.provenance import MANIFEST
 from bam_merge.recipe import Recipe
-from bam_merge.source_files import available_processors
+from bam_merge.safetensors_header import FileIdentity
+from bam_merge.source_files import available_processors, changed, check_unchanged
 from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
 
 if TYPE_CHECKING:
@@ -64,18 +65,25 @@ def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options:
 def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
     """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError."""
     target = target_path(plan, output)
-    problems = preflight(plan, target, force=options.force) or list(filter(None, [space_problem(plan, target)]))
-    if problems:
-        raise OutputError(*problems)
+    _check(plan, target, options)
     staging = Staging.open(target)
     try:
+        _check(plan, target, options)  # again: the run that had the lock until now may have published
         done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
+        companions = _companions(plan)
         finished = _run(plan, staging, options, done)
         _write_companions(plan, staging.output, finished)
+        check_unchanged(plan)  # once more, after what the manifest read and the companions
+        if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ _companions(plan)]:
+            raise CheckpointError(*dict.fromkeys(changes))
         sync_folder(staging.output)
         if options.verify:
             _prove(plan, staging, target, options)
-        appear(staging.output, target, replace_existing=options.force)
+        if not staging.is_ours():
+            raise OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
+        if options.force and os.path.lexists(target) and not _replaceable(target):
+            raise OutputError(f"{printable(str(target))} became what is not a checkpoint folder while the merge ran. Nothing was replaced.")
+        appear(staging.output, target, replace_existing=options.force, notify=options.notify)
         _make_durable(staging, target)
         staging.remove()
     except SyncFailed:
@@ -129,6 +137,13 @@ def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:
 
 
 # ---- before anything is written ------------------------------------------------------------------------------------------
+
+
+def _check(plan: Plan, target: Path, options: MergeOptions) -> None:
+    """Raise OutputError when `target` cannot be written."""
+    problems = preflight(plan, target, force=options.force) or list(filter(None, [space_problem(plan, target)]))
+    if problems:
+        raise OutputError(*problems)
 
 
 def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
@@ -192,6 +207,12 @@ def _run(plan: Plan, staging: Staging, options: MergeOptions, done: dict[str, Fi
 
 
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
+
+
+def _companions(plan: Plan) -> set[tuple[Path, FileIdentity]]:
+    """The files that are copied from the seed, as they are now."""
+    seed = plan.models[plan.recipe.seed_name].checkpoint
+    return {(seed.path / name, FileIdentity.of(os.stat(seed.path / name))) for name in seed.companions()}
 
 
 def _write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -> None:

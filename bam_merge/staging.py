@@ -244,11 +244,14 @@ def sync_folder(folder: Path) -> None:
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
 
 
-def appear(staged: Path, target: Path, replace_existing: bool) -> None:
+def appear(staged: Path, target: Path, replace_existing: bool, notify: Callable[[str], None] = lambda text: None) -> None:
     """Give the finished folder its final name in one step. An existing target is exchanged, and so lands in the staging folder."""
     exchange = replace_existing and os.path.lexists(target)
     try:
-        _rename(staged, target, _EXCHANGE if exchange else _NOREPLACE)
+        if not _rename(staged, target, _EXCHANGE if exchange else _NOREPLACE):
+            what = "exchange two folders" if exchange else "rename without replacing"
+            notify(f"{printable(str(target.parent))}: this file system cannot {what}, so a plain rename.")
+            _plain_rename(staged, target, exchange)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise OutputError(
@@ -257,19 +260,34 @@ def appear(staged: Path, target: Path, replace_existing: bool) -> None:
         raise OutputError(f"{printable(str(target))}: {error.strerror} when renaming the finished folder {staged} to it.") from error
 
 
-def _rename(old: Path, new: Path, flags: int) -> None:
-    """renameat2(2), which os.rename lacks: plain rename silently replaces an empty folder, and cannot exchange two."""
+def _rename(old: Path, new: Path, flags: int) -> bool:
+    """renameat2(2), which os.rename lacks: plain rename silently replaces an empty folder, and cannot exchange two.
+
+    False where the kernel or the file system does not have it. Raises OSError.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
-    # A kernel or file system without it: two steps, with the target absent in between when it is replaced.
-    if flags == _EXCHANGE:
-        aside = old.with_name("replaced")
-        os.rename(new, aside)
-    elif os.path.lexists(new):
-        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-    os.rename(old, new)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _plain_rename(old: Path, new: Path, exchange: bool) -> None:
+    """The same in steps: another process may come between them, and the target is absent for a moment when it is replaced."""
+    if not exchange:
+        if os.path.lexists(new):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(old, new)
+        return
+    aside = old.with_name("replaced")
+    _delete(aside)  # of a run that was killed here
+    os.rename(new, aside)
+    try:
+        os.rename(old, new)
+    except OSError:
+        os.rename(aside, new)
+        raise

@@ -18,6 +18,8 @@ from conftest import CONFIGS, write_recipe, write_sources
 
 from bam_merge import MergeOptions
 from bam_merge import execute as execute_module
+from bam_merge import publish as publish_module
+from bam_merge import staging as staging_module
 from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed, VerificationFailed
 from bam_merge.plan import Plan, plan_file
 from bam_merge.publish import publish
@@ -79,7 +81,6 @@ def test_force_does_not_delete_what_is_no_checkpoint(plan: Plan, llamas: Path) -
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A verification that fails."""
     import bam_merge.verification
-    from bam_merge import publish as publish_module
     from bam_merge.report import Check, Report
 
     monkeypatch.undo()  # the fixture that leaves verification out
@@ -105,6 +106,97 @@ def test_target_that_appears_during_the_run_is_not_replaced(plan: Plan, llamas: 
     with pytest.raises(OutputError, match=r"appeared while the merge ran. Nothing was replaced"):
         publish(plan, None, settings)
     assert list((llamas / "out").iterdir()) == []
+
+
+def test_force_does_not_delete_what_became_something_else(plan: Plan, llamas: Path) -> None:
+    """The folder to replace was swapped for somebody's own while the merge ran."""
+    target = publish(plan, None, MergeOptions())
+
+    def swap(count: int) -> None:
+        if count and not (llamas / "moved").exists():
+            target.rename(llamas / "moved")
+            target.mkdir()
+            (target / "thesis.tex").write_text("years")
+
+    with pytest.raises(OutputError, match=r"out became what is not a checkpoint folder while the merge ran. Nothing was replaced"):
+        publish(plan, None, MergeOptions(force=True, workers=1, progress=swap))
+    assert (target / "thesis.tex").read_text() == "years"
+
+
+def test_staging_folder_deleted_and_made_anew_during_the_run(plan: Plan, llamas: Path) -> None:
+    """What stands there at the end is another run's, unfinished: it must not be published."""
+    others: list[Staging] = []
+
+    def delete(count: int) -> None:
+        if count and not others:
+            shutil.rmtree(llamas / ".out.bam-merge")
+            others.append(Staging.open(llamas / "out"))
+            others[0].output.mkdir()
+            (others[0].output / "half").write_text("")
+
+    with pytest.raises(OutputError, match=r"\.out\.bam-merge was deleted while the merge ran"):
+        publish(plan, None, MergeOptions(workers=1, progress=delete))
+    assert others[0].is_ours()
+    others[0].close()
+    assert (llamas / ".out.bam-merge" / "output" / "half").exists()
+    assert not (llamas / "out").exists()
+
+
+def test_run_that_waited_at_the_lock_of_one_that_published(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Staging.open
+
+    def late(target: Path) -> Staging:
+        monkeypatch.setattr(Staging, "open", real)
+        publish(plan, None, MergeOptions())
+        return real(target)
+
+    monkeypatch.setattr(Staging, "open", late)
+    written: list[int] = []
+    with pytest.raises(OutputError, match=r"out already exists"):
+        publish(plan, None, MergeOptions(progress=written.append))
+    assert written == []
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+@pytest.fixture
+def without_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system whose rename has no flags."""
+    monkeypatch.setattr(staging_module, "_rename", lambda old, new, flags: False)
+
+
+def test_plain_rename_is_said(plan: Plan, llamas: Path, without_flags: None) -> None:
+    settings, said = options()
+    whole = folder_bytes(publish(plan, None, settings))
+    assert said == [f"{llamas}: this file system cannot rename without replacing, so a plain rename."]
+    settings, said = options(force=True)
+    (llamas / "out" / "old").write_text("")
+    assert folder_bytes(publish(plan, None, settings)) == whole
+    assert said == [f"{llamas}: this file system cannot exchange two folders, so a plain rename."]
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+def test_plain_rename_replaces_nothing(plan: Plan, llamas: Path, without_flags: None) -> None:
+    with pytest.raises(OutputError, match=r"appeared while the merge ran"):
+        publish(plan, None, MergeOptions(progress=lambda count: (llamas / "out").mkdir(exist_ok=True)))
+    assert list((llamas / "out").iterdir()) == []
+
+
+def test_plain_rename_that_fails_half_way_puts_the_old_model_back(
+    plan: Plan, llamas: Path, without_flags: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = publish(plan, None, MergeOptions())
+    (target / "old").write_text("")
+    real = os.rename
+
+    def fail(old: Any, new: Any) -> None:
+        if Path(old).name == "output":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OutputError, match="Input/output error when renaming the finished folder"):
+        publish(plan, None, MergeOptions(force=True))
+    assert (target / "old").exists()
 
 
 class Stop(Exception):
@@ -316,6 +408,42 @@ def test_input_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Path, 
 
     with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
         publish(plan, None, MergeOptions(workers=1, progress=change))
+    assert not (llamas / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["rewrite", "replace", "delete", "appear"])
+def test_tokenizer_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Path, damage: str) -> None:
+    path = llamas / "seed" / "vocab.txt"
+    if damage != "appear":
+        path.write_text("one")
+
+    def change(count: int) -> None:
+        if count and not (llamas / "changed").exists():
+            (llamas / "changed").touch()
+            if damage == "delete":
+                path.unlink()
+            elif damage == "replace":
+                (llamas / "new").write_text("two")
+                os.replace(llamas / "new", path)
+            else:
+                path.write_text("two")
+
+    with pytest.raises(CheckpointError, match=r"sources\.seed: .*vocab\.txt changed while it was being merged"):
+        publish(plan, None, MergeOptions(workers=1, progress=change))
+    assert not (llamas / "out").exists()
+
+
+def test_source_that_changes_while_the_manifest_is_made(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It digests tensors that were not read whole, after the last tensor was written."""
+    real = publish_module.manifest
+
+    def slow(*args: Any) -> Any:
+        os.utime(llamas / "law" / "model.safetensors")
+        return real(*args)
+
+    monkeypatch.setattr(publish_module, "manifest", slow)
+    with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
+        publish(plan, None, MergeOptions())
     assert not (llamas / "out").exists()
 
 
