@@ -56,7 +56,7 @@ def cli() -> None:
 @click.argument("recipe", type=click.Path())
 @click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path.")
 @click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished.")
-@click.option("--resume", is_flag=True, help="Go on with a run that was killed.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
 @click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes.")
 @click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as bam-merge plan does.")

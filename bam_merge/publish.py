@@ -17,13 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from bam_merge import __version__
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX, read_small_file
-from bam_merge.errors import CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed, printable, writing
+from bam_merge.errors import (
+    BamMergeError,
+    CheckpointError,
+    DurabilityUncertain,
+    OutputError,
+    SyncFailed,
+    VerificationFailed,
+    printable,
+    writing,
+)
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
-from bam_merge.provenance import MANIFEST
+from bam_merge.provenance import MANIFEST, read_manifest
 from bam_merge.recipe import Recipe
 from bam_merge.safetensors_header import FileIdentity
 from bam_merge.source_files import available_processors, changed, check_unchanged
@@ -63,8 +73,17 @@ def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options:
 
 
 def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
-    """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError."""
+    """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError.
+
+    With `resume`, a target that is already what this plan gives is left as it is: the run was killed after it had published.
+    """
     target = target_path(plan, output)
+    if options.resume and _is_result(plan, target, options.allow_nonfinite):
+        _settle(target)
+        options.notify(
+            f"{printable(str(target))} is already finished, from the same recipe, version and sources. bam-merge verify checks it."
+        )
+        return target
     _check(plan, target, options)
     staging = Staging.open(target)
     try:
@@ -129,6 +148,40 @@ def _make_durable(staging: Staging, target: Path) -> None:
             f"{printable(str(target))} is published and complete, but may not survive a power cut: {error}{kept} "
             "Run again with --resume to try once more."
         ) from error
+
+
+def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
+    """Whether `target` is complete and was made by this version from the plan's recipe and its sources as they are now.
+
+    As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since.
+    """
+    try:
+        document = read_manifest(target)
+        made = os.stat(target / MANIFEST).st_mtime_ns
+        complete = all(os.stat(target / shard.file).st_size == shard.nbytes for shard in plan.shards)
+        for name, model in plan.models.items():
+            known, checkpoint = document["sources"][name], model.checkpoint
+            files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
+            found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
+            changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]
+            if known["config"] != checkpoint.config_digest or files != found:
+                return False
+            if any(max(status.st_ctime_ns, status.st_mtime_ns) >= made for status in changes):
+                return False
+    except (BamMergeError, OSError, KeyError, TypeError):
+        return False
+    finite = allow_nonfinite or not any(record.get("nonfinite") for record in document["tensors"].values())
+    return complete and finite and (document.get("version"), document["recipe"]) == (__version__, plan.recipe.resolved())
+
+
+def _settle(target: Path) -> None:
+    """What a run that was killed after its rename had yet to do."""
+    staging = Staging.open(target)
+    try:
+        _make_durable(staging, target)
+        staging.remove()
+    finally:
+        staging.close()
 
 
 def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:

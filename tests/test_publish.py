@@ -322,6 +322,59 @@ def test_nothing_to_resume(plan: Plan) -> None:
     assert said == ["nothing to resume: starting from the beginning."]
 
 
+def test_resume_of_a_run_that_was_killed_after_its_rename(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --force: the old model waits in the staging folder to be deleted. There is nothing else to do."""
+    publish(plan, None, MergeOptions())
+    (llamas / "out" / "old").write_text("")
+
+    def killed(staging: Staging, target: Path) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(publish_module, "_make_durable", killed)
+        publish(plan, None, MergeOptions(force=True))
+    assert (llamas / ".out.bam-merge" / "output" / "old").exists()
+    whole = folder_bytes(llamas / "out")
+    written: list[int] = []
+    settings, said = options(resume=True, force=True, progress=written.append)
+    assert folder_bytes(publish(plan, None, settings)) == whole
+    assert said == [f"{llamas}/out is already finished, from the same recipe, version and sources. bam-merge verify checks it."]
+    assert written == []
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+def test_resume_of_a_finished_run_that_says_otherwise(plan: Plan, llamas: Path) -> None:
+    """Not what this plan gives: a changed source or recipe, a file that is missing or cut, another version."""
+    target = publish(plan, None, MergeOptions())
+    kept = folder_bytes(target)
+    manifest = kept["bam_merge.json"]
+
+    def refused(why: str) -> None:
+        try:
+            publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True))
+        except OutputError as error:
+            assert "out already exists" in str(error), why
+        else:
+            pytest.fail(f"{why} was taken for finished")
+
+    os.truncate(target / plan.shards[0].file, 100)
+    refused("a cut file")
+    (target / plan.shards[0].file).write_bytes(kept[plan.shards[0].file])
+    (target / "bam_merge.json").write_bytes(manifest.replace(b'"version": "', b'"version": "9'))
+    refused("another version")
+    (target / "bam_merge.json").write_bytes(b"{}")
+    refused("a damaged manifest")
+    (target / "bam_merge.json").write_bytes(manifest)
+    assert publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True)) == target
+    write_recipe(llamas, "random_seed: 5", output="{path: out, max_shard_size: 60kB}")
+    refused("another recipe")
+    write_recipe(llamas, output="{path: out, max_shard_size: 60kB}")
+    source = llamas / "law" / "model.safetensors"
+    data = source.read_bytes()
+    source.write_bytes(data[:-1] + b"x")
+    refused("a source that was written to later")
+
+
 def test_second_run_of_the_same_target_is_refused(plan: Plan, llamas: Path) -> None:
     staging = Staging.open(llamas / "out")
     try:
