@@ -1,13 +1,14 @@
-"""The command line. The only module that prints; results go to stdout, messages and progress to stderr.
+"""The command line. It alone prints, through process.py; results go to stdout, messages and progress to stderr.
 
 Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check failed), 2 a usage, recipe or checkpoint error,
-3 published, but not known to survive a power cut, 130 interrupted.
+3 published, but not known to survive a power cut, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM).
 """
 
 import gc
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import click
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, DurabilityUncertain, VerificationFailed, nearest
+from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed, nearest, printable
+from bam_merge.process import Stopped, complete_streams, fail, lack_of_memory, print_result, stop_on_signals, tell
 
 
 class _DefaultMerge(click.Group):
@@ -84,7 +86,7 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
     if as_json:
         from bam_merge.publish import default_workers
 
-        click.echo(json.dumps(plan.document(default_workers()), indent=2, ensure_ascii=False))
+        print_result(json.dumps(plan.document(default_workers()), indent=2, ensure_ascii=False))
         _check_space(plan, None)
     else:
         _show_plan(plan, tensors)
@@ -111,11 +113,11 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
     finally:
         gc.enable()
     if as_json:
-        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        print_result(json.dumps(found.document(), indent=2, allow_nan=False))
         return
     from bam_merge.render_inspect import inspection_text
 
-    click.echo(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None), color=True)
+    print_result(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None))
 
 
 @cli.command()
@@ -143,9 +145,9 @@ def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | Non
     if html is not None:
         write_report(found, Path(html), force)
     if as_json:
-        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        print_result(json.dumps(found.document(), indent=2, allow_nan=False))
     else:
-        click.echo(show(found, _terminal(), every), color=True)
+        print_result(show(found, _terminal(), every))
     if not found.equal:
         sys.exit(1)
 
@@ -186,9 +188,9 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
     if as_json:
-        click.echo(json.dumps(report.document(), indent=2, allow_nan=False))
+        print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
-        click.echo(_terminal().text(*report_tables(report)), color=True)
+        print_result(_terminal().text(*report_tables(report)))
     if not report.ok:
         sys.exit(1)
 
@@ -198,7 +200,7 @@ def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from bam_merge.recipe import schema as recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    print_result(json.dumps(recipe_schema(), indent=2))
 
 
 @cli.command()
@@ -210,14 +212,14 @@ def demo(folder: str, force: bool) -> None:
     from bam_merge.plan import plan_file
 
     recipe = make_demo(Path(folder), force)
-    click.echo(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n", err=True)
+    tell(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n")
     plan = plan_file(recipe)
     _show_plan(plan)
     target = _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
     ids = [1, 2, 3, 5, 8]
     command = f"python -m bam_merge.model {target} --ids '{' '.join(map(str, ids))}' --tokens {DEMO_TOKENS}"
-    click.echo(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
-    click.echo(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
+    print_result(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
+    print_result(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
 def _terminal() -> Any:
@@ -237,7 +239,7 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     reports: list[Any] = []
 
     def notify(text: str) -> None:
-        click.echo(f"bam-merge: {text}", err=True)
+        tell(f"bam-merge: {text}")
 
     with merge_progress(plan) as advance:
         try:
@@ -245,9 +247,10 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
         except KeyboardInterrupt:
             notify("what is finished is kept; run again with --resume to go on.")
             raise
-    click.echo(result_text(plan, target))
-    for report in reports:
-        click.echo(verdict_text(report))
+    try:
+        print_result("\n".join([result_text(plan, target), *map(verdict_text, reports)]))
+    except OutputError as error:
+        raise OutputError(f"{error} {printable(str(target))} is published and complete.") from error
     return target
 
 
@@ -255,12 +258,11 @@ def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None,
     from bam_merge.publish import default_workers, target_path
     from bam_merge.render import plan_text
 
-    click.echo(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
+    print_result(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
     _check_space(plan, output)
 
 
 def _check_space(plan: Any, output: str | None) -> None:
-    from bam_merge.errors import OutputError
     from bam_merge.publish import space_problem, target_path
 
     short = space_problem(plan, target_path(plan, output))
@@ -270,26 +272,33 @@ def _check_space(plan: Any, output: str | None) -> None:
 
 def main() -> None:
     """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
+    complete_streams()
+    stop_on_signals()
     try:
         cli.main(standalone_mode=False)
-        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except BamMergeError as error:
         for problem in error.problems:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
+            fail(problem)
         failed = isinstance(error, VerificationFailed)
         if len(error.problems) > 1 and not failed:
             reading = sys.argv[1:2] in (["inspect"], ["diff"], ["verify"])
-            click.echo(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.", err=True)
+            tell(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.")
         sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("bam-merge: interrupted.", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        tell(f"bam-merge: {'stopped' if isinstance(cause, Stopped) else 'interrupted'}.")
+        sys.exit(128 + (cause.args[0] if isinstance(cause, Stopped) else signal.SIGINT))
     except OSError as error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        fail(str(error))
+        sys.exit(2)
+    except Exception as error:
+        if not lack_of_memory(error):
+            raise
+        fail(
+            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'an allocation failed'}). bam-merge plan says how much "
+            "a merge takes; --workers 1 takes the least, and --resume goes on with what is finished."
+        )
         sys.exit(2)
