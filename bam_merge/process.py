@@ -54,9 +54,11 @@ def _silence(stream: Any) -> None:
 
 def complete_streams() -> None:
     """Take the place of closed standard streams, which the files to come would have, and with them what a library prints."""
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(null)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - until the end
     if sys.stdout is None:
         fail("standard output is closed; redirect it to /dev/null when it is not wanted.")
