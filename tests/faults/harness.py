@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,16 @@ import xxhash
 from conftest import write_recipe, write_sources
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["bam_merge.cli", "bam_merge.publish", "bam_merge.verification", "bam_merge.render", "bam_merge.kernels"])
+"""The server imports what a run imports, once; a run is a fork of it."""
+PRELOAD = ["faults.harness", "bam_merge.cli", "bam_merge.publish", "bam_merge.verification", "bam_merge.render", "rich.progress"]
+
+
+def start_server() -> None:
+    FORKS.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the server does not take over sys.path
+        forkserver.ensure_running()
+
 
 EXTENT = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.faults, id="all"), pytest.param(29, id="some")])
 """A loop over all points, for `make test-faults`, and over one in 29, for `make test`."""
@@ -144,6 +154,12 @@ class Child:
 
     def go(self) -> None:
         self.gate.send(True)
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def wait(self) -> Result:
         self.process.join(120)
