@@ -324,12 +324,13 @@ class Merge:
         self.consumer(work, old)
         assert digests(self.recipe.parent) == self.inputs, "a source changed"
         again, resumed = self.work(work), self.work(work)
-        result = self.child(again, *options).wait()
-        result.is_orderly()
-        if result.status == 2:
-            assert "out already exists" in result.err, result.err
+        children = self.child(again, *options), self.child(resumed, *options, "--resume")
+        fresh, resume = (child.wait() for child in children)
+        fresh.is_orderly()
+        if fresh.status == 2:
+            assert "out already exists" in fresh.err, fresh.err
             assert (work / "out").exists(), "refused, with nothing there"
-        self.run(resumed, *options, "--resume")
+        assert resume.status == 0, f"status {resume.status} of --resume: {resume.err}"
         for folder in (again, resumed):
             assert contents(folder / "out") == self.result, "a later run gave other bytes"
         assert os.listdir(resumed) == ["out"], f"left over: {os.listdir(resumed)}"

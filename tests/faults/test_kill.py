@@ -96,7 +96,7 @@ def test_signals_at_any_time(merge: Merge, number: signal.Signals, every: int) -
     duration = time.monotonic() - begin
     merge.forget(work)
     with Points(f"{number.name} at a random time") as points:
-        for _ in range(50 // every):
+        for _ in range(max(1, 40 // every)):
             delay = chance.uniform(0, duration)
             with points.one(f"after {delay:.3f} s"):
                 work = merge.work()

@@ -48,7 +48,7 @@ def test_what_a_run_of_another_recipe_left(merge: Merge, every: int) -> None:
         other.read_text().replace(": seed", ": sources/seed").replace(": code", ": sources/code").replace(": law", ": sources/law")
     )
     with Points("staging of another recipe") as points:
-        for count in thin(list(range(1, 40)), every):
+        for count in thin(list(range(1, 36)), every):
             with points.one(f"killed at write {count}"):
                 work = merge.work()
                 merge.child(work, setup=partial(stop_writing, count), recipe=other).wait()
