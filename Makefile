@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types example bench test-mergekit test-ecosystem clean
+.PHONY: help demo test fuzz check lint types example bench test-mergekit test-ecosystem test-faults clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -63,5 +63,13 @@ test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PE
 	.venv-ecosystem/bin/pip install -q -c constraints.txt -e '.[ecosystem]'
 	@touch $@
 
+test-faults: .venv-faults/ready $(VENV)/ready  ## killed, starved and lied to at every system call (minutes; as root with strace, all of it)
+	$(BIN)/python -m pytest -m faults -rs tests/faults
+
+.venv-faults/ready:
+	$(PYTHON) -m venv .venv-faults
+	.venv-faults/bin/pip install -q ckpt-chaos==0.1.8
+	@touch $@
+
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) .venv-mergekit .venv-ecosystem demo build dist *.egg-info
+	rm -rf $(VENV) .venv-mergekit .venv-ecosystem .venv-faults demo build dist *.egg-info

@@ -1,13 +1,14 @@
-"""The command line. The only module that prints; results go to stdout, messages and progress to stderr.
+"""The command line. It alone prints, through process.py; results go to stdout, messages and progress to stderr.
 
 Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check failed), 2 a usage, recipe or checkpoint error,
-130 interrupted.
+3 published, but not known to survive a power cut, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM).
 """
 
 import gc
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,8 @@ from typing import Any
 import click
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, VerificationFailed, nearest, printable
-
-PROBLEM_LENGTH = 4000
-"""Characters of one message that are printed."""
+from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed, nearest, printable
+from bam_merge.process import PROBLEM_LENGTH, Stopped, complete_streams, fail, lack_of_memory, print_result, stop_on_signals, tell
 
 
 class _DefaultMerge(click.Group):
@@ -59,7 +58,7 @@ def cli() -> None:
 @click.argument("recipe", type=click.Path())
 @click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path.")
 @click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished.")
-@click.option("--resume", is_flag=True, help="Go on with a run that was killed.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
 @click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes.")
 @click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as bam-merge plan does.")
@@ -87,7 +86,7 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
     if as_json:
         from bam_merge.publish import default_workers
 
-        click.echo(json.dumps(plan.document(default_workers()), indent=2))
+        print_result(json.dumps(plan.document(default_workers()), indent=2))
         _check_space(plan, None)
     else:
         _show_plan(plan, tensors)
@@ -114,11 +113,11 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
     finally:
         gc.enable()
     if as_json:
-        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        print_result(json.dumps(found.document(), indent=2, allow_nan=False))
         return
     from bam_merge.render_inspect import inspection_text
 
-    click.echo(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None), color=True)
+    print_result(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None))
 
 
 @cli.command()
@@ -146,9 +145,9 @@ def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | Non
     if html is not None:
         write_report(found, Path(html), force)
     if as_json:
-        click.echo(json.dumps(found.document(), indent=2, allow_nan=False))
+        print_result(json.dumps(found.document(), indent=2, allow_nan=False))
     else:
-        click.echo(show(found, _terminal(), every), color=True)
+        print_result(show(found, _terminal(), every))
     if not found.equal:
         sys.exit(1)
 
@@ -190,9 +189,9 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
     if as_json:
-        click.echo(json.dumps(report.document(), indent=2, allow_nan=False))
+        print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
-        click.echo(_terminal().text(*report_tables(report)), color=True)
+        print_result(_terminal().text(*report_tables(report)))
     if not report.ok:
         sys.exit(1)
 
@@ -202,7 +201,7 @@ def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from bam_merge.recipe import schema as recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    print_result(json.dumps(recipe_schema(), indent=2))
 
 
 @cli.command()
@@ -214,14 +213,14 @@ def demo(folder: str, force: bool) -> None:
     from bam_merge.plan import plan_file
 
     recipe = make_demo(Path(folder), force)
-    click.echo(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n", err=True)
+    tell(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n")
     plan = plan_file(recipe)
     _show_plan(plan)
     target = _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
     ids = [1, 2, 3, 5, 8]
     command = f"python -m bam_merge.model {target} --ids '{' '.join(map(str, ids))}' --tokens {DEMO_TOKENS}"
-    click.echo(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
-    click.echo(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
+    print_result(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
+    print_result(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
 def _terminal() -> Any:
@@ -241,7 +240,7 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
     reports: list[Any] = []
 
     def notify(text: str) -> None:
-        click.echo(f"bam-merge: {printable(text, PROBLEM_LENGTH)}", err=True)
+        tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
 
     with merge_progress(plan) as advance:
         try:
@@ -249,9 +248,10 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
         except KeyboardInterrupt:
             notify("what is finished is kept; run again with --resume to go on.")
             raise
-    click.echo(result_text(plan, target))
-    for report in reports:
-        click.echo(verdict_text(report))
+    try:
+        print_result("\n".join([result_text(plan, target), *map(verdict_text, reports)]))
+    except OutputError as error:
+        raise OutputError(f"{error} {printable(str(target))} is published and complete.") from error
     return target
 
 
@@ -259,12 +259,11 @@ def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None,
     from bam_merge.publish import default_workers, target_path
     from bam_merge.render import plan_text
 
-    click.echo(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
+    print_result(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
     _check_space(plan, output)
 
 
 def _check_space(plan: Any, output: str | None) -> None:
-    from bam_merge.errors import OutputError
     from bam_merge.publish import space_problem, target_path
 
     short = space_problem(plan, target_path(plan, output))
@@ -274,26 +273,33 @@ def _check_space(plan: Any, output: str | None) -> None:
 
 def main() -> None:
     """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
+    complete_streams()
+    stop_on_signals()
     try:
         cli.main(standalone_mode=False)
-        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except BamMergeError as error:
         for problem in error.problems:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(problem, PROBLEM_LENGTH)}", err=True)
+            fail(problem)
         failed = isinstance(error, VerificationFailed)
         if len(error.problems) > 1 and not failed:
             reading = sys.argv[1:2] in (["inspect"], ["diff"], ["verify"])
-            click.echo(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.", err=True)
-        sys.exit(1 if failed else 2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("bam-merge: interrupted.", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+            tell(f"{len(error.problems)} problems{'' if reading else '; nothing was written'}.")
+        sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 2)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        tell(f"bam-merge: {'stopped' if isinstance(cause, Stopped) else 'interrupted'}.")
+        sys.exit(128 + (cause.args[0] if isinstance(cause, Stopped) else signal.SIGINT))
     except OSError as error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(str(error), PROBLEM_LENGTH)}", err=True)
+        fail(str(error))
+        sys.exit(2)
+    except Exception as error:
+        if not lack_of_memory(error):
+            raise
+        fail(
+            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'an allocation failed'}). bam-merge plan says how much "
+            "a merge takes; --workers 1 takes the least, and --resume goes on with what is finished."
+        )
         sys.exit(2)

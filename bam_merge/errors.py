@@ -31,6 +31,14 @@ class OutputError(BamMergeError):
     """The output cannot be written: it exists, is being written by another run, or there is no space or permission."""
 
 
+class SyncFailed(OutputError):
+    """The system could not bring to the disk what was written. Memory may show what the disk does not have, so none of it is trusted."""
+
+
+class DurabilityUncertain(OutputError):
+    """The result is published and complete, but the system could not say that it would survive a power cut."""
+
+
 class NonFiniteError(BamMergeError):
     """A merge produced NaN or infinity."""
 
@@ -51,13 +59,13 @@ _REMEDIES = {
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the system refuses while `path` is written into an OutputError with its name and the way out."""
+def writing(path: Path, kind: type[OutputError] = OutputError) -> Iterator[None]:
+    """Turns what the system refuses while `path` is written into an OutputError of that kind, with its name and the way out."""
     try:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "")
-        raise OutputError(f"{printable(str(path))}: {error.strerror}.{remedy}") from error
+        raise kind(f"{printable(str(path))}: {error.strerror}.{remedy}") from error
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from bam_merge import ops
-from bam_merge.errors import NonFiniteError, writing
+from bam_merge.errors import NonFiniteError, SyncFailed, writing
 from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
 from bam_merge.safetensors_header import DTYPE_BITS
 from bam_merge.source_files import SourceFiles, check_unchanged, concat_runs, copy_runs, leaf_runs
@@ -103,7 +103,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
             _run_all(partial(work, single_threaded), settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
-            with writing(folder / file):
+            with writing(folder / file, SyncFailed):
                 os.fsync(descriptor)
     finally:
         for descriptor in outputs.values():
@@ -217,9 +217,9 @@ def _written_behind(outputs: Mapping[Path, int], stop: threading.Event) -> Itera
     finally:
         ended.set()
         thread.join()
-    for path, error in failures:
-        with writing(path):
-            raise error
+        for path, error in failures:  # whatever else went wrong
+            with writing(path, SyncFailed):
+                raise error
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -8,22 +8,35 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from bam_merge import __version__
 from bam_merge.card import model_card
 from bam_merge.checkpoint import INDEX
-from bam_merge.errors import OutputError, VerificationFailed, printable, writing
+from bam_merge.errors import (
+    BamMergeError,
+    CheckpointError,
+    DurabilityUncertain,
+    OutputError,
+    SyncFailed,
+    VerificationFailed,
+    printable,
+    writing,
+)
 from bam_merge.execute import Finished, Settings, execute
 from bam_merge.manifest import manifest
 from bam_merge.plan import Plan, Step, make_plan
-from bam_merge.provenance import MANIFEST, sealed
+from bam_merge.provenance import MANIFEST, read_manifest, sealed
 from bam_merge.recipe import Recipe
-from bam_merge.source_files import available_processors
+from bam_merge.safetensors_header import FileIdentity
+from bam_merge.source_files import available_processors, changed, check_unchanged
 from bam_merge.staging import Staging, appear, identity, staged_bytes, sync_folder
 from bam_merge.tokenizer_check import companion
 
@@ -61,27 +74,43 @@ def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options:
 
 
 def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
-    """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError."""
+    """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError.
+
+    With `resume`, a target that is already what this plan gives is left as it is: the run was killed after it had published.
+    """
     target = target_path(plan, output)
-    problems = preflight(plan, target, force=options.force) or list(filter(None, [space_problem(plan, target)]))
-    if problems:
-        raise OutputError(*problems)
+    if options.resume and _is_result(plan, target, options.allow_nonfinite):
+        _settle(target)
+        options.notify(
+            f"{printable(str(target))} is already finished, from the same recipe, version and sources. bam-merge verify checks it."
+        )
+        return target
+    _check(plan, target, options)
     staging = Staging.open(target)
     try:
+        _check(plan, target, options)  # again: the run that had the lock until now may have published
         done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
+        companions = _companions(plan)
         finished = _run(plan, staging, options, done)
         _write_companions(plan, staging.output, finished)
+        check_unchanged(plan)  # once more, after what the manifest read and the companions
+        if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ _companions(plan)]:
+            raise CheckpointError(*dict.fromkeys(changes))
         sync_folder(staging.output)
         if options.verify:
             _prove(plan, staging, target, options)
-        appear(staging.output, target, replace_existing=options.force)
+        if not staging.is_ours():
+            raise OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
+        if options.force and os.path.lexists(target) and not _replaceable(target):
+            raise OutputError(f"{printable(str(target))} became what is not a checkpoint folder while the merge ran. Nothing was replaced.")
+        appear(staging.output, target, replace_existing=options.force, notify=options.notify)
+        _make_durable(staging, target)
         staging.remove()
+    except SyncFailed:
+        staging.forget()
+        raise
     finally:
         staging.close()
-    try:
-        sync_folder(target.parent)
-    except OutputError as error:
-        raise OutputError(f"{printable(str(target))} is complete, but may not survive a power cut yet: {error}") from error
     return target
 
 
@@ -93,15 +122,68 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
     report = verify(staging.output, plan)
     options.on_report(report)
     if not report.ok:
-        failed = target.with_name(f"{target.name}.failed")
-        with writing(failed):
-            if (failed / MANIFEST).exists():  # of an earlier run
-                shutil.rmtree(failed)
-            os.rename(staging.output, failed)
+        failed = _free_name(target.with_name(f"{target.name}.failed"))
+        appear(staging.output, failed, replace_existing=False)
+        with suppress(SyncFailed):  # it is only for looking at
+            sync_folder(target.parent)
         staging.remove()
         names = [f"{check.name}: {check.detail}" for check in report.failures]
         kept = f"the result is kept for inspection in {printable(str(failed))}"
         raise VerificationFailed(*names, f"{printable(str(target))} was not published; {kept}.")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of NAME-2, NAME-3, ... that is not taken. What stands there may be somebody's."""
+    if not os.path.lexists(path):
+        return path
+    return next(other for n in count(2) if not os.path.lexists(other := path.with_name(f"{path.name}-{n}")))
+
+
+def _make_durable(staging: Staging, target: Path) -> None:
+    """Bring the new name to the disk, before what it replaced is deleted: a power cut must not leave the old one's remains there."""
+    try:
+        sync_folder(target.parent)
+        sync_folder(staging.folder)
+    except SyncFailed as error:
+        kept = f" What it replaced is kept in {printable(str(staging.folder))}." if staging.output.exists() else ""
+        raise DurabilityUncertain(
+            f"{printable(str(target))} is published and complete, but may not survive a power cut: {error}{kept} "
+            "Run again with --resume to try once more."
+        ) from error
+
+
+def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
+    """Whether `target` is complete and was made by this version from the plan's recipe and its sources as they are now.
+
+    As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since.
+    """
+    try:
+        document = read_manifest(target)
+        made = os.stat(target / MANIFEST).st_mtime_ns
+        complete = all(os.stat(target / shard.file).st_size == shard.nbytes for shard in plan.shards)
+        for name, model in plan.models.items():
+            known, checkpoint = document["sources"][name], model.checkpoint
+            files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
+            found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
+            changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]
+            if known["config"] != checkpoint.config_digest or files != found:
+                return False
+            if any(max(status.st_ctime_ns, status.st_mtime_ns) >= made for status in changes):
+                return False
+    except (BamMergeError, OSError, KeyError, TypeError):
+        return False
+    finite = allow_nonfinite or not any(record.get("nonfinite") for record in document["tensors"].values())
+    return complete and finite and (document.get("version"), document["recipe"]) == (__version__, plan.recipe.resolved())
+
+
+def _settle(target: Path) -> None:
+    """What a run that was killed after its rename had yet to do."""
+    staging = Staging.open(target)
+    try:
+        _make_durable(staging, target)
+        staging.remove()
+    finally:
+        staging.close()
 
 
 def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:
@@ -110,6 +192,13 @@ def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:
 
 
 # ---- before anything is written ------------------------------------------------------------------------------------------
+
+
+def _check(plan: Plan, target: Path, options: MergeOptions) -> None:
+    """Raise OutputError when `target` cannot be written."""
+    problems = preflight(plan, target, force=options.force) or list(filter(None, [space_problem(plan, target)]))
+    if problems:
+        raise OutputError(*problems)
 
 
 def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
@@ -175,6 +264,12 @@ def _run(plan: Plan, staging: Staging, options: MergeOptions, done: dict[str, Fi
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
 
 
+def _companions(plan: Plan) -> set[tuple[Path, FileIdentity]]:
+    """The files that are copied from the seed, as they are now."""
+    seed = plan.models[plan.recipe.seed_name].checkpoint
+    return {(seed.path / name, FileIdentity.of(os.stat(seed.path / name))) for name in seed.companions()}
+
+
 def _write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -> None:
     """config.json, index, tokenizer files, model code, model card and, last, the manifest."""
     seed = plan.models[plan.recipe.seed_name].checkpoint
@@ -207,4 +302,5 @@ def _write_file(path: Path, data: bytes) -> None:
     with writing(path), open(path, "wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())
+        with writing(path, SyncFailed):
+            os.fsync(stream.fileno())

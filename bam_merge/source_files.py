@@ -52,7 +52,7 @@ class SourceFiles:
         descriptor = open_regular(str(path))
         if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[key[1]].identity:
             os.close(descriptor)
-            raise CheckpointError(_changed(read.source, path))
+            raise CheckpointError(changed(read.source, path))
         if len(self.open) >= OPEN_FILES:
             os.close(self.open.popitem(last=False)[1])
         self.open[key] = descriptor
@@ -69,11 +69,12 @@ class SourceFiles:
             except OSError as error:
                 raise CheckpointError(f"sources.{read.source}: {printable(str(path))}: reading {read.tensor}: {error.strerror}.") from error
             if count == 0:
-                raise CheckpointError(_changed(read.source, path))
+                raise CheckpointError(changed(read.source, path))
             position += count
 
 
-def _changed(source: str, path: Path) -> str:
+def changed(source: str, path: Path) -> str:
+    """The message about a source file that is not what it was."""
     return f"sources.{source}: {printable(str(path))} changed while it was being merged. Run again when nothing writes to it."
 
 
@@ -88,7 +89,7 @@ def check_unchanged(plan: "Plan") -> None:
             except OSError:
                 same = False
             if not same:
-                problems.append(_changed(name, path))
+                problems.append(changed(name, path))
     if problems:
         raise CheckpointError(*problems)
 

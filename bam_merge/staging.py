@@ -6,14 +6,16 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, OutputError, printable, writing
+from bam_merge.errors import BamMergeError, OutputError, SyncFailed, printable, writing
 from bam_merge.execute import Finished
 from bam_merge.plan import Plan
 from bam_merge.source_files import digest_range
@@ -54,18 +56,9 @@ class Staging:
         """Make and lock the staging folder of `target`. Raises OutputError when another run has it."""
         folder = staging_folder(target)
         with writing(folder):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                folder.mkdir(exist_ok=True)
-                lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(lock)
-                    raise OutputError(f"{printable(str(target))} is being written by another run{_holder(folder)}. Wait for it.") from None
-                if identity(folder) == (os.fstat(lock).st_dev, os.fstat(lock).st_ino):
-                    break
-                os.close(lock)  # that run finished and removed the folder between our two calls
+            _make_durably(target.parent)
+            while (lock := _lock(folder, target)) is None:
+                pass
             (folder / "pid").write_text(f"{os.getpid()}\n")
         return cls(folder, lock)
 
@@ -75,20 +68,32 @@ class Staging:
         path = self.folder / "journal"
         header = {"fingerprint": plan.fingerprint, "version": __version__}
         done: dict[str, Finished] = {}
+        kept = 0
         if resume:
-            journal = _read_journal(path, header, notify)
+            journal, kept = _read_journal(path, header, notify)
             done = self._trusted(plan, {name: item for name, item in journal.items() if allow_nonfinite or not item.nonfinite}, notify)
-        elif self.output.exists():
+        elif path.exists():
             notify("an unfinished run is discarded; --resume would have continued it.")
+        if not done:
+            self.forget()
+            kept = 0
         with writing(path):
-            if not done and self.output.exists():
-                shutil.rmtree(self.output)
-            self.output.mkdir(exist_ok=True)
-            self.journal = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._append(header)
-        for name, finished in done.items():
-            self.record(name, finished)
+            if done:
+                self._clear({shard.file for shard in plan.shards})
+            else:
+                _delete(self.output)
+                self.output.mkdir()
+            self.journal = open(path, "ab")  # noqa: SIM115 - closed by close()
+            self.journal.truncate(kept)
+        if not kept:
+            self._append(header)
         return done
+
+    def _clear(self, keep: set[str]) -> None:
+        """Delete what is in the output folder but the files to `keep`: nothing gets into the result that this run did not put there."""
+        for path in self.output.iterdir():
+            if path.name not in keep:
+                _delete(path)
 
     def _trusted(self, plan: Plan, journal: dict[str, Finished], notify: Callable[[str], None]) -> dict[str, Finished]:
         """The journal's tensors whose bytes are really there."""
@@ -109,46 +114,124 @@ class Staging:
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self.journal is not None
-        line = json.dumps(record).encode()
         with writing(self.folder / "journal"):
-            self.journal.write(b"%08x %s\n" % (zlib.crc32(line), line))
+            self.journal.write(_line(record))
+            self.journal.flush()
+
+    def is_ours(self) -> bool:
+        """Whether the folder at our path is still the one that we locked, and not a later one, after somebody deleted ours."""
+        return identity(self.folder) == (os.fstat(self.lock).st_dev, os.fstat(self.lock).st_ino)
+
+    def forget(self) -> None:
+        """Delete the journal, so that nothing here is resumed from."""
+        with writing(self.folder / "journal"):
+            (self.folder / "journal").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder and what is in it. The journal goes first: what is left after a kill in the middle must not be resumed from."""
+        with suppress(OutputError):
+            self.forget()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
+        """Give the lock back. A folder without anything worth keeping goes too."""
         if self.journal is not None:
-            self.journal.close()
+            with suppress(OSError):  # of a write that failed and was reported
+                self.journal.close()
+        with suppress(OSError):
+            if self.is_ours() and set(os.listdir(self.lock)) <= {"pid"}:
+                self.remove()
         os.close(self.lock)
 
 
-def _holder(folder: Path) -> str:
+def _make_durably(folder: Path) -> None:
+    """Make `folder` and its missing parents, each entry on the disk before anything is put in it."""
+    if not folder.exists():
+        _make_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def _lock(folder: Path, target: Path) -> int | None:
+    """A descriptor of `folder`, made if it was not there, that holds its lock; None when the run that had it removed it meanwhile."""
+    folder.mkdir(exist_ok=True)
     try:
-        return f" (process {int((folder / 'pid').read_text())})"
-    except (OSError, ValueError):
-        return ""
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(f"{printable(str(target))} is being written by another run{_holder(folder)}. Wait for it.") from None
+    if identity(folder) != (os.fstat(lock).st_dev, os.fstat(lock).st_ino):
+        os.close(lock)
+        return None
+    return lock
 
 
-def _read_journal(path: Path, header: dict[str, Any], notify: Callable[[str], None]) -> dict[str, Finished]:
-    """The finished tensors of an earlier run; nothing when it was of another plan. A torn end is ignored."""
+def _holder(folder: Path) -> str:
+    """Who has the lock. It writes its number right after it got the lock, and may be about to."""
+    for _ in range(20):
+        with suppress(OSError, ValueError):
+            process = int((folder / "pid").read_text())
+            if _is_alive(process):  # or else it is of a run that died earlier
+                return f" (process {process})"
+        time.sleep(0.01)
+    return ""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """A journal's line: length and CRC-32 of the JSON text in hexadecimal, then the text."""
+    text = json.dumps(record).encode()
+    return b"%08x %08x %s\n" % (len(text), zlib.crc32(text), text)
+
+
+def _read_journal(path: Path, header: dict[str, Any], notify: Callable[[str], None]) -> tuple[dict[str, Finished], int]:
+    """The finished tensors of an earlier run, and the bytes of the journal that say so; nothing when it was of another plan.
+
+    A torn end is ignored.
+    """
     records: list[dict[str, Any]] = []
-    if not path.exists():
-        notify("nothing to resume: starting from the beginning.")
-        return {}
-    for line in path.read_bytes().split(b"\n"):
-        checksum, _, body = line.partition(b" ")
-        if checksum != b"%08x" % zlib.crc32(body) or not body:
+    size = 0
+    with writing(path):
+        data = path.read_bytes() if path.exists() else b""
+    for line in data.split(b"\n")[:-1]:
+        text = line[18:]
+        if line[:18] != b"%08x %08x " % (len(text), zlib.crc32(text)):
             break
-        records.append(json.loads(body))
-    if not records or records[0] != header:
+        records.append(json.loads(text))
+        size += len(line) + 1
+    if not records:
+        notify("nothing to resume: starting from the beginning.")
+        return {}, 0
+    if records[0] != header:
         notify("the unfinished run was of another recipe, version or set of sources: starting from the beginning.")
-        return {}
-    return {record["name"]: Finished(record["digest"], record["reads"], record["nonfinite"]) for record in records[1:]}
+        return {}, 0
+    return {record["name"]: Finished(record["digest"], record["reads"], record["nonfinite"]) for record in records[1:]}, size
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a symlink, never what it points to; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the folder's entries durable."""
-    with writing(folder):
+    with writing(folder, SyncFailed):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -161,11 +244,14 @@ def sync_folder(folder: Path) -> None:
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
 
 
-def appear(staged: Path, target: Path, replace_existing: bool) -> None:
+def appear(staged: Path, target: Path, replace_existing: bool, notify: Callable[[str], None] = lambda text: None) -> None:
     """Give the finished folder its final name in one step. An existing target is exchanged, and so lands in the staging folder."""
     exchange = replace_existing and os.path.lexists(target)
     try:
-        _rename(staged, target, _EXCHANGE if exchange else _NOREPLACE)
+        if not _rename(staged, target, _EXCHANGE if exchange else _NOREPLACE):
+            what = "exchange two folders" if exchange else "rename without replacing"
+            notify(f"{printable(str(target.parent))}: this file system cannot {what}, so a plain rename.")
+            _plain_rename(staged, target, exchange)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise OutputError(
@@ -174,19 +260,34 @@ def appear(staged: Path, target: Path, replace_existing: bool) -> None:
         raise OutputError(f"{printable(str(target))}: {error.strerror} when renaming the finished folder {staged} to it.") from error
 
 
-def _rename(old: Path, new: Path, flags: int) -> None:
-    """renameat2(2), which os.rename lacks: plain rename silently replaces an empty folder, and cannot exchange two."""
+def _rename(old: Path, new: Path, flags: int) -> bool:
+    """renameat2(2), which os.rename lacks: plain rename silently replaces an empty folder, and cannot exchange two.
+
+    False where the kernel or the file system does not have it. Raises OSError.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
-    # A kernel or file system without it: two steps, with the target absent in between when it is replaced.
-    if flags == _EXCHANGE:
-        aside = old.with_name("replaced")
-        os.rename(new, aside)
-    elif os.path.lexists(new):
-        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-    os.rename(old, new)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _plain_rename(old: Path, new: Path, exchange: bool) -> None:
+    """The same in steps: another process may come between them, and the target is absent for a moment when it is replaced."""
+    if not exchange:
+        if os.path.lexists(new):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(old, new)
+        return
+    aside = old.with_name("replaced")
+    _delete(aside)  # of a run that was killed here
+    os.rename(new, aside)
+    try:
+        os.rename(old, new)
+    except OSError:
+        os.rename(aside, new)
+        raise

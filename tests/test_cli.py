@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -139,6 +140,83 @@ def test_full_stdout_is_no_traceback(llamas: Path) -> None:
     assert done.returncode == 2
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def shell(command: str) -> tuple[int, str]:
+    """Exit status of bam-merge in a shell command, which names it $B, and its stderr."""
+    text = f"B='{sys.executable} -m bam_merge'; set -o pipefail; {command}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_full_stdout_of_a_merge_says_that_it_is_published(llamas: Path) -> None:
+    status, said = shell(f"$B {write_recipe(llamas)} --no-verify >/dev/full")
+    assert (status, said) == (2, f"error: standard output: No space left on device. {llamas}/out is published and complete.\n")
+    assert (llamas / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("streams", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_stdout_is_an_error_before_anything_is_done(llamas: Path, streams: str) -> None:
+    """The first file opened would take its number, and get what a library prints."""
+    status, said = shell(f"$B {write_recipe(llamas)} {streams}")
+    assert status == 2
+    assert said == ("" if "2>" in streams else "error: standard output is closed; redirect it to /dev/null when it is not wanted.\n")
+    assert not (llamas / "out").exists()
+
+
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
+def test_messages_that_cannot_be_shown_stop_nothing(llamas: Path, streams: str) -> None:
+    assert shell(f"$B {write_recipe(llamas)} --no-verify --resume {streams}")[0] == 0
+    assert (llamas / "out" / "config.json").exists()
+
+
+def test_answer_that_nobody_reads_to_the_end_is_still_the_answer(llamas: Path) -> None:
+    assert shell(f"$B diff {llamas}/seed {llamas}/seed --json | true") == (0, "")
+    assert shell(f"$B diff {llamas}/seed {llamas}/law --json | true") == (1, "")
+
+
+def test_too_little_memory_is_said(llamas: Path) -> None:
+    status, said = shell(f"ulimit -v 400000; $B {write_recipe(llamas)} --workers 1 --no-verify")
+    assert status == 2
+    assert "error: not enough memory (" in said
+    assert not (llamas / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_signals_end_a_run_orderly(llamas: Path, number: int, status: int) -> None:
+    slow = """
+import time
+from contextlib import contextmanager
+from bam_merge import cli, render
+
+def advance(count):
+    print(".", end="", flush=True)
+    time.sleep(0.1)
+
+@contextmanager
+def progress(plan):
+    yield advance
+
+render.merge_progress = progress
+cli.main()
+"""
+    command = [sys.executable, "-c", slow, write_recipe(llamas), "--workers", "1"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.read(3)
+    child.send_signal(number)
+    _, said = child.communicate()
+    assert child.returncode == status
+    assert "what is finished is kept; run again with --resume to go on." in said
+    assert "Traceback" not in said
+    assert not (llamas / "out").exists()
+    assert shell(f"$B {write_recipe(llamas)} --resume --no-verify")[1].startswith("bam-merge: resuming: ")
+
+
+def test_ignored_sighup_stays_ignored(llamas: Path) -> None:
+    check = "import signal, sys; from bam_merge.process import stop_on_signals; stop_on_signals(); sys.exit(signal.getsignal(1) != signal.SIG_IGN)"
+    assert subprocess.run(["bash", "-c", f"trap '' HUP; {sys.executable} -c '{check}'"]).returncode == 0
 
 
 def test_progress_shows_on_a_terminal(llamas: Path) -> None:

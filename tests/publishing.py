@@ -1,0 +1,48 @@
+"""For the tests of publishing: a plan of several files, and runs of it that are interrupted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_recipe
+
+from bam_merge import MergeOptions
+from bam_merge.plan import Plan, plan_file
+from bam_merge.publish import publish
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def options(**settings: Any) -> tuple[MergeOptions, list[str]]:
+    said: list[str] = []
+    return MergeOptions(**settings, notify=said.append), said
+
+
+@pytest.fixture
+def plan(llamas: Path) -> Plan:
+    return plan_file(write_recipe(llamas, output="{path: out, max_shard_size: 60kB}"))
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+def stop_after(steps: int) -> Any:
+    """A progress callback that fails once `steps` pieces are written."""
+    seen = 0
+
+    def progress(count: int) -> None:
+        nonlocal seen
+        seen += count > 0
+        if seen > steps:
+            raise Stop
+
+    return progress
+
+
+def interrupted(plan: Plan, llamas: Path, steps: int = 20) -> Path:
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps)))
+    return llamas / ".out.bam-merge"

@@ -1,0 +1,228 @@
+"""What an unfinished run leaves: resumed from where it can be trusted, and locked while a run has it."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONFIGS, write_recipe, write_sources
+from publishing import Stop, folder_bytes, interrupted, options, plan, stop_after
+
+from bam_merge import MergeOptions
+from bam_merge import publish as publish_module
+from bam_merge.errors import OutputError
+from bam_merge.plan import Plan, plan_file
+from bam_merge.publish import publish
+from bam_merge.staging import Staging
+
+__all__ = ["plan"]
+
+
+@pytest.mark.parametrize("steps", range(0, 45, 4))
+def test_resume_after_any_number_of_tensors_gives_the_same_bytes(plan: Plan, llamas: Path, steps: int) -> None:
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps)))
+    assert not (llamas / "out").exists()
+    again, said = options(resume=True)
+    assert folder_bytes(publish(plan, None, again)) == whole
+    if steps:
+        assert said == [f"resuming: {steps} of {len(plan.steps)} tensors are finished."]
+
+
+def test_without_resume_an_unfinished_run_is_discarded_aloud(plan: Plan, llamas: Path) -> None:
+    interrupted(plan, llamas)
+    settings, said = options()
+    publish(plan, None, settings)
+    assert said == ["an unfinished run is discarded; --resume would have continued it."]
+
+
+def test_resume_does_not_trust_damaged_tensors(plan: Plan, llamas: Path) -> None:
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    staging = interrupted(plan, llamas)
+    for shard in (staging / "output").glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+
+
+def test_resume_loses_nothing_of_the_journal_when_it_is_killed_at_once(plan: Plan, llamas: Path) -> None:
+    staging = interrupted(plan, llamas)
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(resume=True, workers=1, progress=stop_after(0)))
+    again = Staging.open(llamas / "out")
+    try:
+        journal = (staging / "journal").read_bytes()
+        assert len(again.begin(plan, True, False, lambda text: None)) == 20
+        assert (staging / "journal").read_bytes() == journal
+    finally:
+        again.close()
+
+
+def test_resume_lets_nothing_into_the_result_that_is_not_of_it(plan: Plan, llamas: Path) -> None:
+    """Files of a model that --force replaced, whose deletion was cut short; a tokenizer that the seed no longer has."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    staging = interrupted(plan, llamas)
+    (staging / "output" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    (staging / "output" / "tokenizer.model").write_bytes(b"stale")
+    (staging / "output" / "original").mkdir()
+    (staging / "output" / "original" / "params.json").write_text("{}")
+    (staging / "output" / "link").symlink_to(llamas / "seed")
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+    assert (llamas / "seed" / "config.json").exists()
+
+
+def test_deleting_the_staging_folder_begins_with_its_journal(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a kill leaves of it is never resumed from."""
+    staging = interrupted(plan, llamas)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    lock = Staging.open(llamas / "out")
+    lock.remove()
+    lock.close()
+    assert not (staging / "journal").exists()
+    assert (staging / "output").exists()
+
+
+def test_resume_with_a_torn_journal(plan: Plan, llamas: Path) -> None:
+    """The journal cut at every byte: whatever is left is used or not, the bytes are the same."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    staging = interrupted(plan, llamas, steps=3)
+    journal = (staging / "journal").read_bytes()
+    shutil.copytree(staging, llamas / "kept")
+    for cut in range(0, len(journal), 29):
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(llamas / "kept", staging)
+        (staging / "journal").write_bytes(journal[:cut])
+        assert folder_bytes(publish(plan, llamas / "out", MergeOptions(resume=True))) == whole
+        shutil.rmtree(llamas / "out")
+
+
+@pytest.mark.parametrize("change", ["recipe", "source"])
+def test_resume_starts_over_when_the_inputs_are_others(plan: Plan, llamas: Path, change: str) -> None:
+    interrupted(plan, llamas)
+    if change == "recipe":
+        other = plan_file(write_recipe(llamas, "random_seed: 5", output="{path: out, max_shard_size: 60kB}"))
+    else:
+        write_sources(llamas, CONFIGS["llama"], ("law",))
+        other = plan_file(llamas / "recipe.yaml")
+    settings, said = options(resume=True)
+    result = folder_bytes(publish(other, None, settings))
+    assert said == ["the unfinished run was of another recipe, version or set of sources: starting from the beginning."]
+    assert result == folder_bytes(publish(other, llamas / "whole", MergeOptions()))
+
+
+def test_nothing_to_resume(plan: Plan) -> None:
+    settings, said = options(resume=True)
+    publish(plan, None, settings)
+    assert said == ["nothing to resume: starting from the beginning."]
+
+
+def test_resume_of_a_run_that_was_killed_after_its_rename(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --force: the old model waits in the staging folder to be deleted. There is nothing else to do."""
+    publish(plan, None, MergeOptions())
+    (llamas / "out" / "old").write_text("")
+
+    def killed(staging: Staging, target: Path) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(publish_module, "_make_durable", killed)
+        publish(plan, None, MergeOptions(force=True))
+    assert (llamas / ".out.bam-merge" / "output" / "old").exists()
+    whole = folder_bytes(llamas / "out")
+    written: list[int] = []
+    settings, said = options(resume=True, force=True, progress=written.append)
+    assert folder_bytes(publish(plan, None, settings)) == whole
+    assert said == [f"{llamas}/out is already finished, from the same recipe, version and sources. bam-merge verify checks it."]
+    assert written == []
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+def test_resume_of_a_finished_run_that_says_otherwise(plan: Plan, llamas: Path) -> None:
+    """Not what this plan gives: a changed source or recipe, a file that is missing or cut, another version."""
+    target = publish(plan, None, MergeOptions())
+    kept = folder_bytes(target)
+    manifest = kept["bam_merge.json"]
+
+    def refused(why: str) -> None:
+        try:
+            publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True))
+        except OutputError as error:
+            assert "out already exists" in str(error), why
+        else:
+            pytest.fail(f"{why} was taken for finished")
+
+    os.truncate(target / plan.shards[0].file, 100)
+    refused("a cut file")
+    (target / plan.shards[0].file).write_bytes(kept[plan.shards[0].file])
+    (target / "bam_merge.json").write_bytes(manifest.replace(b'"version": "', b'"version": "9'))
+    refused("another version")
+    (target / "bam_merge.json").write_bytes(b"{}")
+    refused("a damaged manifest")
+    (target / "bam_merge.json").write_bytes(manifest)
+    assert publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True)) == target
+    write_recipe(llamas, "random_seed: 5", output="{path: out, max_shard_size: 60kB}")
+    refused("another recipe")
+    write_recipe(llamas, output="{path: out, max_shard_size: 60kB}")
+    source = llamas / "law" / "model.safetensors"
+    data = source.read_bytes()
+    source.write_bytes(data[:-1] + b"x")
+    refused("a source that was written to later")
+
+
+def test_second_run_of_the_same_target_is_refused(plan: Plan, llamas: Path) -> None:
+    staging = Staging.open(llamas / "out")
+    try:
+        with pytest.raises(OutputError, match=rf"out is being written by another run \(process {os.getpid()}\)\. Wait for it\."):
+            publish(plan, None, MergeOptions())
+    finally:
+        staging.close()
+    publish(plan, None, MergeOptions())
+
+
+def test_a_run_that_ends_while_another_begins(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It deletes the staging folder just after the other one made sure that it is there."""
+    real, calls = os.open, 0
+
+    def too_late(path: Any, *args: Any, **options: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            os.rmdir(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", too_late)
+    lock = Staging.open(llamas / "out")
+    monkeypatch.undo()
+    assert lock.is_ours()
+    lock.close()
+
+
+def test_holder_is_not_a_run_that_died_earlier(llamas: Path) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    lock = Staging.open(llamas / "out")
+    try:
+        (lock.folder / "pid").write_text(f"{child.pid}\n")
+        with pytest.raises(OutputError, match=r"out is being written by another run\. Wait for it\."):
+            Staging.open(llamas / "out")
+        (lock.folder / "pid").write_text("1\n")
+        with pytest.raises(OutputError, match=r"another run \(process 1\)"):
+            Staging.open(llamas / "out")
+    finally:
+        lock.close()
+
+
+def test_staging_folder_without_anything_in_it_goes(llamas: Path) -> None:
+    Staging.open(llamas / "out").close()
+    assert not (llamas / ".out.bam-merge").exists()
+
+
+def test_staging_folder_is_no_symlink(plan: Plan, llamas: Path) -> None:
+    (llamas / ".out.bam-merge").symlink_to(llamas / "seed")
+    with pytest.raises(OutputError, match=r"\.out\.bam-merge: (Not a directory|Too many levels of symbolic links)"):
+        publish(plan, None, MergeOptions())
+    assert (llamas / "seed" / "config.json").exists()
