@@ -1,6 +1,5 @@
 """SIGKILL at every system call that creates, writes, syncs, locks, renames or deletes, and at any time."""
 
-import os
 import random
 import signal
 import time
@@ -23,14 +22,16 @@ from faults.harness import (
     with_old_model,
 )
 
-THREADS = ("main", r"bam-merge_\d+", "bam-merge-flush")
+FLUSH = "bam-merge-flush"
+THREADS = ("main", r"bam-merge_\d+", FLUSH)
 
 
 def killed_at(merge: Merge, work: Path, point: Point, *options: str) -> None:
     child = merge.child(work, *options, thread=point.thread)
     with traced(child, "-o", "/dev/null", "-e", f"trace={point.name}", "-e", f"inject={point.name}:signal=KILL:when={point.number}"):
         result = child.wait()
-    assert result.status == -signal.SIGKILL, f"status {result.status}, not killed"
+    if point.thread != FLUSH or result.status != 0:  # its syncs come as time allows; the run may end first
+        assert result.status == -signal.SIGKILL, f"status {result.status}, not killed"
 
 
 def points_of(merge: Merge, start: Path | None, *options: str) -> list[Point]:
@@ -39,7 +40,7 @@ def points_of(merge: Merge, start: Path | None, *options: str) -> list[Point]:
         work = merge.work(start)
         found = calls_of(merge.arguments(work, *options), thread, merge.home, CALLS, work)
         merge.forget(work)
-        points += found[:3] if thread == "bam-merge-flush" else found  # its syncs come as often as time allows
+        points += found[:3] if thread == FLUSH else found
     return points
 
 
@@ -103,7 +104,7 @@ def test_signals_at_any_time(merge: Merge, number: signal.Signals, every: int) -
                 child = merge.child(work, thread="main")
                 child.go()
                 time.sleep(delay)
-                os.kill(child.pid, number)
+                child.signal(number)
                 result = child.wait()
                 assert result.status in (0, -number, STATUSES[number]), f"status {result.status}: {result.err}"
                 if result.status > 0:
