@@ -12,8 +12,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -145,11 +145,25 @@ def _quick_switching() -> Iterator[None]:
 
 
 def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> None:
-    """Run `work` on every worker; the first failure stops the others and is raised."""
+    """Run `work` on every worker; the first failure stops the others and is raised.
+
+    The wait for them is for a bare lock: Ctrl-C inside concurrent.futures.wait may leave its condition broken for the workers.
+    """
+    ended, left = threading.Lock(), itertools.count(max(1, workers) - 1, -1)
+    ended.acquire()
+
+    def one_less(future: Future[None]) -> None:
+        last = next(left) == 0
+        if last or future.exception() is not None:
+            with suppress(RuntimeError):  # released already
+                ended.release()
+
     with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="bam-merge") as pool:
         futures: list[Future[None]] = [pool.submit(work) for _ in range(max(1, workers))]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                future.add_done_callback(one_less)
+            ended.acquire()
         finally:
             stop.set()
     for future in futures:

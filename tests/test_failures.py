@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,6 @@ from conftest import CONFIGS, write_recipe, write_sources
 from publishing import folder_bytes, options, plan
 
 from bam_merge import MergeOptions
-from bam_merge import execute as execute_module
 from bam_merge import publish as publish_module
 from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed
 from bam_merge.plan import Plan
@@ -214,10 +214,14 @@ def test_a_disk_that_is_full(llamas: Path) -> None:
 
 
 def test_interrupt_says_how_to_go_on(llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
+    real, calls = os.pwrite, iter(range(5))
 
-    monkeypatch.setattr(execute_module, "wait", interrupt)
+    def interrupt(descriptor: int, data: memoryview, offset: int) -> int:
+        if next(calls, None) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", interrupt)
     result = run(write_recipe(llamas))
     assert result.status == 130
     assert "what is finished is kept; run again with --resume to go on." in result.err

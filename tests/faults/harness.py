@@ -102,13 +102,15 @@ def _main(arguments: list[str], streams: Path, setup: Callable[[], None] | None,
 
     if setup is not None:
         setup()
-    if gate is not None and thread is not None:
-        _stop_at(thread, gate)
     status = 0
     try:
+        if gate is not None and thread is not None:
+            _stop_at(thread, gate)
         main()
     except SystemExit as error:
         status = int(error.code or 0)
+    except KeyboardInterrupt:  # before the command line had begun, or after it had ended
+        os._exit(130)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
