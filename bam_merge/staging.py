@@ -84,7 +84,7 @@ class Staging:
                 _delete(self.output)
                 self.output.mkdir()
             self.journal = open(path, "ab")  # noqa: SIM115 - closed by close()
-            self.journal.truncate(kept)
+            os.ftruncate(self.journal.fileno(), kept)  # which, unlike truncate, is made again after EINTR
         if not kept:
             self._append(header)
         return done

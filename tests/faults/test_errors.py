@@ -159,7 +159,7 @@ def limit(kind: int, amount: int, more: int = 0) -> None:
 
 
 LIMITS = {
-    "RLIMIT_FSIZE": (resource.RLIMIT_FSIZE, [(size, 0) for size in range(0, 40_000, 1000)]),
+    "RLIMIT_FSIZE": (resource.RLIMIT_FSIZE, [(size, 0) for size in range(1000, 40_000, 1000)]),
     "RLIMIT_NOFILE": (resource.RLIMIT_NOFILE, [(files, 0) for files in range(6, 46)]),
     "RLIMIT_AS": (resource.RLIMIT_AS, [(0, more) for more in range(4096, 80_000_000, 2_000_000)]),
 }
