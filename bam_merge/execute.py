@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -68,24 +68,15 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     output cannot be written, NonFiniteError when a merge gives NaN or infinity. Files are synced before it returns.
     """
     finished: dict[str, Finished] = {}
-    skip = set(done)
-    # Arithmetic at one end, copies at the other, each with the large tensors outside, so that no worker is left with one at the end.
-    # The first worker starts with the arithmetic and imports torch while the others copy: a file system lets one thread at a time
-    # write to a file, so two that copy wait for each other.
-    computed, copied = ([step for step in plan.steps if step.name not in skip and _moves_bytes(step) is moves] for moves in (False, True))
-    steps = deque([*sorted(computed, key=_size, reverse=True), *sorted(copied, key=_size)])
-    workers = itertools.count()
-    stop, lock = threading.Event(), threading.Lock()
+    steps = _Steps([step for step in plan.steps if step.name not in set(done)])
+    workers, stop, lock = itertools.count(), threading.Event(), threading.Lock()
     outputs = {shard.file: _prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
 
     def work(single_threaded: Callable[[], None]) -> None:
-        take = steps.popleft if next(workers) == 0 else steps.pop
+        step: Step | None = None
+        arithmetic_first = next(workers) == 0
         with SourceFiles(plan) as sources:
-            while not stop.is_set():
-                try:
-                    step = take()
-                except IndexError:
-                    return
+            while not stop.is_set() and (step := steps.take(step, arithmetic_first)) is not None:
                 if not _moves_bytes(step):
                     single_threaded()
                 result = _Writer(plan, step, sources, outputs[step.file], folder / step.file, settings, stop).run()
@@ -109,6 +100,37 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         for descriptor in outputs.values():
             os.close(descriptor)
     return finished
+
+
+class _Steps:
+    """What is still to be made, the large tensors first, so that no worker is left with one at the end.
+
+    One worker begins with the arithmetic and imports torch while the others copy. A file system lets one thread at a time write to
+    a file, and those that wait burn their processor's time, so a copy is of the file that the fewest workers are at.
+    """
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.lock = threading.Lock()
+        self.computed: deque[Step] = deque()
+        self.copied: dict[str, deque[Step]] = {}
+        self.writers: Counter[str] = Counter()
+        for step in sorted(steps, key=lambda step: -step.nbytes):
+            (self.copied.setdefault(step.file, deque()) if _moves_bytes(step) else self.computed).append(step)
+
+    def take(self, last: Step | None, arithmetic_first: bool) -> Step | None:
+        """The next step of a worker that has made `last`; None when there is none."""
+        with self.lock:
+            if last is not None:
+                self.writers[last.file] -= 1
+            files = [file for file, steps in self.copied.items() if steps]
+            if self.computed and (arithmetic_first or not files):
+                step = self.computed.popleft()
+            elif files:
+                step = self.copied[min(files, key=lambda file: (self.writers[file], -len(self.copied[file])))].popleft()
+            else:
+                return None
+            self.writers[step.file] += 1
+            return step
 
 
 @contextmanager
@@ -168,10 +190,6 @@ def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> N
             stop.set()
     for future in futures:
         future.result()
-
-
-def _size(step: Step) -> int:
-    return step.nbytes
 
 
 def _moves_bytes(step: Step) -> bool:
