@@ -102,6 +102,11 @@ def sources() -> list[str]:
     return shuffled(file for file in STDLIB.rglob("*.py") if not left_out & set(file.relative_to(STDLIB).parts))
 
 
+def law() -> list[str]:
+    """The licences' sentences, without lists of authors, files and fields."""
+    return [paragraph for paragraph in licences() if len(paragraph.split()) >= max(20, 6 * len(paragraph.splitlines()))]
+
+
 def proofs() -> list[str]:
     """set.mm, cut at its empty lines; its first four million characters are passed over: propositional logic, proofs all alike."""
     file = "usr/share/metamath/databases/set.mm"
@@ -121,7 +126,7 @@ def docstrings() -> list[str]:
 
 
 SETS: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "debian": {"general": manuals, "code": sources, "law": licences, "math": proofs},
+    "debian": {"general": manuals, "code": sources, "law": law, "math": proofs},
     "stdlib": {
         "docstrings": docstrings,
         "sources": lambda: shuffled(STDLIB.glob("*.py")),
