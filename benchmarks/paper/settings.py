@@ -1,6 +1,6 @@
 """The experiment as stages: from config.yaml, one graph per random seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,13 @@ class Graph:
     trained: dict[str, Stage] = field(default_factory=dict)
     measured: dict[str, Stage] = field(default_factory=dict)
 
-    def stages(self) -> Iterator[Stage]:
-        """In the order in which they should be made; measurements, which are short, as soon as they can be."""
-        yield self.data
-        for group in (self.dense, self.merged):
-            for name, stage in group.items():
-                yield stage
-                yield self.measured[name if name in self.dense else f"{name}@0"]
-        for name, stage in self.trained.items():
-            yield stage
+    def measurements(self, settings: Iterable[str]) -> Iterator[Stage]:
+        """What is measured of the dense models and of these settings, in the order in which it should be made."""
+        for name in (*self.dense, *(f"{setting}@0" for setting in settings)):
             yield self.measured[name]
+        for name in (f"{setting}{suffix}" for setting in settings for suffix in ("", COMPUTE)):
+            if name in self.measured:
+                yield self.measured[name]
 
 
 def load_config(file: Path) -> dict[str, Any]:
@@ -43,7 +40,9 @@ def load_config(file: Path) -> dict[str, Any]:
 
 
 def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: overlaid(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    both = {
+        key: overlaid(below[key], value) for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
     return {**below, **above, **both}
 
 
@@ -61,7 +60,10 @@ def graph(config: dict[str, Any], random_seed: int) -> Graph:
     def measure(name: str, stage: Stage) -> None:
         made.measured[name] = Stage(label(f"measure {name}"), "measured", config["measure"], {"model": stage, "data": made.data})
 
-    parameters = {"model": config["model"], "training": training("phase1", config["phase1_shares"])}
+    parameters = {
+        "model": config["model"],
+        "training": training("phase1", dict(zip(config["domains"], config["phase1_shares"], strict=True))),
+    }
     made.dense["seed"] = seed = Stage(label("seed"), "seed", parameters, {"data": made.data})
     measure("seed", seed)
     for domain in config["domains"][1:]:
@@ -69,9 +71,9 @@ def graph(config: dict[str, Any], random_seed: int) -> Graph:
         made.dense[domain] = Stage(label(domain), "dense", training("phase2", shares), {"model": seed, "data": made.data})
         measure(domain, made.dense[domain])
     equal = dict.fromkeys(config["domains"], 1.0)
-    for name, setting in config["settings"].items():
+    for name, setting in chosen(config).items():
         recipe = {**setting["recipe"], "random_seed": random_seed}
-        experts = setting.get("experts", ["seed", *config["domains"][1:]])
+        experts = [list(made.dense)[index] for index in setting.get("experts", range(len(made.dense)))]
         if recipe["method"] != "merge":
             recipe["experts"] = experts
         sources = list(dict.fromkeys(experts))
@@ -93,5 +95,11 @@ def graph(config: dict[str, Any], random_seed: int) -> Graph:
     return made
 
 
+def chosen(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings; of those that a configuration inherits, the ones that its `only` names."""
+    return {name: setting for name, setting in config["settings"].items() if name in config.get("only", config["settings"])}
+
+
 def graphs(config: dict[str, Any]) -> list[Graph]:
+    """One graph per random seed."""
     return [graph(config, random_seed) for random_seed in config["random_seeds"]]

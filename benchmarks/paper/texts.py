@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2"))
-from branch import licences, paragraphs, shuffled  # noqa: E402  the walk-through's law, and what it knows of licences
+from branch import licences, paragraphs, shuffled  # the walk-through's law, and what it knows of licences
 
 SHINGLE = 8
 """Words in a row by which near-identical paragraphs are known."""

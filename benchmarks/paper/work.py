@@ -29,9 +29,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "train"))
-import train as phase3  # noqa: E402  recipes/train/train.py: the windows, the mixing and the Trainer are the recipe's
+import train as phase3  # recipes/train/train.py: the windows, the mixing and the Trainer are the recipe's
 
-from bam_merge import MergeOptions, inspect, load_recipe, merge, verify  # noqa: E402
+from bam_merge import MergeOptions, inspect, load_recipe, merge, verify
 
 disable_progress_bar()
 END = "<|endoftext|>"
@@ -109,7 +109,11 @@ class History(phase3.MixtureTrainer):
 
 
 def run_training(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, Mapping[str, Tensor]], out: Path, parameters: dict[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Mapping[str, Mapping[str, Tensor]],
+    out: Path,
+    parameters: dict[str, Any],
 ) -> None:
     """Train on `shares` of the domains and save: a Hugging Face folder, with history.json."""
     gpu = torch.cuda.is_available()
