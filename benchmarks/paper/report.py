@@ -214,7 +214,7 @@ def summary(results: Results) -> str:
         f"{machine_line(results['machine'])}. Random seeds finished with every setting: {finished} of {len(config['random_seeds'])}.",
         f"Model: {model['num_hidden_layers']} parallel blocks, width {model['hidden_size']}, FFN {model['intermediate_size']}, "
         f"{model['num_attention_heads']} heads, vocabulary {results['data']['vocabulary']:,}. Tokens: phase 1 {tokens['phase1']:,}; "
-        f"phase 2 {tokens['phase2']:,} for each expert; phase 3 {tokens['phase3']:,}, in steps of {config['training']['batch'] * window:,}.",
+        f"phase 2 {tokens['phase2']:,} for each expert; phase 3 {tokens['phase3']:,}; {config['training']['batch'] * window:,} a step.",
     ]
     if missing:
         partly = ", ".join(f"{name} ({counts[name]})" for name in missing)

@@ -77,23 +77,29 @@ def shared(paragraph: str, known: set[int]) -> float:
 
 
 @contextmanager
-def package(name: str, file: str) -> Iterator[Path]:
-    """The root under which Debian's package `name` is unpacked: / if `file` is there, else a temporary folder."""
-    if Path("/", file).exists():
-        yield Path("/")
+def package(name: str, wanted: str) -> Iterator[dict[Path, Path]]:
+    """Those files of Debian's package `name` whose paths match `wanted`: by their paths in the package, where they are now."""
+    listed = subprocess.run(["dpkg-query", "-L", name], capture_output=True, text=True)
+    found = [Path(line) for line in listed.stdout.splitlines() if re.search(wanted, line) and Path(line).is_file()]
+    if found:
+        yield {file.relative_to("/"): file for file in found}
         return
     with tempfile.TemporaryDirectory() as scratch:
         fetch = f"apt-get download -qq {name} && dpkg-deb -x {name}_*.deb ."
         if subprocess.run(fetch, shell=True, cwd=scratch, stderr=subprocess.DEVNULL).returncode:
             raise SystemExit(f"texts.py: needs Debian's {name}, which apt-get cannot download here: apt-get update; apt-get install {name}")
-        yield Path(scratch)
+        files = [file for file in Path(scratch).rglob("*") if file.is_file() and re.search(wanted, f"/{file.relative_to(scratch)}")]
+        yield {file.relative_to(scratch): file for file in files}
 
 
 def manuals() -> list[str]:
-    foreign = re.compile(r"perl(cn|jp|ko|tw|toc)\.pod$|perl.*delta\.pod$|RelNotes")
-    with package("perl-doc", "usr/share/doc/perl-doc/copyright") as perl, package("git-doc", "usr/share/doc/git-doc/git.txt") as git:
-        files = [*(perl / "usr/share/perl").rglob("*.pod"), *(git / "usr/share/doc").glob("git*/**/*.txt")]
-        return shuffled(file for file in files if file.is_file() and not foreign.search(str(file)))
+    """English ones, without lists of changes."""
+    perl = r"^/usr/share/perl/.*(?<!cn)(?<!jp)(?<!ko)(?<!tw)(?<!toc)(?<!delta)\.pod$"
+    with package("perl-doc", perl) as of_perl, package("git-doc", r"^/usr/share/doc/git((?!RelNotes).)*\.txt$") as of_git:
+        files = {**of_perl, **of_git}
+        names = [*sorted(of_perl), *sorted(of_git)]
+        random.Random(0).shuffle(names)
+        return [files[name].read_text(errors="replace") for name in names]
 
 
 def sources() -> list[str]:
@@ -109,9 +115,9 @@ def law() -> list[str]:
 
 def proofs() -> list[str]:
     """set.mm, cut at its empty lines; its first four million characters are passed over: propositional logic, proofs all alike."""
-    file = "usr/share/metamath/databases/set.mm"
-    with package("metamath-databases", file) as root:
-        parts = (root / file).read_text(errors="replace")[4_000_000:16_000_000].split("\n\n\n")
+    with package("metamath-databases", r"/set\.mm$") as files:
+        (file,) = files.values()
+        parts = file.read_text(errors="replace")[4_000_000:16_000_000].split("\n\n\n")
     random.Random(0).shuffle(parts)
     return parts
 
