@@ -18,7 +18,7 @@ from results import collect
 from settings import chosen, graphs, load_config
 from stages import Stage, make_all
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import machine  # noqa: E402
 
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="SETTING", help="these settings alone; the page is left as it is")
     parser.add_argument("--report", action="store_true", help="results and page of what is finished; train nothing")
     options = parser.parse_args(arguments)
+    options.work = options.work.resolve()
     config = load_config(options.config or HERE / ("gpu.yaml" if has_gpu() else "config.yaml"))
     known = list(chosen(config))
     if unknown := set(options.only) - set(known):
