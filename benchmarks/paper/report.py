@@ -76,6 +76,12 @@ def domains(results: Results) -> list[str]:
     return list(results["config"]["domains"])
 
 
+def title(results: Results, name: str, shown: str = "") -> str:
+    """The name in a table's first column, with the number of random seeds where some are missing."""
+    found, wanted = len(ends(results, name)), len(results["config"]["random_seeds"])
+    return f"{shown or name} (random seeds: {found})" if 0 < found < wanted else shown or name
+
+
 def perplexity_cells(results: Results, name: str) -> list[str]:
     """Each domain's perplexity, their arithmetic and their geometric mean."""
     found = list(ends(results, name).values())
@@ -107,23 +113,23 @@ def table_1(results: Results) -> str:
     shown = {"seed": "seed", "average@0": "average of the four, as merged", "average": "average, trained as long"}
     rows = []
     for name in names:
-        title = shown.get(name, f"expert {name}" if name in results["dense"] else name)
+        row = title(results, name, shown.get(name, f"expert {name}" if name in results["dense"] else name))
         paper = f"{PAPER_AVERAGE[name]:.2f}" if name in PAPER_AVERAGE else ""
-        rows.append([title, steps_cell(results, name), *perplexity_cells(results, name), paper])
+        rows.append([row, steps_cell(results, name), *perplexity_cells(results, name), paper])
     return markdown_table(["", "steps", *domains(results), "mean", "geometric mean", "the paper's mean"], rows)
 
 
 def table_4(results: Results) -> str:
     names = [EXPERT_KV, SHARED_KV, "BTX 6 experts top-3", "BTX 6 experts top-1", BTX1, BTX2]
-    rows = [[name, *cost_cells(results, name), *perplexity_cells(results, name)[-2:]] for name in names]
+    rows = [[title(results, name), *cost_cells(results, name), *perplexity_cells(results, name)[-2:]] for name in names]
     return markdown_table(["", "parameters", "active", "FLOPs per token", "mean", "geometric mean"], rows)
 
 
 def table_6(results: Results) -> str:
-    titles = {EXPERT_KV: "soft", "BAM attention top-2": "top-2", "BAM attention top-1": "top-1", BTX1: "no attention experts (BTX top-1)"}
+    shown = {EXPERT_KV: "soft", "BAM attention top-2": "top-2", "BAM attention top-1": "top-1", BTX1: "no attention experts (BTX top-1)"}
     rows = [
-        [title, cost_cells(results, name)[2], *perplexity_cells(results, name)[-2:], f"{PAPER_ROUTING[name]:.2f}"]
-        for name, title in titles.items()
+        [title(results, name, routing), cost_cells(results, name)[2], *perplexity_cells(results, name)[-2:], f"{PAPER_ROUTING[name]:.2f}"]
+        for name, routing in shown.items()
     ]
     return markdown_table(["attention", "FLOPs per token", "mean", "geometric mean", "the paper's mean, equal compute"], rows)
 
@@ -134,7 +140,7 @@ def table_start(results: Results) -> str:
         recipe = results["recipes"][name]
         ffn = ", ".join(f"{key}: {value}" for key, value in recipe.get("ffn", {}).items()) or "default"
         start, end = ([geometric(run) for run in ends(results, which).values()] for which in (f"{name}@0", name))
-        rows.append([name, f"{recipe['method']}; {ffn}", spread(start, 1), spread(end)])
+        rows.append([title(results, name), f"{recipe['method']}; {ffn}", spread(start, 1), spread(end)])
     return markdown_table(["", "method; ffn", "as merged", "after phase 3"], rows, left=(0, 1))
 
 
