@@ -50,11 +50,13 @@ CLAIMS = (
     ("Soft attention routing ends below top-2", "Table 6", EXPERT_KV, "BAM attention top-2"),
     ("Attention top-2 ends below top-1", "Table 6", "BAM attention top-2", "BAM attention top-1"),
     ("Attention top-2 ends below BTX", "Table 6: equal", "BAM attention top-2", BTX1),
+    ("BTX ends below attention top-1", "Table 6", BTX1, "BAM attention top-1"),
     ("gate_scale 4 starts below the paper's gates", "-", "BAM gate_scale 4@0", f"{EXPERT_KV}@0"),
     ("... and ends below them", "-", "BAM gate_scale 4", EXPERT_KV),
     ("One renormalised gate (the constant 1) starts below the paper's gates", "-", "BAM renormalised top-1@0", f"{EXPERT_KV}@0"),
     ("... and ends below them", "-", "BAM renormalised top-1", EXPERT_KV),
     ("Two renormalised gates end below the paper's", "-", "BAM renormalised top-2", EXPERT_KV),
+    ("... and below BTX's with two renormalised gates", "-", "BAM renormalised top-2", BTX2),
     ("BTX of branched experts ends below Sparse Upcycling of the seed", "-", BTX2, "Sparse Upcycling"),
 )
 """What is claimed, where the paper says it, and the two settings of which the first should have the lower perplexity."""
