@@ -223,6 +223,7 @@ def summary(results: Results) -> str:
         f"Model: {model['num_hidden_layers']} parallel blocks, width {model['hidden_size']}, FFN {model['intermediate_size']}, "
         f"{model['num_attention_heads']} heads, vocabulary {results['data']['vocabulary']:,}. Tokens: phase 1 {tokens['phase1']:,}; "
         f"phase 2 {tokens['phase2']:,} for each expert; phase 3 {tokens['phase3']:,}; {config['training']['batch'] * window:,} a step.",
+        f"All stages together took {results['hours']:.1f} hours, {config['workers']} going on at a time.",
     ]
     if missing:
         partly = ", ".join(f"{name} ({counts[name]})" for name in missing)

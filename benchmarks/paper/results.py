@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from settings import COMPUTE, Graph, graphs
+from stages import RECORD
 
 Results = dict[str, Any]
 Perplexities = Mapping[str, float]
@@ -24,11 +25,19 @@ def collect(config: dict[str, Any], work: Path, machine: dict[str, Any]) -> Resu
         "machine": machine,
         "config": {key: value for key, value in config.items() if key != "settings"},
         "recipes": {name: setting["recipe"] for name, setting in config["settings"].items()},
+        "hours": round(sum(seconds(made, work)) / 3600, 2),
         "data": data.read(work, "sizes.json") if data.done(work) else None,
         "dense": {name: by_seed(made, work, name, dense_run) for name in made[0].dense},
         "merges": {name: by_seed(made, work, name, merge_run) for name in made[0].merged},
         "settings": {name: by_seed(made, work, name, trained_run) for name in made[0].trained},
     }
+
+
+def seconds(made: Sequence[Graph], work: Path) -> list[float]:
+    """What each finished stage took, by the clock."""
+    groups = [group for graph in made for group in ({"data": graph.data}, graph.dense, graph.merged, graph.trained, graph.measured)]
+    unique = {stage.digest: stage for group in groups for stage in group.values() if stage.done(work)}
+    return [stage.read(work, RECORD)["seconds"] for stage in unique.values()]
 
 
 def by_seed(made: Sequence[Graph], work: Path, name: str, run: Any) -> dict[str, Any]:
