@@ -71,3 +71,17 @@ def test_gates_of_the_results_are_distributions():
                 for layer in (layer for layers in routers.values() for layer in layers):
                     assert sum(layer["shares"]) == pytest.approx(1, abs=0.005)
                     assert 0 <= layer["entropy"] <= math.log(len(layer["shares"])) + 1e-3
+
+
+def test_inference_is_shown_beside_the_papers_ratios():
+    names = {"dense": 1.0, "BTX": 2.0, "BAM Expert-KV": 2.4, "BAM Shared-KV": 2.2}
+    rows = {
+        f"{name}, exported": {"generate": [t, 2 * t], "forward": [t, t], "peak_bytes": [10**9, 10**9], "cache_bytes": 10**6}
+        for name, t in names.items()
+    }
+    facts = {"cores": 2, "memory_gib": 8, "system": "Linux", "python": "3.11", "torch": "2", "bam_merge": "0"}
+    shown = report.table_forward({"machine": facts, "scale": 1.0, "pairs": 2, "dtypes": {"bfloat16": rows}})
+    line = next(line for line in shown.splitlines() if line.startswith("| BAM Expert-KV"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["3.60 (2.40 to 4.80)", "1.20 (1.20 to 1.20)", "6.17"]
+    assert cells[4] == f"{6.17 / 4.81:.2f}" and cells[-2:] == ["1,000", "1.0"]

@@ -190,24 +190,31 @@ def table_experts(results: Results) -> str:
 def table_forward(forward: dict[str, Any] | None) -> str:
     if forward is None:
         return "Not measured yet: run that command, then `python benchmarks/paper/report.py`."
-    parts = [f"{machine_line(forward['machine'])}; scale {forward['scale']}, medians of {forward['pairs']} rounds."]
+    parts = [
+        f"{machine_line(forward['machine'])}; scale {forward['scale']}, medians of {forward['pairs']} rounds, smallest and largest in brackets."
+    ]
     for dtype, rows in forward["dtypes"].items():
         found = {name: rows[f"{name}, exported"] for name in ("dense", "BTX", EXPERT_KV, SHARED_KV)}
         lines = []
         for name, row in found.items():
-            generate, to_btx, passes = row["generate"], ratios(row, found["BTX"], "generate"), ratios(row, found["BTX"], "forward")
+            to_btx, passes = (ranged(ratios(row, found["BTX"], what)) for what in ("generate", "forward"))
             paper = PAPER_LATENCY.get(name)
             theirs = [f"{paper:.2f}", f"{paper / PAPER_LATENCY['BTX']:.2f}"] if paper else ["", ""]
             memory = [f"{median(row['peak_bytes']) / 1e6:,.0f}", f"{row['cache_bytes'] / 1e6:.1f}"]
-            lines.append([name, f"{median(generate):.2f}", f"{to_btx:.2f}", *theirs, f"{passes:.2f}", *memory])
+            lines.append([name, ranged(row["generate"]), to_btx, *theirs, passes, *memory])
         header = [dtype, "generate, s", "to BTX", "the paper's, s", "to BTX", "prompt alone, to BTX", "peak memory, MB", "KV cache, MB"]
         parts.append(markdown_table(header, lines))
     return "\n\n".join(parts)
 
 
-def ratios(row: dict[str, Any], anchor: dict[str, Any], what: str) -> float:
-    """Median over rounds of the ratio within a round."""
-    return median(one / other for one, other in zip(row[what], anchor[what], strict=True))
+def ratios(row: dict[str, Any], anchor: dict[str, Any], what: str) -> list[float]:
+    """The ratios within each round."""
+    return [one / other for one, other in zip(row[what], anchor[what], strict=True)]
+
+
+def ranged(values: list[float]) -> str:
+    """Median, and from smallest to largest."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def summary(results: Results) -> str:
