@@ -190,9 +190,8 @@ def table_experts(results: Results) -> str:
 def table_forward(forward: dict[str, Any] | None) -> str:
     if forward is None:
         return "Not measured yet: run that command, then `python benchmarks/paper/report.py`."
-    parts = [
-        f"{machine_line(forward['machine'])}; scale {forward['scale']}, medians of {forward['pairs']} rounds, smallest and largest in brackets."
-    ]
+    about = f"scale {forward['scale']}, medians of {forward['pairs']} rounds, smallest and largest in brackets."
+    parts = [f"{machine_line(forward['machine'])}; {about}"]
     for dtype, rows in forward["dtypes"].items():
         found = {name: rows[f"{name}, exported"] for name in ("dense", "BTX", EXPERT_KV, SHARED_KV)}
         lines = []
