@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types example bench test-mergekit test-ecosystem test-faults clean
+.PHONY: help demo test fuzz check lint types example bench test-mergekit test-ecosystem test-faults paper paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -34,7 +34,7 @@ lint: $(VENV)/ready        ## ruff: style and formatting
 types: $(VENV)/ready       ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test  ## all that CI runs
+check: lint types paper-smoke test  ## all that CI runs
 
 example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, three branches, every recipe
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
@@ -44,6 +44,12 @@ bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/diff.py
+
+paper: $(VENV)/ready       ## the paper's tables in miniature: docs/paper.md (hours; goes on where it was stopped)
+	$(BIN)/python benchmarks/paper/run.py
+
+paper-smoke: $(VENV)/ready ## the same chain at a tiny size, with assertions (a minute)
+	$(BIN)/python benchmarks/paper/smoke.py
 
 test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods with mergekit's, in a venv of its own
 	$(BIN)/python benchmarks/mergekit_parity.py --mergekit .venv-mergekit/bin
