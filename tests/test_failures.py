@@ -222,7 +222,11 @@ def test_interrupt_says_how_to_go_on(llamas: Path, run: Any, monkeypatch: pytest
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", interrupt)
-    result = run(write_recipe(llamas))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background commands ignore
+    try:
+        result = run(write_recipe(llamas))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.status == 130
     assert "what is finished is kept; run again with --resume to go on." in result.err
     assert "interrupted." in result.err

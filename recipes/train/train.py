@@ -18,7 +18,15 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from bam_merge.errors import BamMergeError, CheckpointError, OutputError, RecipeError, nearest, printable
 from bam_merge.loading import open_model
@@ -161,6 +169,7 @@ def train(config: Config) -> dict[str, tuple[float, float]]:
         train_dataset=mix(domains, config.shares or {}, rows, arguments.seed),
         eval_dataset={name: [{"input_ids": row, "labels": row} for row in part] for name, part in heldout.items()},
         processing_class=tokenizer,
+        data_collator=default_data_collator,  # rows are of one length, so nothing is padded, and the tokenizer needs no token for it
     )
     before = trainer.perplexities()
     trainer.train()
