@@ -8,12 +8,9 @@ others already copy.
 import errno
 import itertools
 import os
-import sys
 import threading
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from bam_merge.errors import NonFiniteError, SyncFailed, writing
 from bam_merge.plan import CHUNK_ELEMENTS, COPY_BUFFER, Plan, Step
 from bam_merge.safetensors_header import DTYPE_BITS
 from bam_merge.source_files import SourceFiles, check_unchanged, concat_runs, copy_runs, leaf_runs
+from bam_merge.workers import Steps, moves_bytes, one_torch_thread, quick_switching, run_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +32,6 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 0.05
 """Pause between two syncs of what the workers have written."""
-
-SWITCH_SECONDS = 0.0002
-"""How long a thread may keep the interpreter when another wants it."""
 
 Progress = Callable[[int], None]
 """Called with the number of output bytes that have just been written."""
@@ -68,7 +63,8 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     output cannot be written, NonFiniteError when a merge gives NaN or infinity. Files are synced before it returns.
     """
     finished: dict[str, Finished] = {}
-    steps = _Steps([step for step in plan.steps if step.name not in set(done)])
+    skip = set(done)
+    steps = Steps(step for step in plan.steps if step.name not in skip)
     workers, stop, lock = itertools.count(), threading.Event(), threading.Lock()
     outputs = {shard.file: _prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
 
@@ -77,7 +73,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         arithmetic_first = next(workers) == 0
         with SourceFiles(plan) as sources:
             while not stop.is_set() and (step := steps.take(step, arithmetic_first)) is not None:
-                if not _moves_bytes(step):
+                if not moves_bytes(step):
                     single_threaded()
                 result = _Writer(plan, step, sources, outputs[step.file], folder / step.file, settings, stop).run()
                 if result is not None:
@@ -88,10 +84,10 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     try:
         with (
             one_torch_thread() as single_threaded,
-            _quick_switching(),
+            quick_switching(),
             _written_behind({folder / file: fd for file, fd in outputs.items()}, stop),
         ):
-            _run_all(partial(work, single_threaded), settings.workers, stop)
+            run_all(partial(work, single_threaded), settings.workers, stop)
         check_unchanged(plan)
         for file, descriptor in outputs.items():
             with writing(folder / file, SyncFailed):
@@ -100,100 +96,6 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         for descriptor in outputs.values():
             os.close(descriptor)
     return finished
-
-
-class _Steps:
-    """What is still to be made, the large tensors first, so that no worker is left with one at the end.
-
-    One worker begins with the arithmetic and imports torch while the others copy. A file system lets one thread at a time write to
-    a file, and those that wait burn their processor's time, so a copy is of the file that the fewest workers are at.
-    """
-
-    def __init__(self, steps: Iterable[Step]) -> None:
-        self.lock = threading.Lock()
-        self.computed: deque[Step] = deque()
-        self.copied: dict[str, deque[Step]] = {}
-        self.writers: Counter[str] = Counter()
-        for step in sorted(steps, key=lambda step: -step.nbytes):
-            (self.copied.setdefault(step.file, deque()) if _moves_bytes(step) else self.computed).append(step)
-
-    def take(self, last: Step | None, arithmetic_first: bool) -> Step | None:
-        """The next step of a worker that has made `last`; None when there is none."""
-        with self.lock:
-            if last is not None:
-                self.writers[last.file] -= 1
-            files = [file for file, steps in self.copied.items() if steps]
-            if self.computed and (arithmetic_first or not files):
-                step = self.computed.popleft()
-            elif files:
-                step = self.copied[min(files, key=lambda file: (self.writers[file], -len(self.copied[file])))].popleft()
-            else:
-                return None
-            self.writers[step.file] += 1
-            return step
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[Callable[[], None]]:
-    """The workers are the parallelism: each calls what this yields, which sets torch to one thread. Afterwards the caller gets back what
-    torch had, or would have had, which OMP_NUM_THREADS and the processors decide when it is imported."""
-    before: list[int] = []
-    lock = threading.Lock()
-
-    def single() -> None:
-        with lock:
-            import torch
-
-            if not before:
-                before.append(torch.get_num_threads())
-            torch.set_num_threads(1)
-
-    try:
-        yield single
-    finally:
-        if before:
-            sys.modules["torch"].set_num_threads(before[0])
-
-
-@contextmanager
-def _quick_switching() -> Iterator[None]:
-    """Let a worker that comes back from the system go on soon: by default it waits 5 ms, ten copied pieces, while another imports torch."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def _run_all(work: Callable[[], None], workers: int, stop: threading.Event) -> None:
-    """Run `work` on every worker; the first failure stops the others and is raised.
-
-    The wait for them is for a bare lock: Ctrl-C inside concurrent.futures.wait may leave its condition broken for the workers.
-    """
-    ended, left = threading.Lock(), itertools.count(max(1, workers) - 1, -1)
-    ended.acquire()
-
-    def one_less(future: Future[None]) -> None:
-        last = next(left) == 0
-        if last or future.exception() is not None:
-            with suppress(RuntimeError):  # released already
-                ended.release()
-
-    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="bam-merge") as pool:
-        futures: list[Future[None]] = [pool.submit(work) for _ in range(max(1, workers))]
-        try:
-            for future in futures:
-                future.add_done_callback(one_less)
-            ended.acquire()
-        finally:
-            stop.set()
-    for future in futures:
-        future.result()
-
-
-def _moves_bytes(step: Step) -> bool:
-    return ops.is_copy(step.expr) and step.expr.dtype == step.dtype
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
@@ -281,14 +183,14 @@ class _Writer:
 
     def run(self) -> Finished | None:
         """The finished tensor, or None when another worker's failure stopped this one."""
-        if _moves_bytes(self.step):
+        if moves_bytes(self.step):
             whole = self.copy()
         else:
             whole = self.compute()
         if not whole:
             return None
         reads = {str(read): digest.hexdigest() for read, digest in self.read_digests.items()}
-        if isinstance(self.step.expr, ops.Read) and _moves_bytes(self.step):
+        if isinstance(self.step.expr, ops.Read) and moves_bytes(self.step):
             reads[str(self.step.expr)] = self.digest.hexdigest()
         return Finished(self.digest.hexdigest(), reads, self.nonfinite)
 

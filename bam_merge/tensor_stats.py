@@ -11,10 +11,10 @@ import xxhash
 from torch import Tensor
 
 from bam_merge.checkpoint import Checkpoint
-from bam_merge.execute import one_torch_thread
 from bam_merge.safetensors_header import DTYPE_BITS, TensorEntry
 from bam_merge.source_files import available_processors, read_runs
 from bam_merge.tensors import buffer
+from bam_merge.workers import one_torch_thread
 
 CHUNK = 2**20
 """Elements that a worker holds at a time."""

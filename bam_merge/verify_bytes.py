@@ -12,7 +12,6 @@ import xxhash
 from bam_merge import ops
 from bam_merge.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint, read_small_file
 from bam_merge.errors import BamMergeError, printable, some
-from bam_merge.execute import one_torch_thread
 from bam_merge.loading import open_model
 from bam_merge.model import Model, ModelConfig
 from bam_merge.plan import Plan, Step
@@ -22,6 +21,7 @@ from bam_merge.report import Check
 from bam_merge.safetensors_header import read_header
 from bam_merge.source_files import available_processors, digest_range
 from bam_merge.tensors import TORCH_DTYPES
+from bam_merge.workers import one_torch_thread
 
 
 def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:

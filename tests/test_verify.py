@@ -234,22 +234,23 @@ def test_sabotage_is_found_where_it_is(name: str, good: tuple[Path, Plan]) -> No
         assert words in found[check], found[check]
 
 
-def test_parallel_block_declared_sequential(tmp_path: Path) -> None:
-    write_sources(tmp_path, CONFIGS["gpt_neox"])
+def wrongly_declared(tmp_path: Path, family: str, **config: Any) -> dict[str, str]:
+    """The checks that a merge of `family` fails once its config.json says `config`."""
+    write_sources(tmp_path, CONFIGS[family])
     plan = plan_file(write_recipe(tmp_path))
     folder = publish(plan, None, UNPROVED)
-    Forger(folder).config(parallel_block=False)
-    found = failed(verify(folder, plan))
+    Forger(folder).config(**config)
+    return failed(verify(folder, plan))
+
+
+def test_parallel_block_declared_sequential(tmp_path: Path) -> None:
+    found = wrongly_declared(tmp_path, "gpt_neox", parallel_block=False)
     assert "parallel_block is False, the sources and the recipe give True" in found["config"]
     assert "layer 0, expert 0 (seed): the block's configuration or wiring" in found["expert isolation"]
 
 
 def test_tied_heads_declared_untied(tmp_path: Path) -> None:
-    write_sources(tmp_path, CONFIGS["llama_tied"])
-    plan = plan_file(write_recipe(tmp_path))
-    folder = publish(plan, None, UNPROVED)
-    Forger(folder).config(tie_word_embeddings=False)
-    found = failed(verify(folder, plan))
+    found = wrongly_declared(tmp_path, "llama_tied", tie_word_embeddings=False)
     assert "config.json wants lm_head.weight" in found["layout"]
     assert "tie_word_embeddings is False, the sources and the recipe give True" in found["config"]
 
@@ -448,7 +449,7 @@ def test_library_callers_get_the_error(llamas: Path, monkeypatch: pytest.MonkeyP
 def test_verification_has_the_threads_that_were_asked_for() -> None:
     """Also after a merge that has imported torch only in its workers."""
     code = """
-from bam_merge.execute import one_torch_thread
+from bam_merge.workers import one_torch_thread
 with one_torch_thread() as single_threaded:
     single_threaded()
 import torch
