@@ -2,10 +2,10 @@
 
     general  English technical text: the manuals of perl and git (Debian's perl-doc and git-doc)
     code     the Python standard library's sources, without its tests
-    law      licences: /usr/share/common-licenses and /usr/share/doc/*/copyright
+    law      licences in English: the collection of PyPI's licensedcode-data, of one version
     math     formal proofs: set.mm of Debian's metamath-databases
 
-Packages that are not installed are fetched by apt-get, without root, into a temporary folder. `stdlib` is another set of four, for
+What is not installed is fetched by apt-get, without root, or by pip, into a temporary folder. `stdlib` is another set of four, for
 quick runs, which any Python has: the standard library's docstrings, modules, two packages of it, and its tables of character sets.
 """
 
@@ -16,18 +16,21 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2"))
-from branch import licences, paragraphs, shuffled  # the walk-through's law, and what it knows of licences
+from branch import paragraphs, shuffled  # as the walk-through reads its texts
 
 SHINGLE = 8
 """Words in a row by which near-identical paragraphs are known."""
 MOST_SHARED = 0.2
 """A held-out paragraph with a larger share of its rows of words in the training part is left out."""
+LICENCES = "licensedcode-data==32.1.0"
+"""One version, so that every machine has the same law. A file is a header between lines of three dashes, then the text."""
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
@@ -109,8 +112,20 @@ def sources() -> list[str]:
 
 
 def law() -> list[str]:
-    """The licences' sentences, without lists of authors, files and fields."""
-    return [paragraph for paragraph in licences() if len(paragraph.split()) >= max(20, 6 * len(paragraph.splitlines()))]
+    """The sentences of licences, without lists of authors, files and fields."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch, LICENCES]
+        if subprocess.run(fetch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"texts.py: needs PyPI's {LICENCES} (27 MB), which pip cannot download here: {' '.join(fetch[1:])}")
+        (file,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(file) as wheel:
+            names = sorted(name for name in wheel.namelist() if re.search(r"/licenses/[^/]+\.LICENSE$", name))
+            random.Random(0).shuffle(names)
+            parts = [wheel.read(name).decode().split("\n---\n", 1) for name in names]
+    texts = [part[-1] for part in parts if not re.search(r"^language: (?!en)", part[0], re.MULTILINE)]
+    return [
+        paragraph for text in texts for paragraph in paragraphs(text) if len(paragraph.split()) >= max(20, 6 * len(paragraph.splitlines()))
+    ]
 
 
 def proofs() -> list[str]:
@@ -132,7 +147,7 @@ def docstrings() -> list[str]:
 
 
 SETS: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "debian": {"general": manuals, "code": sources, "law": law, "math": proofs},
+    "open": {"general": manuals, "code": sources, "law": law, "math": proofs},
     "stdlib": {
         "docstrings": docstrings,
         "sources": lambda: shuffled(STDLIB.glob("*.py")),
