@@ -45,7 +45,7 @@ bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/diff.py
 
-paper: $(VENV)/ready       ## the paper's tables in miniature: docs/paper.md (hours; goes on where it was stopped)
+paper: $(VENV)/ready       ## the paper's tables in miniature: docs/paper.md (over an hour; goes on where it was stopped)
 	$(BIN)/python benchmarks/paper/run.py
 
 paper-smoke: $(VENV)/ready ## the same chain at a tiny size, with assertions (a minute)

@@ -30,7 +30,7 @@ SHINGLE = 8
 MOST_SHARED = 0.2
 """A held-out paragraph with a larger share of its rows of words in the training part is left out."""
 LICENCES = "licensedcode-data==32.1.0"
-"""One version, so that every machine has the same law. A file is a header between lines of three dashes, then the text."""
+"""One version, so that every machine has the same law."""
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
@@ -95,6 +95,19 @@ def package(name: str, wanted: str) -> Iterator[dict[Path, Path]]:
         yield {file.relative_to(scratch): file for file in files}
 
 
+@contextmanager
+def wheel(requirement: str, wanted: str) -> Iterator[list[Path]]:
+    """Those files of PyPI's wheel `requirement` whose paths match `wanted`, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch, requirement]
+        fetched = subprocess.run(fetch, capture_output=True, text=True)
+        if fetched.returncode:
+            raise SystemExit(f"texts.py: needs PyPI's {requirement}, which pip cannot download here:\n{fetched.stderr[-2000:]}")
+        (file,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(file) as packed:
+            yield [Path(packed.extract(name, scratch)) for name in packed.namelist() if re.search(wanted, name)]
+
+
 def manuals() -> list[str]:
     """English ones, without lists of changes."""
     perl = r"^/usr/share/perl/.*(?<!cn)(?<!jp)(?<!ko)(?<!tw)(?<!toc)(?<!delta)\.pod$"
@@ -112,20 +125,12 @@ def sources() -> list[str]:
 
 
 def law() -> list[str]:
-    """The sentences of licences, without lists of authors, files and fields."""
-    with tempfile.TemporaryDirectory() as scratch:
-        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch, LICENCES]
-        if subprocess.run(fetch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
-            raise SystemExit(f"texts.py: needs PyPI's {LICENCES} (27 MB), which pip cannot download here: {' '.join(fetch[1:])}")
-        (file,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(file) as wheel:
-            names = sorted(name for name in wheel.namelist() if re.search(r"/licenses/[^/]+\.LICENSE$", name))
-            random.Random(0).shuffle(names)
-            parts = [wheel.read(name).decode().split("\n---\n", 1) for name in names]
-    texts = [part[-1] for part in parts if not re.search(r"^language: (?!en)", part[0], re.MULTILINE)]
-    return [
-        paragraph for text in texts for paragraph in paragraphs(text) if len(paragraph.split()) >= max(20, 6 * len(paragraph.splitlines()))
-    ]
+    """The sentences of licences in English, without lists of authors, files and fields."""
+    with wheel(LICENCES, r"/licenses/[^/]+\.LICENSE$") as files:
+        parts = [document.partition("\n---\n") for document in shuffled(files)]  # a header between lines of three dashes, and the text
+    english = [text for header, _, text in parts if not re.search(r"^language: (?!en)", header, re.MULTILINE)]
+    found = [paragraph for text in english for paragraph in paragraphs(text)]
+    return [paragraph for paragraph in found if len(paragraph.split()) >= max(20, 6 * len(paragraph.splitlines()))]
 
 
 def proofs() -> list[str]:
