@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from common import bam_merge, machine, machine_line
-from merge import NAMES, Command, Table, alternate, scaled, table_text, write_models
+from paired import Command, Table, alternate, table_text
+from workload import NAMES, scaled, write_models
 
 MODELS = {"equal": ("seed", "copy"), "different": ("seed", "code"), "--seed": NAMES}
 

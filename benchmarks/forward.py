@@ -32,7 +32,8 @@ from statistics import median
 from typing import Any
 
 from common import bam_merge, machine, machine_line, markdown_table, run, write_recipe
-from merge import spread, write_models
+from paired import spread
+from workload import write_models
 
 LAYERS, VOCABULARY = 6, 256_000
 PROMPT, NEW, REPEATS = 256, 16, 2

@@ -27,205 +27,36 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from math import prod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy
-from common import Run, bam_merge, machine, machine_line, markdown_table, run, write_recipe
-
-from bam_merge.synthetic import Values, write_checkpoint
+from common import bam_merge, machine, machine_line, write_recipe
+from paired import Command, Row, Table, alternate, clear, measure, table_text
+from workload import (
+    NAMES,
+    bam_recipe,
+    btx_recipe,
+    default_scale,
+    llama,
+    llama_70b,
+    merge_command,
+    scaled,
+    ties_recipe,
+    wide,
+    write_models,
+)  # fmt: skip
 
 SECTIONS = ("btx", "bam", "mergekit", "memory", "startup")
-NAMES = ("seed", "code", "law", "math")
-LAYERS, VOCABULARY = 22, 32_000
-
-FULL_DISK = 26e9
-"""Bytes of disk that scale 1 needs at once: the inputs, the output that cp copies from, and the output being written."""
-
-FULL_MEMORY = 17e9
-"""Bytes of page cache that scale 1 needs for a warm run: what a merge reads and what it writes."""
-
-SCALES = (1.0, 0.5, 0.25, 0.1, 0.05)
-"""What the default of --scale is chosen from."""
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------------
-
-
-def llama(**sizes: int) -> dict[str, Any]:
-    """A Llama config.json: the shape of the benchmark's models, with `sizes` in the place of its own."""
-    return {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, **sizes,
-    }  # fmt: skip
-
-
-def scaled(scale: float) -> dict[str, Any]:
-    """The benchmark's model with `scale` times the layers and the vocabulary, so about `scale` times the bytes."""
-    return llama(num_hidden_layers=max(1, round(LAYERS * scale)), vocab_size=max(256, round(VOCABULARY * scale)))
-
-
-def wide(factor: float) -> dict[str, Any]:
-    """A model of two layers whose matrices have about `factor` times the elements of the benchmark's."""
-    side = factor**0.5
-    return llama(
-        hidden_size=64 * max(1, round(2048 * side / 64)),  # a multiple of 64, so that 32 heads have an even size
-        intermediate_size=64 * max(1, round(5632 * side / 64)),
-        vocab_size=64 * max(4, round(VOCABULARY * side / 64)),
-        num_hidden_layers=2,
-    )
-
-
-def llama_70b() -> dict[str, Any]:
-    """Llama 3 70B's shape."""
-    return llama(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256
-    )
-
-
-def repeated_block(seed: int) -> Values:
-    """Every tensor is the same block of random numbers, over and over: as incompressible for a merge, and quick to make."""
-    block = numpy.random.default_rng(seed).standard_normal(2**20, dtype="f4") * numpy.float32(0.02)
-    return lambda name, shape: numpy.resize(block, prod(shape))
-
-
-def holes(name: str, shape: tuple[int, ...]) -> None:
-    """Values of a sparse checkpoint: all zeros, and no disk space."""
-
-
-def write_models(folder: Path, config: Mapping[str, Any], names: Sequence[str], sparse: bool, shards: int = 1) -> dict[str, str]:
-    """Write models called `names` into `folder`, unless an earlier run with --keep left them. Returns a recipe's `sources`."""
-    marker = folder / "made.json"
-    made = json.dumps([dict(config), list(names), sparse, shards])
-    if not marker.exists() or marker.read_text() != made:
-        shutil.rmtree(folder, ignore_errors=True)
-        for seed, name in enumerate(names):
-            print(f"writing {folder.name}/{name}", file=sys.stderr)
-            write_checkpoint(folder / name, config, holes if sparse else repeated_block(seed), "BF16", shards)
-        marker.write_text(made)
-    return {name: str(folder / name) for name in names}
-
-
-# ---- recipes ---------------------------------------------------------------------------------------------------------------
-
-
-def btx_recipe(sources: Mapping[str, str], layout: str = "mixtral") -> dict[str, Any]:
-    """BTX, two experts per token."""
-    ffn = {"top_k": 2, "gate": "topk_then_softmax"}
-    return {"method": "btx", "sources": dict(sources), "ffn": ffn, "output": {"path": "unused", "layout": layout}}
-
-
-def bam_recipe(sources: Mapping[str, str]) -> dict[str, Any]:
-    """BAM Expert-KV: every model's whole attention and FFN become experts."""
-    attention, ffn = {"kv": "expert", "routing": "soft"}, {"top_k": 1, "gate": "softmax_then_topk"}
-    return {"method": "bam", "sources": dict(sources), "attention": attention, "ffn": ffn, "output": {"path": "unused"}}
-
-
-def ties_recipe(sources: Mapping[str, str]) -> dict[str, Any]:
-    """A dense TIES merge onto the seed, which reads every operand three times."""
-    shared = {"make": "ties", "base": "seed", "density": 0.5}
-    return {"method": "merge", "sources": dict(sources), "shared": shared, "output": {"path": "unused"}}
-
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Command:
-    """What to run. `reads` are the folders it reads, `writes` the one it makes; `allowed` the exit statuses that are no failure."""
-
-    label: str
-    argv: Sequence[str | Path]
-    reads: Sequence[Path] = ()
-    writes: Path | None = None
-    allowed: Sequence[int] = (0,)
-
-
-@dataclass
-class Row:
-    """One line of a table: wall and processor times in seconds, peaks in bytes; per other command the ratios of the wall times."""
-
-    label: str
-    seconds: list[float]
-    cpu_seconds: list[float]
-    peak_bytes: list[int]
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass
-class Table:
-    """A section's result."""
-
-    title: str
-    rows: list[Row]
-
-
-def warm(folder: Path) -> None:
-    """Read every file in `folder` into the page cache."""
-    view = memoryview(bytearray(2**23))
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with open(file, "rb", buffering=0) as stream:
-                while stream.readinto(view):
-                    pass
-
-
-def clear(folder: Path | None) -> None:
-    """Delete an output, and whatever else its making left beside it."""
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(folder.with_name(f".{folder.name}.bam-merge"), ignore_errors=True)
-
-
-def measure(command: Command, keep: bool = False) -> Run:
-    """One run under the conditions of the module's docstring; its output is deleted afterwards unless `keep`."""
-    clear(command.writes)
-    os.sync()
-    for folder in command.reads:
-        warm(folder)
-    result = run(command.argv, command.allowed)
-    if not keep:
-        clear(command.writes)
-    return result
-
-
-def alternate(commands: Sequence[Command], rounds: int, anchors: Sequence[str]) -> list[Row]:
-    """Run the commands in turn, `rounds` times. Ratios are taken to the commands labelled in `anchors`."""
-    runs: dict[str, list[Run]] = {command.label: [] for command in commands}
-    for index in range(rounds):
-        first = index % len(commands)
-        for command in [*commands[first:], *commands[:first]]:
-            result = measure(command)
-            runs[command.label].append(result)
-            print(f"  {command.label}: {result.seconds:.2f} s", file=sys.stderr)
-    rows = []
-    for label, results in runs.items():
-        ratios = {
-            anchor: [one.seconds / other.seconds for one, other in zip(results, runs[anchor], strict=True)]
-            for anchor in anchors
-            if anchor != label
-        }
-        seconds, cpu_seconds = [one.seconds for one in results], [one.cpu_seconds for one in results]
-        rows.append(Row(label, seconds, cpu_seconds, [one.peak_bytes for one in results], ratios))
-    return rows
 
 
 def copies(source: Path, target: Path) -> list[Command]:
     """cp of a folder, and cp that is as durable as bam-merge's output when it ends: every file synced."""
     durable: list[str | Path] = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", source, target]
     return [Command("cp", ["cp", "-r", source, target], [source], target), Command("cp, fsync", durable, [source], target)]
-
-
-def merge_command(label: str, recipe: Path, sources: Mapping[str, str], target: Path) -> Command:
-    """A merge by bam-merge into `target`, without the verification that follows it: what is compared with cp is the merge alone."""
-    argv: list[str | Path] = [bam_merge(), "merge", recipe, "--output", target, "--no-verify"]
-    return Command(label, argv, [Path(folder) for folder in sources.values()], target)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -364,31 +195,6 @@ def startup(bench: Bench) -> Table:
 # ---- results ---------------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, and from the smallest to the largest."""
-    if not values:
-        return ""
-    middle, least, most = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
-    return f"{middle} ({least} to {most})"
-
-
-def table_text(table: Table) -> str:
-    """A section's table in markdown."""
-    anchors = list(dict.fromkeys(anchor for row in table.rows for anchor in row.ratios))
-    rows = [
-        [
-            row.label,
-            spread(row.seconds),
-            *(spread(row.ratios.get(anchor, [])) for anchor in anchors),
-            f"{median(row.cpu_seconds):.2f}",
-            f"{max(row.peak_bytes) / 1e6:,.0f}",
-        ]
-        for row in table.rows
-    ]
-    header = [table.title, "wall time, s", *(f"ratio to {anchor}" for anchor in anchors), "processor time, s", "peak memory, MB"]
-    return markdown_table(header, rows)
-
-
 def describe(bench: Bench, chosen: bool) -> str:
     """What was measured, in two lines."""
     config = scaled(bench.scale)
@@ -399,12 +205,6 @@ def describe(bench: Bench, chosen: bool) -> str:
         "Times and ratios of wall times: median (smallest to largest). Processor time: all threads, median. "
         "Peak memory: largest resident set of any run; pages of mapped files count too."
     )
-
-
-def default_scale(work: Path) -> float:
-    """The largest scale for which disk and page cache suffice, with a fifth of each to spare."""
-    disk, physical = shutil.disk_usage(work).free, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return next((s for s in SCALES if s * FULL_DISK < 0.8 * disk and s * FULL_MEMORY < 0.8 * physical), SCALES[-1])
 
 
 def arguments() -> argparse.Namespace:

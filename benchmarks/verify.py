@@ -16,22 +16,8 @@ from math import prod
 from pathlib import Path
 
 from common import bam_merge, machine, machine_line, write_recipe
-from merge import (
-    NAMES,
-    Command,
-    Table,
-    alternate,
-    bam_recipe,
-    btx_recipe,
-    clear,
-    default_scale,
-    measure,
-    merge_command,
-    scaled,
-    table_text,
-    ties_recipe,
-    write_models,
-)  # fmt: skip
+from paired import Command, Table, alternate, clear, measure, table_text
+from workload import NAMES, bam_recipe, btx_recipe, default_scale, merge_command, scaled, ties_recipe, write_models
 
 from bam_merge.checkpoint import open_checkpoint
 
