@@ -3,23 +3,34 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from bam_merge._version import __version__
 
 if TYPE_CHECKING:
-    from bam_merge.comparison import diff
+    from bam_merge.comparing.two_models import diff
     from bam_merge.errors import BamMergeError
-    from bam_merge.inspection import inspect
-    from bam_merge.loading import load_model
-    from bam_merge.plan import Plan, make_plan
-    from bam_merge.publish import MergeOptions, merge
-    from bam_merge.recipe import Recipe, load_recipe
-    from bam_merge.verification import verify
+    from bam_merge.inspecting.inspection import inspect
+    from bam_merge.model.loading import load_model
+    from bam_merge.planning.make import make_plan
+    from bam_merge.planning.plan import Plan
+    from bam_merge.publishing.options import MergeOptions
+    from bam_merge.publishing.publish import merge
+    from bam_merge.recipe.load import load_recipe
+    from bam_merge.recipe.schema import Recipe
+    from bam_merge.verifying.verification import verify
 
 _HOMES = {
-    "BamMergeError": "errors", "load_recipe": "recipe", "Recipe": "recipe", "make_plan": "plan", "Plan": "plan",
-    "merge": "publish", "MergeOptions": "publish", "verify": "verification", "load_model": "loading",
-    "inspect": "inspection", "diff": "comparison",
-}  # fmt: skip
+    "BamMergeError": "errors",
+    "MergeOptions": "publishing.options",
+    "Plan": "planning.plan",
+    "Recipe": "recipe.schema",
+    "diff": "comparing.two_models",
+    "inspect": "inspecting.inspection",
+    "load_model": "model.loading",
+    "load_recipe": "recipe.load",
+    "make_plan": "planning.make",
+    "merge": "publishing.publish",
+    "verify": "verifying.verification",
+}
 
 __all__ = [
     "BamMergeError",

@@ -16,8 +16,9 @@ from typing import Any
 import click
 
 from bam_merge import __version__
-from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed, nearest, printable
+from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed
 from bam_merge.process import PROBLEM_LENGTH, Stopped, complete_streams, fail, lack_of_memory, print_result, stop_on_signals, tell
+from bam_merge.text import nearest, printable
 
 
 class _DefaultMerge(click.Group):
@@ -65,7 +66,7 @@ def cli() -> None:
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where a merge gives them, and record it in the manifest.")
 def merge(recipe: str, output: str | None, dry_run: bool, **options: Any) -> None:
     """Carry out RECIPE and publish the merged checkpoint."""
-    from bam_merge.plan import plan_file
+    from bam_merge.planning.make import plan_file
 
     plan = plan_file(recipe)
     if dry_run:
@@ -80,11 +81,11 @@ def merge(recipe: str, output: str | None, dry_run: bool, **options: Any) -> Non
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
 def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
     """Show what RECIPE would make from what, its sizes, and the memory and disk it needs. Reads headers only."""
-    from bam_merge.plan import plan_file
+    from bam_merge.planning.make import plan_file
 
     plan = plan_file(recipe)
     if as_json:
-        from bam_merge.publish import default_workers
+        from bam_merge.values.threads import default_workers
 
         print_result(json.dumps(plan.document(default_workers()), indent=2))
         _check_space(plan, None)
@@ -105,7 +106,7 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
 def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
     """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
-    from bam_merge.inspection import inspect as look
+    from bam_merge.inspecting.inspection import inspect as look
 
     gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
     try:
@@ -115,7 +116,7 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
     if as_json:
         print_result(json.dumps(found.document(), indent=2, allow_nan=False))
         return
-    from bam_merge.render_inspect import inspection_text
+    from bam_merge.showing.inspection import inspection_text
 
     print_result(inspection_text(found, _terminal(), every, options["tensors"] is not None or options["layer"] is not None))
 
@@ -138,7 +139,7 @@ def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | Non
     Exit status: 0 the same, 1 different, 2 could not be compared.
     """
     if html is not None:
-        from bam_merge.html_report import check_free, write_report
+        from bam_merge.showing.page import check_free, write_report
 
         check_free(Path(html), force)
     found, show = _compared(models, seed, options)
@@ -158,14 +159,14 @@ def _compared(models: tuple[str, ...], seed: str | None, options: dict[str, Any]
     if seed is None:
         if len(models) != 2:
             raise click.UsageError(f"{len(models)} model(s) given: two are compared, or branches with their seed after --seed S.")
-        from bam_merge.comparison import diff as compare
-        from bam_merge.render_diff import comparison_text
+        from bam_merge.comparing.two_models import diff as compare
+        from bam_merge.showing.comparison import comparison_text
 
         return compare(*models, **options), comparison_text
     if given := [f"--{name}" for name in ("tol", "only", "ignore") if options[name]]:
         raise click.UsageError(f"{', '.join(given)}: not together with --seed.")
-    from bam_merge.drift import drift
-    from bam_merge.render_drift import drift_text
+    from bam_merge.comparing.branches import drift
+    from bam_merge.showing.drift import drift_text
 
     return drift(seed, models), drift_text
 
@@ -181,9 +182,9 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
 
     After --text FILE, further FILEs may follow.
     """
-    from bam_merge.plan import plan_file
-    from bam_merge.render_report import report_tables
-    from bam_merge.verification import verify as run
+    from bam_merge.planning.make import plan_file
+    from bam_merge.showing.verification import report_tables
+    from bam_merge.verifying.verification import verify as run
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
@@ -199,7 +200,7 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
 @cli.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
-    from bam_merge.recipe import schema as recipe_schema
+    from bam_merge.recipe.schema import schema as recipe_schema
 
     print_result(json.dumps(recipe_schema(), indent=2))
 
@@ -209,8 +210,8 @@ def schema() -> None:
 @click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
 def demo(folder: str, force: bool) -> None:
     """Make four small dense checkpoints in FOLDER, merge them into a BAM mixture, prove it, run it. Offline, a few seconds."""
-    from bam_merge.demo import DEMO_TOKENS, continuation, make_demo
-    from bam_merge.plan import plan_file
+    from bam_merge.demo.demo import DEMO_TOKENS, continuation, make_demo
+    from bam_merge.planning.make import plan_file
 
     recipe = make_demo(Path(folder), force)
     tell(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n")
@@ -225,7 +226,7 @@ def demo(folder: str, force: bool) -> None:
 
 def _terminal() -> Any:
     """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
-    from bam_merge.terminal import Terminal
+    from bam_merge.showing.terminal import Terminal
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     unicode = (sys.stdout.encoding or "ascii").lower().startswith("utf")
@@ -233,8 +234,11 @@ def _terminal() -> Any:
 
 
 def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
-    from bam_merge.publish import MergeOptions, default_workers, publish
-    from bam_merge.render import merge_progress, result_text, verdict_text
+    from bam_merge.publishing.options import MergeOptions
+    from bam_merge.publishing.publish import publish
+    from bam_merge.showing.plan import merge_progress, result_text
+    from bam_merge.showing.verification import verdict_text
+    from bam_merge.values.threads import default_workers
 
     options["workers"] = options["workers"] or default_workers()
     reports: list[Any] = []
@@ -256,15 +260,16 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
 
 
 def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:
-    from bam_merge.publish import default_workers, target_path
-    from bam_merge.render import plan_text
+    from bam_merge.publishing.preflight import target_path
+    from bam_merge.showing.plan import plan_text
+    from bam_merge.values.threads import default_workers
 
     print_result(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
     _check_space(plan, output)
 
 
 def _check_space(plan: Any, output: str | None) -> None:
-    from bam_merge.publish import space_problem, target_path
+    from bam_merge.publishing.preflight import space_problem, target_path
 
     short = space_problem(plan, target_path(plan, output))
     if short:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from bam_merge.errors import OutputError, printable
+from bam_merge.errors import OutputError
+from bam_merge.text import printable
 
 PROBLEM_LENGTH = 4000
 """Characters of one message that are printed."""

@@ -39,7 +39,7 @@ import numpy
 from common import bam_merge, machine, machine_line, markdown_table, run, write_recipe
 from safetensors.numpy import load_file
 
-from bam_merge.synthetic import Values, branched_values, random_values, write_checkpoint
+from bam_merge.demo.synthetic import Values, branched_values, random_values, write_checkpoint
 
 VERSION = "0.1.5"
 """The mergekit that the cases and the text above were checked with."""

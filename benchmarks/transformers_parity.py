@@ -18,7 +18,7 @@ from common import markdown_table
 from transformers import AutoModelForCausalLM
 
 import bam_merge
-from bam_merge.tokens import encode, open_tokenizer
+from bam_merge.model.tokens import encode, open_tokenizer
 
 PROMPT = 16
 """Tokens of the text that are continued."""

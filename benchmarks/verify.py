@@ -19,7 +19,7 @@ from common import bam_merge, machine, machine_line, write_recipe
 from paired import Command, Table, alternate, clear, measure, table_text
 from workload import NAMES, bam_recipe, btx_recipe, default_scale, merge_command, scaled, ties_recipe, write_models
 
-from bam_merge.checkpoint import open_checkpoint
+from bam_merge.checkpoints.folder import open_checkpoint
 
 RECIPES = {"btx": btx_recipe, "bam": bam_recipe, "ties": ties_recipe}
 

@@ -13,7 +13,7 @@ import numpy
 from common import bam_merge
 from paired import Command
 
-from bam_merge.synthetic import Values, write_checkpoint
+from bam_merge.demo.synthetic import Values, write_checkpoint
 
 NAMES = ("seed", "code", "law", "math")
 LAYERS, VOCABULARY = 22, 32_000

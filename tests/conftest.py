@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bam_merge.synthetic import branched_values, random_values, write_checkpoint
+from bam_merge.demo.synthetic import branched_values, random_values, write_checkpoint
 
 BASE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def unproved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification of every merge is tested in test_verify.py; elsewhere merges in this process go without, to be quick."""
     if request.path.name != "test_verify.py":
-        monkeypatch.setattr("bam_merge.publish._prove", lambda *args: None)
+        monkeypatch.setattr("bam_merge.publishing.publish._prove", lambda *args: None)
 
 
 @dataclass

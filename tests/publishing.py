@@ -7,8 +7,9 @@ import pytest
 from conftest import write_recipe
 
 from bam_merge import MergeOptions
-from bam_merge.plan import Plan, plan_file
-from bam_merge.publish import publish
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing.publish import publish
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -5,9 +5,19 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS, write_sources
 
-from bam_merge import ops
-from bam_merge.architecture import ROLES, Architecture, dense_families, find_by_model_type, load_architecture, mixture_layouts
-from bam_merge.dense import describe, family_tensors, read_dense
+from bam_merge import expressions
+from bam_merge.architectures.config import describe
+from bam_merge.architectures.tables import (
+    ROLES,
+    Architecture,
+    dense_families,
+    family_tensors,
+    find_by_model_type,
+    load_architecture,
+    mixture_layouts,
+)
+from bam_merge.checkpoints.pieces import numel
+from bam_merge.sources.dense import read_dense
 
 
 def state_dict_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -56,8 +66,8 @@ def test_reading_covers_every_tensor_once(name: str, tmp_path: Path) -> None:
     """Slices of fused tensors tile them: together the roles have exactly the elements of the file."""
     write_sources(tmp_path, CONFIGS[name], ("seed",))
     model = read_dense("seed", tmp_path / "seed")
-    assert sum(map(ops.numel, model.tensors.values())) == sum(entry.numel for entry in model.checkpoint.tensors.values())
-    assert {read.tensor for expr in model.tensors.values() for read in ops.reads(expr)} == set(model.checkpoint.tensors)
+    assert sum(map(numel, model.tensors.values())) == sum(entry.numel for entry in model.checkpoint.tensors.values())
+    assert {read.tensor for expr in model.tensors.values() for read in expressions.reads(expr)} == set(model.checkpoint.tensors)
     assert not model.dropped
     assert not model.unknown_keys
 

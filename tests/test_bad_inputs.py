@@ -19,7 +19,7 @@ import torch
 from conftest import CONFIGS, Result, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
-from bam_merge.checkpoint import INDEX
+from bam_merge.checkpoints.folder import INDEX
 
 LAYER = "model.layers.1.self_attn.k_proj.weight"
 ONE = "model.safetensors"

@@ -16,8 +16,8 @@ import torch
 from conftest import CONFIGS, Result, write_recipe
 from test_bad_inputs import ONE, add, edit_config, edit_tensors, said, shard, spans, tokenizer, tree
 
-from bam_merge.checkpoint import INDEX
-from bam_merge.synthetic import write_checkpoint
+from bam_merge.checkpoints.folder import INDEX
+from bam_merge.demo.synthetic import write_checkpoint
 
 ESCAPED = r"\x1b[31m"
 

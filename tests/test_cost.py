@@ -7,11 +7,11 @@ from conftest import CONFIGS, write_recipe, write_sources
 from test_plan import FOUR, PAPER
 from test_roles import edit, mixture, save_public
 
-from bam_merge.cost import Cost, Flops, Kind, as_mixture, cost_of
+from bam_merge.architectures.anatomy import open_anatomy
+from bam_merge.architectures.cost import Cost, Flops, Kind, as_mixture, cost_of
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
-from bam_merge.plan import plan_file
-from bam_merge.roles import open_anatomy
-from bam_merge.synthetic import random_values, write_checkpoint
+from bam_merge.planning.make import plan_file
 
 METHODS: dict[Kind, tuple[str, str]] = {
     "expert_kv": ("bam", ""),

@@ -14,10 +14,11 @@ from conftest import CONFIGS, Result, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import load_recipe, merge
-from bam_merge.comparison import Comparison, diff
-from bam_merge.difference import Difference
+from bam_merge.comparing import two_models
+from bam_merge.comparing.tensor_difference import Difference
+from bam_merge.comparing.two_models import Comparison, diff
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
-from bam_merge.synthetic import random_values, write_checkpoint
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -290,16 +291,14 @@ def test_nothing_in_common(pair: tuple[Path, Path], tmp_path: Path, run: Any) ->
 
 
 def test_a_file_that_changes_is_noticed(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from bam_merge import comparison
-
-    opened = comparison.open_side
+    opened = two_models.open_side
 
     def change_after(address: Any) -> Any:
         side = opened(address)
         os.utime(next(Path(address).glob("*.safetensors")), (1, 1))
         return side
 
-    monkeypatch.setattr(comparison, "open_side", change_after)
+    monkeypatch.setattr(two_models, "open_side", change_after)
     with pytest.raises(CheckpointError, match="changed since it was opened"):
         diff(*pair)
 
@@ -318,8 +317,8 @@ def test_names_cannot_reach_the_terminal_raw(tmp_path: Path, run: Any) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"width": 120}, {"colour": True}, {"unicode": False}])
 def test_the_picture_fits(options: dict[str, Any], pair: tuple[Path, Path]) -> None:
-    from bam_merge.render_diff import comparison_text
-    from bam_merge.terminal import Terminal
+    from bam_merge.showing.comparison import comparison_text
+    from bam_merge.showing.terminal import Terminal
 
     edit(pair[1], lambda tensors: tensors.update({Q: put(math.nan)(tensors[Q]), UP: 1.5 * tensors[UP], "extra": torch.ones(2)}))
     terminal = Terminal(**options)

@@ -13,10 +13,11 @@ import torch
 from conftest import CONFIGS, Result
 from safetensors.torch import load_file, save_file
 
-from bam_merge.drift import Drift, drift
+from bam_merge.comparing.branches import drift
+from bam_merge.comparing.drift import Drift
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError, OutputError
-from bam_merge.html_report import report_page, write_report
-from bam_merge.synthetic import random_values, write_checkpoint
+from bam_merge.showing.page import report_page, write_report
 
 CONFIG = {**CONFIGS["llama"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 NAMES = ("code", "law", "math")
@@ -182,8 +183,8 @@ def test_the_documents_numbers_are_the_tables(noisy: tuple[Path, list[Path]], ru
 
 @pytest.mark.parametrize("options", [{}, {"width": 120}, {"colour": True}, {"unicode": False}])
 def test_text_fits(options: dict[str, Any], noisy: tuple[Path, list[Path]]) -> None:
-    from bam_merge.render_drift import drift_text
-    from bam_merge.terminal import Terminal
+    from bam_merge.showing.drift import drift_text
+    from bam_merge.showing.terminal import Terminal
 
     terminal = Terminal(**options)
     text = drift_text(drift(noisy[0], noisy[1]), terminal, every=True)
@@ -219,7 +220,7 @@ def test_a_comparison_has_a_page_too(noisy: tuple[Path, list[Path]], tmp_path: P
 def test_a_large_models_page_stays_small(noisy: tuple[Path, list[Path]]) -> None:
     from dataclasses import replace
 
-    from bam_merge.matching import Side
+    from bam_merge.comparing.sides import Side
 
     found = drift(noisy[0], noisy[1])
     roles = [(role, gram) for (role, layer, _), gram in found.grams.items() if layer == 0]
@@ -249,7 +250,7 @@ def test_a_page_is_written_whole_or_not_at_all(
 
 def test_tensors_longer_than_a_block(tmp_path: Path) -> None:
     """The last block of a tensor is shorter than the others."""
-    from bam_merge.difference import BLOCK
+    from bam_merge.comparing.tensor_difference import BLOCK
 
     generator = torch.Generator().manual_seed(0)
     s, d = (torch.randn(BLOCK + 4097, generator=generator) for _ in range(2))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_model import VARIANTS, build, distance, ids, write_three
 
 from bam_merge import load_model, load_recipe, merge, verify
-from bam_merge.publish import model_code
+from bam_merge.publishing.companions import model_code
 
 transformers = pytest.importorskip("transformers")
 

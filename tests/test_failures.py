@@ -16,10 +16,10 @@ from conftest import CONFIGS, write_recipe, write_sources
 from publishing import folder_bytes, options, plan
 
 from bam_merge import MergeOptions
-from bam_merge import publish as publish_module
 from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed
-from bam_merge.plan import Plan
-from bam_merge.publish import publish
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing import companions as companions_module
+from bam_merge.publishing.publish import publish
 
 __all__ = ["plan"]
 
@@ -69,13 +69,13 @@ def test_tokenizer_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Pa
 
 def test_source_that_changes_while_the_manifest_is_made(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It digests tensors that were not read whole, after the last tensor was written."""
-    real = publish_module.manifest
+    real = companions_module.manifest
 
     def slow(*args: Any) -> Any:
         os.utime(llamas / "law" / "model.safetensors")
         return real(*args)
 
-    monkeypatch.setattr(publish_module, "manifest", slow)
+    monkeypatch.setattr(companions_module, "manifest", slow)
     with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
         publish(plan, None, MergeOptions())
     assert not (llamas / "out").exists()
@@ -125,7 +125,7 @@ def test_a_failed_sync_behind_the_workers_is_fatal(plan: Plan, llamas: Path, mon
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr("bam_merge.execute.FLUSH_SECONDS", 0)
+    monkeypatch.setattr("bam_merge.merging.outputs.FLUSH_SECONDS", 0)
     with pytest.raises(OutputError, match=r"\.out\.bam-merge/output/model.*Input/output error"):
         publish(plan, None, MergeOptions(workers=1, progress=lambda count: count and failed.wait(60)))
     assert calls == 1

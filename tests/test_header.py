@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.header import encode_header, read_header
 from bam_merge.errors import CheckpointError
-from bam_merge.safetensors_header import DTYPE_BITS, encode_header, read_header
 
 
 def test_header_is_these_bytes() -> None:

@@ -17,11 +17,11 @@ from test_plan import PAPER
 from test_roles import PUBLIC, edit, mixture, save_public
 
 import bam_merge
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import BamMergeError
-from bam_merge.inspection import inspect
-from bam_merge.render_inspect import inspection_text
-from bam_merge.synthetic import random_values, write_checkpoint
-from bam_merge.terminal import Terminal
+from bam_merge.inspecting.inspection import inspect
+from bam_merge.showing.inspection import inspection_text
+from bam_merge.showing.terminal import Terminal
 
 ESCAPE = "\x1b"
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bam_merge import ops
-from bam_merge.kernels import Chunk, combine, initialise, survey, ties_thresholds
+from bam_merge import expressions
+from bam_merge.merging.kernels import Chunk, combine, survey, ties_thresholds
+from bam_merge.values.streams import initialise
 
 
-def run(method: ops.Method, operands: list[list[float]], base: list[float] | None = None, chunk: int = 2) -> list[float]:
+def run(method: expressions.Method, operands: list[list[float]], base: list[float] | None = None, chunk: int = 2) -> list[float]:
     """The merged vector, computed in chunks of `chunk` elements."""
     x_KC = [torch.tensor(values, dtype=torch.float32) for values in operands]
     base_C = None if base is None else torch.tensor(base, dtype=torch.float32)
@@ -27,13 +28,13 @@ def run(method: ops.Method, operands: list[list[float]], base: list[float] | Non
 
 
 def test_mean() -> None:
-    assert run(ops.Mean(), [[1, 2, 3], [3, 4, 8]]) == [2.0, 3.0, 5.5]
+    assert run(expressions.Mean(), [[1, 2, 3], [3, 4, 8]]) == [2.0, 3.0, 5.5]
 
 
 def test_mean_is_summed_in_float32_and_rounded_once() -> None:
     """Three bfloat16 numbers whose running sum needs more than bfloat16's 8 bits."""
     values = [256.0, 1.0, 1.0]
-    (mean,) = run(ops.Mean(), [[v] for v in values])
+    (mean,) = run(expressions.Mean(), [[v] for v in values])
     assert mean == float(torch.tensor(258.0) / 3)
     by_bf16 = (
         torch.tensor(256.0, dtype=torch.bfloat16) + torch.tensor(1.0, dtype=torch.bfloat16) + torch.tensor(1.0, dtype=torch.bfloat16)
@@ -42,34 +43,34 @@ def test_mean_is_summed_in_float32_and_rounded_once() -> None:
 
 
 def test_linear() -> None:
-    assert run(ops.Linear((0.25, 0.75)), [[4, 8], [0, 4]]) == [1.0, 5.0]
+    assert run(expressions.Linear((0.25, 0.75)), [[4, 8], [0, 4]]) == [1.0, 5.0]
 
 
 def test_task_arithmetic() -> None:
     """base + scale * (w1 (x1 - base) + w2 (x2 - base))."""
-    assert run(ops.TaskArithmetic((1.0, 0.5), 2.0), [[2, 1], [1, 5]], [1, 1]) == [3.0, 5.0]
+    assert run(expressions.TaskArithmetic((1.0, 0.5), 2.0), [[2, 1], [1, 5]], [1, 1]) == [3.0, 5.0]
 
 
 def test_slerp_of_orthogonal_vectors() -> None:
     """A right angle: at t = 1/3 the weights are sin 60 and sin 30."""
-    a, b = run(ops.Slerp(1 / 3), [[2, 0], [0, 2]])
+    a, b = run(expressions.Slerp(1 / 3), [[2, 0], [0, 2]])
     assert a == pytest.approx(2 * math.sin(math.pi / 3), rel=1e-6)
     assert b == pytest.approx(2 * math.sin(math.pi / 6), rel=1e-6)
 
 
 def test_slerp_keeps_the_norm_where_a_line_would_not() -> None:
-    merged = run(ops.Slerp(0.5), [[1, 0, 0], [0, 1, 0]])
+    merged = run(expressions.Slerp(0.5), [[1, 0, 0], [0, 1, 0]])
     assert math.hypot(*merged) == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize(("t", "expected"), [(0.0, [1.0, 2.0]), (1.0, [3.0, -1.0])])
 def test_slerp_ends(t: float, expected: list[float]) -> None:
-    assert run(ops.Slerp(t), [[1, 2], [3, -1]]) == pytest.approx(expected)
+    assert run(expressions.Slerp(t), [[1, 2], [3, -1]]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("a", "b"), [([1, 2], [2, 4]), ([1, 2], [-1, -2]), ([0, 0], [1, 1])])
 def test_slerp_of_parallel_opposite_or_zero_vectors_is_the_line(a: list[float], b: list[float]) -> None:
-    assert run(ops.Slerp(0.25), [a, b]) == pytest.approx([0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)])
+    assert run(expressions.Slerp(0.25), [a, b]) == pytest.approx([0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)])
 
 
 def test_ties_by_hand() -> None:
@@ -81,18 +82,18 @@ def test_ties_by_hand() -> None:
     means of what agrees: (5+4)/2, 0, 6, 0, -7, 2
     """
     first, second = [5, 1, -3, 0.5, 1, 2], [4, 1, 6, 1, -7, -0.5]
-    assert run(ops.Ties(0.5, (1.0, 1.0), 1.0), [first, second], [0] * 6) == [4.5, 0.0, 6.0, 0.0, -7.0, 2.0]
+    assert run(expressions.Ties(0.5, (1.0, 1.0), 1.0), [first, second], [0] * 6) == [4.5, 0.0, 6.0, 0.0, -7.0, 2.0]
 
 
 def test_ties_scale_and_weights() -> None:
     """The mean of what agrees is weighted, and the scale multiplies it."""
-    merged = run(ops.Ties(1.0, (3.0, 1.0), 2.0), [[2, 1], [6, -4]], [1, 1])
+    merged = run(expressions.Ties(1.0, (3.0, 1.0), 2.0), [[2, 1], [6, -4]], [1, 1])
     # differences [1, 0] and [5, -5]: weighted sums 8 and -5; means (3*1 + 5)/4 = 2 and -5
     assert merged == [1 + 2 * 2.0, 1 + 2 * -5.0]
 
 
 def test_ties_of_opposite_differences_is_the_base() -> None:
-    assert run(ops.Ties(1.0, (1.0, 1.0), 1.0), [[3, 0], [-3, 0]], [0, 0]) == [0.0, 0.0]
+    assert run(expressions.Ties(1.0, (1.0, 1.0), 1.0), [[3, 0], [-3, 0]], [0, 0]) == [0.0, 0.0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,11 +107,11 @@ def test_ties_threshold_is_the_kth_largest_magnitude(values: list[float], densit
     pieces = [Chunk(s, [d[s : s + chunk]], torch.zeros_like(d[s : s + chunk])) for s in range(0, len(d), chunk)]
     keep = max(1, math.floor(density * len(d)))
     expected = 0.0 if keep == len(d) else float(d.abs().sort(descending=True).values[keep - 1])
-    assert ties_thresholds(ops.Ties(density, (1.0,), 1.0), lambda: iter(pieces), len(d)) == [expected]
+    assert ties_thresholds(expressions.Ties(density, (1.0,), 1.0), lambda: iter(pieces), len(d)) == [expected]
 
 
-def dare(density: float, seed: int = 0) -> ops.DareTies:
-    return ops.DareTies(density, (1.0,), 1.0, seed, ("stream",))
+def dare(density: float, seed: int = 0) -> expressions.DareTies:
+    return expressions.DareTies(density, (1.0,), 1.0, seed, ("stream",))
 
 
 def test_dare_rescales_what_it_keeps() -> None:
@@ -134,7 +135,7 @@ def test_dare_of_density_one_is_task_arithmetic_of_one() -> None:
 
 
 def test_normal_has_the_stated_distribution() -> None:
-    w = initialise(ops.Normal(0.02), (64, 512), 0, "w")
+    w = initialise(expressions.Normal(0.02), (64, 512), 0, "w")
     assert float(w.mean()) == pytest.approx(0.0, abs=5 * 0.02 / math.sqrt(w.numel()))
     assert float(w.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * w.numel()))
     kurtosis = float((w / w.std()).pow(4).mean())
@@ -143,28 +144,28 @@ def test_normal_has_the_stated_distribution() -> None:
 
 def test_normal_is_this_stream_for_good() -> None:
     """Literal values: what a recipe made once it must make again, on any machine and with any later numpy."""
-    w = initialise(ops.Normal(1.0), (1, 4), 0, "model.layers.0.mlp.router.weight").flatten().tolist()
+    w = initialise(expressions.Normal(1.0), (1, 4), 0, "model.layers.0.mlp.router.weight").flatten().tolist()
     assert w == pytest.approx([1.3313144813574536, -0.8343493396268815, -0.04953526299449843, 0.6577279475849572], abs=1e-7)
 
 
 @pytest.mark.parametrize(("bound", "limit"), [(0.3, 0.3), (None, 1 / 16)])
 def test_uniform(bound: float | None, limit: float) -> None:
-    w = initialise(ops.Uniform(bound), (16, 256), 0, "w")
+    w = initialise(expressions.Uniform(bound), (16, 256), 0, "w")
     assert float(w.abs().max()) <= limit
     assert float(w.std()) == pytest.approx(limit / math.sqrt(3), rel=0.05)
 
 
 def test_orthogonal_rows() -> None:
-    w = initialise(ops.Orthogonal(2.0), (4, 32), 0, "w")
+    w = initialise(expressions.Orthogonal(2.0), (4, 32), 0, "w")
     torch.testing.assert_close(w @ w.T, 4.0 * torch.eye(4))
 
 
 def test_zeros() -> None:
-    assert not initialise(ops.Zeros(), (3, 5), 0, "w").any()
+    assert not initialise(expressions.Zeros(), (3, 5), 0, "w").any()
 
 
 def test_randomness_depends_on_seed_and_name_alone() -> None:
-    first = initialise(ops.Normal(1.0), (4, 8), 0, "a")
-    assert torch.equal(first, initialise(ops.Normal(1.0), (4, 8), 0, "a"))
-    assert not torch.equal(first, initialise(ops.Normal(1.0), (4, 8), 0, "b"))
-    assert not torch.equal(first, initialise(ops.Normal(1.0), (4, 8), 1, "a"))
+    first = initialise(expressions.Normal(1.0), (4, 8), 0, "a")
+    assert torch.equal(first, initialise(expressions.Normal(1.0), (4, 8), 0, "a"))
+    assert not torch.equal(first, initialise(expressions.Normal(1.0), (4, 8), 0, "b"))
+    assert not torch.equal(first, initialise(expressions.Normal(1.0), (4, 8), 1, "a"))

@@ -13,10 +13,11 @@ from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import load_recipe, merge
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
-from bam_merge.generate import run as generate
-from bam_merge.loading import load_model, model_config, open_model
-from bam_merge.synthetic import random_values, write_checkpoint
+from bam_merge.model.__main__ import run as generate
+from bam_merge.model.config import model_config
+from bam_merge.model.loading import load_model, open_model
 
 IDS = torch.arange(3, 27).view(2, 12)
 LAYOUTS = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3_biased": "qwen3_moe"}
@@ -92,7 +93,7 @@ def test_the_head_in_pieces_is_the_head(tmp_path: Path, monkeypatch: pytest.Monk
     stored = open_model(write_checkpoint(tmp_path, CONFIGS["cohere"], random_values(1)))
     x_BTD = torch.randn(1, 3, 32)
     whole = stored.head(x_BTD)
-    monkeypatch.setattr("bam_merge.loading.HEAD_ROWS", 7)
+    monkeypatch.setattr("bam_merge.model.loading.HEAD_ROWS", 7)
     assert torch.allclose(stored.head(x_BTD), whole, atol=1e-7)
 
 

@@ -14,10 +14,10 @@ from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge
-from bam_merge import execute as execute_module
 from bam_merge.errors import NonFiniteError
-from bam_merge.plan import plan_file
-from bam_merge.publish import publish
+from bam_merge.merging import tensor as tensor_module
+from bam_merge.planning.make import plan_file
+from bam_merge.publishing.publish import publish
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ def test_bytes_do_not_depend_on_workers_chunks_or_shards(name: str, make: str, t
     write_sources(tmp_path, CONFIGS[name])
     recipe = write_recipe(tmp_path, f"shared: {make}\n" + "rules: [{roles: [norm.final], make: copy, from: seed}]", "merge")
     first = load(publish(plan_file(recipe), tmp_path / "first", MergeOptions(workers=1)))
-    monkeypatch.setattr(execute_module, "CHUNK_ELEMENTS", 37)
+    monkeypatch.setattr(tensor_module, "CHUNK_ELEMENTS", 37)
     recipe.write_text(recipe.read_text().replace("path: out", "path: out, max_shard_size: 10kB"))
     second = load(publish(plan_file(recipe), tmp_path / "second", MergeOptions(workers=5)))
     assert first.keys() == second.keys()
@@ -172,7 +172,7 @@ def test_routers_do_not_change_with_anything_but_seed_and_name(llamas: Path) -> 
 
 
 def test_manifest_and_index_describe_what_is_there(llamas: Path) -> None:
-    from bam_merge.source_files import digest_range
+    from bam_merge.checkpoints.reading import digest_range
 
     plan = plan_file(write_recipe(llamas, output="{path: out, max_shard_size: 60kB}"))
     folder = publish(plan, None, MergeOptions())
@@ -255,7 +255,7 @@ def test_resuming_does_not_trust_what_this_run_refuses(llamas: Path) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bam_merge.publish._write_companions", kill)
+        patch.setattr("bam_merge.publishing.publish.write_companions", kill)
         with pytest.raises(Killed):
             publish(plan, None, MergeOptions(allow_nonfinite=True))
     with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
@@ -281,8 +281,8 @@ def test_arrays_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_sources(tmp_path, CONFIGS["gpt_neox"])
     recipe = write_recipe(tmp_path, output="{path: out, dtype: float16}")
     whole = load(publish(plan_file(recipe), tmp_path / "whole", MergeOptions()))
-    monkeypatch.setattr(execute_module, "CHUNK_ELEMENTS", 11)
-    monkeypatch.setattr(execute_module, "COPY_BUFFER", 13)
+    monkeypatch.setattr(tensor_module, "CHUNK_ELEMENTS", 11)
+    monkeypatch.setattr(tensor_module, "COPY_BUFFER", 13)
     pieces = load(publish(plan_file(recipe), tmp_path / "pieces", MergeOptions()))
     assert all(np.array_equal(whole[key].numpy(), pieces[key].numpy()) for key in whole)
 

@@ -11,9 +11,11 @@ from conftest import CONFIGS, write_recipe
 from torch.nn.functional import silu
 
 from bam_merge import load_recipe, merge
-from bam_merge.loading import load_model, model_config
-from bam_merge.model import BlockOutput, Cache, Model, ModelConfig, route
-from bam_merge.synthetic import random_values, write_checkpoint
+from bam_merge.demo.synthetic import random_values, write_checkpoint
+from bam_merge.model.config import model_config
+from bam_merge.model.loading import load_model
+from bam_merge.model.model import BlockOutput, Model, ModelConfig, route
+from bam_merge.model.positions import Cache
 
 TOLERANCE = 1e-5
 SOURCES = ("seed", "code", "law")

@@ -14,7 +14,7 @@ import stages  # noqa: E402
 import texts  # noqa: E402
 import work  # noqa: E402
 
-from bam_merge.recipe import load_recipe  # noqa: E402
+from bam_merge.recipe.load import load_recipe  # noqa: E402
 
 CONFIGS = ("config.yaml", "smoke.yaml", "gpu.yaml")
 

@@ -13,10 +13,12 @@ import torch
 from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
-from bam_merge import ops
+from bam_merge import expressions
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.demo.synthetic import write_checkpoint
 from bam_merge.errors import BamMergeError
-from bam_merge.plan import Plan, plan_file
-from bam_merge.synthetic import write_checkpoint
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
 
 
 def tables(plan: Plan) -> dict[str, str]:
@@ -144,7 +146,7 @@ def test_every_output_once_and_every_source_tensor_accounted_for(name: str, meth
     plan = plan_file(write_recipe(tmp_path, method=method))
     names = Counter(step.name for step in plan.steps)
     assert set(names.values()) == {1}
-    used = {(read.source, read.tensor) for step in plan.steps for read in ops.reads(step.expr)}
+    used = {(read.source, read.tensor) for step in plan.steps for read in expressions.reads(step.expr)}
     for source, model in plan.models.items():
         accounted = {tensor for name, tensor in used if name == source} | set(plan.unused[source])
         assert accounted == set(model.checkpoint.tensors)
@@ -181,7 +183,7 @@ def test_mean_counts_each_source_once(llamas: Path) -> None:
 
 def test_sparse_upcycling_copies(llamas: Path) -> None:
     plan = plan_file(write_recipe(llamas, "experts: [seed, seed]", "sparse_upcycling", ("seed",)))
-    assert {type(step.expr) for step in plan.steps} == {ops.Read, ops.Init}
+    assert {type(step.expr) for step in plan.steps} == {Read, expressions.Init}
     assert plan.config["num_attention_experts"] == 0
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
 
-from bam_merge import ops
+from bam_merge import expressions
+from bam_merge.checkpoints.provenance import fates, origins
 from bam_merge.errors import VerifyError
-from bam_merge.plan import Plan, plan_file
-from bam_merge.provenance import fates, origins
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
 
 RULES = """
 rules:
@@ -24,7 +25,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
     """What a merge would record, less the digests."""
     used: dict[str, dict[str, str]] = {name: {} for name in plan.models}
     for step in plan.steps:
-        for read in ops.reads(step.expr):
+        for read in expressions.reads(step.expr):
             used[read.source][read.tensor] = "digest"
     return {
         "sources": {name: {"files": {"model.safetensors": {"tensors": tensors}}} for name, tensors in used.items()},
@@ -43,7 +44,7 @@ def test_the_reads_of_every_expression(name: str, method: str, text: str, tmp_pa
     plan = plan_file(write_recipe(tmp_path, text, method, output="{path: out, dtype: bfloat16}"))
     found = origins(manifest_of(plan))
     for step in plan.steps:
-        assert set(found[step.name].reads) == {(read.source, read.tensor) for read in ops.reads(step.expr)}, step.expression
+        assert set(found[step.name].reads) == {(read.source, read.tensor) for read in expressions.reads(step.expr)}, step.expression
 
 
 def test_sources_that_spell_a_tensor_differently(tmp_path: Path) -> None:

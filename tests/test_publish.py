@@ -11,12 +11,12 @@ import pytest
 from publishing import folder_bytes, options, plan
 
 from bam_merge import MergeOptions
-from bam_merge import publish as publish_module
-from bam_merge import staging as staging_module
+from bam_merge import files as files_module
 from bam_merge.errors import OutputError, VerificationFailed
-from bam_merge.plan import Plan
-from bam_merge.publish import publish
-from bam_merge.staging import Staging
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing import publish as publish_module
+from bam_merge.publishing.publish import publish
+from bam_merge.publishing.staging import Staging
 
 __all__ = ["plan"]
 
@@ -61,12 +61,12 @@ def test_force_does_not_delete_what_is_no_checkpoint(plan: Plan, llamas: Path) -
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A verification that fails."""
-    import bam_merge.verification
-    from bam_merge.report import Check, Report
+    import bam_merge.verifying.verification
+    from bam_merge.verifying.report import Check, Report
 
     monkeypatch.undo()  # the fixture that leaves verification out
     assert publish_module._prove.__name__ == "_prove"
-    monkeypatch.setattr(bam_merge.verification, "verify", lambda folder, plan: Report(checks=[Check("digests", False, "wrong")]))
+    monkeypatch.setattr(bam_merge.verifying.verification, "verify", lambda folder, plan: Report(checks=[Check("digests", False, "wrong")]))
 
 
 def test_a_failed_result_takes_nobodys_place(plan: Plan, llamas: Path, failing: None) -> None:
@@ -142,7 +142,7 @@ def test_run_that_waited_at_the_lock_of_one_that_published(plan: Plan, llamas: P
 @pytest.fixture
 def without_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system whose rename has no flags."""
-    monkeypatch.setattr(staging_module, "_rename", lambda old, new, flags: False)
+    monkeypatch.setattr(files_module, "_rename", lambda old, new, flags: False)
 
 
 def test_plain_rename_is_said(plan: Plan, llamas: Path, without_flags: None) -> None:

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from test_bad_inputs import said
 
-from bam_merge import ops
+from bam_merge import expressions
 from bam_merge.errors import RecipeError
-from bam_merge.makes import covers, parse_layers, parse_size
-from bam_merge.recipe import load_recipe, parse_recipe, schema
+from bam_merge.recipe.load import load_recipe, parse_recipe
+from bam_merge.recipe.makes import covers, parse_layers, parse_size
+from bam_merge.recipe.schema import schema
 
 GOOD = """\
 method: bam
@@ -111,8 +112,8 @@ def test_numbers_like_1e_2_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(GOOD + "router: {attention: {init: normal, std: 1e-2}, ffn: {init: uniform, bound: 1e-3}}")
     recipe = load_recipe(path)
-    assert recipe.router_init("router.attn") == ops.Normal(0.01)
-    assert recipe.router_init("router.ffn") == ops.Uniform(0.001)
+    assert recipe.router_init("router.attn") == expressions.Normal(0.01)
+    assert recipe.router_init("router.ffn") == expressions.Uniform(0.001)
 
 
 @pytest.mark.parametrize(("method", "expected"), [("bam", (1, False)), ("btx", (2, True))])

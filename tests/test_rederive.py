@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bam_merge import ops
-from bam_merge.rederive import concat_runs, kth_largest
+from bam_merge import expressions
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.verifying.rederive import concat_runs, kth_largest
 
 magnitudes = st.lists(
     st.sampled_from([0.0, 1e-45, 1e-8, 0.25, 0.5, 0.5000001, 3.0, 3e38]) | st.floats(0, 1e4, width=32), min_size=1, max_size=60
@@ -19,8 +20,8 @@ def test_kth_largest_is_what_a_sort_gives(values: list[float], data: st.DataObje
     cut = data.draw(st.integers(0, len(values) - 1))
     parts = [torch.tensor(part, dtype=torch.float32) for part in (values[:cut], values[cut:]) if part]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bam_merge.rederive.SURVEY_BINS", 4)
-        patch.setattr("bam_merge.rederive.SURVEY_SORTED", data.draw(st.sampled_from([0, 3, 100])))
+        patch.setattr("bam_merge.verifying.rederive.SURVEY_BINS", 4)
+        patch.setattr("bam_merge.verifying.rederive.SURVEY_SORTED", data.draw(st.sampled_from([0, 3, 100])))
         assert kth_largest(lambda: iter(parts), k) == sorted(torch.cat(parts).tolist(), reverse=True)[k - 1]
 
 
@@ -29,6 +30,6 @@ def test_kth_largest_is_what_a_sort_gives(values: list[float], data: st.DataObje
 def test_runs_of_a_fused_tensor_are_its_rows(groups: int, start: int, stop: int) -> None:
     parts = [torch.arange(rows) + 100 * i for i, rows in enumerate((12, 4, 8))]
     fused = torch.cat([part.view(groups, -1) for part in parts], 1).flatten()
-    reads = tuple(ops.Read("seed", str(i), "F32", (len(part),)) for i, part in enumerate(parts))
-    runs = concat_runs(ops.Concat(reads, groups, "F32", (24,)), start, stop)
+    reads = tuple(Read("seed", str(i), "F32", (len(part),)) for i, part in enumerate(parts))
+    runs = concat_runs(expressions.Concat(reads, groups, "F32", (24,)), start, stop)
     assert torch.cat([parts[int(part.tensor)][a:b] for part, a, b in runs]).tolist() == fused[start:stop].tolist()

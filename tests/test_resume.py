@@ -12,12 +12,13 @@ from conftest import CONFIGS, write_recipe, write_sources
 from publishing import Stop, folder_bytes, interrupted, options, plan, stop_after
 
 from bam_merge import MergeOptions
-from bam_merge import publish as publish_module
+from bam_merge.checkpoints.provenance import SEAL, sealed
 from bam_merge.errors import OutputError
-from bam_merge.plan import Plan, plan_file
-from bam_merge.provenance import SEAL, sealed
-from bam_merge.publish import publish
-from bam_merge.staging import Staging
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing import publish as publish_module
+from bam_merge.publishing.publish import publish
+from bam_merge.publishing.staging import Staging
 
 __all__ = ["plan"]
 

@@ -8,12 +8,13 @@ import pytest
 from conftest import BASE, CONFIGS, GROUPED, write_recipe, write_sources
 from safetensors.numpy import load_file, save_file
 
-from bam_merge import load_recipe, merge, ops
-from bam_merge.architecture import architecture_names, architectures, find_by_model_type, load_architecture
-from bam_merge.dense import read_dense
+from bam_merge import load_recipe, merge
+from bam_merge.architectures.anatomy import anatomy, guess, open_anatomy
+from bam_merge.architectures.tables import architecture_names, architectures, find_by_model_type, load_architecture
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import BamMergeError
-from bam_merge.roles import anatomy, guess, open_anatomy
-from bam_merge.synthetic import random_values, write_checkpoint
+from bam_merge.sources.dense import read_dense
 
 MOE = {"moe_intermediate_size": 12, "num_experts_per_tok": 2}
 LATENT = {
@@ -106,7 +107,7 @@ def test_foreign_tables_are_for_looking_only(tmp_path: Path, run: Any) -> None:
     result = run("plan", write_recipe(tmp_path, output="{path: out, layout: olmoe}"))
     assert result.status == 2
     assert "output.layout: 'olmoe' is no layout" in result.err
-    from bam_merge.loading import model_config
+    from bam_merge.model.config import model_config
 
     with pytest.raises(BamMergeError, match="model_type 'olmoe' is not known here") as error:
         model_config({"model_type": "olmoe"})
@@ -200,7 +201,7 @@ def test_a_file_alone_is_recognised_by_its_names(name: str, tmp_path: Path) -> N
     assert (found.unknown, found.missing) == ((), ())
     if name in ("gpt_neox", "phi3"):
         assert found.architecture.name == name
-        assert any(role == "attn.q+attn.k+attn.v" and isinstance(leaf, ops.Read) for (role, _, _), leaf in found.leaves.items())
+        assert any(role == "attn.q+attn.k+attn.v" and isinstance(leaf, Read) for (role, _, _), leaf in found.leaves.items())
 
 
 def test_a_mixture_alone_and_names_of_no_table(tmp_path: Path) -> None:

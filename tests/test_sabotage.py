@@ -10,10 +10,11 @@ import torch
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from verifying import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 
-from bam_merge.loading import load_model
-from bam_merge.plan import Plan, plan_file
-from bam_merge.publish import publish
-from bam_merge.verification import verify
+from bam_merge.model.loading import load_model
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing.publish import publish
+from bam_merge.verifying.verification import verify
 
 __all__ = ["good"]
 

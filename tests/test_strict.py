@@ -2,7 +2,7 @@
 
 import pytest
 
-from bam_merge.strict import YamlError, load_json, load_yaml
+from bam_merge.documents import YamlError, load_json, load_yaml
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from bam_merge import inspect
-from bam_merge.checkpoint import open_file
+from bam_merge.checkpoints.folder import open_file
+from bam_merge.checkpoints.header import encode_header
 from bam_merge.errors import CheckpointError
-from bam_merge.router_stats import looks_like, random_inputs
-from bam_merge.safetensors_header import encode_header
-from bam_merge.tensor_stats import BINS, TensorStats, duplicates, tensor_stats
+from bam_merge.inspecting.router_stats import looks_like, random_inputs
+from bam_merge.inspecting.tensor_stats import BINS, TensorStats, duplicates, tensor_stats
 
 GENERATOR = torch.Generator().manual_seed(3)
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -27,7 +27,7 @@ def stats_of(folder: Path, tensors: dict[str, torch.Tensor], workers: int = 2) -
 
 @pytest.fixture(params=[2**20, 64, 7], ids=["one chunk", "rows", "parts of rows"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bam_merge.tensor_stats.CHUNK", request.param)
+    monkeypatch.setattr("bam_merge.inspecting.tensor_stats.CHUNK", request.param)
 
 
 def check(found: TensorStats, tensor: torch.Tensor) -> None:

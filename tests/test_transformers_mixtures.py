@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIGS, write_recipe, write_sources
 
 from bam_merge import load_recipe, merge
-from bam_merge.synthetic import random_values, write_checkpoint
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 

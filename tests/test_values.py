@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bam_merge.tensor_stats import COMPUTED as TORCH
-from bam_merge.values import COMPUTED, dot, steps_apart, stored_integers, widen
+from bam_merge.inspecting.tensor_stats import COMPUTED as TORCH
+from bam_merge.values.arrays import COMPUTED, dot, steps_apart, stored_integers, widen
 
 
 @pytest.mark.parametrize("dtype", sorted(COMPUTED & TORCH.keys()))

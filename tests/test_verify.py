@@ -15,12 +15,13 @@ from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from verifying import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 
 from bam_merge import MergeOptions
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import VerificationFailed, VerifyError
-from bam_merge.loading import load_model
-from bam_merge.plan import Plan, plan_file
-from bam_merge.publish import publish
-from bam_merge.synthetic import random_values, write_checkpoint
-from bam_merge.verification import verify
+from bam_merge.model.loading import load_model
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing.publish import publish
+from bam_merge.verifying.verification import verify
 
 __all__ = ["good"]
 
@@ -58,7 +59,7 @@ def test_float64_decides_where_float32_is_in_doubt(tmp_path: Path, monkeypatch: 
     folder = publish(plan, None, UNPROVED)
     values = []
     for tolerance in (1e-5, 1e-13):
-        monkeypatch.setattr("bam_merge.verify_function.TOLERANCE", tolerance)
+        monkeypatch.setattr("bam_merge.verifying.computed.TOLERANCE", tolerance)
         report = verify(folder, plan)
         assert report.ok, failed(report)
         values.append({check.name: check.value for check in report.checks}["cached decoding"])
@@ -84,7 +85,7 @@ def test_public_layouts_pass(family: str, layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_every_make_rederives(name: str, make: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, small in (("ROWS_BYTES", 300), ("SURVEY_BINS", 8), ("SURVEY_SORTED", 16)):  # as a large tensor would be: in pieces
-        monkeypatch.setattr(f"bam_merge.rederive.{limit}", small)
+        monkeypatch.setattr(f"bam_merge.verifying.rederive.{limit}", small)
     write_sources(tmp_path, CONFIGS[name], dtype=dtype)
     rules = "rules: [{roles: [norm.final], make: mean}]"
     plan = plan_file(write_recipe(tmp_path, f"shared: {make}\n{rules}", "merge"))
@@ -195,9 +196,9 @@ def test_a_damaged_manifest_is_said_to_be(good: tuple[Path, Plan], run: Any, old
 
 def test_a_merge_that_fails_its_proof_is_not_published(llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor is damaged between writing and proving: exit 1, the place is named, the result is kept under a name that says so."""
-    from bam_merge import publish as publish_module
+    from bam_merge.publishing import publish as publish_module
 
-    real = publish_module._write_companions
+    real = publish_module.write_companions
 
     def damage(plan: Plan, folder: Path, finished: Any) -> None:
         real(plan, folder, finished)
@@ -206,7 +207,7 @@ def test_a_merge_that_fails_its_proof_is_not_published(llamas: Path, run: Any, m
             stream.seek(step.offset + 103)  # the sign and exponent of a float32
             stream.write(b"\x3f")
 
-    monkeypatch.setattr(publish_module, "_write_companions", damage)
+    monkeypatch.setattr(publish_module, "write_companions", damage)
     recipe = write_recipe(llamas)
     for kept in (["out.failed"], ["out.failed", "out.failed-2"]):  # what a failure left is not the next one's to delete
         result = run(recipe)
@@ -230,7 +231,7 @@ def test_failed_verification_exits_1(good: tuple[Path, Plan], run: Any) -> None:
 
 
 def test_library_callers_get_the_error(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bam_merge.verify_function.TOLERANCE", 0.0)
+    monkeypatch.setattr("bam_merge.verifying.computed.TOLERANCE", 0.0)
     with pytest.raises(VerificationFailed, match="was not published"):
         publish(plan_file(write_recipe(llamas)), None, MergeOptions())
 
@@ -238,7 +239,7 @@ def test_library_callers_get_the_error(llamas: Path, monkeypatch: pytest.MonkeyP
 def test_verification_has_the_threads_that_were_asked_for() -> None:
     """Also after a merge that has imported torch only in its workers."""
     code = """
-from bam_merge.workers import one_torch_thread
+from bam_merge.values.torch_threads import one_torch_thread
 with one_torch_thread() as single_threaded:
     single_threaded()
 import torch

@@ -10,11 +10,11 @@ import pytest
 from conftest import CONFIGS, write_recipe, write_sources
 
 from bam_merge import MergeOptions
+from bam_merge.checkpoints.header import Header, read_header
+from bam_merge.checkpoints.provenance import REMEDY, SEAL, read_manifest, sealed
 from bam_merge.errors import VerifyError
-from bam_merge.plan import plan_file
-from bam_merge.provenance import REMEDY, SEAL, read_manifest, sealed
-from bam_merge.publish import publish
-from bam_merge.safetensors_header import Header, read_header
+from bam_merge.planning.make import plan_file
+from bam_merge.publishing.publish import publish
 
 COPIES = {
     "bam, sharded": ("bam", "{path: out, layout: bam, max_shard_size: 60kB}"),
@@ -32,7 +32,7 @@ def copy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "seed" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}, "merges": []}}')
     (tmp_path / "seed" / "generation_config.json").write_text('{"eos_token_id": 2}')
     folder = publish(plan_file(write_recipe(tmp_path, "", method, output=output)), None, MergeOptions(verify=False))
-    monkeypatch.setattr("bam_merge.verification._function", lambda *args: iter(()))
+    monkeypatch.setattr("bam_merge.verifying.verification._function", lambda *args: iter(()))
     away = tmp_path / "elsewhere" / "copy"
     shutil.copytree(folder, away)
     for name in ("seed", "code", "law", "out"):

@@ -10,12 +10,13 @@ import xxhash
 from conftest import CONFIGS, write_recipe, write_sources
 
 from bam_merge import MergeOptions
-from bam_merge.plan import Plan, plan_file
-from bam_merge.provenance import sealed
-from bam_merge.publish import publish
-from bam_merge.report import Report
-from bam_merge.safetensors_header import read_header
-from bam_merge.tensors import TORCH_DTYPES
+from bam_merge.checkpoints.header import read_header
+from bam_merge.checkpoints.provenance import sealed
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing.publish import publish
+from bam_merge.values.tensors import TORCH_DTYPES
+from bam_merge.verifying.report import Report
 
 E1 = "model.layers.1.self_attn.experts.1."
 SQUARE = {**CONFIGS["llama"], "num_key_value_heads": 4}  # q, k and o are all [32, 32]

@@ -1,0 +1,1 @@
+"""Who is who: tables of tensor names and roles, the vocabulary of configurations, and what a model costs."""

@@ -1,0 +1,1 @@
+"""The model code that travels with a bam checkpoint. It imports nothing of ours."""

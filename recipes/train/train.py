@@ -28,10 +28,11 @@ from transformers import (
     default_data_collator,
 )
 
-from bam_merge.errors import BamMergeError, CheckpointError, OutputError, RecipeError, nearest, printable
-from bam_merge.loading import open_model
-from bam_merge.recipe_check import explain
-from bam_merge.strict import YamlError, load_yaml
+from bam_merge.documents import YamlError, load_yaml
+from bam_merge.errors import BamMergeError, CheckpointError, OutputError, RecipeError
+from bam_merge.model.loading import open_model
+from bam_merge.recipe.explain import explain
+from bam_merge.text import nearest, printable
 
 Files = Path | list[Path]
 Rows = list[dict[str, Tensor]]

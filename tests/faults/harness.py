@@ -24,7 +24,14 @@ from conftest import write_recipe, write_sources
 
 FORKS = multiprocessing.get_context("forkserver")
 """The server imports what a run imports, once; a run is a fork of it."""
-PRELOAD = ["faults.harness", "bam_merge.cli", "bam_merge.publish", "bam_merge.verification", "bam_merge.render", "rich.progress"]
+PRELOAD = [
+    "faults.harness",
+    "bam_merge.cli",
+    "bam_merge.publishing.publish",
+    "bam_merge.verifying.verification",
+    "bam_merge.showing.plan",
+    "rich.progress",
+]
 
 
 def start_server() -> None:

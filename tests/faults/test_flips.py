@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from bam_merge.checkpoints.header import read_header
 from bam_merge.errors import BamMergeError
-from bam_merge.safetensors_header import read_header
-from bam_merge.verification import verify
+from bam_merge.verifying.verification import verify
 from faults.harness import EXTENT, Merge, Points, thin
 
 
 @pytest.fixture
 def output(merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The result far from its sources; what it computes is not looked at, since its bytes must be enough."""
-    monkeypatch.setattr("bam_merge.verification._function", lambda *args: iter(()))
+    monkeypatch.setattr("bam_merge.verifying.verification._function", lambda *args: iter(()))
     for name, data in merge.result.items():
         (tmp_path / name).write_bytes(data)
     assert verify(tmp_path).ok

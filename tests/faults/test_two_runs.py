@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 from conftest import write_recipe
 
-from bam_merge.plan import plan_file
-from bam_merge.staging import Staging
+from bam_merge.planning.make import plan_file
+from bam_merge.publishing.staging import Staging
 from faults.harness import EXTENT, Merge, Points, contents, digests, stop_writing, thin, unfinished
 
 

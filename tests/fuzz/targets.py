@@ -12,18 +12,19 @@ from conftest import CONFIGS
 from hypothesis import strategies as st
 from mutations import inputs, text_of
 
-import bam_merge.plan
-from bam_merge.checkpoint import INDEX
+import bam_merge.sources.opening
+from bam_merge.checkpoints.folder import INDEX
+from bam_merge.checkpoints.header import read_header
+from bam_merge.checkpoints.provenance import read_manifest, sealed
+from bam_merge.demo.synthetic import write_checkpoint
 from bam_merge.errors import BamMergeError
-from bam_merge.inspection import inspect
-from bam_merge.plan import make_plan, plan_file
-from bam_merge.provenance import read_manifest, sealed
-from bam_merge.recipe import Recipe, load_recipe
-from bam_merge.render import plan_text
-from bam_merge.render_inspect import inspection_text
-from bam_merge.safetensors_header import read_header
-from bam_merge.synthetic import write_checkpoint
-from bam_merge.terminal import Terminal
+from bam_merge.inspecting.inspection import inspect
+from bam_merge.planning.make import make_plan, plan_file
+from bam_merge.recipe.load import load_recipe
+from bam_merge.recipe.schema import Recipe
+from bam_merge.showing.inspection import inspection_text
+from bam_merge.showing.plan import plan_text
+from bam_merge.showing.terminal import Terminal
 
 LONGEST = 20_000
 """Characters of the longest message that is bearable."""
@@ -48,7 +49,7 @@ class InTurn:
         return [function(item) for item in items]
 
 
-bam_merge.plan.ThreadPoolExecutor = InTurn  # type: ignore[attr-defined, assignment, misc]
+bam_merge.sources.opening.ThreadPoolExecutor = InTurn  # type: ignore[attr-defined, assignment, misc]
 
 
 Reader = Callable[[bool], None]

@@ -1,0 +1,240 @@
+"""Any checkpoint through the tables: what every stored tensor is, in a dense family, a mixture layout or a public mixture.
+
+Nothing here refuses: a damaged, incomplete or unknown model is described as far as it goes, and what is odd about it is a finding.
+A name is a row's template with its numbers filled in, so each name is looked up, not searched for, and layers and experts are those
+that are stored. Where a config.json is missing, the table that explains the most names is taken.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from bam_merge.architectures.config import dense_layers, facts_of
+from bam_merge.architectures.tables import (
+    Architecture,
+    Key,
+    Row,
+    architectures,
+    evaluate,
+    family_tensors,
+    find_by_model_type,
+    load_architecture,
+)
+from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint, open_file
+from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
+from bam_merge.text import printable, some
+
+SCALE = "_scale_inv"
+"""Ending of a block-quantised weight's scales (the float8 files of DeepSeek and Qwen): their role is the weight's with ".scale"."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A checkpoint's tensors by role.
+
+    `keys` gives each explained tensor's key (the roles of a fused one joined by "+"), `leaves` what each role is read from: a whole
+    tensor or rows of a fused one. A fused tensor that cannot be cut, because its sizes are unknown, stands under its joined roles.
+    `dropped` are known and not part of the model, with the reason; `unknown` no row explains; `missing` ought to be there.
+    `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture | None
+    guessed: bool
+    facts: Mapping[str, Any]
+    keys: Mapping[str, Key]
+    leaves: Mapping[Key, Leaf]
+    dropped: Mapping[str, str]
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+    findings: tuple[str, ...]
+
+
+def open_anatomy(path: str | os.PathLike[str], source: str = "model") -> Anatomy:
+    """Open a folder or one safetensors file. Raises CheckpointError where the files themselves cannot be read."""
+    alone = os.path.exists(path) and not os.path.isdir(path)
+    return anatomy(open_file(path) if alone else open_checkpoint(path), source)
+
+
+def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
+    """What each tensor of `checkpoint` is; leaves read from `source`."""
+    findings = list(checkpoint.notes)
+    facts: dict[str, Any] = {}
+    if "quantization_config" in checkpoint.config:
+        findings.append("config.json has a quantization_config: sizes and values are those of the quantised weights as stored.")
+    if checkpoint.config_digest:
+        architecture, guessed = find_by_model_type(checkpoint.config.get("model_type")), False
+        if architecture:
+            facts = facts_of(architecture, checkpoint.config, findings)
+        else:
+            findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
+    else:
+        architecture, guessed = guess(checkpoint.tensors), True
+    walk = _Walk(checkpoint, architecture, facts, source, findings)
+    walk.run()
+    return Anatomy(
+        checkpoint, architecture, guessed, facts, walk.keys, walk.leaves, walk.dropped,
+        tuple(walk.unknown), tuple(walk.missing), tuple(findings),
+    )  # fmt: skip
+
+
+def guess(names: Iterable[str]) -> Architecture | None:
+    """The architecture whose table explains the most of `names`, of equals the one with the fewest rows to spare; None if none does."""
+    return next(iter(alike(names)), None)
+
+
+def alike(names: Iterable[str]) -> list[Architecture]:
+    """The architectures whose tables explain the most of `names`, all of one kind, those with fewer rows first."""
+    shapes = {_shape(name)[0] for name in names}
+    explained = {table.name: len(shapes & set(_templates(table.name))) for table in architectures()}
+    most = max(explained.values())
+    best = sorted((table for table in architectures() if most and explained[table.name] == most), key=lambda a: len(_templates(a.name)))
+    return [table for table in best if table.kind == best[0].kind]
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------------
+
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
+
+
+def _shape(name: str) -> tuple[str, list[int]]:
+    """A name with its numbers taken out: 'model.layers.3.x' -> ('model.layers.#.x', [3])."""
+    pieces = _NUMBER.split(name)
+    return "#".join(pieces[::2]), [int(number) for number in pieces[1::2]]
+
+
+@cache
+def _templates(architecture: str) -> Mapping[str, Row | None]:
+    """Every spelling of every row of a table, with "#" for its numbers; None for a buffer that is dropped."""
+    table = load_architecture(architecture)
+    rows: dict[str, Row | None] = {name.replace("{layer}", "#"): None for name in table.dropped}
+    for row in (*table.rows, *table.others):
+        rows.update((name.replace("{layer}", "#").replace("{expert}", "#"), row) for name in row.names)
+    return rows
+
+
+# ---- the walk ------------------------------------------------------------------------------------------------------------
+
+NEEDED = ("norm.attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.kv_a", "attn.kv_b", "ffn.up", "ffn.down", "router.ffn")
+"""Roles that every layer of a mixture has, where its table knows them; further ones if another layer has them."""
+
+
+@dataclass
+class _Walk:
+    """Places every stored tensor, then looks for what is not there."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture | None
+    facts: Mapping[str, Any]
+    source: str
+    findings: list[str]
+    keys: dict[str, Key] = field(default_factory=dict)
+    leaves: dict[Key, Leaf] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        templates = _templates(self.architecture.name) if self.architecture else {}
+        for name in self.checkpoint.tensors:
+            template, numbers = _shape(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name)
+            if template not in templates:
+                self.unknown.append(name)
+            elif (row := templates[template]) is None:
+                self.dropped[name] = "a buffer that loading recomputes"
+            elif row.roles == ("head",) and self.facts and not self.facts["untied"]:
+                self.dropped[name] = "the head is tied to the embeddings; loading ignores this copy"
+            else:
+                layer = numbers.pop(0) if row.per_layer else None
+                self.place(name, row, layer, numbers.pop(0) if row.per_expert else None)
+        if self.architecture and self.facts:
+            (self.compare if self.architecture.kind == "dense" else self.find_gaps)()
+            self.report("missing: {} tensor(s). Is the download complete?", self.missing)
+            last = self.facts["num_hidden_layers"]
+            beyond = [name for name, (_, layer, _) in self.keys.items() if layer is not None and layer >= last]
+            self.report(f"of layers beyond the {last} of config.json: {{}} tensor(s).", beyond)
+
+    def place(self, name: str, row: Row, layer: int | None, expert: int | None) -> None:
+        entry = self.checkpoint.tensors[name]
+        read = Read(self.source, name, entry.dtype, entry.shape)
+        scale = ".scale" if name.endswith("weight" + SCALE) else ""
+        joined = "+".join(role + scale for role in row.roles)
+        self.keys[name] = joined, layer, expert
+        pieces = None if scale or len(row.roles) == 1 else self.cut(row, read)
+        for role, leaf in (pieces or {joined: read}).items():
+            first = self.leaves.setdefault((role, layer, expert), leaf)
+            if first is not leaf:
+                self.findings.append(f"{printable(stored(first).tensor)} and {printable(name)} are two spellings of one tensor.")
+
+    def cut(self, row: Row, read: Read) -> dict[str, Leaf] | None:
+        """The roles in a fused tensor; None where its rows are not those that config.json implies."""
+        if not self.facts:
+            return None
+        groups, parts = evaluate(row.groups, self.facts), [evaluate(part, self.facts) for part in row.parts]
+        if not read.shape or read.shape[0] != groups * sum(parts):
+            return None
+        starts = [sum(parts[:index]) for index in range(len(parts))]
+        return {
+            role: Slice(read, groups, start, rows, (groups * rows, *read.shape[1:]))
+            for role, start, rows in zip(row.roles, starts, parts, strict=True)
+        }
+
+    def compare(self) -> None:
+        """A dense model against all that its table and config.json imply: absent, present in vain, of another shape."""
+        assert self.architecture is not None
+        tensors = self.checkpoint.tensors
+        first, second = (list(family_tensors(self.architecture, self.facts, spelling)) for spelling in (0, 1))
+        expected = dict(first + second)
+        self.missing += [a for (a, _), (b, _) in zip(first, second, strict=True) if a not in tensors and b not in tensors]
+        layers = self.facts["num_hidden_layers"]
+        vain = [name for name, (_, layer, _) in self.keys.items() if name not in expected and (layer or 0) < layers]
+        self.report("present, though config.json does not imply it: {} tensor(s).", [name for name in vain if not name.endswith(SCALE)])
+        for name, shape in expected.items():
+            if name in tensors and tensors[name].shape != shape:
+                self.findings.append(f"{printable(name)} is {list(tensors[name].shape)}, config.json implies {list(shape)}.")
+
+    def find_gaps(self) -> None:
+        """What a mixture lacks: roles that each layer needs or that other layers have, and experts, all of which it has elsewhere."""
+        assert self.architecture is not None
+        layers, config = self.facts["num_hidden_layers"], self.checkpoint.config
+        blank = dense_layers(config, layers)
+        rows: dict[str, list[Row]] = {}
+        for row in (*self.architecture.rows, *self.architecture.others):
+            for role in row.roles:
+                rows.setdefault(role, []).append(row)
+        have: dict[str, dict[int | None, set[int | None]]] = {}
+        for role, layer, expert in self.leaves:
+            have.setdefault(role, {}).setdefault(layer, set()).add(expert)
+        alone = ("embed", "norm.final", *(("head",) if self.facts["untied"] else ()))
+        self.missing += [rows[role][0].name() for role in alone if role not in have]
+        latent = "attn.kv_a" in rows
+        wanted = [role for role in NEEDED if role in rows and not (latent and role == "attn.q")]
+        inside = [role for role, at in have.items() if role in rows and any(layer is not None and layer < layers for layer in at)]
+        for role in dict.fromkeys((*wanted, *(["router.attn"] if self.facts.get("num_attention_experts") else []), *inside)):
+            key = "num_experts" if role.startswith("ffn.") else "num_attention_experts"
+            for layer in range(layers):
+                dense = layer in blank and role.startswith(("ffn.", "router.ffn"))
+                if dense and not any(not row.per_expert and row in self.architecture.others for row in rows[role]):
+                    continue
+                self.missing += self.absent(rows[role], layer, have.get(role, {}), 0 if dense else self.facts.get(key) or 0)
+
+    def absent(self, rows: list[Row], layer: int, have: Mapping[int | None, set[int | None]], experts: int) -> Iterator[str]:
+        """Names of what one role lacks in one layer, which holds `experts` of it unless it shares one."""
+        assert self.architecture is not None
+        found = have.get(layer, set())
+        shared = next((row for row in rows if not row.per_expert), None)
+        split = next((row for row in rows if row.per_expert), None)
+        if None in found or (split is None and found):
+            return
+        never_shared = shared is None or shared in self.architecture.others
+        if split and experts and (found or never_shared or not have or any(None not in other for other in have.values())):
+            yield from (split.name(layer, expert) for expert in range(experts) if expert not in found)
+        elif shared:
+            yield shared.name(layer)
+
+    def report(self, problem: str, names: list[str]) -> None:
+        if names:
+            self.findings.append(f"{some(names)} {problem.format(f'{len(names):,}')}")

@@ -1,0 +1,245 @@
+"""The facts of any known config.json, dense or mixture: its sizes and choices in bam's words, whatever the model type calls them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+from bam_merge.architectures.tables import Architecture
+from bam_merge.text import printable, some
+
+COMMON_FUNCTION = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "tie_word_embeddings",
+)  # fmt: skip
+
+
+ROPE_KEYS = (
+    "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
+    "original_max_position_embeddings",
+)  # fmt: skip
+
+
+NEUTRAL = (
+    "max_position_embeddings", "initializer_range", "attention_dropout", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id", "unk_token_id", "sep_token_id",
+)  # fmt: skip
+"""Keys that do not change the function: sources may differ, the output takes the seed's."""
+
+
+IGNORED = (
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "trust_remote_code", "_name_or_path",
+    "_attn_implementation", "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
+    "use_return_dict", "torchscript", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "task_specific_params", "tokenizer_class", "prefix", "finetuning_task", "pruned_heads",
+)  # fmt: skip
+"""Keys never copied: bookkeeping, or a way to load code."""
+
+
+TRAITS: dict[str, Any] = {
+    "norm_type": None, "norm_bias": False, "parallel_block": False, "parallel_norms": 2, "gated_ffn": False,
+    "rope_interleaved": False, "qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
+}  # fmt: skip
+
+
+_KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: ((int, float), "a number"), str: ((str,), "text")}
+"""The types that a value may have where its key's default is of the given type, and their name."""
+
+
+MAX_LAYERS = 10_000
+"""More than any model has; a config.json that promises more is damaged."""
+
+
+ALIASES = {"num_local_experts": "num_experts"}
+"""Keys that some version of transformers writes for another one."""
+
+
+BAM_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads_per_expert",
+    "num_key_value_heads_per_expert", "head_dim", "num_experts", "num_experts_per_tok",
+)  # fmt: skip
+
+
+def facts_of(architecture: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """What config.json says of a model of `architecture`, in bam's words; head counts are those of one attention expert.
+
+    Empty, with the reasons appended to `problems`, when a size that is needed is missing or unusable.
+    """
+    before = len(problems)
+    if architecture.name == "bam":
+        for key in BAM_SIZES:
+            if not is_size(config.get(key)):
+                problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(config.get(key)), 60)}.")
+        if len(problems) == before and config["num_hidden_layers"] > MAX_LAYERS:
+            problems.append(f"config.json: num_hidden_layers {config['num_hidden_layers']}, expected at most {MAX_LAYERS}.")
+        for key in ("num_attention_experts", "num_attention_experts_per_tok", "parallel_norms"):
+            if config.get(key) and not is_size(config[key]):
+                problems.append(f"config.json: {key} must be an integer, found {printable(repr(config[key]), 60)}.")
+        shared = config.get("shared_kv_layers")
+        if shared is not None and not (isinstance(shared, list) and all(type(layer) is int for layer in shared)):
+            problems.append(f"config.json: shared_kv_layers must be a list of layers, found {printable(repr(shared), 60)}.")
+        heads = {key: config.get(f"{key}_per_expert") for key in ("num_attention_heads", "num_key_value_heads")}
+        facts = {**config, **heads, "untied": not config.get("tie_word_embeddings")}
+    elif architecture.kind == "dense":
+        facts = describe(architecture, config, problems)
+    else:
+        facts = mixture_values(architecture, config, problems)
+    return facts if len(problems) == before else {}
+
+
+def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Config values of a public mixture, in bam's words: the layout's [config] read backwards, and what [accepts] implies."""
+    keys: dict[str, str] = {}
+    for key, value in layout.config.items():
+        keys.setdefault(value.removeprefix("$") if isinstance(value, str) else key, key)
+    defaults = {word: layout.defaults[key] for word, key in keys.items() if key in layout.defaults}
+    aliased = {word: config[alias] for alias, word in ALIASES.items() if alias in config and keys.get(word) not in config}
+    spelled = {**defaults, **aliased, **{word: config[key] for word, key in keys.items() if key in config}}
+    needed = ("hidden_act", "rms_norm_eps", "num_experts", "num_experts_per_tok", "norm_topk_prob", "attention_bias", "use_sliding_window")
+    missing = [keys[word] for word in needed if word in keys and word not in spelled]
+    if missing:
+        problems.append(f"config.json: {some(missing)} missing; {layout.name} needs it, or its meaning would be a guess. Add it.")
+    if spelled.get("use_sliding_window") and "layer_types" in keys and "layer_types" not in spelled:
+        problems.append("config.json: use_sliding_window is true, and layer_types does not say which layers slide. Add layer_types.")
+    implied = {word: None if value == "none" else value for word, value in layout.accepts.items() if not isinstance(value, list)}
+    traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
+    traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other
+    extra = {key: value for key, value in layout.defaults.items() if key in ROPE_KEYS}
+    family = replace(layout, traits=traits, function=("rms_norm_eps",), defaults={**defaults, **extra})
+    rope = {key: config[key] for key in ROPE_KEYS if key in config}
+    return {**implied, **spelled, **describe(family, {**rope, **spelled}, problems)}
+
+
+def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """The layers of a public mixture that have one FFN and no experts.
+
+    Qwen: those in mlp_only_layers, and those not at a multiple of decoder_sparse_step. DeepSeek: the first first_k_dense_replace, and
+    those not at a multiple of moe_layer_freq. (transformers' configuration classes; the latter in DeepSeek's own modeling code.)
+    """
+
+    def number(key: str, default: int) -> int:
+        value = config.get(key)
+        return value if type(value) is int and value >= default else default
+
+    listed = config.get("mlp_only_layers")
+    only = set(filter(lambda item: type(item) is int, listed)) if isinstance(listed, list) else set()
+    step, first, every = number("decoder_sparse_step", 1), number("first_k_dense_replace", 0), number("moe_layer_freq", 1)
+    return frozenset(layer for layer in range(layers) if layer in only or (layer + 1) % step or layer < first or layer % every)
+
+
+# ---- the configuration, in one vocabulary ------------------------------------------------------------------------------
+
+
+def describe(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The facts of a dense model: what its config.json says and its family implies. Empty when a needed key is unusable."""
+
+    def get(key: str) -> Any:
+        value = config.get(key)
+        return family.defaults.get(key) if value is None and key not in config else value
+
+    facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function)}
+    facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
+    before = len(problems)
+    for key in COMMON_FUNCTION[:6]:
+        if not is_size(facts[key]):
+            problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(facts[key]), 60)}.")
+    problems += _mistyped(family, config)
+    if len(problems) > before:
+        return {}
+    facts["head_dim"] = facts["head_dim"] or facts["hidden_size"] // facts["num_attention_heads"]
+    if facts["num_attention_heads"] % facts["num_key_value_heads"]:
+        problems.append(
+            f"config.json: num_attention_heads {facts['num_attention_heads']} is not a multiple of "
+            f"num_key_value_heads {facts['num_key_value_heads']}."
+        )
+    facts["rope_parameters"] = _rope(family, config, problems)
+    facts["max_position_embeddings"] = config.get("max_position_embeddings")
+    facts.update(_sliding(get, facts))
+    for trait, default in TRAITS.items():
+        value = family.traits.get(trait, default)
+        facts[trait] = bool(get(value.removeprefix("config:"))) if str(value).startswith("config:") else value
+    facts.setdefault("logit_scale", None)
+    facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])
+    facts["untied"] = not facts["tie_word_embeddings"]
+    return facts if len(problems) == before else {}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether `value` is what a configuration may hold: it is copied into the output."""
+    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    return value is None or numbers or isinstance(value, int | float | str)
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether `value` can be a dimension of a tensor."""
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
+    """A message for every value whose type is not that of the key's default, or that no model can have."""
+    for key, default in family.defaults.items():
+        value = config.get(key)
+        kinds, expected = _KINDS[type(default)]
+        if value is not None and type(value) not in kinds:
+            yield f"config.json: {key} must be {expected}, found {printable(repr(value), 60)}."
+    layers, types, head_dim = (config.get(key) for key in ("num_hidden_layers", "layer_types", "head_dim"))
+    if is_size(layers) and layers > MAX_LAYERS:
+        yield f"config.json: num_hidden_layers {layers}, expected at most {MAX_LAYERS}."
+    elif types is not None and (not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) for t in types)):
+        yield f"config.json: layer_types must name the kind of each of the {layers} layers, found {printable(repr(types), 60)}."
+    if head_dim is not None and not is_size(head_dim):
+        yield f"config.json: head_dim must be a positive integer, found {printable(repr(head_dim), 60)}."
+    for key in ("sliding_window", "max_position_embeddings"):
+        if config.get(key) is not None and config[key] != 0 and not is_size(config[key]):
+            yield f"config.json: {key} must be a positive integer, found {printable(repr(config[key]), 60)}."
+    for key in (*NEUTRAL, *family.neutral):
+        if not _is_plain(config.get(key)):
+            yield f"config.json: {key} must be a number, text or a list of numbers, found {printable(repr(config[key]), 60)}."
+
+
+def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Rotary embedding in the one spelling of transformers 5, whichever of the older ones config.json uses."""
+    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(raw, dict):
+        problems.append(f"config.json: rope_parameters must be an object, found {printable(repr(raw), 60)}.")
+        return {}
+    nested = [key for key, value in raw.items() if isinstance(value, dict)]
+    if nested:
+        problems.append(f"config.json: rope_parameters has one set per {some(nested)}; {family.name} has one for all layers.")
+        return {}
+    odd = [key for key, value in raw.items() if not _is_plain(value)]
+    if odd:
+        problems.append(f"config.json: {some(odd)} in rope_parameters must be a number, text or a list of numbers.")
+        return {}
+    rope = {key: value for key, value in raw.items() if key != "type" and value is not None}
+    rope["rope_type"] = raw.get("rope_type") or raw.get("type") or "default"
+    if family.name == "phi3" and rope["rope_type"] in ("su", "yarn"):
+        rope["rope_type"] = "longrope"  # as transformers' Phi3Config reads older files
+    defaults = family.defaults
+    rope.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", defaults.get("rope_theta", 10000.0))))
+    rope.setdefault(
+        "partial_rotary_factor",
+        config.get("partial_rotary_factor", config.get("rotary_pct", defaults.get("partial_rotary_factor", 1.0))),
+    )
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if type(rope[key]) not in (int, float):
+            problems.append(f"config.json: {key} must be a number, found {printable(repr(rope[key]), 60)}.")
+            return {}
+        rope[key] = float(rope[key])
+    if rope["rope_type"] in ("dynamic", "yarn", "longrope"):
+        outer = config.get("original_max_position_embeddings")  # of two, transformers prefers this one
+        rope["original_max_position_embeddings"] = (
+            outer or rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        )
+    return dict(sorted(rope.items()))
+
+
+def _sliding(get: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Sliding-window attention per layer; a window that no layer uses is no window."""
+    layers = facts["num_hidden_layers"]
+    window = get("sliding_window") if get("use_sliding_window") is not False else None
+    first = get("max_window_layers") or 0
+    types = get("layer_types") or ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    sliding = [kind == "sliding_attention" for kind in types]
+    window = window if any(sliding) else None
+    how = "none" if not window else "all" if all(sliding) else "mixed"
+    return {"sliding_window": window, "layer_types": list(types), "sliding": how, "use_sliding_window": window is not None}

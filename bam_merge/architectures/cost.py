@@ -1,0 +1,292 @@
+"""What a model costs: parameters, bytes, key-value cache and FLOPs per token, from the shapes of its tensors by role.
+
+FLOPs follow arXiv 2408.08274, Tables 7 and 10: 2 per multiply-add of every matrix that a token goes through; norms, biases and softmax
+are not counted. Scores are 2 n n_ctx d there: scores and values take 4 d per position seen, and over a prompt of n_ctx tokens a token
+sees half of them on average. That is prefill; a token that is decoded after n_ctx others sees them all, and takes twice as much.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+from bam_merge.architectures.anatomy import Anatomy
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.errors import CheckpointError
+
+CONTEXT = 256
+"""Tokens of the prompt in the paper's tables."""
+
+
+QKV = ("attn.q", "attn.k", "attn.v", "attn.q+attn.k+attn.v", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b")
+
+
+FFN = tuple(f"ffn.{shared}{part}" for shared in ("", "shared.") for part in ("gate", "up", "down", "router")) + ("ffn.gate+ffn.up",)
+
+
+CACHE_DTYPES = ("F16", "BF16", "F32", "F64")
+"""Dtypes that keys and values are cached in as the weights are stored; for others 16 bits are taken."""
+
+
+Kind = Literal["expert_kv", "shared_kv", "btx"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One role in one layer: `copies` tensors of `shape` are stored (one per expert), a token goes through `used` of them."""
+
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    copies: int = 1
+    used: int | None = 1
+    per_expert: bool = False
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token of one block, by the columns of Table 7; or sums of them."""
+
+    qkv: int = 0
+    scores: int = 0
+    output: int = 0
+    ffn: int = 0
+    attention_router: int = 0
+    ffn_router: int = 0
+
+    @property
+    def attention(self) -> int:
+        return self.qkv + self.scores + self.output
+
+    @property
+    def router(self) -> int:
+        return self.attention_router + self.ffn_router
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.ffn + self.router
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def document(self) -> dict[str, int]:
+        names = ("qkv", "scores", "output", "attention", "ffn", "attention_router", "ffn_router", "router", "total")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model as the pieces that it is made of. `windows` holds each layer's sliding window; `tied`: the embeddings are the head."""
+
+    pieces: tuple[Piece, ...]
+    windows: tuple[int | None, ...]
+    tied: bool
+    unexplained: int = 0
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def parameters(self) -> int:
+        return sum(piece.copies * piece.size for piece in self.pieces) + self.unexplained
+
+    @property
+    def active(self) -> int | None:
+        """Parameters that one token's forward multiplies with; None where the routing is not known."""
+        inside = [piece for piece in self.pieces if piece.layer is None or piece.layer < self.layers]
+        return (
+            None if not inside or any(piece.used is None for piece in inside) else sum((piece.used or 0) * piece.size for piece in inside)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the explained tensors."""
+        return sum(piece.copies * piece.size * DTYPE_BITS[piece.dtype] // 8 for piece in self.pieces)
+
+    @property
+    def by_role(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for piece in self.pieces:
+            counts[piece.role] += piece.copies * piece.size
+        return {**counts, **({"unknown": self.unexplained} if self.unexplained else {})}
+
+    @property
+    def active_by_role(self) -> dict[str, int] | None:
+        """Of every role, the parameters that one token's forward multiplies with; None where the routing is not known."""
+        if self.active is None:
+            return None
+        counts: Counter[str] = Counter()
+        for piece in self.pieces:
+            if piece.layer is None or piece.layer < self.layers:
+                counts[piece.role] += (piece.used or 0) * piece.size
+        return dict(counts)
+
+    @cached_property
+    def blocks(self) -> tuple[dict[str, list[Piece]], ...]:
+        """The pieces of every layer, by role: expert tensors and a shared one may stand under the same role."""
+        blocks: tuple[dict[str, list[Piece]], ...] = tuple({} for _ in range(self.layers))
+        for piece in self.pieces:
+            if piece.layer is not None and piece.layer < self.layers:
+                blocks[piece.layer].setdefault(piece.role, []).append(piece)
+        return blocks
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None:
+        """Bytes that one token adds to the cache: keys and values of every attention expert in every layer (or the one latent vector)."""
+        total = 0
+        for block in self.blocks:
+            cached = [piece for role in ("attn.kv_a", "attn.k", "attn.v") for piece in block.get(role, [])]
+            if not cached:
+                return None
+            total += sum(piece.copies * piece.shape[0] * _cache_bytes(piece.dtype) for piece in cached)
+        return total or None
+
+    def flops(self, context: int = CONTEXT, decode: bool = False) -> list[Flops] | None:
+        """FLOPs per token of every block: averaged over a prompt of `context` tokens, or decoding after it. None where not known."""
+        if self.active is None or not self.blocks or not all("attn.o" in block for block in self.blocks):
+            return None
+        return [_block_flops(block, _seen(context, window, decode)) for block, window in zip(self.blocks, self.windows, strict=True)]
+
+    @property
+    def head_flops(self) -> int:
+        return sum(2 * piece.size for piece in self.pieces if piece.role == ("embed" if self.tied else "head") and piece.layer is None)
+
+    def document(self, context: int = CONTEXT) -> dict[str, Any]:
+        """The cost card, as `inspect --json` prints it."""
+        return {
+            "parameters": {
+                "total": self.parameters,
+                "active": self.active,
+                "by_role": self.by_role,
+                "active_by_role": self.active_by_role,
+            },
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+            "flops_per_token": self._flops_document(context),
+        }
+
+    def _flops_document(self, context: int) -> dict[str, Any] | None:
+        blocks, decoded = self.flops(context), self.flops(context, decode=True)
+        if blocks is None or decoded is None:
+            return None
+        whole, later = sum(blocks, Flops()), sum(decoded, Flops())
+        mean = {name: _exact(value, len(blocks)) for name, value in whole.document().items()}
+        return {
+            "context": context,
+            "attention": whole.attention, "ffn": whole.ffn, "router": whole.router, "head": self.head_flops,
+            "total": whole.total + self.head_flops,
+            "decode": {"attention": later.attention, "total": later.total + self.head_flops},
+            "per_layer": mean,
+            "by_layer": [block.document() for block in blocks],
+        }  # fmt: skip
+
+
+def cost_of(anatomy: Anatomy) -> Cost:
+    """The cost of what a checkpoint holds, as it is stored."""
+    facts = anatomy.facts
+    kept = [name for name in anatomy.checkpoint.tensors if name not in anatomy.dropped]
+    grouped: dict[tuple[str, int | None, bool], list[tuple[tuple[int, ...], str]]] = {}
+    for (role, layer, expert), leaf in anatomy.leaves.items():
+        grouped.setdefault((role, layer, expert is not None), []).append((leaf.shape, leaf.dtype))
+    pieces = tuple(
+        Piece(role, layer, shape, dtype, count, _used(role, count, facts, split), split)
+        for (role, layer, split), members in grouped.items()
+        for (shape, dtype), count in Counter(members).items()
+    )
+    stored_layers = 1 + max((layer for _, layer, _ in anatomy.leaves if layer is not None), default=-1)
+    layers = facts.get("num_hidden_layers", stored_layers)
+    tied = not facts["untied"] if facts else not any(piece.role == "head" for piece in pieces)
+    explained = set(anatomy.keys)
+    unexplained = sum(anatomy.checkpoint.tensors[name].numel for name in kept if name not in explained)
+    if anatomy.architecture is None:
+        pieces = ()
+    return Cost(pieces, tuple(_window(facts, layer) for layer in range(layers)), tied, unexplained)
+
+
+def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1) -> Cost:
+    """What a merge of `experts` such dense models would cost: method bam with kv: expert or shared, or btx; top_k FFN experts.
+
+    Raises CheckpointError when the model is a mixture already, or its attention is not known by role.
+    """
+    if any(piece.per_expert for piece in dense.pieces) or any(piece.role.startswith("router.") for piece in dense.pieces):
+        raise CheckpointError("--as-bam: this is a mixture already; give one of the dense models.")
+    if not all({"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up"} <= set(block) for block in dense.blocks) or not dense.blocks:
+        raise CheckpointError("--as-bam: needs a dense model whose attention and FFN are known by role.")
+    embed = next((piece for piece in dense.pieces if piece.role == "embed"), None)
+    if embed is None or len(embed.shape) != 2:
+        raise CheckpointError("--as-bam: needs the embeddings, which say how wide a router is.")
+    if not 1 <= top_k <= experts:
+        raise CheckpointError(f"--top-k is {top_k}, expected 1 to the number of experts, {experts}.")
+    shared = {"shared_kv": ("attn.k", "attn.v"), "btx": ("attn.",), "expert_kv": ()}[kind]
+    pieces = []
+    for piece in dense.pieces:
+        if piece.role.startswith("ffn."):
+            piece = replace(piece, copies=experts, used=top_k, per_expert=True)
+        elif piece.role.startswith("attn.") and not piece.role.startswith(shared):
+            piece = replace(piece, copies=experts, used=experts, per_expert=True)
+        pieces.append(piece)
+    for layer in range(dense.layers):
+        for role in ("router.ffn", *(() if kind == "btx" else ("router.attn",))):
+            pieces.append(Piece(role, layer, (experts, embed.shape[1]), embed.dtype))
+    return replace(dense, pieces=tuple(pieces))
+
+
+def _used(role: str, count: int, facts: Mapping[str, Any], split: bool) -> int | None:
+    """Of `count` expert tensors, those that a token goes through."""
+    if not split:
+        return 1
+    if role.startswith("ffn."):
+        top_k = facts.get("num_experts_per_tok")
+    elif facts.get("attention_routing") == "top_k":
+        top_k = facts.get("num_attention_experts_per_tok")
+    else:
+        return count if facts else None
+    return min(top_k, count) if type(top_k) is int and top_k > 0 else None
+
+
+def _window(facts: Mapping[str, Any], layer: int) -> int | None:
+    """The sliding window of a layer; a layer that slides by no known window sees everything."""
+    window, types = facts.get("sliding_window"), facts.get("layer_types")
+    slides = not isinstance(types, list) or (layer < len(types) and types[layer] == "sliding_attention")
+    return window if type(window) is int and window > 0 and slides else None
+
+
+def _seen(context: int, window: int | None, decode: bool) -> int:
+    """Twice the positions that a token attends to: on average over a prompt (n_ctx / 2, as the paper counts), or at its end."""
+    seen = min(context, window or context)
+    return 2 * seen if decode else 2 * seen - seen * seen // context
+
+
+def _block_flops(block: Mapping[str, list[Piece]], seen: int) -> Flops:
+    def matrices(roles: Iterable[str], size: Callable[[Piece], int]) -> int:
+        return sum((piece.used or 0) * size(piece) for role in roles for piece in block.get(role, []) if len(piece.shape) == 2)
+
+    def double(piece: Piece) -> int:
+        return 2 * piece.size
+
+    values = matrices(["attn.o"], lambda piece: piece.shape[1])
+    keys = matrices(["attn.q", "attn.q_b"], lambda piece: piece.shape[0]) or values
+    return Flops(
+        qkv=matrices(QKV, double),
+        scores=seen * (keys + values),
+        output=matrices(["attn.o"], double),
+        ffn=matrices(FFN, double),
+        attention_router=matrices(["router.attn"], double),
+        ffn_router=matrices(["router.ffn"], double),
+    )
+
+
+def _cache_bytes(dtype: str) -> int:
+    return DTYPE_BITS[dtype] // 8 if dtype in CACHE_DTYPES else 2
+
+
+def _exact(total: int, count: int) -> int | float:
+    """total / count, as an integer where it is one."""
+    return total // count if total % count == 0 else total / count

@@ -1,0 +1,188 @@
+"""Architectures as data: tables that map tensor names to roles, for dense families and for mixture layouts.
+
+A role is what a tensor does ("attn.q", "ffn.down.bias"), the same word for every family. One table per architecture, in
+`architectures/*.toml`, lists which tensor holds which role and with what symbolic shape. Dense families and mixture layouts
+are the same type; a row read backwards cuts a fused tensor into roles, read forwards it fuses them.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import prod
+from typing import Any
+
+Key = tuple[str, int | None, int | None]
+"""A role, its layer and its expert, where it has them."""
+
+
+ROLES = (
+    "embed", "head", "head.bias",
+    *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final") for suffix in ("", ".bias")),
+    *(f"attn.{part}{suffix}" for part in "qkvo" for suffix in ("", ".bias")), "attn.q_norm", "attn.k_norm",
+    *(f"ffn.{part}{suffix}" for part in ("gate", "up", "down") for suffix in ("", ".bias")),
+    "router.attn", "router.ffn",
+)  # fmt: skip
+"""Every role a recipe can name."""
+
+
+ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0] for role in ROLES if "." in role))
+
+
+SYMBOLS = {
+    "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
+    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",
+}  # fmt: skip
+"""The letters of symbolic shapes, and the facts they stand for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor (per layer, per expert) of an architecture.
+
+    `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
+    equal blocks, and each block holds `parts[i]` rows of role i. `when` names the fact that must be true for the tensor
+    to exist; `make` is how a layout fills a tensor that no source has.
+    """
+
+    roles: tuple[str, ...]
+    names: tuple[str, ...]
+    shape: tuple[str, ...] = ()
+    groups: str = "1"
+    parts: tuple[str, ...] = ()
+    when: str | None = None
+    make: str | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.names[0]
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.names[0]
+
+    def name(self, layer: int | None = None, expert: int | None = None, spelling: int = 0) -> str:
+        return self.names[spelling].replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
+
+    `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads.
+    """
+
+    name: str
+    kind: str
+    model_types: tuple[str, ...]
+    class_name: str
+    rows: tuple[Row, ...]
+    others: tuple[Row, ...]
+    dropped: tuple[str, ...]
+    function: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    neutral: tuple[str, ...]
+    traits: Mapping[str, Any]
+    accepts: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
+    """The value of a symbolic size such as "H*D+2*K*D" (sums of products of symbols and integers)."""
+
+    def factor(text: str) -> int:
+        return int(text) if text.isdigit() else int(facts[SYMBOLS[text]])
+
+    return sum(prod(factor(text) for text in term.split("*")) for term in expression.split("+"))
+
+
+@cache
+def _table_names() -> tuple[str, ...]:
+    return tuple(
+        sorted(item.name.removesuffix(".toml") for item in files("bam_merge.architectures").iterdir() if item.name.endswith(".toml"))
+    )
+
+
+@cache
+def architecture_names() -> tuple[str, ...]:
+    """The dense families and mixture layouts that can be merged and loaded."""
+    return tuple(name for name in _table_names() if load_architecture(name).kind != "foreign")
+
+
+@cache
+def architectures() -> tuple[Architecture, ...]:
+    """Every table, the foreign ones too."""
+    return tuple(map(load_architecture, _table_names()))
+
+
+@cache
+def load_architecture(name: str) -> Architecture:
+    """The table called `name`. Raises KeyError when there is none."""
+    if name not in _table_names():
+        raise KeyError(name)
+    table = tomllib.loads((files("bam_merge.architectures") / f"{name}.toml").read_text(encoding="utf-8"))
+    return Architecture(
+        name=table["name"],
+        kind=table["kind"],
+        model_types=tuple(table["model_types"]),
+        class_name=table["class"],
+        rows=tuple(_row(record) for record in table["tensors"]["rows"]),
+        others=tuple(_row(record) for record in table["tensors"].get("others", ())),
+        dropped=tuple(table["tensors"].get("dropped", ())),
+        function=tuple(table.get("function", ())),
+        defaults=table.get("defaults", {}),
+        neutral=tuple(table.get("neutral", ())),
+        traits=table.get("traits", {}),
+        accepts=table.get("accepts", {}),
+        config=table.get("config", {}),
+    )
+
+
+def _row(record: Mapping[str, Any]) -> Row:
+    names = record["name"]
+    return Row(
+        roles=tuple(record["roles"]) if "roles" in record else (record["role"],),
+        names=(names,) if isinstance(names, str) else tuple(names),
+        shape=tuple(record.get("shape", ())),
+        groups=record.get("groups", "1"),
+        parts=tuple(record.get("parts", ())),
+        when=record.get("when"),
+        make=record.get("make"),
+    )
+
+
+def natural_order(architecture: Architecture, layers: int) -> Iterator[tuple[Row, int | None]]:
+    """The rows in natural order: what comes before the layers, each layer, what comes after."""
+    inside = [index for index, row in enumerate(architecture.rows) if row.per_layer]
+    first, last = inside[0], inside[-1]
+    yield from ((row, None) for row in architecture.rows[:first])
+    for layer in range(layers):
+        yield from ((row, layer) for row in architecture.rows[first : last + 1])
+    yield from ((row, None) for row in architecture.rows[last + 1 :])
+
+
+@cache
+def dense_families() -> tuple[Architecture, ...]:
+    return tuple(a for a in architectures() if a.kind == "dense")
+
+
+@cache
+def mixture_layouts() -> tuple[Architecture, ...]:
+    return tuple(a for a in architectures() if a.kind == "mixture")
+
+
+def find_by_model_type(model_type: object) -> Architecture | None:
+    """The architecture that config.json's `model_type` names: dense, mixture or foreign."""
+    if isinstance(model_type, str) and model_type in _table_names():  # most tables are called so, and the others need not be read
+        named = load_architecture(model_type)
+        if model_type in named.model_types:
+            return named
+    return next((a for a in architectures() if model_type in a.model_types), None)
+
+
+def family_tensors(family: Architecture, facts: Mapping[str, Any], spelling: int = 0) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor that a model of `family` with these facts has, in the table's order, layer by layer."""
+    for row, layer in natural_order(family, facts["num_hidden_layers"]):
+        if row.when is None or facts[row.when]:
+            yield row.name(layer, spelling=min(spelling, len(row.names) - 1)), tuple(evaluate(size, facts) for size in row.shape)

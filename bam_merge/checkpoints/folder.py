@@ -1,0 +1,205 @@
+"""A Hugging Face checkpoint folder, known by its config.json and its safetensors headers. No tensor data is read."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bam_merge.checkpoints.header import FileIdentity, Header, TensorEntry, lookalike, open_regular, read_header, reason
+from bam_merge.documents import load_json
+from bam_merge.errors import CheckpointError
+from bam_merge.text import printable, some
+
+INDEX = "model.safetensors.index.json"
+
+
+SINGLE = "model.safetensors"
+
+
+MAX_JSON = 100_000_000
+
+
+DAMAGED = "The file is damaged: download or write it again"
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One folder: `config` as written, every file's header, and every tensor by name. `notes` are harmless oddities."""
+
+    path: Path
+    config: dict[str, Any]
+    config_digest: str
+    files: dict[str, Header]
+    tensors: dict[str, TensorEntry]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def identities(self) -> dict[str, FileIdentity]:
+        return {name: header.identity for name, header in self.files.items()}
+
+    def companions(self) -> list[str]:
+        """Tokenizer and generation files of this folder, in a fixed order."""
+        return [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it."""
+    folder = Path(path)
+    if not _is_there(folder):
+        raise CheckpointError(f"{printable(str(folder))}: no such folder.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{printable(str(folder))}: not a folder. Give the folder that holds config.json.")
+    problems: list[str] = []
+    config, digest = _read_config(folder, problems)
+    files: dict[str, Header] = {}
+    tensors: dict[str, TensorEntry] = {}
+    notes: list[str] = []
+    try:
+        names, weight_map, total = _weight_files(folder)
+    except CheckpointError as error:
+        problems += error.problems
+        names, weight_map, total = [], None, None
+    for name in names:
+        try:
+            files[name] = read_header(str(folder / name), name)
+        except CheckpointError as error:
+            problems += error.problems
+    for name, header in files.items():
+        twice: dict[str, list[str]] = {}
+        for entry in header.tensors:
+            if entry.name in tensors:
+                twice.setdefault(tensors[entry.name].file, []).append(entry.name)
+            tensors[entry.name] = entry
+        problems += [f"{printable(str(folder))}: {some(both)} in {other} and in {name}. Keep one." for other, both in twice.items()]
+    if weight_map is not None and len(files) == len(names):
+        problems += _index_problems(folder, weight_map, tensors)
+        size = sum(entry.nbytes for entry in tensors.values())
+        if total is not None and total != size:
+            notes.append(f"{INDEX} says total_size {total:,}, the tensors take {size:,} bytes; the headers are believed.")
+    if problems:
+        raise CheckpointError(*problems)
+    return Checkpoint(folder, config, digest, files, tensors, tuple(notes))
+
+
+def open_file(path: str | os.PathLike[str]) -> Checkpoint:
+    """One safetensors file as a checkpoint without a config.json; `path` is its folder. Raises CheckpointError."""
+    file = Path(path)
+    header = read_header(str(file), file.name)
+    return Checkpoint(file.parent, {}, "", {file.name: header}, {entry.name: entry for entry in header.tensors})
+
+
+def read_small_file(path: Path, limit: int = MAX_JSON) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes. Raises CheckpointError."""
+    descriptor = open_regular(str(path))
+    with os.fdopen(descriptor, "rb") as stream:
+        if os.fstat(descriptor).st_size > limit:
+            raise CheckpointError(f"{printable(str(path))}: larger than {limit:,} bytes.")
+        return stream.read(limit)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something stands at `path`. Raises CheckpointError when the system will not say, or it is a symlink to nothing."""
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise CheckpointError(f"{printable(str(path), 1000)}: {reason(path, error)}.") from None
+        return False
+    except NotADirectoryError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{printable(str(path), 1000)}: {reason(path, error)}.") from None
+    return True
+
+
+def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = read_small_file(path)
+    try:
+        document = load_json(data)
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        what = lookalike(data)
+        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else f'{error}. {DAMAGED}'}.") from None
+    return document, data
+
+
+def _read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
+    try:
+        if not _is_there(folder / "config.json"):
+            raise CheckpointError(f"{printable(str(folder))}: config.json is missing. Is this a Hugging Face folder?")
+        config, data = _read_json_object(folder / "config.json")
+    except CheckpointError as error:
+        problems += error.problems
+        return {}, ""
+    return config, xxhash.xxh3_128_hexdigest(data)
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int | None]:
+    """Names of the folder's safetensors files; with an index also its weight_map and total_size."""
+    where = printable(str(folder))
+    single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
+    if index:
+        document, _ = _read_json_object(folder / INDEX)
+        weight_map = document.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names. {DAMAGED}.")
+        names = sorted(set(weight_map.values()))
+        unsafe = [name for name in names if not is_plain_name(name)]
+        if unsafe:
+            wrong = f"weight_map names {some(unsafe)}, which is no plain file in this folder"
+            raise CheckpointError(f"{where}/{INDEX}: {wrong}. Correct the index.")
+        if single and SINGLE not in names:
+            raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
+        missing = [name for name in names if not _is_there(folder / name)]
+        if missing:
+            raise CheckpointError(
+                f"{where}: {len(missing)} of {len(names)} files that {INDEX} names are missing: {some(missing)}. Is the download complete?"
+            )
+        metadata = document.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return names, weight_map, total if isinstance(total, int) else None
+    if single:
+        return [SINGLE], None, None
+    try:
+        there = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{where}: {reason(folder, error)}.") from None
+    present = [name for name in there if name.endswith(".safetensors")]
+    if present:
+        raise CheckpointError(f"{where}: {INDEX} is missing, and there is no {SINGLE} (found {some(present)}).")
+    pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth"))]
+    if pickled:
+        raise CheckpointError(
+            f"{where}: only {some(pickled)} present. Pickled weights are never loaded, since loading them runs code. Convert "
+            "them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)."
+        )
+    raise CheckpointError(f"{where}: no weights found; expected {SINGLE} or {INDEX}.")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only mean a file in the folder where it is read: no path, drive, URL, NUL or control character."""
+    return name.isprintable() and name == os.path.basename(name) and name not in {"", ".", ".."} and not set(name) & set("\\:")
+
+
+def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> list[str]:
+    where = f"{printable(str(folder))}/{INDEX}"
+    problems = []
+    absent = sorted(name for name in weight_map if name not in tensors)
+    if absent:
+        problems.append(f"{where}: lists {some(absent)}, which no shard holds. Is the download complete?")
+    unlisted = sorted(name for name in tensors if name not in weight_map)
+    if unlisted:
+        problems.append(f"{where}: does not list {some(unlisted)}, which the shards hold. {DAMAGED}.")
+    moved = sorted(name for name, file in weight_map.items() if name in tensors and tensors[name].file != file)
+    if moved:
+        problems.append(f"{where}: places {some(moved)} in the wrong shard. {DAMAGED}.")
+    return problems

@@ -1,0 +1,174 @@
+"""bam_merge.json read back: what each tensor of a merged folder was made of, and what became of each tensor of a source."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bam_merge.checkpoints.folder import is_plain_name, read_small_file
+from bam_merge.documents import load_json
+from bam_merge.errors import VerifyError
+from bam_merge.text import nearest, printable, some
+
+MANIFEST = "bam_merge.json"
+
+
+MANIFEST_FORMAT = 1
+
+
+REMEDY = "copy the file again from where the merge was published, or merge again"
+
+
+SEAL = "manifest_digest"
+"""The manifest's last key: a digest (XXH3-128) of its own bytes, with zeros where the digest stands."""
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest, with a digest of themselves as the last key, so that a flipped bit in it is found too."""
+    blank = "0" * 32
+    text = json.dumps({**document, SEAL: blank}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    head, _, tail = text.rpartition(blank)
+    return f"{head}{xxhash.xxh3_128_hexdigest(text.encode())}{tail}".encode()
+
+
+def _is_sealed(document: Mapping[str, Any], data: bytes) -> bool:
+    seal = document.get(SEAL)
+    if not isinstance(seal, str) or len(seal) != 32:
+        return False
+    head, found, tail = data.rpartition(seal.encode())
+    return bool(found) and xxhash.xxh3_128_hexdigest(head + b"0" * 32 + tail) == seal
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise VerifyError(f"{printable(str(folder))}: {'not a' if folder.exists() else 'no such'} folder.")
+    if not path.exists():
+        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
+    try:
+        data = read_small_file(path)
+        document = load_json(data)
+    except ValueError as error:
+        raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged: {REMEDY}.") from None
+    if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
+    wrong = list(_damaged(document))
+    if wrong:
+        raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged: {REMEDY}.")
+    if not _is_sealed(document, data):
+        raise VerifyError(f"{printable(str(path))}: not as it was written: its {SEAL} is not that of its own bytes: {REMEDY}.")
+    return document
+
+
+def _damaged(document: dict[str, Any]) -> Iterator[str]:
+    """Sections and entries of a manifest that are not what is read of them. A manifest that anyone may have written is read too."""
+    entries: dict[str, Callable[[str, Any], bool]] = {
+        "recipe": lambda key, value: key != "experts" or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "sources": lambda _, value: _has(value, {"files": dict}) and all(_has(f, SOURCE_FILE) for f in value["files"].values()),
+        "files": lambda name, value: is_plain_name(name) and isinstance(value, str),
+        "shards": lambda name, value: is_plain_name(name) and _has(value, {"bytes": int, "header": str}),
+        "tensors": lambda _, value: _has(value, TENSOR) and isinstance(value.get("nonfinite", 0), int),
+    }
+    for section, is_right in entries.items():
+        found = document.get(section)
+        if isinstance(found, dict):
+            yield from (name for name, value in found.items() if not is_right(name, value))
+        else:
+            yield section
+
+
+TENSOR = {"expression": str, "file": str, "dtype": str, "shape": list, "digest": str}
+
+
+SOURCE_FILE = {"bytes": int, "header": str, "tensors": dict}
+
+
+def _has(value: object, kinds: Mapping[str, type]) -> bool:
+    """Whether `value` is an object with these keys, of these types."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How one tensor was made: the manifest's expression, and the (source, tensor) pairs that it reads, in order."""
+
+    expression: str
+    reads: tuple[tuple[str, str], ...]
+
+
+def origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
+    """The origin of every tensor in a manifest."""
+    sources = _source_tensors(manifest)
+    return {
+        name: Origin(record["expression"], tuple(dict.fromkeys(_reads(record["expression"], name, sources))))
+        for name, record in manifest["tensors"].items()
+    }
+
+
+def fates(manifest: Mapping[str, Any], pattern: str) -> list[dict[str, Any]]:
+    """What became of the source tensors that `pattern` names, "SOURCE:GLOB" (a GLOB alone asks all sources).
+
+    One record per tensor: source, tensor, made ({name, expression} of every output that reads it), and why it was not read, if so.
+    Raises VerifyError when the pattern names no source, or matches nothing.
+    """
+    source, colon, glob = pattern.partition(":")
+    if not colon:
+        source, glob = "*", pattern
+    recorded = _source_tensors(manifest)
+    if source != "*" and source not in recorded:
+        known = ", ".join(map(printable, recorded))
+        raise VerifyError(f"--where: {printable(source)!r} is no source of this merge{nearest(source, recorded)}. Its sources: {known}.")
+    made: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for name, origin in origins(manifest).items():
+        for read in origin.reads:
+            made.setdefault(read, []).append({"name": name, "expression": origin.expression})
+    unused = _mapping(manifest.get("unused"))
+    found = []
+    for name, tensors in recorded.items():
+        if source in ("*", name):
+            dropped = _mapping(unused.get(name))
+            for tensor in (*tensors, *(tensor for tensor in dropped if tensor not in tensors)):
+                if fnmatchcase(tensor, glob):
+                    reason = dropped.get(tensor)
+                    found.append({"source": name, "tensor": tensor, "made": made.get((name, tensor), []), "unused": reason})
+    if not found:
+        raise VerifyError(f"--where: {printable(pattern)!r} matches no tensor of the sources. Quote it: 'math:model.layers.7.*'.")
+    return found
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _source_tensors(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The tensors that were read of every source."""
+    files = {name: [_mapping(file) for file in record["files"].values()] for name, record in manifest["sources"].items()}
+    return {name: [tensor for file in found for tensor in _mapping(file.get("tensors"))] for name, found in files.items()}
+
+
+_METHOD = re.compile(r"\b(?:mean|linear|slerp|task_arithmetic|ties|dare_ties)\(([^()]*)\)(?:: ([^\s,()]+))?")
+
+
+def _reads(expression: str, name: str, sources: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """The stored tensors in an expression as ops.py writes it. Names of sources and of dense families' tensors have no blanks or commas."""
+    words = "|".join(re.escape(source) for source in sorted(sources, key=len, reverse=True))
+    leaf = re.compile(rf"(?<![^\s(,])({words}):([^\s,()\[\]]+)")
+    yield from leaf.findall(expression)
+    for method in _METHOD.finditer(expression):
+        operands, _, arguments = method[1].partition("; ")
+        after = method[2] or name
+        common = None if leaf.match(after) else after.partition("[")[0]
+        base = re.match(r"base=([^,]+)", arguments)
+        if common:
+            yield from ((operand, common) for operand in operands.split(", ") if operand in sources)
+        if base and base[1] in sources:
+            tensor = common or next((found for _, found in leaf.findall(expression) if found in sources[base[1]]), None)
+            if tensor:
+                yield base[1], tensor

@@ -1,0 +1,139 @@
+"""Reading the sources: positional reads of planned files, and where in them an expression's elements are."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.header import FileIdentity, TensorEntry, open_regular
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.text import printable
+
+COPY_BUFFER = 2**20
+"""Bytes that a worker's plain copy holds at a time."""
+
+
+OPEN_FILES = 8
+"""Source files that one worker keeps open."""
+
+
+class SourceFiles:
+    """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one."""
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self.checkpoints = checkpoints
+        self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def __enter__(self) -> "SourceFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.open.values():
+            os.close(descriptor)
+
+    def entry(self, read: Read) -> TensorEntry:
+        return self.checkpoints[read.source].tensors[read.tensor]
+
+    def descriptor(self, read: Read) -> int:
+        key = read.source, self.entry(read).file
+        if key in self.open:
+            self.open.move_to_end(key)
+            return self.open[key]
+        checkpoint = self.checkpoints[read.source]
+        path = checkpoint.path / key[1]
+        descriptor = open_regular(str(path))
+        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[key[1]].identity:
+            os.close(descriptor)
+            raise CheckpointError(changed(read.source, path))
+        if len(self.open) >= OPEN_FILES:
+            os.close(self.open.popitem(last=False)[1])
+        self.open[key] = descriptor
+        return descriptor
+
+    def read_into(self, read: Read, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` bytes into the tensor."""
+        descriptor, start = self.descriptor(read), self.entry(read).offset + offset
+        path = self.checkpoints[read.source].path / self.entry(read).file
+        position = 0
+        while position < len(view):
+            try:
+                count = os.preadv(descriptor, [view[position:]], start + position)
+            except OSError as error:
+                raise CheckpointError(f"sources.{read.source}: {printable(str(path))}: reading {read.tensor}: {error.strerror}.") from error
+            if count == 0:
+                raise CheckpointError(changed(read.source, path))
+            position += count
+
+
+def changed(source: str, path: Path) -> str:
+    """The message about a source file that is not what it was."""
+    return f"sources.{source}: {printable(str(path))} changed while it was being merged. Run again when nothing writes to it."
+
+
+def check_unchanged(checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise CheckpointError if a source file is no longer the one that was planned with."""
+    problems = []
+    for name, checkpoint in checkpoints.items():
+        for file, identity in checkpoint.identities.items():
+            path = checkpoint.path / file
+            try:
+                same = FileIdentity.of(os.stat(path)) == identity
+            except OSError:
+                same = False
+            if not same:
+                problems.append(changed(name, path))
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[int, int]], view: memoryview) -> None:
+    """Fill `view` with the runs (first byte in the tensor, count) of a stored tensor, one after the other.
+
+    Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
+    """
+    path = os.path.join(checkpoint.path, entry.file)
+    descriptor, position = open_regular(path), 0
+    try:
+        if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[entry.file].identity:
+            raise _reopen(path)
+        for first, count in runs:
+            done = 0
+            while done < count:
+                got = os.preadv(descriptor, [view[position : position + count - done]], entry.offset + first + done)
+                if got == 0:
+                    raise _reopen(path)
+                done, position = done + got, position + got
+    except OSError as error:
+        raise CheckpointError(f"{printable(path)}: reading {printable(entry.name)}: {error.strerror}.") from error
+    finally:
+        os.close(descriptor)
+
+
+def _reopen(path: str) -> CheckpointError:
+    return CheckpointError(f"{printable(path)} changed since it was opened. Open it again when nothing writes to it.")
+
+
+def digest_range(path: Path, offset: int, nbytes: int) -> str:
+    """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there."""
+
+    digest = xxhash.xxh3_128()
+    view = memoryview(bytearray(min(COPY_BUFFER, max(1, nbytes))))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            position = 0
+            while position < nbytes:
+                count = os.preadv(descriptor, [view[: min(len(view), nbytes - position)]], offset + position)
+                if count == 0:
+                    raise BamMergeError(f"{printable(str(path))}: ends at byte {offset + position}, expected {offset + nbytes}.")
+                digest.update(view[:count])
+                position += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BamMergeError(f"{printable(str(path))}: {error.strerror}.") from error
+    return digest.hexdigest()

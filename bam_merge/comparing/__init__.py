@@ -1,0 +1,1 @@
+"""Several models: what differs, what was done, how far branches drifted."""

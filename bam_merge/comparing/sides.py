@@ -1,0 +1,111 @@
+"""Tensors of several models that stand in the same place: by role and layer, however each checkpoint names, fuses or splits them.
+
+A side of a comparison is PATH (a folder or a safetensors file), or PATH#EXPERT, one expert of a mixture as the dense model it was:
+EXPERT is its name in expert_names or its number, with or without "experts." before it.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bam_merge.architectures.anatomy import Anatomy, open_anatomy
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.pieces import Leaf, Read, Slice, leaf_runs, stored
+from bam_merge.checkpoints.reading import read_runs
+from bam_merge.errors import CheckpointError
+from bam_merge.text import nearest, printable
+
+Place = tuple[str, int | None, int | None]
+"""Role, layer and expert. A tensor without a role stands under "?" and its name."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model as one side of a comparison. `left_out`: tensors that are no part of it, with the reason."""
+
+    label: str
+    anatomy: Anatomy
+    expert: int | None
+    leaves: Mapping[Place, Leaf]
+    left_out: Mapping[str, str]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.anatomy.checkpoint
+
+    def name(self, place: Place) -> str:
+        """What stands there, as messages name it: the stored tensor, and the role where it is cut from a fused one."""
+        leaf = self.leaves[place]
+        return stored(leaf).tensor + (f" ({place[0]})" if isinstance(leaf, Slice) else "")
+
+    def read(self, place: Place, start: int, stop: int, view: memoryview, itemsize: int) -> None:
+        """Fill `view` with the bytes of elements [start, stop) of what stands there. Raises CheckpointError."""
+        leaf = self.leaves[place]
+        entry = self.checkpoint.tensors[stored(leaf).tensor]
+        runs = ((first * itemsize, count * itemsize) for first, count in leaf_runs(leaf, start, stop))
+        read_runs(self.checkpoint, entry, runs, view)
+
+
+def open_side(address: str | os.PathLike[str]) -> Side:
+    """Open PATH or PATH#EXPERT. Raises CheckpointError when it cannot be read, or has no such expert."""
+    text = os.fspath(address)
+    path, mark, name = text.rpartition("#")
+    if not mark or os.path.exists(text):
+        found = open_anatomy(text)
+        return Side(text, found, None, _placed(found), dict(found.dropped))
+    found = open_anatomy(path)
+    expert = _expert(found, path, name.removeprefix("experts."))
+    leaves: dict[Place, Leaf] = {}
+    left_out = dict(found.dropped)
+    for (role, layer, of), leaf in _placed(found).items():
+        if role.startswith("router."):
+            left_out[stored(leaf).tensor] = "a router: one expert has none"
+        elif of is None or of == expert:
+            leaves[role, layer, None] = leaf
+        else:
+            left_out[stored(leaf).tensor] = "another expert's"
+    return Side(text, found, expert, leaves, left_out)
+
+
+def _placed(found: Anatomy) -> dict[Place, Leaf]:
+    """Every tensor at its place, those without a role under their names."""
+    leaves: dict[Place, Leaf] = dict(found.leaves)
+    placed = {stored(leaf).tensor for leaf in leaves.values()}
+    for name in (*found.unknown, *(name for name in found.keys if name not in placed)):
+        entry = found.checkpoint.tensors[name]
+        leaves[f"? {name}", None, None] = Read("model", name, entry.dtype, entry.shape)
+    position = {name: index for index, name in enumerate(found.checkpoint.tensors)}
+    return dict(sorted(leaves.items(), key=lambda item: position[stored(item[1]).tensor]))
+
+
+def _expert(found: Anatomy, path: str, name: str) -> int:
+    """The number of the expert called `name`."""
+    there = sorted({expert for _, _, expert in found.leaves if expert is not None})
+    if not there:
+        raise CheckpointError(f"{printable(path)}: no mixture, so there is no expert {printable(repr(name), 60)}. Give the folder alone.")
+    names = found.checkpoint.config.get("expert_names")
+    names = [str(item) for item in names] if isinstance(names, list) else []
+    number = names.index(name) if name in names else int(name) if name.isascii() and name.isdigit() and len(name) < 9 else -1
+    if number not in there:
+        known = names or [str(expert) for expert in there]
+        listed = ", ".join(printable(item, 60) for item in known[:20])
+        raise CheckpointError(f"{printable(path)}: no expert {printable(repr(name), 60)}{nearest(name, known) or '.'} There are {listed}.")
+    return number
+
+
+def in_common(sides: Sequence[Side]) -> list[Place]:
+    """The places that all sides have, in the first one's order."""
+    first, *others = sides
+    return [place for place in first.leaves if all(place in other.leaves for other in others)]
+
+
+def check_comparable(sides: Sequence[Side]) -> None:
+    """Raise CheckpointError when nothing stands in the same place in all of them."""
+    if not in_common(sides):
+        listed = ", ".join(f"{printable(side.label)} ({_what(side)})" for side in sides)
+        raise CheckpointError(f"no tensor stands in the same place in {listed}: there is nothing to compare.")
+
+
+def _what(side: Side) -> str:
+    table = side.anatomy.architecture
+    return f"{table.name if table else 'of no known family'}, {len(side.leaves)} tensors"

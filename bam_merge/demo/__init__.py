@@ -1,0 +1,1 @@
+"""Four small checkpoints, merged and run."""

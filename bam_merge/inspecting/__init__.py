@@ -1,0 +1,1 @@
+"""One model: what is in it, what it costs, statistics of its values."""

@@ -1,0 +1,1 @@
+"""Carry out: expressions to bytes, streamed by workers."""

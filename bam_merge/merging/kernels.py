@@ -1,0 +1,185 @@
+"""The mathematics of merging and initialising, one small pure function per method.
+
+Tensors come as chunks of flat vectors in one floating dtype (float32, or float64 where a source is) and leave in it; nothing here
+casts, rounds or touches files. Methods that need to know a whole tensor first (a threshold, an angle) get it from `survey`, which
+reads the chunks once or twice; `combine` then works on any chunk by itself.
+
+Shapes: x_C is a chunk of C elements; a chunk list x_KC has one per operand; d_C = x_C - base_C is a task vector's chunk.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_merge import expressions
+from bam_merge.values.streams import uniforms
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements [start, start + C) of every operand and of the base, flat, in the computing dtype."""
+
+    start: int
+    operands: list[Tensor]
+    base: Tensor | None = None
+
+    @property
+    def deltas(self) -> Iterator[Tensor]:
+        """The task vectors' chunks, one at a time."""
+        assert self.base is not None
+        return (x_C - self.base for x_C in self.operands)
+
+
+Chunks = Callable[[], Iterator[Chunk]]
+"""Reads the whole tensor once, in order, each time it is called."""
+
+
+@singledispatch
+def survey(method: expressions.Method, chunks: Chunks, numel: int) -> Any:
+    """What `combine` must know of the whole tensor; nothing for most methods."""
+    return None
+
+
+@singledispatch
+def combine(method: expressions.Method, chunk: Chunk, known: Any) -> Tensor:
+    """One chunk of the merged tensor [C]."""
+    raise AssertionError(f"no kernel for {type(method).__name__}")
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------------
+
+
+@combine.register
+def mean(method: expressions.Mean, chunk: Chunk, known: None) -> Tensor:
+    """(x_1 + ... + x_K) / K, summed in the order of the operands."""
+    total_C = chunk.operands[0].clone()
+    for x_C in chunk.operands[1:]:
+        total_C += x_C
+    return total_C.div_(len(chunk.operands))
+
+
+@combine.register
+def linear(method: expressions.Linear, chunk: Chunk, known: None) -> Tensor:
+    """sum_i w_i x_i."""
+    return _weighted_sum(chunk.operands, method.weights)
+
+
+@combine.register
+def task_arithmetic(method: expressions.TaskArithmetic, chunk: Chunk, known: None) -> Tensor:
+    """base + scale * sum_i w_i (x_i - base) (arXiv 2212.04089, section 2)."""
+    assert chunk.base is not None
+    return _weighted_sum(chunk.deltas, method.weights).mul_(method.scale).add_(chunk.base)
+
+
+def _weighted_sum(terms: Iterator[Tensor] | list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    total_C: Tensor | None = None
+    for x_C, weight in zip(terms, weights, strict=True):
+        total_C = x_C * weight if total_C is None else total_C.add_(x_C, alpha=weight)
+    assert total_C is not None
+    return total_C
+
+
+# ---- spherical interpolation -------------------------------------------------------------------------------------------
+
+
+@survey.register
+def slerp_weights(method: expressions.Slerp, chunks: Chunks, numel: int) -> tuple[float, float]:
+    """The two weights sin((1-t) a) / sin a and sin(t a) / sin a, with a the angle between the operands.
+
+    Dot products in float64, so the angle is good to about 1e-8; below that, or at opposite directions, where the arc is not
+    defined, the straight line 1-t, t.
+    """
+    dot = norm_a = norm_b = 0.0
+    for chunk in chunks():
+        a_C, b_C = (x_C.double() for x_C in chunk.operands)
+        dot += float(a_C @ b_C)
+        norm_a += float(a_C @ a_C)
+        norm_b += float(b_C @ b_C)
+    scale = math.sqrt(norm_a) * math.sqrt(norm_b)
+    angle = math.acos(max(-1.0, min(1.0, dot / scale))) if scale > 0 else 0.0
+    if math.sin(angle) < 1e-7:
+        return 1 - method.t, method.t
+    return math.sin((1 - method.t) * angle) / math.sin(angle), math.sin(method.t * angle) / math.sin(angle)
+
+
+@combine.register
+def slerp(method: expressions.Slerp, chunk: Chunk, known: tuple[float, float]) -> Tensor:
+    """w_a a + w_b b with the weights of `slerp_weights` (Shoemake 1985)."""
+    return _weighted_sum(chunk.operands, known)
+
+
+# ---- TIES --------------------------------------------------------------------------------------------------------------------
+
+
+@survey.register
+def ties_thresholds(method: expressions.Ties, chunks: Chunks, numel: int) -> list[float]:
+    """For each operand the magnitude of its k-th largest difference, k = floor(density * numel), at least 1.
+
+    Exact, in two passes and constant memory: the bit pattern of a non-negative float32 orders like its value, so a histogram
+    of its high 16 bits finds the bin of the k-th largest, and one of the low 16 bits in that bin finds the value.
+    """
+    keep = max(1, math.floor(method.density * numel))
+    if keep >= numel:
+        return [0.0] * len(method.weights)
+    high_KB = [torch.zeros(2**16, dtype=torch.int64) for _ in method.weights]
+    for chunk in chunks():
+        for counts_B, d_C in zip(high_KB, chunk.deltas, strict=True):
+            counts_B += torch.bincount(_bits(d_C) >> 16, minlength=2**16)
+    bins = [_bin_of(counts_B, keep) for counts_B in high_KB]
+    low_KB = [torch.zeros(2**16, dtype=torch.int64) for _ in method.weights]
+    for chunk in chunks():
+        for counts_B, (wanted, _), d_C in zip(low_KB, bins, chunk.deltas, strict=True):
+            bits_C = _bits(d_C)
+            counts_B += torch.bincount(bits_C[bits_C >> 16 == wanted] & 0xFFFF, minlength=2**16)
+    patterns = [(wanted << 16) | _bin_of(counts_B, left)[0] for counts_B, (wanted, left) in zip(low_KB, bins, strict=True)]
+    return [float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32)) for pattern in patterns]
+
+
+def _bits(d_C: Tensor) -> Tensor:
+    return d_C.float().abs_().view(torch.int32)
+
+
+def _bin_of(counts_B: Tensor, keep: int) -> tuple[int, int]:
+    """The bin that holds the keep-th largest element, and its rank inside the bin (1 = the largest)."""
+    above_B = counts_B.flip(0).cumsum(0).flip(0)  # elements in this bin or a higher one
+    index = int((above_B >= keep).nonzero()[-1])
+    return index, keep - int(above_B[index] - counts_B[index])
+
+
+@combine.register
+def ties(method: expressions.Ties, chunk: Chunk, known: list[float]) -> Tensor:
+    """base + scale * disjoint mean of the trimmed task vectors (arXiv 2306.01708, section 4).
+
+    Trim keeps every entry whose magnitude reaches the threshold, equal ones included, as the authors' code does.
+    """
+    trimmed = [torch.where(d_C.abs() >= least, d_C, 0.0) for d_C, least in zip(chunk.deltas, known, strict=True)]
+    assert chunk.base is not None
+    return _disjoint_mean(trimmed, method.weights).mul_(method.scale).add_(chunk.base)
+
+
+def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Elect the sign of the weighted sum, then average the non-zero entries that have it, by weight; 0 where none does."""
+    weighted = [d_C * weight for d_C, weight in zip(deltas, weights, strict=True)]
+    elected_C = torch.stack(weighted).sum(0).sign_()
+    total_C, mass_C = torch.zeros_like(elected_C), torch.zeros_like(elected_C)
+    for d_C, weight in zip(weighted, weights, strict=True):
+        agrees_C = (d_C.sign() == elected_C) & (d_C != 0)
+        total_C += torch.where(agrees_C, d_C, 0.0)
+        mass_C += agrees_C * weight
+    return torch.where(mass_C != 0, total_C / torch.where(mass_C != 0, mass_C, 1.0), 0.0)
+
+
+@combine.register
+def dare_ties(method: expressions.DareTies, chunk: Chunk, known: None) -> Tensor:
+    """DARE (arXiv 2311.03099, section 3.2: drop with probability 1 - density, rescale by 1 / density) in the place of TIES's trim."""
+    kept = []
+    for d_C, stream in zip(chunk.deltas, method.streams, strict=True):
+        keep_C = torch.from_numpy(uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
+        kept.append(torch.where(keep_C, d_C / method.density, 0.0))
+    assert chunk.base is not None
+    return _disjoint_mean(kept, method.weights).mul_(method.scale).add_(chunk.base)

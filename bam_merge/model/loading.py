@@ -1,0 +1,211 @@
+"""Checkpoint folders as the reference model: every dense family, bam, and the public FFN mixture layouts. No transformers.
+
+Tensors are found by role: a row of the folder's architecture table says which role a tensor has, bam's row of that role names the
+parameter, and a fused tensor is cut by the slices that its row describes. So a new family is a table here too. Opening reads
+headers only; tensors are read when asked for, so that a verifier can hold one block at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from bam_merge.architectures.tables import SYMBOLS, Architecture, Row, evaluate, find_by_model_type, load_architecture
+from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
+from bam_merge.checkpoints.header import TensorEntry
+from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
+from bam_merge.checkpoints.reading import read_runs
+from bam_merge.errors import CheckpointError
+from bam_merge.model.config import model_config
+from bam_merge.model.model import Block, Model, ModelConfig, Norm, head
+from bam_merge.text import printable, some
+from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode
+
+HEAD_ROWS = 2**13
+"""Vocabulary rows of the head that are in memory at a time, where a model is run block by block."""
+
+
+Leaf = Read | Slice
+
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A folder opened by its headers. `leaves` says what each parameter of the reference model is read from.
+
+    Methods raise CheckpointError when a file cannot be read, or is no longer the one that was opened.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    leaves: Mapping[str, Leaf]
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of a parameter, by its name in a bam checkpoint; in `dtype`, or as stored."""
+        leaf = self.leaves[parameter]
+        entry = self.checkpoint.tensors[(leaf.of if isinstance(leaf, Slice) else leaf).tensor]
+        itemsize = TORCH_DTYPES[leaf.dtype].itemsize
+        bytes_B, view = buffer(numel(leaf) * itemsize)
+        runs = ((first * itemsize, count * itemsize) for first, count in leaf_runs(leaf, 0, numel(leaf)))
+        read_runs(self.checkpoint, entry, runs, view)
+        return decode(bytes_B, leaf.dtype).reshape(leaf.shape).to(dtype)
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """(parameter, values as stored) of all parameters whose name begins with `prefix`, one at a time."""
+        yield from ((name, self.read(name)) for name in self.leaves if name.startswith(prefix))
+
+    def embed(self, input_ids_BT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Hidden states [B, T, D] that the first block gets. Reads the rows of these tokens only."""
+        ids, places = torch.unique(input_ids_BT, return_inverse=True)
+        return embedding(places, self.read_rows("model.embed_tokens.weight", ids.tolist(), dtype))
+
+    def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """The named rows of a parameter that is stored whole [len(rows), ...]."""
+        leaf = self.leaves[parameter]
+        assert isinstance(leaf, Read)
+        row = numel(leaf) // leaf.shape[0] * TORCH_DTYPES[leaf.dtype].itemsize
+        spans = [(rows[0], len(rows))] if isinstance(rows, range) else ((index, 1) for index in rows)
+        bytes_B, view = buffer(len(rows) * row)
+        read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
+        return decode(bytes_B, leaf.dtype).reshape(len(rows), *leaf.shape[1:]).to(dtype)
+
+    def block(self, layer: int, dtype: torch.dtype = torch.float32) -> Block:
+        """Block `layer` alone, with its weights; nothing else is read."""
+        return self._filled(lambda: Block(self.config, layer), f"model.layers.{layer}.", dtype)
+
+    def final_norm(self, dtype: torch.dtype = torch.float32) -> Norm:
+        """The norm before the head."""
+        return self._filled(lambda: Norm(self.config, self.config.hidden_size, bias=self.config.norm_bias), "model.norm.", dtype)
+
+    @property
+    def head_parameter(self) -> str:
+        """The parameter that the head multiplies with: the embedding where it is tied."""
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
+    def head(self, x_BTD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits [B, T, V] of the last block's hidden states."""
+        norm, V = self.final_norm(dtype), self.config.vocab_size
+        spans = (range(start, min(start + HEAD_ROWS, V)) for start in range(0, V, HEAD_ROWS))
+        return torch.cat([head(self.config, norm, self.read_rows(self.head_parameter, rows, dtype), x_BTD) for rows in spans], -1)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Model:
+        """The whole model."""
+        return self._filled(lambda: Model(self.config), "", dtype)
+
+    def _filled(self, build: Callable[[], Part], prefix: str, dtype: torch.dtype) -> Part:
+        with torch.device("meta"):
+            part = build()
+        part.load_state_dict({name: self.read(prefix + name, dtype) for name in part.state_dict()}, assign=True)
+        return part.eval()
+
+
+def load_model(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Model:
+    """The model in the folder `path`, computing in `dtype`: bam, a dense family, mixtral, qwen2_moe or qwen3_moe.
+
+    Raises CheckpointError with every problem of the folder.
+    """
+    return open_model(path).model(dtype)
+
+
+def open_model(path: str | os.PathLike[str]) -> StoredModel:
+    """Open the model in the folder `path` by its headers. Raises CheckpointError with every problem found."""
+    checkpoint = open_checkpoint(path)
+    where = printable(str(checkpoint.path))
+    try:
+        config = model_config(checkpoint.config)
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from None
+    architecture = find_by_model_type(checkpoint.config["model_type"])
+    assert architecture is not None
+    locator = _Locator(checkpoint, architecture, config)
+    locator.run()
+    if locator.problems:
+        raise CheckpointError(*(f"{where}: {problem}" for problem in locator.problems))
+    return StoredModel(checkpoint, config, locator.found)
+
+
+# ---- the tensors -----------------------------------------------------------------------------------------------------------
+
+
+def parameter_name(role: str, row: Row, layer: int | None, expert: int | None) -> str:
+    """The reference model's name for `role`: bam's, less the experts' part where there is one for all. What bam has not keeps `row`'s."""
+    rows = [own for own in load_architecture("bam").rows if role in own.roles] or [row]
+    template = next((own for own in rows if own.per_expert), rows[0])
+    return template.name(layer, expert) if expert is not None else template.name(layer).replace("experts.None.", "")
+
+
+@dataclass
+class _Locator:
+    """Walks a folder's table, collecting what each parameter is read from, and every problem."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    config: ModelConfig
+    found: dict[str, Leaf] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    unreadable: list[TensorEntry] = field(default_factory=list)
+
+    def run(self) -> None:
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in Model(self.config).state_dict().items()}
+        tensors, layers = self.checkpoint.tensors, range(self.config.num_hidden_layers)
+        known = {template.replace("{layer}", str(layer)) for template in self.architecture.dropped for layer in layers}
+        missing = []
+        for row, layer, expert in self.places():
+            parameters = [parameter_name(role, row, layer, expert) for role in row.roles]
+            spellings = [row.name(layer, expert, spelling) for spelling in range(len(row.names))]
+            present = [name for name in spellings if name in tensors]
+            if all(parameter in wanted for parameter in parameters):
+                known.update(present)
+                shapes = {parameter: wanted.pop(parameter) for parameter in parameters}
+                if len(present) == 1:
+                    self.cut(row, tensors[present[0]], shapes)
+                elif present:
+                    self.problems.append(f"{' and '.join(present)} are two spellings of one tensor. Keep one.")
+                else:
+                    missing.append(spellings[0])
+            elif row.roles == ("head",):
+                known.update(present)  # tied: transformers ignores such a copy, and so do we
+        self.report("missing: {} tensor(s) that config.json implies. Is the download complete?", [*missing, *wanted])
+        extra = [name for name in tensors if name not in known]
+        self.report("present: {} tensor(s) that config.json does not imply. Correct config.json, or remove them.", extra)
+        dtypes = ", ".join(sorted({entry.dtype for entry in self.unreadable}))
+        known_dtypes = ", ".join(TORCH_DTYPES)
+        names = [entry.name for entry in self.unreadable]
+        self.report(f"stored as {dtypes}: {{}} tensor(s); the reference model computes with {known_dtypes}. Convert them.", names)
+
+    def places(self) -> Iterator[tuple[Row, int | None, int | None]]:
+        """Every row at every layer, for every expert."""
+        experts = range(max(self.config.num_experts, self.config.num_attention_experts))
+        for row in self.architecture.rows:
+            for layer in range(self.config.num_hidden_layers) if row.per_layer else (None,):
+                yield from ((row, layer, expert) for expert in (experts if row.per_expert else (None,)))
+
+    def cut(self, row: Row, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's parts."""
+        config = self.config
+        facts = {name: getattr(config, name, 0) for name in SYMBOLS.values()} | {
+            "num_attention_heads": config.num_attention_heads_per_expert, "num_key_value_heads": config.num_key_value_heads_per_expert,
+        }  # fmt: skip
+        groups, (first, *_) = evaluate(row.groups, facts), shapes.values()
+        parts = [evaluate(part, facts) for part in row.parts] or [first[0]]
+        expected = (groups * sum(parts), *first[1:])
+        if entry.shape != expected:
+            self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
+            return
+        if entry.dtype not in TORCH_DTYPES:
+            self.unreadable.append(entry)
+        read, start = Read("model", entry.name, entry.dtype, entry.shape), 0
+        for (parameter, shape), rows in zip(shapes.items(), parts, strict=True):
+            self.found[parameter] = read if len(parts) == 1 else Slice(read, groups, start, rows, shape)
+            start += rows
+
+    def report(self, problem: str, names: list[str]) -> None:
+        if names:
+            self.problems.append(f"{some(names)} {problem.format(len(names))}")

@@ -1,0 +1,336 @@
+"""The reference model: what a checkpoint computes, written to be read. Plain torch, one device, a loop over the experts.
+
+It is this project's definition of the method (BAM, arXiv 2408.08274; BTX, 2403.07816; Sparse Upcycling, 2212.05055) and the
+oracle that proves merges right, so it shares no code with the merge, and nothing in it is clever. One class runs dense models,
+dense and mixed attention, dense and mixed FFNs; its parameters have the names of a bam checkpoint's tensors. A `Block` can be
+built and run alone, so that a verifier never holds a whole model.
+
+Shape suffixes:  B sequences of the batch    T tokens of this call    S tokens so far: cached ones and these
+                 D hidden_size    F intermediate_size    V vocab_size    N experts
+                 H query heads and K key/value heads of one expert    C channels of a head (head_dim)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, one_hot, relu, silu
+
+from bam_merge.model.positions import Cache, rotate, turns, visible
+
+gelu_tanh = partial(gelu, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu, "swish": silu, "relu": relu, "gelu": gelu, "gelu_python": gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh, "gelu_tanh": gelu_tanh,
+}  # fmt: skip
+"""What `hidden_act` names."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a forward pass needs of a bam config.json, under the same names. Head counts are those of one expert."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads_per_expert: int
+    num_key_value_heads_per_expert: int
+    head_dim: int
+    tie_word_embeddings: bool = False
+    logit_scale: float | None = None
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-5
+    parallel_block: bool = False
+    parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
+    attention_bias: bool = False  # of q, k and v
+    attention_out_bias: bool = False
+    qk_norm: bool = False  # of each head's q and k, of the kind norm_type: RMS with weights [C] (qwen3), layer [H, C] (cohere)
+    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope_interleaved: bool = False
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = None
+    layer_types: Sequence[Literal["full_attention", "sliding_attention"]] | None = None  # None: every layer slides if there is a window
+    num_attention_experts: int = 0  # 0: one attention (dense, BTX, Sparse Upcycling)
+    attention_kv: Literal["expert", "shared"] | None = None
+    shared_kv_layers: Sequence[int] | None = None  # layers that share k and v although attention_kv is "expert"
+    attention_routing: Literal["soft", "top_k"] | None = None
+    num_attention_experts_per_tok: int | None = None
+    hidden_act: str = "silu"
+    gated_ffn: bool = True
+    mlp_bias: bool = False
+    num_experts: int = 0  # 0: one FFN
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
+    gate_scale: float = 1.0
+    shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """From a bam config.json; keys that no forward pass needs are left. Raises TypeError when a size is missing."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in config.items() if key in known and value is not None})
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 where it is: what norms and softmaxes are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Norm(nn.Module):
+    """RMS norm over the last axis. Layer norm is the same of the centred vector."""
+
+    def __init__(self, config: ModelConfig, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.centred = config.norm_type == "layer_norm"
+        self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = wide(x)
+        z = z - z.mean(-1, keepdim=True) if self.centred else z
+        z = self.weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
+        return (z if self.bias is None else z + self.bias).to(x.dtype)
+
+
+def route(router: nn.Module, x_BTD: Tensor, k: int, how: str, force_expert: int | None) -> Tensor:
+    """Gates [B, T, N] of the experts, in float32 or wider, zero outside T, the k largest of p = softmax(W x):
+
+    softmax_then_topk   p_i                            BAM's FFN, and with k = N the soft routing of its attention
+    topk_then_softmax   softmax over T of (W x)_i      BTX and Mixtral: the gates sum to one
+    renormalised        p_i / detach(sum over T of p)  top-k attention: they sum to one, and the router has a gradient at k = 1
+
+    The paper's ablation of top-k attention (Table 6) leaves its gates open. The last row is how MoA normalises them (arXiv
+    2210.05144, section 3): at k = N it is the paper's soft routing, and N equal attention experts stay the dense attention.
+    `force_expert` gives gate 1 to that expert and 0 to the others.
+    """
+    logits_BTN = wide(router(x_BTD))
+    if force_expert is not None:
+        return one_hot(torch.tensor(force_expert), logits_BTN.shape[-1]).to(logits_BTN).expand_as(logits_BTN)
+    p_BTN = logits_BTN.softmax(-1)
+    chosen_BTN = torch.zeros_like(p_BTN, dtype=torch.bool).scatter(-1, p_BTN.topk(k).indices, True)
+    if how == "topk_then_softmax":
+        return logits_BTN.masked_fill(~chosen_BTN, -torch.inf).softmax(-1)
+    kept_BTN = p_BTN * chosen_BTN
+    return kept_BTN / kept_BTN.sum(-1, keepdim=True).detach() if how == "renormalised" else kept_BTN
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """One multi-head attention MHA(x) with grouped keys and values; or of an expert the part that it does not share."""
+
+    def __init__(self, config: ModelConfig, query: bool = True, key_value: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        D, C, bias = config.hidden_size, config.head_dim, config.attention_bias
+        H, K = config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert
+
+        def norm(heads: int) -> nn.Module:
+            shape = (heads, C) if config.norm_type == "layer_norm" else (C,)
+            return Norm(config, *shape) if config.qk_norm else nn.Identity()
+
+        if query:
+            self.q_proj, self.q_norm = nn.Linear(D, H * C, bias), norm(H)
+            self.o_proj = nn.Linear(H * C, D, config.attention_out_bias)
+        if key_value:
+            self.k_proj, self.k_norm, self.v_proj = nn.Linear(D, K * C, bias), norm(K), nn.Linear(D, K * C, bias)
+
+    def keys_values(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rotated keys, and the values, of these tokens, each [B, T, K, C]. `turn`: cosines and sines of their positions."""
+        k_BTKC, v_BTKC = (proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return rotate(self.k_norm(k_BTKC), *turn, self.config.rope_interleaved), v_BTKC
+
+    def attend(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
+        """o(softmax(q k^T / sqrt(C)) v) [B, T, D]."""
+        C = self.config.head_dim
+        q_BTHC = rotate(self.q_norm(self.q_proj(x_BTD).unflatten(-1, (-1, C))), *turn, self.config.rope_interleaved)
+        k_BSHC, v_BSHC = (z.repeat_interleave(q_BTHC.shape[2] // z.shape[2], 2) for z in (k_BSKC, v_BSKC))
+        scores_BHTS = wide(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC) * C**-0.5)
+        hidden = torch.finfo(scores_BHTS.dtype).min  # not -inf: padding sees nothing, and must not become NaN
+        weights_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], hidden).softmax(-1).to(x_BTD.dtype)
+        y_BTD: Tensor = self.o_proj(torch.einsum("bhts,bshc->bthc", weights_BHTS, v_BSHC).flatten(-2))
+        return y_BTD
+
+
+class Attention(Heads):
+    """The dense attention MHA(x), or the mixture sum_j g_j(x) MHA_j(x), whose experts may share keys and values."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        N, shares_kv = config.num_attention_experts, config.attention_kv == "shared" or layer in (config.shared_kv_layers or ())
+        super().__init__(config, query=N == 0, key_value=N == 0 or shares_kv)
+        self.layer, self.shares_kv = layer, shares_kv
+        slides = config.layer_types is None or config.layer_types[layer] == "sliding_attention"
+        self.window = config.sliding_window if slides else None
+        if N:
+            self.router = nn.Linear(config.hidden_size, N, bias=False)
+            soft = config.attention_routing != "top_k"
+            self.gates = (N, "softmax_then_topk") if soft else (config.num_attention_experts_per_tok or N, "renormalised")
+        self.experts = cast(Sequence[Heads], nn.ModuleList(Heads(config, key_value=not shares_kv) for _ in range(N)))
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
+        """y [B, T, D], and the gates [B, T, N] of a mixture."""
+        config = self.config
+        turn = turns(config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, x_BTD.dtype)
+        seen_BTS = visible(positions_BT, cache.extend(self.layer, "positions", positions_BT), self.window)
+
+        def cached(heads: Heads, name: str) -> tuple[Tensor, Tensor]:
+            k_BTKC, v_BTKC = heads.keys_values(x_BTD, turn)
+            return cache.extend(self.layer, f"k {name}", k_BTKC), cache.extend(self.layer, f"v {name}", v_BTKC)
+
+        if not self.experts:
+            return self.attend(x_BTD, turn, *cached(self, "all"), seen_BTS), None
+        gates_BTN = route(self.router, x_BTD, *self.gates, force_expert)
+        shared = cached(self, "all") if self.shares_kv else None
+        y_BTD = wide(torch.zeros_like(x_BTD))
+        for j, expert in enumerate(self.experts):
+            keys_values = shared or cached(expert, str(j))  # of every expert: later tokens may choose it
+            if gates_BTN[..., j].any():
+                y_BTD = y_BTD + gates_BTN[..., j, None] * expert.attend(x_BTD, turn, *keys_values, seen_BTS)
+        return y_BTD.to(x_BTD.dtype), gates_BTN
+
+
+# ---- feed-forward network --------------------------------------------------------------------------------------------------
+
+
+class Ffn(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) where the family's FFN is not gated."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        D, bias = config.hidden_size, config.mlp_bias
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(D, width, bias) if config.gated_ffn else None
+        self.up_proj, self.down_proj = nn.Linear(D, width, bias), nn.Linear(width, D, bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up = self.up_proj(x_BTD)
+        y_BTD: Tensor = self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x_BTD)) * up)
+        return y_BTD
+
+
+class FfnMixture(nn.Module):
+    """gate_scale * sum over i in T of g_i(x) FFN_i(x); in qwen2_moe, plus sigmoid(w x) times the shared expert."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        N, D, shared = config.num_experts, config.hidden_size, config.shared_expert_intermediate_size
+        self.gates = (config.num_experts_per_tok, "topk_then_softmax" if config.norm_topk_prob else "softmax_then_topk")
+        self.gate_scale = config.gate_scale
+        self.router = nn.Linear(D, N, bias=False)
+        self.experts = nn.ModuleList(Ffn(config, config.intermediate_size) for _ in range(N))
+        self.shared_expert = Ffn(config, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if shared else None
+
+    def forward(self, x_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
+        """y [B, T, D] and the gates [B, T, N], before gate_scale. A forced expert is not scaled: it stands for its dense model."""
+        gates_BTN = route(self.router, x_BTD, *self.gates, force_expert)
+        y_BTD = wide(torch.zeros_like(x_BTD))
+        for i, expert in enumerate(self.experts):
+            sent_BT = gates_BTN[..., i] != 0
+            y_BTD[sent_BT] += gates_BTN[..., i][sent_BT][:, None] * expert(x_BTD[sent_BT])
+        y_BTD = y_BTD if force_expert is not None else self.gate_scale * y_BTD
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            y_BTD = y_BTD + self.shared_expert_gate(x_BTD).sigmoid() * self.shared_expert(x_BTD)
+        return y_BTD.to(x_BTD.dtype), gates_BTN
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------------
+
+
+class BlockOutput(NamedTuple):
+    """Hidden states [B, T, D]; the gates [B, T, N] of attention and of the FFN, None where it is no mixture."""
+
+    hidden: Tensor
+    attention_gates: Tensor | None
+    ffn_gates: Tensor | None
+
+
+class Block(nn.Module):
+    """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.parallel_block
+        one_norm = config.parallel_block and config.parallel_norms == 1
+        self.input_layernorm = Norm(config, config.hidden_size, bias=config.norm_bias)
+        self.post_attention_layernorm = None if one_norm else Norm(config, config.hidden_size, bias=config.norm_bias)
+        self.self_attn = Attention(config, layer)
+        self.mlp: FfnMixture | Ffn = FfnMixture(config) if config.num_experts else Ffn(config, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None = None, force_expert: int | None = None) -> BlockOutput:
+        """`positions_BT` count from 0 in each sequence, -1 is padding. `force_expert`: gate 1 for that expert, 0 for the others."""
+        normed_BTD = self.input_layernorm(x_BTD)
+        attention_BTD, attention_gates = self.self_attn(normed_BTD, positions_BT, cache or Cache(), force_expert)
+        h_BTD = x_BTD + attention_BTD
+        if self.post_attention_layernorm is not None:
+            normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
+        mixed = isinstance(self.mlp, FfnMixture)
+        ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
+        return BlockOutput(h_BTD + ffn_BTD, attention_gates, ffn_gates)
+
+
+class Trunk(nn.Module):
+    """All but the head: the parameters under `model.` in a checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = Norm(config, config.hidden_size, bias=config.norm_bias)
+
+
+def head(config: ModelConfig, norm: nn.Module, weight_VD: Tensor, x_BTD: Tensor) -> Tensor:
+    """Logits [B, T, V] of the last block's hidden states; `weight_VD` is the embedding where it is tied."""
+    return linear(norm(x_BTD), weight_VD) * (1.0 if config.logit_scale is None else config.logit_scale)
+
+
+class Model(nn.Module):
+    """A language model, dense where `config` has no experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, input_ids_BT: Tensor, cache: Cache | None = None, attention_mask_BT: Tensor | None = None,
+        force_expert: int | None = None, record: list[BlockOutput] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [B, T, V]. `attention_mask_BT` is 0 at padding, left of the text; `record` gets every block's output."""
+        cache = cache or Cache()
+        positions_BT = cache.next_positions(torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT)
+        x_BTD = self.model.embed_tokens(input_ids_BT)
+        for block in self.model.layers:
+            output = block(x_BTD, positions_BT, cache, force_expert)
+            x_BTD = output.hidden
+            if record is not None:
+                record.append(output)
+        weight_VD = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return head(self.config, self.model.norm, weight_VD, x_BTD)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids_BT: Tensor, count: int, temperature: float = 0.0, seed: int = 0, attention_mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """The input and `count` more tokens [B, T + count]: the likeliest at temperature 0, else drawn by a generator of its own."""
+        generator = torch.Generator(input_ids_BT.device).manual_seed(seed)
+        cache, new_BT, mask_BT = Cache(), input_ids_BT, attention_mask_BT
+        for _ in range(count):
+            logits_BV = wide(self(new_BT, cache, mask_BT)[:, -1])
+            if temperature == 0:
+                new_BT = logits_BV.argmax(-1, keepdim=True)
+            else:
+                new_BT = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+            input_ids_BT, mask_BT = torch.cat((input_ids_BT, new_BT), 1), None
+        return input_ids_BT

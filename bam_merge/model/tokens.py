@@ -1,0 +1,28 @@
+"""Texts as token ids, by a folder's own tokenizer.json and the optional package tokenizers."""
+
+from pathlib import Path
+from typing import Any
+
+from bam_merge.errors import CheckpointError
+from bam_merge.text import printable
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizers.Tokenizer. Raises CheckpointError when the file, or the package that reads it, is missing or unusable."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{printable(str(folder))}: no tokenizer.json, so a text cannot be read. Copy one there.")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise CheckpointError("reading a text needs the package tokenizers: pip install tokenizers.") from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises no narrower one
+        raise CheckpointError(f"{printable(str(path))}: {printable(str(error))}.") from None
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of `text`, with whatever the tokenizer puts around it."""
+    ids: list[int] = tokenizer.encode(text).ids
+    return ids

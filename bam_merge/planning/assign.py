@@ -1,0 +1,195 @@
+"""Rules to tensors: decides, for every role and layer, how it is made and from which source tensors."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter
+
+from bam_merge import expressions
+from bam_merge.recipe.makes import (
+    Copy,
+    DareTies,
+    Expert,
+    Initialising,
+    Linear,
+    Mean,
+    Rule,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+    covers,
+    operands,
+    parse_layers,
+)
+from bam_merge.recipe.schema import Attention, Recipe
+from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.text import some
+
+ARITHMETIC_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+KV_ROLES = ("attn.k", "attn.v", "attn.k_norm")
+
+
+QO_ROLES = ("attn.q", "attn.o", "attn.q_norm")
+
+
+@dataclass(frozen=True)
+class Made:
+    """How one site is made: one expression per expert, or one for all. `by` names the rule."""
+
+    by: str
+    exprs: tuple[expressions.Expr, ...]
+    per_expert: bool = False
+
+
+def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
+    """All rules in order, each with what messages call it: the recipe's, then the method's own."""
+    own: list[dict[str, object]] = []
+    shared = recipe.shared.model_dump(by_alias=True, exclude_none=True)
+    if recipe.method == "bam":
+        if (recipe.attention or Attention()).kv == "shared":
+            own.append({"roles": KV_ROLES, **shared})
+        own.append({"roles": ["attn.*", "ffn.*"], "make": "expert"})
+    elif recipe.method in ("btx", "sparse_upcycling"):
+        own.append({"roles": ["ffn.*"], "make": "expert"})
+    own.append({"roles": ["*"], **shared})
+    parsed = TypeAdapter(list[Rule]).validate_python(own)
+    return [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
+
+
+@dataclass
+class _Rules:
+    """The rules in order, and how often each was looked at and applied."""
+
+    rules: list[tuple[str, Rule]]
+    layers: list[range | frozenset[int]]
+    matched: Counter[int] = field(default_factory=Counter)
+    applied: Counter[int] = field(default_factory=Counter)
+
+    def choose(self, site: Site) -> tuple[str, Rule]:
+        """The first rule that matches `site`, and its name. The method's last rule matches everything."""
+        role, layer = site
+        chosen = [
+            index
+            for index, (_, rule) in enumerate(self.rules)
+            if (rule.layers is None or (layer is not None and layer in self.layers[index]))
+            and any(covers(pattern, role) for pattern in rule.roles)
+        ]
+        self.matched.update(chosen)
+        self.applied[chosen[0]] += 1
+        return self.rules[chosen[0]]
+
+    def idle(self) -> Iterator[str]:
+        """A message for every rule of the recipe that made nothing."""
+        for index, (label, rule) in enumerate(self.rules):
+            if self.applied[index] or not label.startswith("rules"):
+                continue
+            where = f"{label}: {', '.join(rule.roles)}" + (f" in layers {rule.layers}" if rule.layers is not None else "")
+            if self.matched[index]:
+                yield f"{where} never applies: earlier rules make all {self.matched[index]} tensors it matches. Reorder or remove it."
+            else:
+                yield f"{where} matches no tensor of this merge. Correct or remove it."
+
+
+def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> dict[Site, Made]:
+    """How every site of the sources, and every router, is made. Problems are appended."""
+    first = models[recipe.expert_names[0]]
+    count = first.facts["num_hidden_layers"]
+    rules = _Rules(method_rules(recipe), [])
+    for label, rule in rules.rules:
+        try:
+            rules.layers.append(parse_layers(rule.layers, count))
+        except ValueError as error:
+            problems.append(f"{recipe.file}: {label}.layers: {error}")
+            rules.layers.append(frozenset())
+    made = {site: _make(site, *rules.choose(site), recipe, models, problems) for site in first.tensors}
+    for role, like in (("router.attn", "attn.q"), ("router.ffn", "ffn.up")):
+        for layer in range(count):
+            if made[like, layer].per_expert:
+                made[role, layer] = _router(role, *rules.choose((role, layer)), recipe, first)
+    problems += [f"{recipe.file}: {text}" for text in rules.idle()]
+    return made
+
+
+def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> Made:
+    if isinstance(rule, Expert):
+        return Made(label, tuple(models[name].tensors[site] for name in recipe.expert_names), per_expert=True)
+    names = operands(rule, recipe.distinct)
+    parts = tuple((name, models[name].tensors[site]) for name in names)
+    if len(parts) == 1 and isinstance(rule, Copy | Mean):  # the mean of one tensor is that tensor
+        return Made(label, (parts[0][1],))
+    base = (rule.base, models[rule.base].tensors[site]) if isinstance(rule, TaskArithmetic | Ties | DareTies) else None
+    dtypes = {expr.dtype for _, expr in (*parts, *((base,) if base else ()))}
+    unfit = sorted(dtypes - set(ARITHMETIC_DTYPES))
+    if unfit:
+        where = f"{recipe.file}: {label}: "
+        why = f" is {unfit[0]}, and {rule.make} computes with {', '.join(ARITHMETIC_DTYPES)} only. "
+        if not any(text.startswith(where) and why in text for text in problems):  # one message for all tensors of a rule
+            problems.append(f"{where}{parts[0][1]}{why}Use make: copy, or sources in full precision.")
+    dtype = next(dtype for dtype in (*ARITHMETIC_DTYPES, *unfit) if dtype in dtypes)
+    return Made(label, (expressions.Merge(_method(rule, names, site, recipe), parts, base, dtype, parts[0][1].shape),))
+
+
+def _method(rule: Rule, names: tuple[str, ...], site: Site, recipe: Recipe) -> expressions.Method:
+    weights = tuple((getattr(rule, "weights", None) or {}).get(name, 1.0) for name in names)
+    match rule:
+        case Mean():
+            return expressions.Mean()
+        case Linear():
+            return expressions.Linear(weights)
+        case Slerp():
+            return expressions.Slerp(rule.t)
+        case TaskArithmetic():
+            return expressions.TaskArithmetic(weights, rule.scale)
+        case Ties():
+            return expressions.Ties(rule.density, weights, rule.scale)
+        case DareTies():
+            role, layer = site
+            streams = tuple(f"dare:{name}:{role}:{layer}" for name in names)
+            return expressions.DareTies(rule.density, weights, rule.scale, recipe.random_seed, streams)
+        case _:
+            raise AssertionError(f"{type(rule).__name__} is no merge method")
+
+
+def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel) -> Made:
+    """A router starts as the first rule that names it says, else as the recipe's `router` section."""
+    by_rule = isinstance(rule, Initialising)
+    method = rule.initialiser() if isinstance(rule, Initialising) else recipe.router_init(role)
+    shape = (len(recipe.expert_names), first.facts["hidden_size"])
+    dtype = first.tensors["embed", None].dtype
+    return Made(label if by_rule else "router", (expressions.Init(method, "", recipe.random_seed, dtype, shape),))
+
+
+def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:
+    """What of attention is per expert must fit together: q with o, k with v, and k and v alone only as shared."""
+    problems = []
+    kinds: dict[bool, list[int]] = {}
+    attention: dict[int | None, dict[str, bool]] = {}
+    for (role, at), item in made.items():
+        if role.startswith("attn."):
+            attention.setdefault(at, {})[role] = item.per_expert
+    for layer in range(layers):
+        axes = attention.get(layer, {})
+        for group in (QO_ROLES, KV_ROLES):
+            split = {role: axis for role, axis in axes.items() if role.removesuffix(".bias") in group}
+            if len(set(split.values())) > 1:
+                problems.append(
+                    f"layer {layer}: {some(r for r, a in split.items() if a)} per expert, "
+                    f"{some(r for r, a in split.items() if not a)} shared; an attention expert needs them together. Give them one rule."
+                )
+        if axes.get("attn.k") and not axes.get("attn.q"):
+            problems.append(
+                f"layer {layer}: attn.k and attn.v are per expert, attn.q and attn.o shared. Make attn.q and attn.o expert too."
+            )
+        kinds.setdefault(axes.get("attn.q", False), []).append(layer)
+    if len(kinds) > 1:
+        problems.append(
+            f"attention is per expert in layers {some(map(str, kinds[True]))} and shared in {some(map(str, kinds[False]))}; "
+            "it must be one or the other in all layers."
+        )
+    return problems

@@ -1,0 +1,161 @@
+"""Making a plan: recipe, headers and config.json in, every decision out, or every problem."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bam_merge import expressions
+from bam_merge._version import __version__
+from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
+from bam_merge.errors import CheckpointError, RecipeError
+from bam_merge.planning.assign import DTYPE_NAMES, Made, assign, check_axes
+from bam_merge.planning.output_config import merge_values, output_config, refusals
+from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.steps import dtype_problems, make_steps, place
+from bam_merge.recipe.makes import parse_size
+from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.agreement import disagreements
+from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.sources.opening import open_sources, same_folder
+from bam_merge.sources.tokenizer import tokenizer_disagreements
+from bam_merge.text import nearest, some
+
+# ---- making the plan -------------------------------------------------------------------------------------------------------
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Plan the merge that `recipe` asks for, from headers and config.json only.
+
+    Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
+    """
+    layout, problems = _layout(recipe)
+    models, broken = open_sources(recipe)
+    ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
+    broken += [*same_folder(ordered), *disagreements(ordered), *tokenizer_disagreements(ordered)] if ordered else []
+    comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
+    if broken:
+        if comparable:  # the rules can be tried all the same
+            assign(recipe, models, problems)
+        raise CheckpointError(*problems, *broken)
+    seed = models[recipe.seed_name]
+    if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
+        layout = seed.family
+    elif layout is None and not problems:
+        problems.append(
+            f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, "
+            f"not {recipe.output.layout}."
+        )
+    made = assign(recipe, models, problems)
+    if layout is None or problems:
+        raise RecipeError(*problems)
+    values = merge_values(recipe, seed, made) if layout.kind == "mixture" else dict(seed.facts)
+    problems += refusals(layout, values, recipe.file)
+    if layout.kind == "mixture":
+        problems += [f"{recipe.file}: {text}" for text in check_axes(made, seed.facts["num_hidden_layers"])]
+    steps = make_steps(recipe, layout, seed, made, problems)
+    problems += dtype_problems(recipe, steps)
+    if problems:
+        raise RecipeError(*dict.fromkeys(problems))
+    steps = [replace(step, dtype=DTYPE_NAMES.get(recipe.output.dtype, step.dtype)) for step in steps]
+    placed, shards = place(steps, parse_size(recipe.output.max_shard_size))
+    dominant = Counter({step.dtype: 0 for step in steps})
+    for step in steps:
+        dominant[step.dtype] += step.nbytes
+    config = output_config(layout, seed, values, dominant.most_common(1)[0][0])
+    return Plan(
+        recipe=recipe,
+        layout=layout,
+        models=models,
+        steps=placed,
+        shards=shards,
+        config=config,
+        unused=_unused(models, placed, made),
+        notes=tuple(_notes(recipe, layout, ordered, values)),
+        active_parameters=_active(placed, values),
+        fingerprint=_fingerprint(recipe, models, config),
+    )
+
+
+def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:
+    """The layout that the recipe names; None where it follows from the sources (method merge)."""
+    name = recipe.output.layout
+    if name is None:
+        return (None if recipe.method == "merge" else load_architecture("bam")), []
+    if name not in architecture_names():
+        return None, [f"{recipe.file}: output.layout: {name!r} is no layout{nearest(name, architecture_names())}"]
+    layout = load_architecture(name)
+    if recipe.method == "merge":
+        return None, []
+    if layout.kind == "dense":
+        return None, [
+            f"{recipe.file}: output.layout: {name} is a dense family; method {recipe.method} makes a mixture. Use bam, or method: merge."
+        ]
+    return layout, []
+
+
+# ---- what the plan says about itself ---------------------------------------------------------------------------------------
+
+
+def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Mapping[Site, Made]) -> dict[str, dict[str, str]]:
+    used = {(read.source, read.tensor) for step in steps for read in expressions.reads(step.expr)}
+    unused: dict[str, dict[str, str]] = {}
+    for name, model in models.items():
+        unused[name] = dict(model.dropped)
+        for site, expr in model.tensors.items():
+            for read in expressions.reads(expr):
+                if (name, read.tensor) not in used:
+                    unused[name][read.tensor] = f"{made[site].by} makes {site[0]} without {name}"
+    return unused
+
+
+def _active(steps: tuple[Step, ...], values: Mapping[str, Any]) -> int:
+    """Parameters that one token's forward multiplies with (formats.md): all shared ones, and the chosen share of each expert axis."""
+    count = values.get("num_experts", 1)
+    total = 0
+    for step in steps:
+        size = prod(step.shape)
+        if step.expert is None:
+            total += size
+        elif step.role.startswith("ffn."):
+            total += size * values["num_experts_per_tok"] if step.expert == 0 else 0
+        else:
+            chosen = values["num_attention_experts_per_tok"] if values["attention_routing"] == "top_k" else count
+            total += size * chosen if step.expert == 0 else 0
+    return total
+
+
+def _notes(recipe: Recipe, layout: Architecture, models: list[DenseModel], values: Mapping[str, Any]) -> Iterator[str]:
+    for model in models:
+        yield from (f"sources.{model.name}: {note}" for note in model.checkpoint.notes)
+    unknown = models[0].unknown_keys
+    if unknown:
+        yield (
+            f"config.json of {models[0].name}: {some(sorted(unknown))} not known to {models[0].family.name}'s table, so not copied. "
+            "Check that it does not change what the model computes."
+        )
+    if layout.kind == "mixture" and values["num_experts_per_tok"] == 1 and values["norm_topk_prob"]:
+        yield "ffn: top_k 1 with renormalised gates: the gate is always 1, so the router gets no gradient from the language-model loss."
+
+
+def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any]) -> str:
+    """What a finished tensor of an earlier run must have been made from to be worth keeping."""
+    sources = {
+        name: [model.checkpoint.config_digest]
+        + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in model.checkpoint.files.items()]
+        for name, model in models.items()
+    }
+    document = [__version__, recipe.resolved(), sources, dict(config)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
+
+
+def plan_file(path: str | Path) -> Plan:
+    """Load the recipe at `path` and plan it."""
+    from bam_merge.recipe.load import load_recipe
+
+    return make_plan(load_recipe(path))

@@ -1,0 +1,92 @@
+"""The output's config.json, from an allow-list: nothing of a source's config is copied that a table does not know."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bam_merge.architectures.config import COMMON_FUNCTION, NEUTRAL, ROPE_KEYS
+from bam_merge.architectures.tables import Architecture
+from bam_merge.checkpoints.dtypes import TORCH_NAMES
+from bam_merge.planning.assign import Made
+from bam_merge.recipe.schema import Attention, Ffn, Recipe
+from bam_merge.sources.dense import DenseModel, Site
+
+REMEDIES = {
+    "norm_topk_prob": "ffn.gate: topk_then_softmax sums to one",
+    "gate_scale": "leave ffn.gate_scale at 1",
+}
+
+
+def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -> dict[str, Any]:
+    """Everything a layout's config table can ask for by "$NAME", and its `accepts` can test."""
+    facts = dict(model.facts)
+    rope = facts["rope_parameters"]
+    layers = range(facts["num_hidden_layers"])
+    count = len(recipe.expert_names)
+    attention = recipe.attention or Attention()
+    top_k, renormalised = recipe.gates
+    per_expert = any(made[site].per_expert for site in made if site[0] == "attn.q")
+    shared_kv = [layer for layer in layers if not made["attn.k", layer].per_expert] if per_expert else []
+    all_shared = per_expert and len(shared_kv) == len(layers)
+    heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
+    return {
+        **facts,
+        "base_model_type": model.family.name,
+        "rope_theta": rope["rope_theta"],
+        "rope_type": rope["rope_type"],
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if rope["rope_type"] != "default" else None,
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "num_attention_heads": heads * count if per_expert else heads,
+        "num_key_value_heads": kv_heads * count if per_expert and not all_shared else kv_heads,
+        "num_attention_heads_per_expert": heads,
+        "num_key_value_heads_per_expert": kv_heads,
+        "num_experts": count,
+        "expert_names": list(recipe.expert_names),
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": renormalised,
+        "gate_scale": (recipe.ffn or Ffn()).gate_scale,
+        "num_attention_experts": count if per_expert else 0,
+        "attention_kv": "shared" if all_shared else "expert" if per_expert else None,
+        "shared_kv_layers": shared_kv if shared_kv and not all_shared else None,
+        "attention_routing": attention.routing if per_expert else None,
+        "num_attention_experts_per_tok": (attention.top_k or count) if per_expert else None,
+    }
+
+
+def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list[str]:
+    """Why `layout` cannot express this merge, one message per feature."""
+    problems = []
+    for key, accepted in layout.accepts.items():
+        options = accepted if isinstance(accepted, list) else [accepted]
+        value = values.get(key)
+        if ("none" if value is None else value) not in options:
+            remedy = f" ({REMEDIES[key]})" if key in REMEDIES else ""
+            problems.append(
+                f"{file}: output.layout: {layout.name} needs {key} = {' or '.join(map(_shown, options))}, this merge has {_shown(value)}. "
+                f"Use layout: bam{remedy}."
+            )
+    return problems
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json of the output, keys sorted. For a dense layout: the seed's known keys, spelled as there."""
+    source = seed.checkpoint.config
+    config: dict[str, Any] = {
+        "architectures": [layout.class_name],
+        "model_type": layout.model_types[0],
+        "dtype": TORCH_NAMES.get(dtype, dtype.lower()),
+    }
+    if layout.kind == "dense":
+        keys = (*COMMON_FUNCTION, *ROPE_KEYS, *layout.function, *layout.neutral, *NEUTRAL)
+        config.update({key: source[key] for key in keys if key in source})
+        return dict(sorted(config.items()))
+    config.update({key: source[key] for key in NEUTRAL if key in source})
+    for key, value in layout.config.items():
+        if isinstance(value, str) and value.startswith("$"):
+            value = values.get(value[1:])
+        if value is not None:
+            config[key] = value
+    return dict(sorted(config.items()))

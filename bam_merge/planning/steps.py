@@ -1,0 +1,106 @@
+"""The output tensors in file order, their dtypes, and their places in the files."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from bam_merge import expressions
+from bam_merge.architectures.tables import Architecture, evaluate, natural_order
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.header import encode_header
+from bam_merge.checkpoints.pieces import Slice
+from bam_merge.planning.assign import ARITHMETIC_DTYPES, DTYPE_NAMES, Made
+from bam_merge.planning.plan import Shard, Step
+from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.dense import DenseModel, Site
+
+
+def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Mapping[Site, Made], problems: list[str]) -> list[Step]:
+    """The output tensors in file order, by the layout's rows; whatever is made and stored nowhere is a problem."""
+    steps: list[Step] = []
+    stored: set[Site] = set()
+    default_dtype = seed.tensors["embed", None].dtype
+    for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
+        if row.make == "zeros":
+            shape = tuple(evaluate(size, seed.facts) for size in row.shape)
+            zeros = expressions.Init(expressions.Zeros(), row.name(layer), recipe.random_seed, default_dtype, shape)
+            steps.append(Step(row.name(layer), row.roles[0], layer, None, default_dtype, shape, zeros, f"layout {layout.name}"))
+            continue
+        sites = [made.get((role, layer)) for role in row.roles]
+        parts = [item for item in sites if item is not None and item.per_expert == row.per_expert]
+        if len(parts) < len(row.roles):
+            continue
+        stored.update((role, layer) for role in row.roles)
+        spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.checkpoint.tensors), 0)
+        for index in range(len(parts[0].exprs)):
+            expert = index if row.per_expert else None
+            exprs = tuple(part.exprs[index] for part in parts)
+            expr = expressions.fuse(exprs, evaluate(row.groups, seed.facts)) if len(exprs) > 1 else exprs[0]
+            if isinstance(expr, expressions.Init):
+                expr = replace(expr, name=row.name(layer, expert, spelling))
+            role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
+            steps.append(Step(row.name(layer, expert, spelling), role, layer, expert, expr.dtype, expr.shape, expr, parts[0].by))
+    problems += _homeless(recipe, layout, made, stored)
+    return steps
+
+
+def _homeless(recipe: Recipe, layout: Architecture, made: Mapping[Site, Made], stored: set[Site]) -> list[str]:
+    """A message per role that is made in a form for which the layout has no row."""
+    rows = {(role, row.per_expert) for row in layout.rows for role in row.roles}
+    problems = []
+    for role, by in dict.fromkeys((site[0], item.by) for site, item in made.items() if site not in stored):
+        where = f"{recipe.file}: {by}: {role!r}"
+        if (role, False) in rows and (role, True) not in rows:
+            problems.append(
+                f"{where} asks for one tensor per expert, but layout {layout.name!r} stores it shared. Use make: mean, or layout: bam."
+            )
+        elif (role, True) in rows:
+            problems.append(f"{where} is made once for all, but layout {layout.name!r} stores one per expert. Use make: expert.")
+        else:
+            remedy = " Use layout: bam." if layout.name != "bam" else ""
+            problems.append(f"{where} is a tensor of the sources that layout {layout.name!r} has no place for.{remedy}")
+    return problems
+
+
+def dtype_problems(recipe: Recipe, steps: list[Step]) -> list[str]:
+    """dtype: source needs sources that agree; a conversion needs dtypes that can be converted."""
+    target = DTYPE_NAMES.get(recipe.output.dtype)
+    mixed: dict[tuple[str, ...], str] = {}
+    per_site: dict[tuple[str, int | None], dict[str, str]] = {}
+    unfit: dict[str, str] = {}
+    for step in steps:
+        for leaf in expressions.leaves(step.expr):
+            read = leaf.of if isinstance(leaf, Slice) else leaf
+            per_site.setdefault((step.role, step.layer), {}).setdefault(read.dtype, str(read))
+            if target and read.dtype != target and read.dtype not in ARITHMETIC_DTYPES:
+                unfit.setdefault(read.dtype, str(read))
+    for dtypes in per_site.values():
+        if len(dtypes) > 1:
+            mixed.setdefault(tuple(sorted(dtypes)), "; ".join(f"{name} is {dtype}" for dtype, name in dtypes.items()))
+    problems = [f"{recipe.file}: output.dtype: {name} is {dtype}, which cannot be converted to {target}." for dtype, name in unfit.items()]
+    if target is None:
+        problems += [
+            f"{recipe.file}: output.dtype: source keeps what is stored, but the sources disagree: {text}. Set dtype: bfloat16 (or another)."
+            for text in mixed.values()
+        ]
+    return problems
+
+
+def place(steps: list[Step], limit: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Distribute tensors over files of at most `limit` bytes (a larger tensor has a file to itself), and fix every offset."""
+    groups: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if groups[-1] and size + step.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(step)
+        size += step.nbytes
+    placed: list[Step] = []
+    shards: list[Shard] = []
+    for index, group in enumerate(groups):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
+        group = sorted(group, key=lambda step: -DTYPE_BITS[step.dtype])  # wide dtypes first keeps every tensor aligned
+        header, spans = encode_header((step.name, step.dtype, step.shape) for step in group)
+        placed += [replace(step, file=file, offset=offset) for step, (offset, _) in zip(group, spans, strict=True)]
+        shards.append(Shard(file, header, len(header) + sum(step.nbytes for step in group)))
+    return tuple(placed), tuple(shards)

@@ -1,0 +1,1 @@
+"""Appear: staging, companions, manifest, and the rename that makes the result visible."""

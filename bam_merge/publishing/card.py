@@ -1,0 +1,137 @@
+"""The model card that travels with a merged checkpoint: what it is, from what, how to use it."""
+
+from collections.abc import Iterator
+from math import prod
+
+from bam_merge._version import __version__
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.planning.plan import Plan
+from bam_merge.text import printable
+
+METHODS = {
+    "bam": "BAM (Branch-Attend-Mix, arXiv 2408.08274)",
+    "btx": "BTX (Branch-Train-MiX, arXiv 2403.07816)",
+    "sparse_upcycling": "Sparse Upcycling (arXiv 2212.05055)",
+    "merge": "a dense merge",
+}
+
+
+TRANSFORMERS_FLOOR = "5.10"
+"""The oldest transformers whose interfaces the exported model code uses (the extra `hf` in pyproject.toml)."""
+
+
+LOADING = """
+## Loading
+
+With transformers {floor} or later (5.23 for tensor-parallel training); the model code is in this folder:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+```
+
+Without transformers, and without running code of this folder, by bam-merge's reference model:
+
+```python
+import bam_merge
+
+model = bam_merge.load_model("THIS_FOLDER")  # model(input_ids [B, T]) -> logits [B, T, V]
+```
+"""
+
+
+TRAINING = """
+## Training
+
+The routers are freshly initialised: train the mixture before use, on a mix of the experts' domains, with any trainer of causal
+language models (transformers' Trainer, TRL, a loop). Given labels, the model returns as `loss` the negative log-likelihood plus
+
+    router_aux_loss_coef ({balance}) * load balance  +  router_z_loss_coef ({z}) * router z-loss
+
+averaged over layers, without padding; change the coefficients in `model.config`. `output_router_logits=False` beside the labels
+leaves both out, to measure perplexity; `aux_loss` is what was added, over router_aux_loss_coef. `configuration_bam.py` has the
+formulas. `save_pretrained` writes the same tensors, one per expert, that are in this folder.
+"""
+
+
+PUBLIC_LOADING = """
+Loads in transformers as `{name}`:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+```
+"""
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of the output, in Markdown with the hub's YAML front matter. Depends on the plan alone."""
+    recipe, config = plan.recipe, plan.config
+    names = list(dict.fromkeys(recipe.expert_names))
+    tags = ["merge", "bam-merge", *(["moe"] if recipe.method != "merge" else [])]
+    seed = plan.models[recipe.seed_name]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+        f"# {' + '.join(names)}, merged by {METHODS[recipe.method]}",
+        "",
+        f"Made by bam-merge {__version__} from {seed.family.name} models; `bam_merge.json` holds the recipe, "
+        "how every tensor was made, and digests of all inputs and outputs.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in _facts(plan)),
+    ]
+    text = "\n".join(lines) + "\n"
+    if plan.layout.name == "bam":
+        balance, z = config["router_aux_loss_coef"], config["router_z_loss_coef"]
+        return text + LOADING.format(floor=TRANSFORMERS_FLOOR) + TRAINING.format(balance=balance, z=z)
+    if recipe.method != "merge":
+        text += "\nThe routers are freshly initialised: train the mixture before use.\n"
+    return text + PUBLIC_LOADING.format(name=plan.layout.class_name)
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The rows of the card's table."""
+    recipe, config, names = plan.recipe, plan.config, plan.recipe.expert_names
+    dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
+    yield "layout", f"`{plan.layout.name}`"
+    places = (f"{name} ({_literal(recipe.relative(recipe.sources[name]))})" for name in plan.models)
+    yield "sources", ", ".join(places)
+    if recipe.method == "merge":
+        yield "parameters", f"{plan.parameters:,}"
+        return
+    yield "parameters", f"{plan.parameters:,} total, {plan.active_parameters:,} active per token; a dense model has {dense:,}"
+    cache, dense_cache = cache_bytes(plan)
+    yield "KV cache", f"{cache:,} bytes per token in {config['dtype']}, {cache / dense_cache:.3g} times a dense model's {dense_cache:,}"
+    top_k, renormalised = recipe.gates
+    gates = "softmax over the chosen experts" if renormalised else "softmax over all experts, not renormalised"
+    yield "FFN experts", f"{', '.join(names)} (expert 0 to {len(names) - 1}); {top_k} per token; {gates}"
+    if config.get("num_attention_experts"):
+        soft = config["attention_routing"] == "soft"
+        routing = "all of them, by soft gates" if soft else f"{config['num_attention_experts_per_tok']} per token"
+        kv = "each with its own keys and values" if config["attention_kv"] == "expert" else "keys and values shared"
+        if config.get("shared_kv_layers"):
+            kv += f", shared in layers {', '.join(map(str, config['shared_kv_layers']))}"
+        yield "attention experts", f"{config['num_attention_experts']}, {kv}; {routing}"
+
+
+def _literal(path: str) -> str:
+    """`path` for Markdown, with nothing in it that Markdown or HTML would take for their own."""
+    return "".join(c if c.isalnum() or c in "/.-_ ," else f"&#{ord(c)};" for c in printable(path))
+
+
+def cache_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of keys and values that one token leaves in the cache: of the result, and of one of its dense models."""
+    config, facts = plan.config, plan.models[plan.recipe.seed_name].facts
+    layers, heads = facts["num_hidden_layers"], facts["num_key_value_heads"]
+    of_one_head = 2 * facts["head_dim"] * DTYPE_BITS[plan.steps[0].dtype] // 8
+    own = layers - len(config.get("shared_kv_layers") or ()) if config.get("attention_kv") == "expert" else 0
+    experts = config.get("num_attention_experts", 0)
+    return (own * experts + layers - own) * heads * of_one_head, layers * heads * of_one_head

@@ -1,0 +1,56 @@
+"""The files beside the tensors: configuration, index, tokenizer, model code, card and manifest."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bam_merge.checkpoints.folder import INDEX
+from bam_merge.checkpoints.header import FileIdentity
+from bam_merge.checkpoints.provenance import MANIFEST, sealed
+from bam_merge.files import write_file
+from bam_merge.merging.tensor import Finished
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing.card import model_card
+from bam_merge.publishing.manifest import manifest
+from bam_merge.sources.tokenizer import companion
+
+# ---- the files beside the tensors ------------------------------------------------------------------------------------------
+
+
+def companion_files(plan: Plan) -> set[tuple[Path, FileIdentity]]:
+    """The files that are copied from the seed, as they are now."""
+    seed = plan.models[plan.recipe.seed_name].checkpoint
+    return {(seed.path / name, FileIdentity.of(os.stat(seed.path / name))) for name in seed.companions()}
+
+
+def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -> None:
+    """config.json, index, tokenizer files, model code, model card and, last, the manifest."""
+    seed = plan.models[plan.recipe.seed_name].checkpoint
+    documents = {"config.json": _json(plan.config)}
+    if len(plan.shards) > 1:
+        weight_map = {step.name: step.file for step in sorted(plan.steps, key=lambda step: step.name)}
+        total = sum(step.nbytes for step in plan.steps)
+        documents[INDEX] = _json({"metadata": {"total_parameters": plan.parameters, "total_size": total}, "weight_map": weight_map})
+    for name in seed.companions():
+        documents[name] = companion(seed.path / name)
+    documents.update(model_code(plan.config))
+    documents["README.md"] = model_card(plan).encode()
+    digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
+    documents[MANIFEST] = sealed(manifest(plan, finished, digests))
+    for name, data in documents.items():
+        write_file(folder / name, data)
+
+
+def model_code(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of `bam_merge.exported` that the config's auto_map names, as they are; none for a public layout."""
+    modules = {reference.partition(".")[0] for reference in config.get("auto_map", {}).values()}
+    return {f"{name}.py": (resources.files("bam_merge.exported") / f"{name}.py").read_bytes() for name in sorted(modules)}
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,83 @@
+"""bam_merge.json: the recipe as resolved, how every tensor was made, and digests (XXH3-128) of everything read and written."""
+
+import os
+from typing import Any
+
+import xxhash
+
+from bam_merge import expressions
+from bam_merge._version import __version__
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.checkpoints.provenance import MANIFEST_FORMAT
+from bam_merge.checkpoints.reading import digest_range
+from bam_merge.errors import CheckpointError
+from bam_merge.merging.tensor import Finished
+from bam_merge.planning.plan import Plan
+
+
+def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -> dict[str, Any]:
+    """What was made from what, with digests (XXH3-128). Same inputs, recipe and version: same bytes."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for step in plan.steps:
+        record: dict[str, Any] = {
+            "expression": step.expression, "file": step.file, "dtype": step.dtype, "shape": list(step.shape),
+            "digest": finished[step.name].digest,
+        }  # fmt: skip
+        if finished[step.name].nonfinite:
+            record["nonfinite"] = finished[step.name].nonfinite
+        tensors[step.name] = record
+    return {
+        "format": MANIFEST_FORMAT,
+        "tool": "bam-merge",
+        "version": __version__,
+        "recipe": plan.recipe.resolved(),
+        "recipe_folder": _recipe_folder(plan),
+        "sources": _source_records(plan, finished),
+        "parameters": {"total": plan.parameters, "active": plan.active_parameters},
+        "files": dict(sorted(files.items())),
+        "shards": {shard.file: {"bytes": shard.nbytes, "header": xxhash.xxh3_128_hexdigest(shard.header)} for shard in plan.shards},
+        "tensors": tensors,
+        "unused": {name: dict(sorted(reasons.items())) for name, reasons in plan.unused.items() if reasons},
+    }
+
+
+def _recipe_folder(plan: Plan) -> str:
+    """The way from the recipe's output path to the folder of the recipe, from which its sources are named."""
+    folder = os.path.abspath(plan.recipe.folder)
+    return os.path.relpath(folder, os.path.join(folder, plan.recipe.output.path))
+
+
+def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:
+    """For each source its path and, for each file read, its size, a digest of the header and one of every tensor read.
+
+    A file's `digest` is the XXH3-128 of the header's digest and the digests of the tensors read, in file order.
+    """
+    known: dict[str, str] = {}
+    for name, result in finished.items():
+        for key, digest in result.reads.items():
+            if known.setdefault(key, digest) != digest:
+                raise CheckpointError(
+                    f"{key} changed while it was being merged (read again for {name}). Run again when nothing writes to it."
+                )
+    used: dict[str, dict[str, Read]] = {name: {} for name in plan.models}
+    for step in plan.steps:
+        for read in expressions.reads(step.expr):
+            used[read.source][read.tensor] = read
+    records = {}
+    for source, model in plan.models.items():
+        files = {}
+        for file, header in model.checkpoint.files.items():
+            entries = [entry for entry in header.tensors if entry.name in used[source]]
+            digests = {}
+            for entry in entries:
+                key = str(used[source][entry.name])
+                digests[entry.name] = known.get(key) or digest_range(model.checkpoint.path / file, entry.offset, entry.nbytes)
+            if entries:
+                whole = xxhash.xxh3_128_hexdigest("".join([header.digest, *digests.values()]).encode())
+                files[file] = {"bytes": header.identity.size, "header": header.digest, "digest": whole, "tensors": digests}
+        records[source] = {
+            "path": plan.recipe.relative(plan.recipe.sources[source]),
+            "config": model.checkpoint.config_digest,
+            "files": files,
+        }
+    return records

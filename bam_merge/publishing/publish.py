@@ -1,0 +1,153 @@
+"""From a plan to a published folder: staging beside the target, everything synced, one atomic rename at the end.
+
+While a merge runs, its files are in `.NAME.bam-merge/output` beside the target NAME; a journal there names the finished tensors,
+so that a killed run can go on. The target appears complete or not at all.
+"""
+
+import os
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from bam_merge._version import __version__
+from bam_merge.checkpoints.provenance import MANIFEST, read_manifest
+from bam_merge.checkpoints.reading import changed, check_unchanged
+from bam_merge.errors import BamMergeError, CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed
+from bam_merge.files import appear, sync_folder
+from bam_merge.merging.execute import execute
+from bam_merge.merging.tensor import Finished, Settings
+from bam_merge.planning.make import make_plan
+from bam_merge.planning.plan import Plan, Step
+from bam_merge.publishing.companions import companion_files, write_companions
+from bam_merge.publishing.options import MergeOptions
+from bam_merge.publishing.preflight import check_target, replaceable, target_path
+from bam_merge.publishing.staging import Staging
+from bam_merge.recipe.schema import Recipe
+from bam_merge.text import printable
+
+
+def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options: MergeOptions | None = None) -> Path:
+    """Plan and carry out `recipe`; returns the published folder. Raises BamMergeError, leaving the target untouched."""
+    return publish(make_plan(recipe), output, options or MergeOptions())
+
+
+def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
+    """Carry out `plan` and publish the result at `output` (default: the recipe's). Raises BamMergeError.
+
+    With `resume`, a target that is already what this plan gives is left as it is: the run was killed after it had published.
+    """
+    target = target_path(plan, output)
+    if options.resume and _is_result(plan, target, options.allow_nonfinite):
+        _settle(target)
+        options.notify(
+            f"{printable(str(target))} is already finished, from the same recipe, version and sources. bam-merge verify checks it."
+        )
+        return target
+    check_target(plan, target, options)
+    staging = Staging.open(target)
+    try:
+        check_target(plan, target, options)  # again: the run that had the lock until now may have published
+        done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
+        companions = companion_files(plan)
+        finished = _run(plan, staging, options, done)
+        write_companions(plan, staging.output, finished)
+        check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
+        if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
+            raise CheckpointError(*dict.fromkeys(changes))
+        sync_folder(staging.output)
+        if options.verify:
+            _prove(plan, staging, target, options)
+        if not staging.is_ours():
+            raise OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
+        if options.force and os.path.lexists(target) and not replaceable(target):
+            raise OutputError(f"{printable(str(target))} became what is not a checkpoint folder while the merge ran. Nothing was replaced.")
+        appear(staging.output, target, replace_existing=options.force, notify=options.notify)
+        _make_durable(staging, target)
+        staging.remove()
+    except SyncFailed:
+        staging.forget()
+        raise
+    finally:
+        staging.close()
+    return target
+
+
+def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> None:
+    """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
+    from bam_merge.verifying.verification import verify
+
+    options.notify("verifying")
+    report = verify(staging.output, plan)
+    options.on_report(report)
+    if not report.ok:
+        failed = _free_name(target.with_name(f"{target.name}.failed"))
+        appear(staging.output, failed, replace_existing=False)
+        with suppress(SyncFailed):  # it is only for looking at
+            sync_folder(target.parent)
+        staging.remove()
+        names = [f"{check.name}: {check.detail}" for check in report.failures]
+        kept = f"the result is kept for inspection in {printable(str(failed))}"
+        raise VerificationFailed(*names, f"{printable(str(target))} was not published; {kept}.")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of NAME-2, NAME-3, ... that is not taken. What stands there may be somebody's."""
+    if not os.path.lexists(path):
+        return path
+    return next(other for n in count(2) if not os.path.lexists(other := path.with_name(f"{path.name}-{n}")))
+
+
+def _make_durable(staging: Staging, target: Path) -> None:
+    """Bring the new name to the disk, before what it replaced is deleted: a power cut must not leave the old one's remains there."""
+    try:
+        sync_folder(target.parent)
+        sync_folder(staging.folder)
+    except SyncFailed as error:
+        kept = f" What it replaced is kept in {printable(str(staging.folder))}." if staging.output.exists() else ""
+        raise DurabilityUncertain(
+            f"{printable(str(target))} is published and complete, but may not survive a power cut: {error}{kept} "
+            "Run again with --resume to try once more."
+        ) from error
+
+
+def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
+    """Whether `target` is complete and was made by this version from the plan's recipe and its sources as they are now.
+
+    As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since.
+    """
+    try:
+        document = read_manifest(target)
+        made = os.stat(target / MANIFEST).st_mtime_ns
+        complete = all(os.stat(target / shard.file).st_size == shard.nbytes for shard in plan.shards)
+        for name, model in plan.models.items():
+            known, checkpoint = document["sources"][name], model.checkpoint
+            files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
+            found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
+            changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]
+            if known["config"] != checkpoint.config_digest or files != found:
+                return False
+            if any(max(status.st_ctime_ns, status.st_mtime_ns) >= made for status in changes):
+                return False
+    except (BamMergeError, OSError, KeyError, TypeError):
+        return False
+    finite = allow_nonfinite or not any(record.get("nonfinite") for record in document["tensors"].values())
+    return complete and finite and (document.get("version"), document["recipe"]) == (__version__, plan.recipe.resolved())
+
+
+def _settle(target: Path) -> None:
+    """What a run that was killed after its rename had yet to do."""
+    staging = Staging.open(target)
+    try:
+        _make_durable(staging, target)
+        staging.remove()
+    finally:
+        staging.close()
+
+
+def _run(plan: Plan, staging: Staging, options: MergeOptions, done: dict[str, Finished]) -> dict[str, Finished]:
+    def on_finished(step: Step, finished: Finished) -> None:
+        staging.record(step.name, finished)
+
+    options.progress(sum(step.nbytes for step in plan.steps if step.name in done))
+    settings = Settings(options.workers, options.progress, on_finished, options.allow_nonfinite)
+    return {**done, **execute(plan, staging.output, settings, done)}

@@ -1,0 +1,129 @@
+"""What a recipe alone shows to be wrong, and the words for what pydantic finds: where, found, expected, nearest name."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from bam_merge.architectures.tables import ROLE_GLOBS, ROLES
+from bam_merge.documents import Path as DocumentPath
+from bam_merge.recipe.makes import (
+    Copy,
+    DareTies,
+    Expert,
+    Initialising,
+    Linear,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+    covers,
+    named_sources,
+    operands,
+    parse_layers,
+    parse_size,
+)
+from bam_merge.text import nearest, printable, some
+
+if TYPE_CHECKING:
+    from bam_merge.recipe.schema import Recipe
+
+# ---- consistency ---------------------------------------------------------------------------------------------------------
+
+
+def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    """(path, message) of everything that the recipe alone shows to be wrong."""
+    yield from _experts(recipe)
+    yield from _gating(recipe)
+    yield from _make(recipe, recipe.shared, ("shared",))
+    for index, rule in enumerate(recipe.rules):
+        yield from _rule(recipe, rule, ("rules", index))
+    used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) for name in named_sources(make))}
+    for name in recipe.sources:
+        if name not in used:
+            yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
+    try:
+        parse_size(recipe.output.max_shard_size)
+    except ValueError as error:
+        yield ("output", "max_shard_size"), str(error)
+
+
+def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    names, distinct = recipe.expert_names, recipe.distinct
+    for name in recipe.sources:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            yield ("sources", name), "a source's name is letters, digits, '_', '-' and '.'; rename it."
+    for index, name in enumerate(names):
+        if name not in recipe.sources:
+            yield ("experts", index), f"{printable(name)!r} is not among the sources{nearest(name, recipe.sources)}"
+    if recipe.method == "merge":
+        if len(distinct) < 2 and not isinstance(recipe.shared, Copy):
+            yield ("experts",), "a merge needs at least two different sources."
+        return
+    if len(names) < 2:
+        example = f" For several experts from one model: experts: [{', '.join([printable(names[0])] * 4)}]."
+        yield ("experts",), f"a mixture needs at least two experts, found {len(names)}.{example}"
+    if recipe.method == "sparse_upcycling" and len(distinct) > 1:
+        yield ("experts",), f"sparse_upcycling copies one dense model, found {some(distinct)}. Use btx or bam for several."
+
+
+def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    count = len(recipe.expert_names)
+    if recipe.method == "merge":
+        for key in ("ffn", "router", "attention"):
+            if getattr(recipe, key) is not None:
+                yield (key,), "method merge gives a dense model, which has no experts and no routers. Remove this key."
+        return
+    if recipe.gates[0] > count:
+        yield ("ffn", "top_k"), f"{recipe.gates[0]} experts per token of only {count}. Use at most {count}."
+    if recipe.attention is None:
+        return
+    attention = recipe.attention
+    if recipe.method != "bam":
+        yield ("attention",), f"method {recipe.method} has no attention experts. Remove this key, or use method: bam."
+    elif attention.routing == "top_k" and attention.top_k is None:
+        yield ("attention", "top_k"), "is required with routing: top_k."
+    elif attention.routing == "soft" and attention.top_k is not None:
+        yield ("attention", "top_k"), "soft routing uses all experts. Remove top_k, or use routing: top_k."
+    elif attention.top_k is not None and attention.top_k > count:
+        yield ("attention", "top_k"), f"{attention.top_k} attention experts per token of only {count}. Use at most {count}."
+
+
+def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
+    for name in dict.fromkeys(named_sources(make)):
+        if name not in recipe.sources:
+            yield path, f"names the source {printable(name)!r}, which is not among the sources{nearest(name, recipe.sources)}"
+    if isinstance(make, Linear):
+        total = sum(make.weights.values())
+        if abs(total - 1) > 1e-6:
+            yield (
+                (*path, "weights"),
+                f"sum to {total:g}, expected 1, or the tensor's scale would change. (task_arithmetic scales differences.)",
+            )
+    if isinstance(make, Slerp) and make.from_[0] == make.from_[1]:
+        yield (*path, "from"), "slerp needs two different sources."
+    if isinstance(make, TaskArithmetic | Ties | DareTies):
+        if make.base in (make.weights or ()):
+            yield (*path, "weights"), f"{printable(make.base)} is the base; its difference from itself is zero. Remove it."
+        if not operands(make, recipe.distinct):
+            yield path, f"no source but the base {printable(make.base)} is left to merge. Name others in experts or weights."
+
+
+def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
+    yield from _make(recipe, rule, path)
+    try:
+        parse_layers(rule.layers, 10**6)
+    except ValueError as error:
+        yield (*path, "layers"), str(error)
+    for index, pattern in enumerate(rule.roles):
+        matched = [role for role in ROLES if covers(pattern, role)]
+        if not matched:
+            yield (
+                (*path, "roles", index),
+                f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS))} Roles: {', '.join(ROLES)}.",
+            )
+        routers = [role.startswith("router.") for role in matched]
+        if isinstance(rule, Initialising) and not all(routers):
+            yield (*path, "roles", index), f"{rule.make} initialises routers only, {printable(pattern)!r} covers other tensors."
+        if not isinstance(rule, Initialising) and any(routers):
+            yield (*path, "roles", index), f"{printable(pattern)!r} covers routers, which no source has. Give them a rule of their own."
+    if isinstance(rule, Expert) and recipe.method == "merge":
+        yield (*path, "make"), "method merge gives a dense model, which has no experts."

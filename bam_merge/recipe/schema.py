@@ -1,0 +1,153 @@
+"""The recipe: what to merge from what, typed and strict. Every wrong key, type or name is reported with its place."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, PrivateAttr, Tag
+
+from bam_merge import expressions
+from bam_merge.recipe.makes import (
+    Count,
+    Mean,
+    Merging,
+    Names,
+    OneInit,
+    Positive,
+    RouterNormal,
+    RouterOrthogonal,
+    RouterUniform,
+    RouterZeros,
+    Rule,
+    Strict,
+)
+
+# ---- the sections ----------------------------------------------------------------------------------------------------------
+
+
+class Attention(Strict):
+    kv: Literal["expert", "shared"] = "expert"
+    routing: Literal["soft", "top_k"] = "soft"
+    top_k: Count | None = None
+
+
+class Ffn(Strict):
+    top_k: Count | None = Field(default=None, description="experts per token; default 1 for bam, 2 for btx and sparse_upcycling")
+    gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = None
+    gate_scale: Positive = 1.0
+
+
+class Routers(Strict):
+    attention: OneInit = RouterNormal(init="normal")
+    ffn: OneInit = RouterNormal(init="normal")
+
+
+def _init_or_both(value: Any) -> str:
+    return str(value["init"]) if isinstance(value, dict) and "init" in value else getattr(value, "init", "both")
+
+
+RouterSection = Annotated[
+    Annotated[RouterNormal, Tag("normal")]
+    | Annotated[RouterUniform, Tag("uniform")]
+    | Annotated[RouterZeros, Tag("zeros")]
+    | Annotated[RouterOrthogonal, Tag("orthogonal")]
+    | Annotated[Routers, Tag("both")],
+    Discriminator(_init_or_both),
+]
+
+
+class Output(Strict):
+    path: str = Field(min_length=1)
+    layout: str | None = None
+    dtype: Literal["source", "float32", "float16", "bfloat16"] = "source"
+    max_shard_size: int | str = "5GB"
+
+
+class Recipe(Strict):
+    """A recipe as written, with defaults; `resolved` fills in what depends on the method. Paths are relative to `folder`."""
+
+    method: Literal["bam", "btx", "sparse_upcycling", "merge"]
+    sources: dict[str, str] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
+    experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
+    attention: Attention | None = Field(default=None, description="method bam only")
+    ffn: Ffn | None = None
+    router: RouterSection | None = Field(default=None, description="both routers, or {attention: ..., ffn: ...}")
+    shared: Annotated[Merging, Field(discriminator="make")] = Field(
+        default=Mean(make="mean"), description="how a tensor without an expert axis is made; for method merge: every tensor"
+    )
+    rules: Annotated[tuple[Rule, ...], Field(strict=False)] = Field(
+        default=(), description="before the method's own rules; the first rule that matches a tensor makes it"
+    )
+    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    output: Output
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+    _file: str = PrivateAttr(default="recipe")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._folder
+
+    @property
+    def file(self) -> str:
+        """What error messages call this recipe."""
+        return self._file
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The source of each expert, by expert index."""
+        return self.experts or tuple(self.sources)
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        """The distinct sources among the experts, in order: what a mean is over."""
+        return tuple(dict.fromkeys(self.expert_names))
+
+    @property
+    def seed_name(self) -> str:
+        """The source whose tokenizer and neutral configuration the output takes: `seed`, or else the first expert."""
+        return "seed" if "seed" in self.sources else self.expert_names[0]
+
+    @property
+    def gates(self) -> tuple[int, bool]:
+        """(FFN experts per token, whether their gates are renormalised to sum to one)."""
+        ffn = self.ffn or Ffn()
+        top_k = ffn.top_k or (1 if self.method == "bam" else 2)
+        gate = ffn.gate or ("softmax_then_topk" if self.method == "bam" else "topk_then_softmax")
+        return top_k, gate == "topk_then_softmax"
+
+    def router_init(self, role: str) -> expressions.Initialiser:
+        """The initialiser of `router.attn` or `router.ffn`, where no rule says otherwise."""
+        router = self.router or Routers()
+        if isinstance(router, Routers):
+            router = router.attention if role == "router.attn" else router.ffn
+        return router.initialiser()
+
+    def relative(self, path: str) -> str:
+        """`path` relative to the recipe's folder, for documents that must not hold absolute paths."""
+        return os.path.relpath(os.path.join(self.folder, path), self.folder)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as a document with every default written out and no absolute path."""
+        document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        document["experts"] = list(self.expert_names)
+        document["sources"] = {name: self.relative(path) for name, path in self.sources.items()}
+        document["output"]["path"] = self.relative(self.output.path)
+        if self.method != "merge":
+            top_k, renormalised = self.gates
+            gate = "topk_then_softmax" if renormalised else "softmax_then_topk"
+            document["ffn"] = {"top_k": top_k, "gate": gate, "gate_scale": (self.ffn or Ffn()).gate_scale}
+            if not isinstance(self.router, Routers):
+                both = (self.router or RouterNormal(init="normal")).model_dump(mode="json", exclude_none=True)
+                document["router"] = {"attention": both, "ffn": both}
+        if self.method == "bam":
+            document["attention"] = (self.attention or Attention()).model_dump(mode="json", exclude_none=True)
+        elif "router" in document:
+            del document["router"]["attention"]
+        return document
+
+
+def schema() -> dict[str, Any]:
+    """The recipe's JSON Schema (draft 2020-12), for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(), "title": "bam-merge recipe"}

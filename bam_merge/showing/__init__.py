@@ -1,0 +1,1 @@
+"""What people see: plans, reports, tables and pages."""

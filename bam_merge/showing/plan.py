@@ -1,0 +1,109 @@
+"""How plans, results and progress look. Builds text; cli.py prints it."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from bam_merge.planning.plan import Plan, Step
+from bam_merge.text import count, human_bytes, printable, ranges
+
+
+def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None) -> str:
+    """The plan for people: tensors (all those matching the glob, or folded over layers), then sizes and needs."""
+    lines = _aligned(_all_rows(plan, tensors) if tensors is not None else _folded_rows(plan))
+    if tensors is not None and not lines:
+        lines = [f"no tensor matches {tensors!r}"]
+    free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free
+    recipe = plan.recipe
+    facts = {
+        "method": f"{recipe.method}, layout {plan.layout.name}",
+        "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
+        "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
+        "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
+        "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
+        "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {count(workers, 'worker')}",
+        "output": f"{printable(str(target), 1000)} ({human_bytes(free)} free)",
+    }
+    lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value)]
+    for source, reasons in plan.unused.items():
+        for reason, names in _grouped(reasons).items():
+            lines.append(
+                f"{'not read':12} {source}: {count(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}"
+            )
+    lines += [f"{'note':12} {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def result_text(plan: Plan, target: Path) -> str:
+    """The line that a finished merge prints."""
+    return (
+        f"{printable(str(target), 1000)}: {plan.parameters:,} parameters ({plan.active_parameters:,} active per token), "
+        f"{count(len(plan.steps), 'tensor')}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}"
+    )
+
+
+def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return groups
+
+
+def _row(step: Step, name: str, expression: str) -> tuple[str, str, str]:
+    return name, f"{step.dtype.lower()} [{', '.join(map(str, step.shape))}]", expression
+
+
+def _all_rows(plan: Plan, pattern: str | None) -> list[tuple[str, str, str]]:
+    return [_row(step, step.name, step.expression) for step in plan.steps if pattern is None or fnmatchcase(step.name, pattern)]
+
+
+def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """One row for all layers, and all experts, in which a tensor is made the same way: layers.{0-29}, {seed,code}:NAME."""
+    over_layers: dict[tuple[Any, ...], list[Step]] = {}
+    for step in plan.steps:
+        key = (_without_layer(step.name, step.layer), _without_layer(step.expression, step.layer), step.expert, step.dtype, step.shape)
+        over_layers.setdefault(key, []).append(step)
+    over_experts: dict[tuple[Any, ...], list[tuple[Step, str]]] = {}
+    for (name, expression, expert, _, _), steps in over_layers.items():
+        layers = ranges([step.layer for step in steps if step.layer is not None])
+        if len(steps) == 1:
+            expression = expression.replace("{layer}", layers)
+        source, colon, tensor = expression.partition(":")
+        name = name.replace("{layer}", layers)
+        if expert is not None and colon:
+            name, expression = name.replace(f"experts.{expert}.", "experts.{expert}."), tensor
+        over_experts.setdefault((name, expression, expert is not None and colon), []).append((steps[0], source))
+    rows = []
+    for (name, expression, folded), members in over_experts.items():
+        if folded:
+            name = name.replace("{expert}", ranges([step.expert for step, _ in members if step.expert is not None]))
+            sources = ",".join(source for _, source in members)
+            expression = f"{{{sources}}}:{expression}" if len(members) > 1 else f"{sources}:{expression}"
+        rows.append(_row(members[0][0], name, expression))
+    return rows
+
+
+def _without_layer(text: str, layer: int | None) -> str:
+    return text if layer is None else re.sub(rf"\.{layer}\.", ".{layer}.", text, count=text.count(":") + 1)
+
+
+def _aligned(rows: list[tuple[str, str, str]]) -> list[str]:
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    return [f"{name:{widths[0]}}  {kind:{widths[1]}}  {expression}".rstrip() for name, kind, expression in rows]
+
+
+@contextmanager
+def merge_progress(plan: Plan) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr with bytes per second and time left; silent where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("merging", total=sum(step.nbytes for step in plan.steps))
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,1 @@
+"""What goes in: dense checkpoints, opened and found to agree."""

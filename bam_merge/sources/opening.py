@@ -1,0 +1,41 @@
+"""Opening all sources of a recipe."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.dense import DenseModel, read_dense
+
+
+def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
+    """Every source, and all problems of all of them."""
+
+    def attempt(item: tuple[str, str]) -> DenseModel | CheckpointError:
+        try:
+            return read_dense(item[0], recipe.folder / item[1])
+        except CheckpointError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        opened = list(pool.map(attempt, recipe.sources.items()))
+    models = {model.name: model for model in opened if isinstance(model, DenseModel)}
+    return models, [problem for error in opened if isinstance(error, BamMergeError) for problem in error.problems]
+
+
+def same_folder(models: list[DenseModel]) -> list[str]:
+    """Sources that are one model by identity: a folder under two names, or weight files that are links to the same ones."""
+    seen: dict[tuple[str, Any], str] = {}
+    problems = []
+    for model in models:
+        status = os.stat(model.checkpoint.path)
+        files = frozenset((identity.device, identity.inode) for identity in model.checkpoint.identities.values())
+        for what, key in (("folder", (status.st_dev, status.st_ino)), ("weight files", files)):
+            other = seen.setdefault((what, key), model.name)
+            if other != model.name:
+                problems.append(
+                    f"sources.{model.name}: the same {what} as sources.{other}. Name it once; it may stand several times in experts."
+                )
+                break
+    return problems

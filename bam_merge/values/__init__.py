@@ -1,0 +1,1 @@
+"""Stored bytes as numbers: numpy and torch, seeded randomness, threads."""

@@ -1,0 +1,49 @@
+"""Seeded randomness: every random tensor is drawn from a generator that its seed and name alone decide."""
+
+from typing import Any
+
+import numpy
+import torch
+import xxhash
+from torch import Tensor
+
+from bam_merge import expressions
+from bam_merge.checkpoints.pieces import Shape
+
+# ---- randomness ----------------------------------------------------------------------------------------------------------------
+
+
+def _key(seed: int, name: str) -> int:
+    """A 128-bit generator key from the recipe's random_seed and a name, and nothing else."""
+    return xxhash.xxh3_128_intdigest(f"{seed}:{name}".encode())
+
+
+def uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any, Any]":
+    """Elements [start, start + count) of the stream of uniform numbers in [0, 1) called `name`.
+
+    Philox (Salmon et al., SC 2011) is counter-based, so any part of the stream can be had without the rest: one counter step
+    gives four 64-bit numbers. The generator's raw output is part of numpy's compatibility promise (NEP 19).
+    """
+    bits = numpy.random.Philox(key=_key(seed, name))
+    bits.advance(start // 4)
+    raw = bits.random_raw(start % 4 + count)[start % 4 :]
+    return (raw >> numpy.uint64(11)) * 2.0**-53
+
+
+def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: str) -> Tensor:
+    """A new tensor of `shape` in float32, from a generator that depends on `seed` and `name` only.
+
+    numpy's legacy stream is used because it is frozen for good (NEP 19), so that the same recipe gives the same bytes anywhere.
+    """
+    random = numpy.random.RandomState(numpy.random.Philox(key=_key(seed, name)))
+    match method:
+        case expressions.Normal(std):
+            values = random.standard_normal(shape) * std
+        case expressions.Uniform(bound):
+            values = (2 * random.random_sample(shape) - 1) * (shape[-1] ** -0.5 if bound is None else bound)
+        case expressions.Zeros():
+            values = numpy.zeros(shape)
+        case expressions.Orthogonal(gain):
+            q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
+            values = (q * numpy.sign(numpy.diag(r))).T * gain  # the sign makes the distribution uniform (Mezzadri 2007)
+    return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.float32))

@@ -1,0 +1,27 @@
+"""Threads: how many to start, and torch's own kept to one."""
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+def by_size(items: Sequence[K], work: Callable[[K], T], size: Callable[[K], int], workers: int | None) -> list[T]:
+    """What `work` makes of every item, in their order; threads begin with the largest."""
+    largest_first = sorted(items, key=size, reverse=True)
+    with ThreadPoolExecutor(workers or min(8, available_processors())) as pool:
+        found = dict(zip(largest_first, pool.map(work, largest_first), strict=True))
+    return [found[item] for item in items]
+
+
+def default_workers() -> int:
+    """As many workers as this process may use processors, at most 8: more only compete for the disk."""
+    return min(8, available_processors())
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

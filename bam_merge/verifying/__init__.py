@@ -1,0 +1,1 @@
+"""Prove: the result against its sources, by other ways than it was made."""

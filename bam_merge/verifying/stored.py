@@ -1,0 +1,227 @@
+"""Are the bytes right? The folder against its manifest, and every tensor against its sources by the slow path of rederive.py."""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from bam_merge import expressions
+from bam_merge.checkpoints.folder import TOKENIZER_FILES, Checkpoint, open_checkpoint, read_small_file
+from bam_merge.checkpoints.header import read_header
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
+from bam_merge.checkpoints.reading import digest_range
+from bam_merge.errors import BamMergeError
+from bam_merge.model.loading import open_model
+from bam_merge.model.model import Model, ModelConfig
+from bam_merge.planning.plan import Plan, Step
+from bam_merge.text import printable, some
+from bam_merge.values.tensors import TORCH_DTYPES
+from bam_merge.values.threads import available_processors
+from bam_merge.values.torch_threads import one_torch_thread
+from bam_merge.verifying.rederive import RowReader, SourceTensors, rederive, row_blocks, survey_all, worst
+from bam_merge.verifying.report import Check
+
+
+def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+    """Files, headers, index and config agree with the manifest, and the layout has every tensor it wants and none more."""
+    yield _check("files", _file_problems(folder, manifest))
+    try:
+        checkpoint = open_checkpoint(folder)
+    except BamMergeError as error:
+        yield Check("headers", False, "; ".join(error.problems))
+        return
+    yield _check("headers", _header_problems(checkpoint, manifest))
+    yield _check("layout", _layout_problems(checkpoint, manifest))
+
+
+def _check(name: str, problems: list[str]) -> Check:
+    return Check(name, not problems, "; ".join(problems))
+
+
+def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+    for name, digest in manifest["files"].items():
+        try:
+            found = xxhash.xxh3_128_hexdigest(read_small_file(folder / name))
+        except BamMergeError as error:
+            problems += error.problems
+            continue
+        if found != digest:
+            problems.append(f"{name} is not as it was written: {REMEDY}")
+    for name, shard in manifest["shards"].items():
+        try:
+            header = read_header(str(folder / name))
+        except BamMergeError as error:
+            problems += error.problems
+            continue
+        if (header.digest, header.identity.size) != (shard["header"], shard["bytes"]):
+            problems.append(f"{name} has not the header that was written: {REMEDY}")
+    expected = {*manifest["files"], *manifest["shards"], MANIFEST}
+    read = (".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".jinja")  # what a loader would read, or run
+    there = sorted(path.name for path in folder.iterdir())
+    extra = [name for name in there if (name.endswith(read) or name in TOKENIZER_FILES) and name not in expected]
+    if extra:
+        problems.append(f"{some(extra)}: not of this merge: remove it")
+    return problems
+
+
+def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
+    problems = []
+    records = manifest["tensors"]
+    missing, extra = sorted(records.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - records.keys())
+    if missing:
+        problems.append(f"{some(missing)} missing")
+    if extra:
+        problems.append(f"{some(extra)} not in the manifest")
+    for name, entry in checkpoint.tensors.items():
+        record = records.get(name)
+        if record and (entry.dtype, list(entry.shape), entry.file) != (record["dtype"], record["shape"], record["file"]):
+            problems.append(
+                f"{printable(name)} is {entry.dtype} {list(entry.shape)} in {entry.file}, "
+                f"the manifest says {printable(record['dtype'])} {printable(str(record['shape']))} in {printable(record['file'])}"
+            )
+    return problems
+
+
+def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
+    """For layout bam: the tensors that a model of this config.json has, worked out by building one without memory."""
+    if checkpoint.config.get("model_type") != "bam":
+        try:
+            open_model(checkpoint.path)
+        except BamMergeError as error:
+            return list(error.problems)
+        return []
+    try:
+        with torch.device("meta"):
+            model = Model(ModelConfig.from_dict(checkpoint.config))
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        return [f"config.json describes no model: {printable(str(error))}"]
+    tied = model.config.tie_word_embeddings
+    wanted = {n: tuple(p.shape) for n, p in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    problems = []
+    missing, extra = sorted(wanted.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - wanted.keys())
+    if missing:
+        problems.append(f"config.json wants {some(missing)} ({len(missing)} tensors), which are not there")
+    if extra:
+        problems.append(f"config.json has no place for {some(extra)} ({len(extra)} tensors)")
+    shapes = [
+        f"{printable(name)} is {list(checkpoint.tensors[name].shape)}, config.json wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].shape != shape
+    ]
+    return problems + shapes[:3]
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+    """Every tensor's bytes still have the digest that was taken when they were made."""
+    checkpoint = open_checkpoint(folder)
+    wrong: dict[str, list[str]] = {}
+    for name, record in manifest["tensors"].items():
+        entry = checkpoint.tensors.get(name)
+        if entry is None or digest_range(folder / entry.file, entry.offset, entry.nbytes) != record["digest"]:
+            wrong.setdefault(printable(entry.file if entry else record["file"]), []).append(name)
+    changed = "; ".join(f"{some(names)} in {file}" for file, names in wrong.items())
+    detail = f"{changed}: bytes changed since the merge: {REMEDY}" if wrong else f"{len(manifest['tensors'])} tensors"
+    yield Check("digests", not wrong, detail)
+
+
+MOST_WORKERS = 8
+"""Threads that compare tensors; each holds some blocks of ROWS_BYTES in float64."""
+
+
+KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
+
+
+def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
+    """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
+    but what --allow-nonfinite recorded."""
+    wrong: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    largest = dict.fromkeys(KINDS, 0.0)
+    counts = dict.fromkeys(KINDS, 0)
+    nonfinite: list[str] = []
+    checkpoint = open_checkpoint(folder)
+    there = [step for step in plan.steps if step.name in checkpoint.tensors]
+
+    def compare(step: Step) -> tuple[float, int, int]:
+        return _compare(folder / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
+
+    workers = min(MOST_WORKERS, available_processors())
+    with one_torch_thread() as single_threaded, ThreadPoolExecutor(workers, initializer=single_threaded) as pool:
+        found = dict(zip((step.name for step in there), pool.map(compare, there), strict=True))
+    for step in plan.steps:
+        kind = _kind(step)
+        counts[kind] += 1
+        if step.name not in found:
+            wrong[kind].append(f"{step.name} (missing)")
+            continue
+        error, where, bad = found[step.name]
+        largest[kind] = max(largest[kind], error)
+        if bad > manifest["tensors"].get(step.name, {}).get("nonfinite", 0):
+            nonfinite.append(f"{step.name} ({bad} values)")
+        if error > 1:
+            why = "".join(
+                f"; {read} changed since the merge"
+                for read in dict.fromkeys(expressions.reads(step.expr))
+                if _changed(read, plan, manifest)
+            )
+            wrong[kind].append(f"{step.name} (element {where} is {error:.3g} roundings off, expected {step.expression}{why})")
+    for kind, meaning in KINDS.items():
+        detail = some(wrong[kind]) if wrong[kind] else f"{counts[kind]} tensors are {meaning}"
+        yield Check(kind, not wrong[kind], detail, largest[kind], 0.0 if kind == "copies" else 1.0)
+    yield Check("finite", not nonfinite, some(nonfinite) if nonfinite else "no NaN and no infinity")
+
+
+def _changed(read: Read, plan: Plan, manifest: dict[str, Any]) -> bool:
+    """Whether a source's tensor has other bytes than those that were merged."""
+    checkpoint = plan.models[read.source].checkpoint
+    entry = checkpoint.tensors[read.tensor]
+    files = manifest["sources"].get(read.source, {}).get("files", {})
+    known = files.get(entry.file, {}).get("tensors", {}).get(read.tensor)
+    return known is not None and digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) != known
+
+
+def _kind(step: Step) -> str:
+    if isinstance(step.expr, expressions.Init):
+        return "routers"
+    return "copies" if expressions.is_copy(step.expr) and step.expr.dtype == step.dtype else "merges"
+
+
+def _compare(path: Path, step: Step, plan: Plan, exact: bool) -> tuple[float, int, int]:
+    """(largest error in roundings, its element, how many values are not finite) of one written tensor."""
+    largest, where, bad = 0.0, 0, 0
+    columns = math.prod(step.shape[1:])
+    reader = RowReader()
+    sources = SourceTensors(plan, reader)
+    known = survey_all(step.expr, sources)
+    for start, stop in row_blocks(step.shape, step.nbytes // max(1, math.prod(step.shape))):
+        written = reader.read(path, step.name, start, stop)
+        if step.dtype in TORCH_DTYPES:
+            bad += _nonfinite(written)
+        if exact:
+            value = sources.piece(step.expr, start, stop)
+            ours, theirs = (rows.contiguous().flatten().view(torch.uint8) for rows in (written, value))
+            same = torch.equal(ours, theirs)
+            error, index = (0.0, 0) if same else (float("inf"), int((ours != theirs).nonzero()[0]) // written.element_size())
+        else:
+            value, slack = rederive(step.expr, sources, known, start, stop)
+            if step.expr.dtype == "F64" and step.dtype in ("F16", "BF16"):  # torch narrows float64 by way of float32
+                slack = value.abs() * 2.0**-24 + (0.0 if slack is None else slack)
+            error, index = worst(written, value, slack, step.dtype)
+        if error > largest:
+            largest, where = error, start * columns + index
+    return largest, where, bad
+
+
+def _nonfinite(values: torch.Tensor) -> int:
+    """How many elements are NaN or infinite. The extremes tell whether any is, at a fraction of the time."""
+    if not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+        return 0
+    return int((~torch.isfinite(values)).sum())
