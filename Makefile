@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types example bench test-mergekit test-ecosystem test-faults paper paper-smoke clean
+.PHONY: help demo test fuzz check lint types dist lock example bench test-mergekit test-ecosystem test-faults paper paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -35,7 +35,16 @@ lint: $(VENV)/ready        ## ruff: style and formatting; import-linter: who may
 types: $(VENV)/ready       ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types paper-smoke test  ## all that CI runs
+dist: $(VENV)/ready        ## wheel and source package, each installed in a clean virtual environment and run
+	rm -rf dist build
+	$(BIN)/python scripts/check_dist.py
+
+lock: $(VENV)/ready        ## constraints.txt anew from pyproject.toml: what is pinned stays, unless a range or UPGRADE=1 says otherwise
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-emit-index-url \
+		--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade,) --output-file constraints.txt
+
+check: lint types dist paper-smoke test  ## all that CI runs
 
 example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, three branches, every recipe
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'

@@ -6,39 +6,108 @@ from typing import TYPE_CHECKING, Any
 from bam_merge._version import __version__
 
 if TYPE_CHECKING:
-    from bam_merge.comparing.two_models import diff
-    from bam_merge.errors import BamMergeError
-    from bam_merge.inspecting.inspection import inspect
+    from bam_merge.comparing.branches import drift
+    from bam_merge.comparing.drift import Drift, Reading
+    from bam_merge.comparing.findings import Finding
+    from bam_merge.comparing.tensor_difference import Difference
+    from bam_merge.comparing.two_models import Comparison, diff
+    from bam_merge.errors import (
+        BamMergeError,
+        CheckpointError,
+        DurabilityUncertain,
+        NonFiniteError,
+        OutputError,
+        RecipeError,
+        SyncFailed,
+        VerificationFailed,
+        VerifyError,
+    )
+    from bam_merge.inspecting.inspection import Inspection, inspect
     from bam_merge.model.loading import load_model
+    from bam_merge.model.model import Model
     from bam_merge.planning.make import make_plan
-    from bam_merge.planning.plan import Plan
+    from bam_merge.planning.plan import Plan, Step
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.publishing.publish import merge
     from bam_merge.recipe.load import load_recipe
     from bam_merge.recipe.schema import Recipe
+    from bam_merge.verifying.report import Check, Report
     from bam_merge.verifying.verification import verify
 
 _HOMES = {
-    "BamMergeError": "errors",
-    "MergeOptions": "publishing.options",
-    "Plan": "planning.plan",
-    "Recipe": "recipe.schema",
-    "diff": "comparing.two_models",
-    "inspect": "inspecting.inspection",
-    "load_model": "model.loading",
-    "load_recipe": "recipe.load",
-    "make_plan": "planning.make",
-    "merge": "publishing.publish",
-    "verify": "verifying.verification",
+    "comparing.branches": ("drift",),
+    "comparing.drift": (
+        "Drift",
+        "Reading",
+    ),
+    "comparing.findings": ("Finding",),
+    "comparing.tensor_difference": ("Difference",),
+    "comparing.two_models": (
+        "Comparison",
+        "diff",
+    ),
+    "errors": (
+        "BamMergeError",
+        "CheckpointError",
+        "DurabilityUncertain",
+        "NonFiniteError",
+        "OutputError",
+        "RecipeError",
+        "SyncFailed",
+        "VerificationFailed",
+        "VerifyError",
+    ),
+    "inspecting.inspection": (
+        "Inspection",
+        "inspect",
+    ),
+    "model.loading": ("load_model",),
+    "model.model": ("Model",),
+    "planning.make": ("make_plan",),
+    "planning.plan": (
+        "Plan",
+        "Step",
+    ),
+    "publishing.options": ("MergeOptions",),
+    "publishing.publish": ("merge",),
+    "recipe.load": ("load_recipe",),
+    "recipe.schema": ("Recipe",),
+    "verifying.report": (
+        "Check",
+        "Report",
+    ),
+    "verifying.verification": ("verify",),
 }
+"""The modules of the public names. docs/reference/python.md lists them."""
+
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BamMergeError",
+    "Check",
+    "CheckpointError",
+    "Comparison",
+    "Difference",
+    "Drift",
+    "DurabilityUncertain",
+    "Finding",
+    "Inspection",
     "MergeOptions",
+    "Model",
+    "NonFiniteError",
+    "OutputError",
     "Plan",
+    "Reading",
     "Recipe",
+    "RecipeError",
+    "Report",
+    "Step",
+    "SyncFailed",
+    "VerificationFailed",
+    "VerifyError",
     "__version__",
     "diff",
+    "drift",
     "inspect",
     "load_model",
     "load_recipe",
@@ -50,6 +119,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that `import bam_merge` costs nothing."""
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'bam_merge' has no attribute {name!r}")
-    return getattr(import_module(f"bam_merge.{_HOMES[name]}"), name)
+    return getattr(import_module(f"bam_merge.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
