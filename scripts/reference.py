@@ -1,0 +1,259 @@
+"""The reference pages of docs/reference/, made of what the code says: click's commands, the recipe's JSON Schema, the architecture tables
+and the docstrings of the public names. `python scripts/reference.py` writes them; a test fails when one is not what this makes.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+import bam_merge
+from bam_merge.architectures.tables import ROLES, SYMBOLS, Architecture, Row, architectures, dense_families, mixture_layouts
+from bam_merge.cli import cli
+from bam_merge.recipe.schema import schema
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+MADE = "<!-- Made by scripts/reference.py: change the code, then run it again. -->"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped."""
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0]), *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def code(text: object) -> str:
+    return f"`{text}`"
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """Every command with its arguments and options."""
+    parts = [
+        MADE,
+        "# Command line",
+        (cli.help or "").partition("\b")[0].strip(),
+        "`bam-merge RECIPE.yaml` is short for `bam-merge merge RECIPE.yaml`.",
+    ]
+    for name, command in sorted(cli.commands.items()):
+        context = click.Context(command, info_name=f"bam-merge {name}")
+        parts += [f"## bam-merge {name}", inspect.cleandoc(command.help or ""), f"    {command.get_usage(context).removeprefix('Usage: ')}"]
+        options = [record for item in command.params if (record := item.get_help_record(context))]
+        if options:
+            parts.append(table(("option", "meaning"), ((code(flags), text) for flags, text in options)))
+    status = inspect.cleandoc(sys.modules["bam_merge.cli"].__doc__ or "").partition("Exit status: ")[2].replace("\n", " ")
+    parts += ["## Exit status", table(("status", "meaning"), _statuses(status))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _statuses(text: str) -> Iterator[tuple[str, str]]:
+    """The sentence in the module's docstring as rows: '0 all well, 1 the answer is no (...), ...'."""
+    depth, start = 0, 0
+    for at, letter in enumerate(text + ","):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0 and (at + 2 >= len(text) or text[at + 2].isdigit()):
+            number, _, meaning = text[start:at].strip().rstrip(".").partition(" ")
+            if number == "128":
+                number, meaning = "128 + N", meaning.removeprefix("+ N ")
+            yield number, meaning
+            start = at + 1
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------------------
+
+
+def recipe() -> str:
+    """Every key of a recipe, its values and its default; then every make."""
+    document = schema()
+    names = document["$defs"]
+    parts = [MADE, "# Recipe", "Unknown keys, duplicate keys and wrong types are errors, with line, column and the nearest valid name."]
+    parts += ["`bam-merge schema` prints the same as a JSON Schema, for editors.", "## Keys", _keys(document, names)]
+    makes = [item for item in names.values() if "make" in item.get("properties", {}) and "roles" in item["properties"]]
+    parts += ["## Makes", "How one tensor is made: under `shared`, or in `rules` with `roles` and `layers`."]
+    for item in sorted(makes, key=lambda item: str(item["properties"]["make"].get("const"))):
+        make = item["properties"]["make"]["const"]
+        plain = next((other for other in names.values() if _is_make(other, make) and "roles" not in other["properties"]), item)
+        keys = [(key, value) for key, value in plain["properties"].items() if key not in ("make", "roles", "layers")]
+        parts += [f"### {make}", plain.get("description", ""), _properties(keys, plain, names) if keys else "No further keys."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_make(item: Mapping[str, Any], make: str) -> bool:
+    return bool(item.get("properties", {}).get("make", {}).get("const") == make)
+
+
+def _keys(document: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    rows = []
+    for key, value in document["properties"].items():
+        references = [str(item.get("$ref", "")).rpartition("/")[2] for item in (value, *value.get("anyOf", ()))]
+        section = next((names[name] for name in references if name in names and not names[name].get("oneOf")), None)
+        if section and section.get("properties") and key != "router":
+            rows += [(f"{key}.{inner}", item, section) for inner, item in section["properties"].items()]
+        else:
+            rows.append((key, value, document))
+    return _rows(rows, names)
+
+
+def _properties(keys: Iterable[tuple[str, Mapping[str, Any]]], parent: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    return _rows([(key, value, parent) for key, value in keys], names)
+
+
+def _rows(rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]], names: Mapping[str, Any]) -> str:
+    def default(key: str, value: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
+        if key.rpartition(".")[2] in parent.get("required", ()):
+            return "needed"
+        return code(value["default"]) if value.get("default") not in (None, (), [], {}) else ""
+
+    cells = ((code(key), _type(value, names), default(key, value, parent), value.get("description", "")) for key, value, parent in rows)
+    return table(("key", "values", "default", "meaning"), cells)
+
+
+def _type(value: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    """What a value may be, in words."""
+    if "$ref" in value:
+        return _type(names[value["$ref"].rpartition("/")[2]], names)
+    if "const" in value:
+        return code(value["const"])
+    if "enum" in value:
+        return ", ".join(map(code, value["enum"]))
+    options = value.get("anyOf") or value.get("oneOf")
+    if options:
+        return " or ".join(dict.fromkeys(_type(item, names) for item in options if item.get("type") != "null"))
+    if "make" in value.get("properties", {}):
+        return f"`make: {value['properties']['make']['const']}`"
+    if "init" in value.get("properties", {}):
+        return f"`init: {value['properties']['init'].get('const', value['properties']['init'].get('default'))}`"
+    kind = value.get("type", "anything")
+    if kind == "array":
+        return f"list of {_type(value.get('items', {}), names)}"
+    if kind == "object":
+        inside = value.get("additionalProperties")
+        return f"name: {_type(inside, names)}" if isinstance(inside, dict) else "mapping"
+    limits = [(">= {}", "minimum"), ("> {}", "exclusiveMinimum"), ("<= {}", "maximum"), ("< {}", "exclusiveMaximum")]
+    bounds = ", ".join(text.format(value[key]) for text, key in limits if key in value)
+    words = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
+    return words.get(kind, str(kind)) + (f" {bounds}" if bounds else "")
+
+
+# ---- roles, families, layouts ------------------------------------------------------------------------------------------------
+
+
+def roles() -> str:
+    """Which role stands under which name in every family and layout."""
+    parts = [
+        MADE,
+        "# Roles",
+        "A role says what a tensor does, in one vocabulary for all families. Rules name roles, or globs such as `attn.*`;",
+    ]
+    parts[-1] += " a weight's role covers its bias."
+    for role in ROLES:
+        if role.endswith(".bias"):
+            continue
+        rows = [(item.name, row) for item in architectures() for row in item.rows if role in row.roles]
+        parts += [f"## {role}", table(("in", "tensor", "shape"), ((name, code(row.names[0]), _shape(row)) for name, row in rows))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shape(row: Row) -> str:
+    shape = f"[{', '.join(row.shape)}]" if row.shape else ""
+    return shape + (f" with {' and '.join(role for role in row.roles)} in one tensor" if len(row.roles) > 1 else "")
+
+
+def families() -> str:
+    """The dense families and the layouts, from their tables."""
+    letters = ", ".join(f"{letter} = {name}" for letter, name in SYMBOLS.items())
+    parts = [MADE, "# Families and layouts", f"Shapes in letters: {letters}.", "## Dense families", "What a source may be."]
+    for item in dense_families():
+        parts += [f"### {item.name}", _facts(item), _tensors(item)]
+    parts += ["## Layouts", "What a mixture may be written as. A merge that a layout cannot express is refused in the plan, in words."]
+    for item in mixture_layouts():
+        accepts = [
+            (code(key), ", ".join(map(code, value)) if isinstance(value, list) else code(value)) for key, value in item.accepts.items()
+        ]
+        parts += [f"### {item.name}", _facts(item), *([table(("needs", "to be"), accepts)] if accepts else []), _tensors(item)]
+    parts += ["## Mixtures that are only looked at", "`inspect` and `diff` read them; nothing writes them."]
+    parts += [f"### {item.name}\n\n{_facts(item)}" for item in architectures() if item.kind == "foreign"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(item: Architecture) -> str:
+    types = ", ".join(map(code, item.model_types))
+    keys = f" Config keys that change what it computes: {', '.join(map(code, item.function))}." if item.function else ""
+    return f"model_type {types}; {code(item.class_name)} in transformers.{keys}"
+
+
+def _tensors(item: Architecture) -> str:
+    rows = ((", ".join(row.roles), code(row.names[0]), _shape(row).partition(" with")[0], row.when or "") for row in item.rows)
+    return table(("role", "tensor", "shape", "only where"), rows)
+
+
+# ---- Python ------------------------------------------------------------------------------------------------------------------
+
+
+def python() -> str:
+    """The public names with their signatures and docstrings."""
+    parts = [MADE, "# Python", "`import bam_merge` costs nothing: a name's module is imported when the name is first used."]
+    names = [name for name in bam_merge.__all__ if name != "__version__"]
+    groups: list[tuple[str, Callable[[Any], bool]]] = [
+        ("Functions", inspect.isfunction),
+        ("Records", lambda value: inspect.isclass(value) and not issubclass(value, BaseException)),
+        ("Errors", lambda value: inspect.isclass(value) and issubclass(value, BaseException)),
+    ]
+    for title, belongs in groups:
+        parts.append(f"## {title}")
+        for name in names:
+            value = getattr(bam_merge, name)
+            if belongs(value):
+                parts += [f"### {name}", *_described(name, value)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _described(name: str, value: Any) -> Iterator[str]:
+    if inspect.isfunction(value):
+        yield "\n".join(f"    {line}" for line in _signature(name, value).splitlines())
+    elif issubclass(value, BaseException) and value.__bases__[0] is not Exception:
+        yield f"A {code(value.__bases__[0].__name__)}."
+    yield inspect.cleandoc(value.__doc__ or "")
+    if inspect.isclass(value) and not issubclass(value, BaseException):
+        rows = list(_members(value))
+        if rows:
+            yield table(("attribute", "type or meaning"), rows)
+
+
+def _signature(name: str, value: Any) -> str:
+    text = f"{name}{inspect.signature(value)}".replace("'", "")
+    return text if len(text) < 100 else text.replace("(", "(\n    ", 1).replace(", ", ",\n    ").replace(") ->", ",\n) ->")
+
+
+def _members(value: type) -> Iterator[tuple[str, str]]:
+    """Fields with their types, then properties and methods with the first sentence of their docstrings."""
+    fields = getattr(value, "model_fields", {})  # of a recipe: its page says what each may be
+    yield from ((code(key), f"[the recipe's](recipe.md) `{item.alias or key}`") for key, item in fields.items())
+    for key, kind in getattr(value, "__annotations__", {}).items():
+        if not key.startswith("_") and key not in fields:
+            yield code(key), code(kind if isinstance(kind, str) else inspect.formatannotation(kind))
+    for key, item in vars(value).items():
+        text = inspect.cleandoc(getattr(item, "__doc__", None) or "").partition(". ")[0].partition("\n\n")[0].rstrip(".")
+        if not key.startswith("_") and (isinstance(item, property) or inspect.isfunction(item)):
+            yield code(key if isinstance(item, property) else f"{key}()"), text.replace("\n", " ")
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "command-line.md": command_line, "recipe.md": recipe, "roles.md": roles, "families.md": families, "python.md": python,
+}  # fmt: skip
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
