@@ -90,13 +90,18 @@ class Zeros:
 
 
 @dataclass(frozen=True, slots=True)
+class Ones:
+    """Only layouts ask for it, where an engine cannot do with zeros."""
+
+
+@dataclass(frozen=True, slots=True)
 class Orthogonal:
     """Orthonormal rows times `gain`."""
 
     gain: float
 
 
-Initialiser = Normal | Uniform | Zeros | Orthogonal
+Initialiser = Normal | Uniform | Zeros | Ones | Orthogonal
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,7 @@ Expr = Read | Slice | Merge | Concat | Init
 def method_name(method: Method | Initialiser) -> str:
     return {
         Mean: "mean", Linear: "linear", Slerp: "slerp", TaskArithmetic: "task_arithmetic", Ties: "ties", DareTies: "dare_ties",
-        Normal: "normal", Uniform: "uniform", Zeros: "zeros", Orthogonal: "orthogonal",
+        Normal: "normal", Uniform: "uniform", Zeros: "zeros", Ones: "ones", Orthogonal: "orthogonal",
     }[type(method)]  # fmt: skip
 
 
@@ -176,7 +181,7 @@ def _init_arguments(method: Initialiser) -> str:
             return f"(bound={bound:g})" if bound is not None else ""
         case Orthogonal(gain):
             return f"(gain={gain:g})" if gain != 1.0 else ""
-        case Zeros():
+        case Zeros() | Ones():
             return ""
 
 

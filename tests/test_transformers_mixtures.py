@@ -20,6 +20,9 @@ CASES = {
     "phi3 in mixtral": ("phi3", "mixtral", "ffn: {top_k: 2}"),
     "qwen2 in qwen2_moe": ("qwen2", "qwen2_moe", "ffn: {top_k: 2}"),
     "llama in qwen2_moe": ("llama", "qwen2_moe", "ffn: {top_k: 2}"),
+    "llama tied in qwen2_moe": ("llama_tied", "qwen2_moe", "ffn: {top_k: 3}"),
+    "mistral in qwen2_moe": ("mistral", "qwen2_moe", "ffn: {top_k: 1}"),
+    "phi3 in qwen2_moe": ("phi3", "qwen2_moe", "ffn: {top_k: 2}"),
     "qwen3 in qwen3_moe": ("qwen3", "qwen3_moe", "ffn: {top_k: 2}"),
     "qwen3 biased in qwen3_moe": ("qwen3_biased", "qwen3_moe", "ffn: {top_k: 2}"),
 }

@@ -43,7 +43,8 @@ class Row:
 
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
     equal blocks, and each block holds `parts[i]` rows of role i. `when` names the fact that must be true for the tensor
-    to exist; `make` is how a layout fills a tensor that no source has.
+    to exist; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a role, whose tensor
+    is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the place of ones.
     """
 
     roles: tuple[str, ...]
@@ -53,6 +54,7 @@ class Row:
     parts: tuple[str, ...] = ()
     when: str | None = None
     make: str | None = None
+    without: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -67,10 +69,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What engines cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where `fact` is true,
+    `otherwise` happens."""
+
+    otherwise: str
+    equal: tuple[str, ...] = ()
+    fact: str | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
-    `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads.
+    `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
+    merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines need besides.
     """
 
     name: str
@@ -85,7 +98,9 @@ class Architecture:
     neutral: tuple[str, ...]
     traits: Mapping[str, Any]
     accepts: Mapping[str, Any]
+    implies: Mapping[str, Any]
     config: Mapping[str, Any]
+    limits: tuple[Limit, ...]
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -135,7 +150,9 @@ def load_architecture(name: str) -> Architecture:
         neutral=tuple(table.get("neutral", ())),
         traits=table.get("traits", {}),
         accepts=table.get("accepts", {}),
+        implies=table.get("implies", {}),
         config=table.get("config", {}),
+        limits=tuple(Limit(record["otherwise"], tuple(record.get("equal", ())), record.get("fact")) for record in table.get("limits", ())),
     )
 
 
@@ -149,6 +166,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         parts=tuple(record.get("parts", ())),
         when=record.get("when"),
         make=record.get("make"),
+        without=record.get("without"),
     )
 
 

@@ -15,6 +15,7 @@ from bam_merge._version import __version__
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.assign import DTYPE_NAMES, Made, assign, check_axes
+from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
@@ -56,6 +57,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise RecipeError(*problems)
     values = merge_values(recipe, seed, made) if layout.kind == "mixture" else dict(seed.facts)
     problems += refusals(layout, values, recipe.file)
+    values |= layout.implies
     if layout.kind == "mixture":
         problems += [f"{recipe.file}: {text}" for text in check_axes(made, seed.facts["num_hidden_layers"])]
     steps = make_steps(recipe, layout, seed, made, problems)
@@ -76,7 +78,7 @@ def make_plan(recipe: Recipe) -> Plan:
         shards=shards,
         config=config,
         unused=_unused(models, placed, made),
-        notes=tuple(_notes(recipe, layout, ordered, values)),
+        notes=tuple(_notes(layout, ordered, values, made)),
         active_parameters=_active(placed, values),
         fingerprint=_fingerprint(recipe, models, config),
     )
@@ -130,7 +132,7 @@ def _active(steps: tuple[Step, ...], values: Mapping[str, Any]) -> int:
     return total
 
 
-def _notes(recipe: Recipe, layout: Architecture, models: list[DenseModel], values: Mapping[str, Any]) -> Iterator[str]:
+def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
     for model in models:
         yield from (f"sources.{model.name}: {note}" for note in model.checkpoint.notes)
     unknown = models[0].unknown_keys
@@ -139,6 +141,7 @@ def _notes(recipe: Recipe, layout: Architecture, models: list[DenseModel], value
             f"config.json of {models[0].name}: {some(sorted(unknown))} not known to {models[0].family.name}'s table, so not copied. "
             "Check that it does not change what the model computes."
         )
+    yield from engine_notes(layout, values, made)
     if layout.kind == "mixture" and values["num_experts_per_tok"] == 1 and values["norm_topk_prob"]:
         yield "ffn: top_k 1 with renormalised gates: the gate is always 1, so the router gets no gradient from the language-model loss."
 

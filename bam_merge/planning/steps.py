@@ -9,6 +9,7 @@ from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import Slice
 from bam_merge.planning.assign import ARITHMETIC_DTYPES, DTYPE_NAMES, Made
+from bam_merge.planning.fill import filling
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -18,12 +19,10 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
     """The output tensors in file order, by the layout's rows; whatever is made and stored nowhere is a problem."""
     steps: list[Step] = []
     stored: set[Site] = set()
-    default_dtype = seed.tensors["embed", None].dtype
     for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
-        if row.make == "zeros":
-            shape = tuple(evaluate(size, seed.facts) for size in row.shape)
-            zeros = expressions.Init(expressions.Zeros(), row.name(layer), recipe.random_seed, default_dtype, shape)
-            steps.append(Step(row.name(layer), row.roles[0], layer, None, default_dtype, shape, zeros, f"layout {layout.name}"))
+        filled = filling(row, layer, seed, made, recipe.random_seed)
+        if filled is not None:
+            steps.append(Step(row.name(layer), row.roles[0], layer, None, filled.dtype, filled.shape, filled, f"layout {layout.name}"))
             continue
         sites = [made.get((role, layer)) for role in row.roles]
         parts = [item for item in sites if item is not None and item.per_expert == row.per_expert]

@@ -43,6 +43,8 @@ def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: s
             values = (2 * random.random_sample(shape) - 1) * (shape[-1] ** -0.5 if bound is None else bound)
         case expressions.Zeros():
             values = numpy.zeros(shape)
+        case expressions.Ones():
+            values = numpy.ones(shape)
         case expressions.Orthogonal(gain):
             q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
             values = (q * numpy.sign(numpy.diag(r))).T * gain  # the sign makes the distribution uniform (Mezzadri 2007)

@@ -20,6 +20,7 @@ from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
 from bam_merge.verifying.computed import against_dense, as_it_is, open_all
+from bam_merge.verifying.engines import engines
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.report import Check, Report
 from bam_merge.verifying.stored import against_sources, digests, structure
@@ -49,6 +50,7 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     report.add(structure(path, manifest))
     if not any(check.name == "layout" for check in report.checks):  # the headers cannot be read: nothing more can be
         return report
+    report.add(engines(path))
     report.add(digests(path, manifest))
     if plan is None:
         plan = _plan_of(path, manifest, report)

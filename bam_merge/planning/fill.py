@@ -1,0 +1,39 @@
+"""Tensors that a layout stores and no source has: what its table fills them with, and what engines need of a model besides."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bam_merge import expressions
+from bam_merge.architectures.tables import Architecture, Row, evaluate
+from bam_merge.planning.assign import Made
+from bam_merge.sources.dense import DenseModel, Site
+
+CONSTANTS: dict[str, expressions.Initialiser] = {"zeros": expressions.Zeros(), "ones": expressions.Ones()}
+
+
+def filling(row: Row, layer: int | None, seed: DenseModel, made: Mapping[Site, Made], random_seed: int) -> expressions.Expr | None:
+    """What `row` of a layout is filled with at `layer`; None where it has no filling, or the sources have its role."""
+    if row.make is None or (row.roles[0], layer) in made:
+        return None
+    if row.make in CONSTANTS:
+        shape = tuple(evaluate(size, seed.facts) for size in row.shape)
+        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, seed.tensors["embed", None].dtype, shape)
+    (once_more,) = made[row.make, layer].exprs
+    return once_more
+
+
+def engine_notes(layout: Architecture, values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
+    """What a plan says of a layout's fillings that cost something, and of what engines will not do with the result."""
+    for row in layout.rows:
+        if row.make in (None, *CONSTANTS) or any((row.roles[0], layer) in made for layer in (None, 0)):
+            continue
+        yield (
+            f"output.layout: {layout.name} has a {row.roles[0]} of its own, the sources use {row.make}: it is stored once more, as a copy "
+            f"that training moves apart from it (without it {row.without}). Layout bam keeps one tensor for both."
+        )
+    for limit in layout.limits:
+        if limit.equal and evaluate(limit.equal[0], values) != evaluate(limit.equal[1], values):
+            sizes = " is not ".join(f"{size} = {evaluate(size, values)}" for size in limit.equal)
+            yield f"output.layout: {layout.name}: {sizes}: {limit.otherwise}."
+        if limit.fact and values[limit.fact]:
+            yield f"output.layout: {layout.name}: {limit.fact} is true: {limit.otherwise}."
