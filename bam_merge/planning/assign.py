@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pydantic import TypeAdapter
 
 from bam_merge import expressions
+from bam_merge.planning.router_check import router_problem
 from bam_merge.recipe.makes import (
     Copy,
     DareTies,
@@ -22,7 +23,7 @@ from bam_merge.recipe.makes import (
     operands,
     parse_layers,
 )
-from bam_merge.recipe.schema import Attention, Recipe
+from bam_merge.recipe.schema import Attention, Recipe, Routers
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
 
@@ -111,7 +112,7 @@ def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
     for role, like in (("router.attn", "attn.q"), ("router.ffn", "ffn.up")):
         for layer in range(count):
             if made[like, layer].per_expert:
-                made[role, layer] = _router(role, *rules.choose((role, layer)), recipe, first)
+                made[role, layer] = _router(role, *rules.choose((role, layer)), recipe, first, problems)
     problems += [f"{recipe.file}: {text}" for text in rules.idle()]
     return made
 
@@ -156,13 +157,19 @@ def _method(rule: Rule, names: tuple[str, ...], site: Site, recipe: Recipe) -> e
             raise AssertionError(f"{type(rule).__name__} is no merge method")
 
 
-def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel) -> Made:
+def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel, problems: list[str]) -> Made:
     """A router starts as the first rule that names it says, else as the recipe's `router` section."""
     by_rule = isinstance(rule, Initialising)
     method = rule.initialiser() if isinstance(rule, Initialising) else recipe.router_init(role)
     shape = (len(recipe.expert_names), first.facts["hidden_size"])
     dtype = first.tensors["embed", None].dtype
-    return Made(label if by_rule else "router", (expressions.Init(method, "", recipe.random_seed, dtype, shape),))
+    init = expressions.Init(method, "", recipe.random_seed, dtype, shape)
+    problem = router_problem(init, DTYPE_NAMES.get(recipe.output.dtype, dtype))
+    if problem:
+        both = {"router.attn": "router.attention", "router.ffn": "router.ffn"}[role] if isinstance(recipe.router, Routers) else "router"
+        text = f"{recipe.file}: {label if by_rule else both}: {problem}"
+        problems += [text] if text not in problems else []  # one message for all layers
+    return Made(label if by_rule else "router", (init,))
 
 
 def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:

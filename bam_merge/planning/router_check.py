@@ -1,0 +1,47 @@
+"""Whether a router can be initialised as the recipe asks: what is possible for its shape, and what its dtype can hold."""
+
+from bam_merge import expressions
+
+RANGES = {
+    "F64": (2.0**-149, 2.0**128 * (1 - 2.0**-24)), "F32": (2.0**-149, 2.0**128 * (1 - 2.0**-24)),
+    "F16": (2.0**-24, 65504.0), "BF16": (2.0**-133, 2.0**128 * (1 - 2.0**-8)),
+}  # fmt: skip
+"""The smallest and largest numbers that a router stored in a dtype can hold; float64 ones are drawn in float32."""
+
+
+NORMAL_REACH = 12.1
+"""No sample of numpy's polar method is more standard deviations out: sqrt(-2 ln r2), where r2 is 2**-104 or more."""
+
+
+LARGEST_SUM = 2.0**128 / 1e8
+"""What a router's logits allow: sums of hidden_size products with normed hidden states, which must be finite in float32."""
+
+
+def router_problem(init: expressions.Init, dtype: str) -> str | None:
+    """Why `init`, stored as `dtype`, cannot be what it is called, in words that follow the recipe's key; None where it can."""
+    experts, width = init.shape
+    match init.method:
+        case expressions.Orthogonal() if experts > width:
+            return (
+                f"orthogonal: {experts} experts, hidden_size is {width}: at most {width} rows of {width} numbers can be orthogonal. "
+                f"Use at most {width} experts, or init: normal."
+            )
+        case expressions.Orthogonal(gain):
+            key, scale, reach = "gain", gain, gain
+        case expressions.Uniform(bound) if bound is not None:
+            key, scale, reach = "bound", bound, bound
+        case expressions.Normal(std):
+            key, scale, reach = "std", std, NORMAL_REACH * std
+        case _:
+            return None
+    smallest, largest = RANGES.get(dtype, RANGES["F32"])
+    largest = min(largest, LARGEST_SUM)
+    if reach > largest:
+        return (
+            f"{key} {scale:g}: values of up to {reach:.3g}, and a router in {dtype} computes with up to {largest:.3g}. Use a smaller {key}."
+        )
+    if scale < smallest:
+        return (
+            f"{key} {scale:g}: below {smallest:.3g}, the smallest number of {dtype}: values would be 0. Use a larger {key}, or init: zeros."
+        )
+    return None
