@@ -36,12 +36,9 @@ def router_problem(init: expressions.Init, dtype: str) -> str | None:
             return None
     smallest, largest = RANGES.get(dtype, RANGES["F32"])
     largest = min(largest, LARGEST_SUM)
+    where = f"{key} {scale:g}"
     if reach > largest:
-        return (
-            f"{key} {scale:g}: values of up to {reach:.3g}, and a router in {dtype} computes with up to {largest:.3g}. Use a smaller {key}."
-        )
+        return f"{where}: values of up to {reach:.3g}, and a router in {dtype} computes with up to {largest:.3g}. Use a smaller {key}."
     if scale < smallest:
-        return (
-            f"{key} {scale:g}: below {smallest:.3g}, the smallest number of {dtype}: values would be 0. Use a larger {key}, or init: zeros."
-        )
+        return f"{where}: below {smallest:.3g}, the smallest number of {dtype}: values would be 0. Use a larger {key}, or init: zeros."
     return None
