@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.config import describe, mixture_values
 from bam_merge.architectures.tables import architecture_names, find_by_model_type
 from bam_merge.errors import CheckpointError
-from bam_merge.model.model import ACTIVATIONS, ModelConfig
-from bam_merge.model.positions import ROPE_TYPES
+from bam_merge.model.model import ModelConfig
 from bam_merge.text import printable
 
 # ---- the configuration -----------------------------------------------------------------------------------------------------
@@ -54,32 +54,14 @@ def _explained(error: Any) -> str:
     return f"config.json: {key}: {error['msg'][:1].lower()}{error['msg'][1:]}{found}."
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
 def _inconsistencies(config: ModelConfig) -> Iterator[str]:
     """What is well-typed and still cannot be run."""
-    rope = {"partial_rotary_factor": 1.0, **config.rope_parameters}
-    kind, share = rope.get("rope_type"), rope["partial_rotary_factor"]
-    if kind not in ROPE_TYPES:
-        yield f"config.json: rope_type {printable(repr(kind))} is not known here. Known: {', '.join(ROPE_TYPES)}."
-    for key in ("rope_theta", "partial_rotary_factor", *ROPE_TYPES.get(str(kind), ())):
-        pairs = int(config.head_dim * share) // 2 if key in ("short_factor", "long_factor") and _is_number(share) else None
-        found = rope.get(key)
-        fine = isinstance(found, list) and len(found) == pairs and all(map(_is_number, found)) if pairs is not None else _is_number(found)
-        if not fine:
-            what = "a number" if pairs is None else f"{pairs} numbers"
-            yield f"config.json: rope_parameters.{key} must be {what} for rope_type {kind}, found {printable(repr(found))}."
-    if kind not in ("default", "linear") and config.max_position_embeddings is None:
-        yield f"config.json: max_position_embeddings is missing; rope_type {printable(repr(kind))} is worked out from it. Add it."
+    yield from uncomputable(vars(config))
     heads, kv_heads = config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert
     if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers, heads, kv_heads, config.head_dim) < 1:
         yield "config.json: sizes, and counts of layers and heads, must be positive."
     elif heads % kv_heads:
         yield f"config.json: {heads} attention heads (of one expert) are not a multiple of {kv_heads} key and value heads."
-    if config.hidden_act not in ACTIVATIONS:
-        yield f"config.json: hidden_act {printable(repr(config.hidden_act))} is not known here. Known: {', '.join(ACTIVATIONS)}."
     if config.layer_types is not None and len(config.layer_types) != config.num_hidden_layers:
         yield f"config.json: layer_types names {len(config.layer_types)} layers, num_hidden_layers is {config.num_hidden_layers}."
     attention_experts = config.num_attention_experts

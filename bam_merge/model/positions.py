@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROPE_TYPES = {
-    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor"),
-}  # fmt: skip
-"""The values of `rope_type` in a config.json's `rope_parameters`, and the further keys that each needs."""
+from bam_merge.architectures.computable import ROPE_TYPES
 
 
 def frequencies(rope: Mapping[str, Any], channels: int, limit: int | None, lengths_Bx: Tensor) -> tuple[Tensor, float]:

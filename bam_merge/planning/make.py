@@ -12,6 +12,7 @@ import xxhash
 
 from bam_merge import expressions
 from bam_merge._version import __version__
+from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.assign import DTYPE_NAMES, Made, assign, check_axes
@@ -38,7 +39,9 @@ def make_plan(recipe: Recipe) -> Plan:
     layout, problems = _layout(recipe)
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
-    broken += [*same_folder(ordered), *disagreements(ordered), *tokenizer_disagreements(ordered)] if ordered else []
+    if ordered:
+        broken += [*same_folder(ordered), *disagreements(ordered), *tokenizer_disagreements(ordered)]
+        broken += [f"sources.{ordered[0].name}: {problem}" for problem in uncomputable(ordered[0].facts)]
     comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
     if broken:
         if comparable:  # the rules can be tried all the same
