@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 import bam_merge
-from bam_merge.architectures.tables import ROLES, SYMBOLS, Architecture, Row, architectures, dense_families, mixture_layouts
+from bam_merge.architectures.tables import Architecture, Row, architectures, dense_families, mixture_layouts
+from bam_merge.architectures.vocabulary import ROLES, SYMBOLS
 from bam_merge.cli import cli
 from bam_merge.recipe.schema import schema
 

@@ -8,7 +8,6 @@ from conftest import CONFIGS, write_sources
 from bam_merge import expressions
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.tables import (
-    ROLES,
     Architecture,
     dense_families,
     family_tensors,
@@ -16,6 +15,7 @@ from bam_merge.architectures.tables import (
     load_architecture,
     mixture_layouts,
 )
+from bam_merge.architectures.vocabulary import ROLES
 from bam_merge.checkpoints.pieces import numel
 from bam_merge.sources.dense import read_dense
 

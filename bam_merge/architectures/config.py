@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
 
 COMMON_FUNCTION = (
@@ -33,12 +34,6 @@ IGNORED = (
     "id2label", "label2id", "problem_type", "task_specific_params", "tokenizer_class", "prefix", "finetuning_task", "pruned_heads",
 )  # fmt: skip
 """Keys never copied: bookkeeping, or a way to load code."""
-
-
-TRAITS: dict[str, Any] = {
-    "norm_type": None, "norm_bias": False, "parallel_block": False, "parallel_norms": 2, "gated_ffn": False,
-    "rope_interleaved": False, "qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
-}  # fmt: skip
 
 
 _KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: ((int, float), "a number"), str: ((str,), "text")}

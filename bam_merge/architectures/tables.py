@@ -13,28 +13,11 @@ from importlib.resources import files
 from math import prod
 from typing import Any
 
+from bam_merge.architectures.strict_tables import check_table
+from bam_merge.architectures.vocabulary import SYMBOLS
+
 Key = tuple[str, int | None, int | None]
 """A role, its layer and its expert, where it has them."""
-
-
-ROLES = (
-    "embed", "head", "head.bias",
-    *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final") for suffix in ("", ".bias")),
-    *(f"attn.{part}{suffix}" for part in "qkvo" for suffix in ("", ".bias")), "attn.q_norm", "attn.k_norm",
-    *(f"ffn.{part}{suffix}" for part in ("gate", "up", "down") for suffix in ("", ".bias")),
-    "router.attn", "router.ffn",
-)  # fmt: skip
-"""Every role a recipe can name."""
-
-
-ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0] for role in ROLES if "." in role))
-
-
-SYMBOLS = {
-    "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
-    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",
-}  # fmt: skip
-"""The letters of symbolic shapes, and the facts they stand for."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,13 @@ def load_architecture(name: str) -> Architecture:
     """The table called `name`. Raises KeyError when there is none."""
     if name not in _table_names():
         raise KeyError(name)
-    table = tomllib.loads((files("bam_merge.architectures") / f"{name}.toml").read_text(encoding="utf-8"))
+    return read_table((files("bam_merge.architectures") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
+
+
+def read_table(text: str, file: str) -> Architecture:
+    """The architecture that the TOML document `text` of `file` describes. Raises TableError when it is none."""
+    table = tomllib.loads(text)
+    check_table(table, file)
     return Architecture(
         name=table["name"],
         kind=table["kind"],

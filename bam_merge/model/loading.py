@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.tables import SYMBOLS, Architecture, Row, evaluate, find_by_model_type, load_architecture
+from bam_merge.architectures.tables import Architecture, Row, evaluate, find_by_model_type, load_architecture
+from bam_merge.architectures.vocabulary import SYMBOLS
 from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import RenderableType
 from rich.text import Text
 
-from bam_merge.architectures.tables import ROLES
+from bam_merge.architectures.vocabulary import ROLES
 from bam_merge.showing.terminal import BARS, Terminal, grid, heading, padded
 from bam_merge.text import percent
 

@@ -1,0 +1,108 @@
+"""Architecture tables are read strictly: a key or value that no table can have is an error with its place and the nearest valid name.
+
+Whoever adds a family writes a table and no Python, so a misspelt key must not be a key that is ignored.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from bam_merge.architectures.vocabulary import ROLES, SYMBOLS, TRAITS
+from bam_merge.text import nearest
+
+Kinds = Mapping[str, type | tuple[type, ...]]
+
+TABLE: Kinds = {
+    "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
+    "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
+}  # fmt: skip
+TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
+ROW: Kinds = {
+    "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "when": str, "make": str, "without": str,
+}  # fmt: skip
+LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str}
+KINDS = ("dense", "mixture", "foreign")
+
+
+class TableError(ValueError):
+    """An architecture table is wrong: all its problems, one a line."""
+
+
+def check_table(table: Mapping[str, Any], file: str) -> None:
+    """Raise TableError when `table`, read from `file`, is not an architecture: unknown or missing keys, types, roles, letters of shapes."""
+    problems = [f"{file}: {problem}" for problem in _problems(table)]
+    if problems:
+        raise TableError("\n".join(problems))
+
+
+def _problems(table: Mapping[str, Any]) -> Iterator[str]:
+    wrong = list(_keys("", table, TABLE, needed=("name", "kind", "model_types", "class", "tensors")))
+    yield from wrong
+    if wrong:
+        return
+    if table["kind"] not in KINDS:
+        yield f"kind is {table['kind']!r}, expected one of {', '.join(KINDS)}{nearest(table['kind'], KINDS)}."
+    for trait in table.get("traits", {}):
+        if trait not in TRAITS:
+            yield f"traits.{trait}: no such trait{_known(trait, TRAITS)}"
+    wrong = list(_keys("tensors", table["tensors"], TENSORS, needed=("rows",)))
+    yield from wrong
+    if wrong:
+        return
+    for key in ("rows", "others"):
+        for index, row in enumerate(table["tensors"].get(key, ())):
+            yield from _row(f"tensors.{key}[{index}]", row, own_roles=table["kind"] != "foreign")
+    for index, limit in enumerate(table.get("limits", ())):
+        yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise",))
+        yield from _sizes(f"limits[{index}].equal", limit.get("equal", ()))
+
+
+def _keys(place: str, record: object, known: Kinds, needed: Iterable[str] = ()) -> Iterator[str]:
+    """Keys that are unknown, missing, or hold something of another type."""
+    if not isinstance(record, Mapping):
+        yield f"{place}: found {record!r}, expected a table."
+        return
+    at = f"{place}." if place else ""
+    for key, value in record.items():
+        if key not in known:
+            yield f"{at}{key}: unknown key{_known(key, known)}"
+        elif not isinstance(value, known[key]):
+            kinds = known[key]
+            words = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            yield f"{at}{key}: found {value!r}, expected {words}."
+    yield from (f"{at}{key} is missing." for key in needed if key not in record)
+
+
+def _known(word: str, known: Iterable[str]) -> str:
+    """The nearest valid name, or all of them."""
+    names = list(known)
+    return nearest(word, names) or f". Known: {', '.join(names)}."
+
+
+def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
+    """What is wrong with one row. A mixture that is only looked at may have roles that no recipe names (`own_roles` false)."""
+    wrong = list(_keys(place, row, ROW, needed=("name",)))
+    yield from wrong
+    if wrong:
+        return
+    if ("role" in row) == ("roles" in row):
+        yield f"{place}: needs role (one) or roles (several in one tensor), and not both."
+    roles = row.get("roles", [row.get("role")])
+    for role in roles if own_roles else ():
+        if role not in ROLES and "make" not in row:  # what a layout fills in by itself may have a name of its own
+            yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
+    if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
+        yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
+    yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1")))
+    for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
+        for mark in re.findall(r"\{(\w*)\}", name):
+            if mark not in ("layer", "expert"):
+                yield f"{place}.name: {{{mark}}} is neither {{layer}} nor {{expert}}{nearest(mark, ('layer', 'expert'))}"
+
+
+def _sizes(place: str, sizes: Iterable[str]) -> Iterator[str]:
+    """Symbolic sizes are sums of products of letters and integers."""
+    for size in sizes:
+        for factor in re.split(r"[+*]", size):
+            if not factor.isdigit() and factor not in SYMBOLS:
+                yield f"{place}: {size!r}: {factor!r} is neither an integer nor one of {', '.join(SYMBOLS)}."

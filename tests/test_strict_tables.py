@@ -1,0 +1,57 @@
+"""Architecture tables are read strictly: whoever adds a family and misspells a word is told which, and what was meant."""
+
+from importlib.resources import files
+
+import pytest
+
+from bam_merge.architectures.strict_tables import TableError
+from bam_merge.architectures.tables import read_table
+
+LLAMA = (files("bam_merge.architectures") / "llama.toml").read_text(encoding="utf-8")
+QWEN2_MOE = (files("bam_merge.architectures") / "qwen2_moe.toml").read_text(encoding="utf-8")
+
+WRONG = {
+    "a row's key": ('when = "untied"', 'wen = "untied"', "rows[{last}].wen: unknown key; did you mean 'when'?"),
+    "a section": ("[traits]", "[trails]", "trails: unknown key; did you mean 'traits'?"),
+    "a trait": ("gated_ffn = true", "gated_fnn = true", "traits.gated_fnn: no such trait; did you mean 'gated_ffn'?"),
+    "a far trait": ("gated_ffn = true", "zzz = true", "traits.zzz: no such trait. Known: norm_type, norm_bias, "),
+    "a kind": ('kind = "dense"', 'kind = "dens"', "kind is 'dens', expected one of dense, mixture, foreign; did you mean 'dense'?"),
+    "a role": ('role = "ffn.down"', 'role = "fnn.down"', "'fnn.down' is no role; did you mean 'ffn.down'?"),
+    "a letter": ('shape = ["V", "d"]', 'shape = ["V", "e"]', "shape: 'e': 'e' is neither an integer nor one of V, d, f, H, K, D."),
+    "a placeholder": (
+        "{layer}.mlp.down_proj",
+        "{layr}.mlp.down_proj",
+        ".name: {layr} is neither {layer} nor {expert}; did you mean 'layer'?",
+    ),
+    "a missing key": ('class = "LlamaForCausalLM"', "", "class is missing."),
+    "another type": ('model_types = ["llama"]', 'model_types = "llama"', "model_types: found 'llama', expected list."),
+    "both role and roles": ('role = "ffn.down"', 'role = "ffn.down", roles = ["ffn.up"]', "needs role (one) or roles (several"),
+    "parts": ('role = "ffn.down"', 'roles = ["ffn.down", "ffn.up"]', "2 roles need as many parts, found 0."),
+}
+
+
+def test_the_tables_of_the_package_are_strict_ones() -> None:
+    assert read_table(LLAMA, "llama.toml").name == "llama"
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_misspelt_is_named(case: str) -> None:
+    old, new, message = WRONG[case]
+    assert old in LLAMA
+    last = LLAMA[: LLAMA.index(old)].count("{ role") - 1
+    with pytest.raises(TableError) as caught:
+        read_table(LLAMA.replace(old, new, 1), "mine.toml")
+    assert message.replace("{last}", str(last)) in str(caught.value) and "mine.toml: " in str(caught.value)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    text = LLAMA.replace('role = "ffn.down"', 'role = "fnn.down"').replace('role = "ffn.up"', 'role = "fnn.up"')
+    with pytest.raises(TableError) as caught:
+        read_table(text, "mine.toml")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_limits_are_strict_too() -> None:
+    assert "[[limits]]" in QWEN2_MOE
+    with pytest.raises(TableError, match="did you mean 'otherwise'"):
+        read_table(QWEN2_MOE.replace("otherwise", "otherwize", 1), "mine.toml")
