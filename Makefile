@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types dist lock example bench test-mergekit test-ecosystem test-faults paper paper-smoke clean
+.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-ecosystem test-faults paper paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -35,8 +35,11 @@ lint: $(VENV)/ready        ## ruff: style and formatting; import-linter: who may
 types: $(VENV)/ready       ## mypy, strict
 	$(BIN)/mypy
 
+docs: $(VENV)/ready        ## the pages of docs/ as a site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 dist: $(VENV)/ready        ## wheel and source package, each installed in a clean virtual environment and run
-	rm -rf dist build
+	rm -rf dist build/lib
 	$(BIN)/python scripts/check_dist.py
 
 lock: $(VENV)/ready        ## constraints.txt anew from pyproject.toml: what is pinned stays, unless a range or UPGRADE=1 says otherwise
@@ -44,7 +47,7 @@ lock: $(VENV)/ready        ## constraints.txt anew from pyproject.toml: what is 
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-emit-index-url \
 		--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade,) --output-file constraints.txt
 
-check: lint types dist paper-smoke test  ## all that CI runs
+check: lint types docs dist paper-smoke test  ## all that CI runs
 
 example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, three branches, every recipe
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
