@@ -36,7 +36,7 @@ types: $(VENV)/ready       ## mypy, strict
 	$(BIN)/mypy
 
 docs: $(VENV)/ready        ## the pages of docs/ as a site in build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(VENV)/ready        ## wheel and source package, each installed in a clean virtual environment and run
 	rm -rf dist build/lib
