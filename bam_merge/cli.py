@@ -72,6 +72,8 @@ def merge(recipe: str, output: str | None, dry_run: bool, **options: Any) -> Non
     if dry_run:
         _show_plan(plan, output=output, workers=options["workers"])
         return
+    for note in plan.notes:
+        tell(f"bam-merge: {note}")
     _execute(plan, output, options)
 
 

@@ -27,7 +27,12 @@ DAMAGED = "The file is damaged: download or write it again"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tekken.json", "tiktoken.model",
 )  # fmt: skip
+
+
+VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt"})
+"""Those of them that name tokens and their ids: any one of them is a tokenizer."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
-from bam_merge.sources.tokenizer import tokenizer_disagreements
+from bam_merge.sources.tokenizer import compare_tokenizers
 from bam_merge.text import nearest, some
 
 # ---- making the plan -------------------------------------------------------------------------------------------------------
@@ -39,8 +39,9 @@ def make_plan(recipe: Recipe) -> Plan:
     layout, problems = _layout(recipe)
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
+    tokenizers = compare_tokenizers(ordered)
     if ordered:
-        broken += [*same_folder(ordered), *disagreements(ordered), *tokenizer_disagreements(ordered)]
+        broken += [*same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
         broken += [f"sources.{ordered[0].name}: {problem}" for problem in uncomputable(ordered[0].facts)]
     comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
     if broken:
@@ -81,7 +82,7 @@ def make_plan(recipe: Recipe) -> Plan:
         shards=shards,
         config=config,
         unused=_unused(models, placed, made),
-        notes=tuple(_notes(layout, ordered, values, made)),
+        notes=(*_notes(layout, ordered, values, made), *tokenizers.notes),
         active_parameters=_active(placed, values),
         fingerprint=_fingerprint(recipe, models, config),
     )

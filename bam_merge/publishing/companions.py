@@ -17,7 +17,7 @@ from bam_merge.merging.tensor import Finished
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.card import model_card
 from bam_merge.publishing.manifest import manifest
-from bam_merge.sources.tokenizer import companion
+from bam_merge.sources.companions import companion
 
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.text import count, human_bytes, printable, ranges
 
@@ -23,6 +24,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "method": f"{recipe.method}, layout {plan.layout.name}",
         "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
         "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
+        "tokenizer": _tokenizer(plan),
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
         "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
         "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {count(workers, 'worker')}",
@@ -36,6 +38,14 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
             )
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _tokenizer(plan: Plan) -> str:
+    """Whose tokenizer the output gets; a plan's notes say more where the sources differ."""
+    have = [name for name, model in plan.models.items() if VOCABULARIES.intersection(model.checkpoint.companions())]
+    if plan.recipe.seed_name in have:
+        return f"of {plan.recipe.seed_name}"
+    return f"none: {plan.recipe.seed_name} has none" if have else "none: no source has one, so their ids could not be compared"
 
 
 def result_text(plan: Plan, target: Path) -> str:

@@ -1,111 +1,312 @@
 """Do the sources tokenise alike? Models whose token ids mean different words cannot share embeddings."""
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
-from bam_merge.checkpoints.folder import TOKENIZER_FILES, read_small_file
-from bam_merge.checkpoints.header import open_regular
+import xxhash
+
+from bam_merge.checkpoints.folder import TOKENIZER_FILES, VOCABULARIES
+from bam_merge.checkpoints.header import lookalike
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
+from bam_merge.sources.companions import companion, companion_notes, read_companion
 from bam_merge.sources.dense import DenseModel
-from bam_merge.text import printable
+from bam_merge.sources.tokenizer_forms import FORMS, PARTIAL, Form, Load, as_json, read_form, same_token
+from bam_merge.text import printable, some
+
+__all__ = ["TokenizerFindings", "companion", "compare_tokenizers"]
 
 
-def tokenizer_disagreements(models: list[DenseModel]) -> list[str]:
-    """A message for every source whose token ids differ from the first one's, or whose files beside the weights cannot be read.
+REMEDY = "The embeddings would be averaged over different words; align the tokenizers first."
 
-    Sources without a tokenizer are not compared.
+
+STALE = "Remove the one that is out of date."
+
+
+@dataclass
+class TokenizerFindings:
+    """What the sources' tokenizers, and the files that go with them, have wrong (`problems`) and what a plan has to say (`notes`)."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A source's tokenizer: its forms by file name, in the order in which a loader looks for them."""
+
+    source: str
+    forms: dict[str, Form]
+
+    @property
+    def there(self) -> bool:
+        """Whether a file names tokens: what only adds to a tokenizer is none."""
+        return not VOCABULARIES.isdisjoint(self.forms)
+
+
+def compare_tokenizers(models: Sequence[DenseModel]) -> TokenizerFindings:
+    """Compare every form of every source's tokenizer with the others', and check what the output takes of the first source, the seed.
+
+    Ids must mean the same tokens wherever two sources name them, and merges or scores be the same; how text is split before that may
+    differ between versions of a library, so it is a note, as is what cannot be compared.
     """
-    problems = [f"sources.{model.name}: {problem}" for model in models for problem in _unreadable(model.checkpoint.path)]
-    if problems:
-        return problems
-    first, *others = models
-    for file, compare in (("tokenizer.json", _ids_differ), ("tokenizer.model", _bytes_differ)):
-        if not (first.checkpoint.path / file).is_file():
-            continue
-        for model in others:
-            path = model.checkpoint.path / file
-            if path.is_file():
-                try:
-                    difference = compare(path, first.checkpoint.path / file)
-                except CheckpointError as error:
-                    problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
-                    continue
-                if difference:
-                    problems.append(
-                        f"sources.{model.name}: {file} differs from sources.{first.name}: {difference}. "
-                        "The embeddings would be averaged over different words; align the tokenizers first."
-                    )
-    return problems
+    found = TokenizerFindings()
+    for model in models:
+        found.problems += [f"sources.{model.name}: {problem}" for problem in _unreadable(model)]
+    if found.problems or not models:
+        return found
+    parsed: dict[str, Any] = {}
+
+    def load(data: bytes) -> Any:
+        digest = xxhash.xxh3_128_hexdigest(data)
+        if digest not in parsed:
+            parsed[digest] = load_json(data)
+        return parsed[digest]
+
+    cache: dict[tuple[str, str], Form] = {}
+    tokenizers = [_read(models[0], cache, found.problems, load)]
+    copied = models[0].checkpoint.companions()
+    _companions_of(models[0], [name for name in copied if name in tokenizers[0].forms or name not in FORMS], found, load)
+    parsed.clear()  # the others' are not looked at twice, and take much memory
+    tokenizers += [_read(model, cache, found.problems, load_json) for model in models[1:]]
+    if found.problems:
+        return TokenizerFindings(list(dict.fromkeys(found.problems)))
+    _within(tokenizers, found)
+    _between(tokenizers, found)
+    _absences(tokenizers, found)
+    return found
 
 
-def _unreadable(folder: Path) -> list[str]:
+def _companions_of(seed: DenseModel, names: list[str], found: TokenizerFindings, load: Load) -> None:
+    """What the output does not get of the seed's files, and which of them cannot be copied at all."""
+    try:
+        found.notes += [f"sources.{seed.name}: {note}" for note in companion_notes(seed.checkpoint.path, names, load)]
+    except CheckpointError as error:
+        found.problems += [f"sources.{seed.name}: {problem}" for problem in error.problems]
+
+
+def _unreadable(model: DenseModel) -> Iterator[str]:
     """Why files beside the weights that are there cannot be read: a dangling symlink is not the absence of a tokenizer."""
-    problems: list[str] = []
     for name in TOKENIZER_FILES:
-        if os.path.lexists(folder / name):
+        if os.path.lexists(model.checkpoint.path / name):
             try:
-                os.close(open_regular(str(folder / name)))
+                read_companion(model.checkpoint.path / name)
             except CheckpointError as error:
-                problems += error.problems
-    return problems
+                yield from error.problems
 
 
-def companion(path: Path) -> bytes:
-    """A tokenizer or generation file as the output gets it: byte for byte, but for keys that make a loader run code.
-
-    Raises CheckpointError.
-    """
-    data = read_small_file(path)
-    if path.suffix != ".json" or not any(key.encode() in data for key in CODE_KEYS):
-        return data
-    try:
-        document = load_json(data)
-    except ValueError as error:
-        raise CheckpointError(f"{printable(str(path))}: {error}.") from None
-    if not isinstance(document, dict) or not document.keys() & CODE_KEYS:
-        return data
-    kept = {key: value for key, value in document.items() if key not in CODE_KEYS}
-    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-CODE_KEYS = {"auto_map", "trust_remote_code"}
-"""Keys of a tokenizer's configuration by which transformers loads code, of this folder or of any repository."""
-
-
-def _bytes_differ(mine: Path, theirs: Path) -> str:
-    return "not the same bytes" if read_small_file(mine) != read_small_file(theirs) else ""
+def _read(model: DenseModel, cache: dict[tuple[str, str], Form], problems: list[str], load: Load) -> Tokenizer:
+    """The forms in the source's folder, the same bytes read once."""
+    forms: dict[str, Form] = {}
+    for name in FORMS:
+        path = model.checkpoint.path / name
+        if not os.path.lexists(path):
+            continue
+        try:
+            data = read_companion(path)
+            key = name, xxhash.xxh3_128_hexdigest(data)
+            if key not in cache:
+                cache[key] = read_form(name, data, key[1], load)
+        except CheckpointError as error:
+            problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
+        except ValueError as error:
+            what = lookalike(data) if name.endswith(".json") else ""
+            problems.append(f"sources.{model.name}: {printable(str(path))}: {f'this is {what}' if what else error}.")
+        else:
+            forms[name] = cache[key]
+    return Tokenizer(model.name, forms)
 
 
-def _ids_differ(mine: Path, theirs: Path) -> str:
-    """What differs in the map from token to id or in the merges; '' when only settings such as truncation do."""
-    a, b = read_small_file(mine), read_small_file(theirs)
-    if a == b:
+# ---- the forms in one folder -----------------------------------------------------------------------------------------------
+
+
+def _within(tokenizers: Sequence[Tokenizer], found: TokenizerFindings) -> None:
+    """Two forms in one folder that contradict each other: which one counts depends on who loads the output."""
+    for tokenizer in tokenizers:
+        for a, b in combinations(tokenizer.forms.values(), 2):
+            clash = _clash(a, b)
+            if clash is None and (orders := _orders_differ(a, b)):
+                found.problems.append(f"sources.{tokenizer.source}: {a.file} and {b.file} contradict each other: {orders}. {STALE}")
+            if clash is None:
+                continue
+            text = f"sources.{tokenizer.source}: {a.file} and {b.file} contradict each other: {clash.text}"
+            if a.is_added(clash.number) == b.is_added(clash.number):
+                found.problems.append(f"{text}. {STALE}")
+            else:
+                found.notes.append(f"{text}; it is taken as renamed, by {a.file if a.is_added(clash.number) else b.file}.")
+
+
+@dataclass(frozen=True)
+class Clash:
+    """An id that two forms give to different tokens, in words."""
+
+    number: Any
+    text: str
+
+
+def _clash(a: Form, b: Form) -> Clash | None:
+    """The first contradiction between the ids that both forms name; what only one names is none."""
+    if a.ids == b.ids or not a.ids or not b.ids:
+        return None
+    theirs = b.names
+    renamed = None
+    for token, number in a.ids.items():
+        other = b.ids.get(token)
+        if other is None and type(number) is int:
+            names = theirs.get(number, [token])
+            if any(same_token(token, name) for name in names):
+                continue
+            text = f"id {number} is {_shown(token)} in {a.file}, {_shown(names[0])} in {b.file}"
+        elif other is None or other == number:
+            continue
+        else:
+            text = f"token {_shown(token)} has id {_id(number)} in {a.file}, {_id(other)} in {b.file}"
+        clash = Clash(number, text)
+        if a.is_added(number) == b.is_added(number):
+            return clash
+        renamed = renamed or clash
+    return renamed
+
+
+def _orders_differ(a: Form, b: Form) -> str:
+    """What is said of merges or scores that both forms hold, and that are not the same."""
+    if a.order is None or b.order is None or a.order[0] != b.order[0] or a.order[1] == b.order[1]:
         return ""
-    (my_ids, my_rest), (their_ids, their_rest) = _tokens(mine, a), _tokens(theirs, b)
-    for token in my_ids:
-        if token not in their_ids or their_ids[token] != my_ids[token]:
-            return f"token {printable(repr(token))} has id {_id(my_ids, token)} here, {_id(their_ids, token)} there"
-    if len(my_ids) != len(their_ids):
-        return f"{len(my_ids)} tokens here, {len(their_ids)} there"
-    return "" if my_rest == their_rest else "the merges are not the same"
+    return f"the {a.order[0]} are not the same"
 
 
-def _id(ids: dict[str, int], token: str) -> str:
-    return printable(str(ids.get(token, "none")), 40)
+def _shown(token: str) -> str:
+    return printable(repr(token))
 
 
-def _tokens(path: Path, data: bytes) -> tuple[dict[str, int], Any]:
-    """All token ids of a tokenizer.json, and its merges."""
-    try:
-        document = load_json(data)
-        model = document["model"]
-        vocab = model["vocab"]
-        ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
-        ids.update({token["content"]: token["id"] for token in document.get("added_tokens") or ()})
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
-        return ids, merges
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{printable(str(path))}: not a tokenizer file ({type(error).__name__}: {printable(str(error))}).") from None
+def _id(number: Any) -> str:
+    return printable(str(number), 40)
+
+
+# ---- one source and another ------------------------------------------------------------------------------------------------
+
+
+def _between(tokenizers: Sequence[Tokenizer], found: TokenizerFindings) -> None:
+    """Every source with every one before it, unless their files are the same; one problem for each source."""
+    alike: dict[tuple[str, ...], str] = {}
+    distinct = [t for t in tokenizers if alike.setdefault(_fingerprint(t), t.source) == t.source]
+    for index, mine in enumerate(distinct):
+        for theirs in distinct[:index]:
+            if problem := _differ(mine, theirs):
+                found.problems.append(f"sources.{mine.source}: {problem}. {REMEDY}")
+                break
+        else:
+            pairs = ((mine, theirs) for theirs in distinct[:index] if mine.there and theirs.there)
+            found.notes += (note for pair in pairs for note in _not_compared(*pair))
+
+
+def _fingerprint(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The files, their bytes: of tokenizer_config.json only the tokens, for the rest of it is settings."""
+    return tuple(
+        f"{name} {as_json(form.ids) if name == 'tokenizer_config.json' else form.digest}" for name, form in tokenizer.forms.items()
+    )
+
+
+def _differ(mine: Tokenizer, theirs: Tokenizer) -> str:
+    """What differs between two sources' tokenizers; '' when nothing does."""
+    for name in [name for name in mine.forms if name in theirs.forms]:
+        if difference := _same_file_differs(mine.forms[name], theirs.forms[name], mine, theirs):
+            return f"{name} differs from sources.{theirs.source}: {difference}"
+    for a, b in _across(mine, theirs):
+        clash = _clash(a, b)
+        difference = clash.text if clash else _orders_differ(a, b)
+        if difference:
+            return f"{a.file} differs from {b.file} of sources.{theirs.source}: {difference}"
+    return ""
+
+
+def _across(mine: Tokenizer, theirs: Tokenizer) -> Iterator[tuple[Form, Form]]:
+    """The pairs of different files that must agree: not those that a file of both folders links, for a folder agrees with itself."""
+    for a in mine.forms.values():
+        for b in theirs.forms.values():
+            linked = a.file in theirs.forms or b.file in mine.forms
+            if a.file != b.file and (not linked or {a.file, b.file} & {"added_tokens.json", "tokenizer_config.json"}):
+                yield a, b
+
+
+def _same_file_differs(a: Form, b: Form, mine: Tokenizer, theirs: Tokenizer) -> str:
+    """What differs between one file, `a` and `b`, of two folders.
+
+    Where a file holds a whole vocabulary, a token that only one names differs too, unless the other folder names it in another file.
+    """
+    if a.digest == b.digest:
+        return ""
+    if a.unread or b.unread:
+        return "not the same bytes"
+    if a.file in PARTIAL or a.file == "tekken.json":  # which names its special tokens in some versions only
+        clash = _clash(a, b)
+        return (clash.text if clash else "") or _orders_differ(a, b)
+    if a.ids == b.ids:
+        return _orders_differ(a, b)
+    here, there = ({**_elsewhere(side), **form.ids} for side, form in ((mine, a), (theirs, b)))
+    for token in a.ids:
+        if token not in there or there[token] != a.ids[token]:
+            return f"token {_shown(token)} has id {_id(a.ids[token])} here, {_id(there.get(token, 'none'))} there"
+    if not b.ids.keys() <= here.keys():
+        return f"{len(a.ids)} tokens here, {len(b.ids)} there"
+    return _orders_differ(a, b)
+
+
+def _elsewhere(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Every token that a file of the folder names."""
+    return {token: number for form in tokenizer.forms.values() for token, number in form.ids.items()}
+
+
+# ---- what a plan has to say ------------------------------------------------------------------------------------------------
+
+
+def _not_compared(mine: Tokenizer, theirs: Tokenizer) -> Iterator[str]:
+    """What of two tokenizers that do not contradict each other could not be compared, or differs without changing what an id means."""
+    where = f"sources.{mine.source} and sources.{theirs.source}"
+    for a, b in ((mine, theirs), (theirs, mine)):
+        known = set[int]().union(*(form.names for form in b.forms.values()))
+        alone = {n: names for form in a.forms.values() for n, names in form.names.items() if n not in known}
+        if alone:
+            first = min(alone)
+            yield (
+                f"sources.{a.source} names {len(alone)} token ids that no file of sources.{b.source} names "
+                f"(the first: {first}, {_shown(alone[first][0])}): not compared."
+            )
+    orders = [{form.order[0] for form in t.forms.values() if form.order} for t in (mine, theirs)]
+    if not orders[0] & orders[1] and (orders[0] or orders[1]):
+        has = [" and ".join(sorted(order)) or "neither merges nor scores" for order in orders]
+        yield f"{where}: the order in which pieces are joined is not compared ({has[0]} in one, {has[1]} in the other)."
+    for name, form in mine.forms.items():
+        other = theirs.forms.get(name)
+        if other and not form.unread and as_json(form.split) != as_json(other.split):
+            yield f"{where}: {name} splits text otherwise before its tokens are looked up; the output takes the seed's files."
+
+
+def _absences(tokenizers: Sequence[Tokenizer], found: TokenizerFindings) -> None:
+    """Notes on sources without a tokenizer, and on files that nobody here can read."""
+    have = [tokenizer.source for tokenizer in tokenizers if tokenizer.there]
+    lack = [tokenizer.source for tokenizer in tokenizers if not tokenizer.there]
+    if have and lack:
+        found.notes.append(f"{_named(lack)} no tokenizer: taken to have that of {_named_plain(have)}, which nothing here can check.")
+    if have and tokenizers[0].source in lack:
+        found.notes.append(
+            f"the output gets no tokenizer, for sources.{lack[0]}, which gives it, has none; {_named(have)} one. "
+            f"Copy its files into the folder of sources.{lack[0]} to have it in the output."
+        )
+    for tokenizer in tokenizers:
+        for form in tokenizer.forms.values():
+            if form.unread:
+                found.notes.append(
+                    f"sources.{tokenizer.source}: {form.file} cannot be read ({form.unread}): compared with the same bytes only."
+                )
+
+
+def _named(sources: Sequence[str]) -> str:
+    return f"{_named_plain(sources)} {'has' if len(sources) == 1 else 'have'}"
+
+
+def _named_plain(sources: Sequence[str]) -> str:
+    return some(f"sources.{name}" for name in sources)
