@@ -132,6 +132,33 @@ for _name in ("bool", "int", "float", "null"):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
 
 
+_LEADING_ZERO = re.compile(r"^[-+]?0[0-9]")
+
+
+_EXPLICIT = {kind: re.compile(_RESOLVERS[kind][0]) for kind in ("int", "float")}
+"""What numbers look like here. PyYAML's own constructors are never asked: to them 010 is 8 and 1:30 is 90."""
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """The decimal number that `node` is. Raises YamlError for one that YAML 1.1 and 1.2 read differently."""
+    kind, text = node.tag.rpartition(":")[2], str(node.value)
+    pattern = _EXPLICIT[kind]
+    if not pattern.match(text):
+        article = "an int" if kind == "int" else "a float"
+        raise YamlError(f"{printable(text, 60)!r} is no {kind}: {article} here is a plain decimal number", node.start_mark)
+    if _LEADING_ZERO.match(text):
+        shown, plain = printable(text, 60), printable(re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text), 60)
+        raise YamlError(
+            f"{shown} begins with a zero, which some readers of YAML take for base eight; write {plain}, or '{shown}' if it is a name",
+            node.start_mark,
+        )
+    return int(text) if kind == "int" else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _name in _EXPLICIT:
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _number)
+
+
 def load_yaml(text: str) -> tuple[Any, dict[Path, yaml.Mark]]:
     """Parse one YAML document. Returns the value and, for every path in it, where it stands in the text.
 
@@ -186,10 +213,16 @@ def _scalar(loader: _Loader, node: yaml.Node) -> Any:
     try:
         value = loader.construct_object(node)
         if isinstance(value, int) and value.bit_length() > 64:
-            raise OverflowError
+            raise YamlError(f"{printable(str(node.value), 60)} is beyond 64 bits, which is no int", node.start_mark)
+    except YamlError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # what PyYAML's constructors raise for "!!int x"
         kind = node.tag.rpartition(":")[2]
         raise YamlError(f"{printable(str(node.value), 60)!r} is no {kind}", node.start_mark) from None
+    if value is not None and not isinstance(value, str | int | float):  # of !!binary and !!timestamp
+        raise YamlError(
+            f"the tag {printable(node.tag.rpartition(':')[2], 60)} makes a value that no recipe has; remove it", node.start_mark
+        )
     if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise YamlError("a NUL or half a surrogate pair, which no name and no path has", node.start_mark)
     return value

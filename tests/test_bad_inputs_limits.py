@@ -144,7 +144,7 @@ RECIPES = {
     "a tag that makes objects": ("method: !!python/name:os.system x", "HOME/x.yaml:1:9: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'."),
     "a character beyond Unicode": ('method: "\\UFFFFFFFF"', "HOME/x.yaml:1:12: a character or number that does not exist."),
     "a version of 5,000 digits": (f"%YAML 1.{'9' * 5000}\n---\na: 1", "HOME/x.yaml:1:9: a character or number that does not exist."),
-    "an integer of 5,000 digits": (f"random_seed: !!int 0x{'f' * 5000}", "HOME/x.yaml:1:14: '0xffffffffffffffffffffffffffffffffffffffffffffffffffffffffff... (5002 characters)' is no int."),
+    "an integer of 5,000 digits": (f"random_seed: !!int 0x{'f' * 5000}", "HOME/x.yaml:1:14: '0xffffffffffffffffffffffffffffffffffffffffffffffffffffffffff... (5002 characters)' is no int: an int here is a plain decimal number."),
     "a path with a NUL": ('sources: {a: "x\\0y"}', "HOME/x.yaml:1:14: a NUL or half a surrogate pair, which no name and no path has."),
     "a raw escape": ("method: \x1b[31m", "HOME/x.yaml: not valid YAML: unacceptable character #x001b: special characters are not allowed in \"<unicode string>\", position 8."),
     "a shard size without end": ("method: bam\nsources: {a: a, b: b}\noutput: {path: o, max_shard_size: 9e300GB}", "HOME/x.yaml:3:19: output.max_shard_size: '9e300GB' is no size; write for example 5GB, 500MB or 2GiB."),

@@ -35,6 +35,8 @@ def test_json_accepted() -> None:
 @pytest.mark.parametrize(("text", "value"), [
     ("1e-2", 0.01), ("1E5", 1e5), (".5", 0.5), ("-3", -3), ("1.", 1.0), ("1:30", "1:30"), ("0-3", "0-3"), ("2024-01-01", "2024-01-01"),
     ("0o17", "0o17"), ("yes", True), ("no", False), ("~", None), ("", None), ("5GB", "5GB"), ('"1e-2"', "1e-2"), ("1_000", "1_000"),
+    ("0x10", "0x10"), ("0b1", "0b1"), ("+5", 5), ("0", 0), ("-0", 0), ("0.5", 0.5), ("00:30", "00:30"), ("!!int 5", 5), ("!!float 5", 5.0),
+    ('"010"', "010"),
 ])  # fmt: skip
 def test_yaml_scalars(text: str, value: object) -> None:
     document, _ = load_yaml(f"x: {text}")
@@ -58,6 +60,24 @@ def test_yaml_scalars(text: str, value: object) -> None:
     ("a: !!timestamp x", "'x' is no timestamp", (1, 4)),
     ("a: " + "9" * 5000, "is no int", (1, 4)),
     ("!!int x: 1", "'x' is no int", (1, 1)),
+    ("a: !!binary aGk=", "the tag binary makes a value that no recipe has; remove it", (1, 4)),
+    ("a: !!timestamp 2024-01-01", "the tag timestamp makes a value that no recipe has", (1, 4)),
+    ("a: 010", "010 begins with a zero, which some readers of YAML take for base eight; write 10, or '010' if it is a name", (1, 4)),
+    ("a: -012", "write -12, or '-012'", (1, 4)),
+    ("a: +08", "write [+]8, or", (1, 4)),
+    ("a: 00", "write 0, or '00'", (1, 4)),
+    ("a: 01.5", "write 1.5, or '01.5'", (1, 4)),
+    ("a: 010e2", "write 10e2, or '010e2'", (1, 4)),
+    ("010: 1", "010 begins with a zero", (1, 1)),
+    ("a: !!int 010", "write 10, or", (1, 4)),
+    ("a: !!float 010", "write 10, or", (1, 4)),
+    ("a: !!int 0x10", "'0x10' is no int: an int here is a plain decimal number", (1, 4)),
+    ("a: !!int 0b1", "'0b1' is no int", (1, 4)),
+    ("a: !!int 1:30", "'1:30' is no int", (1, 4)),
+    ("a: !!int 1_000", "'1_000' is no int", (1, 4)),
+    ("a: !!float 1:30", "'1:30' is no float: a float here is a plain decimal number", (1, 4)),
+    ("a: !!float 1_0.5", "'1_0.5' is no float", (1, 4)),
+    ("a: 18446744073709551616", "is beyond 64 bits, which is no int", (1, 4)),
     ("[" * 40 + "]" * 40, "nested more than 32 deep", None),
     ("# " + "x" * 1_000_001, "larger than 1,000,000 bytes", None),
     ("a: [" + "b," * 20_001 + "]", "more than 20,000 values", None),

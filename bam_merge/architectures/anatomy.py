@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from bam_merge.architectures.config import dense_layers, facts_of
+from bam_merge.architectures.config import dense_layers, facts_of, is_quantised
 from bam_merge.architectures.tables import (
     Architecture,
     Key,
@@ -25,6 +25,7 @@ from bam_merge.architectures.tables import (
 )
 from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
+from bam_merge.paths import located
 from bam_merge.text import printable, some
 
 SCALE = "_scale_inv"
@@ -55,15 +56,16 @@ class Anatomy:
 
 def open_anatomy(path: str | os.PathLike[str], source: str = "model") -> Anatomy:
     """Open a folder or one safetensors file. Raises CheckpointError where the files themselves cannot be read."""
-    alone = os.path.exists(path) and not os.path.isdir(path)
-    return anatomy(open_file(path) if alone else open_checkpoint(path), source)
+    place = located(path)
+    alone = os.path.exists(place) and not os.path.isdir(place)
+    return anatomy(open_file(place) if alone else open_checkpoint(place), source)
 
 
 def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     """What each tensor of `checkpoint` is; leaves read from `source`."""
     findings = list(checkpoint.notes)
     facts: dict[str, Any] = {}
-    if "quantization_config" in checkpoint.config:
+    if is_quantised(checkpoint.config):
         findings.append("config.json has a quantization_config: sizes and values are those of the quantised weights as stored.")
     if checkpoint.config_digest:
         architecture, guessed = find_by_model_type(checkpoint.config.get("model_type")), False

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
+from bam_merge.validation_words import shown
 
 COMMON_FUNCTION = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "num_key_value_heads",
@@ -63,7 +65,7 @@ def facts_of(architecture: Architecture, config: Mapping[str, Any], problems: li
     if architecture.name == "bam":
         for key in BAM_SIZES:
             if not is_size(config.get(key)):
-                problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(config.get(key)), 60)}.")
+                problems.append(f"config.json: {key} must be a positive integer, found {shown(config.get(key))}.")
         if len(problems) == before and config["num_hidden_layers"] > MAX_LAYERS:
             problems.append(f"config.json: num_hidden_layers {config['num_hidden_layers']}, expected at most {MAX_LAYERS}.")
         for key in ("num_attention_experts", "num_attention_experts_per_tok", "parallel_norms"):
@@ -127,16 +129,17 @@ def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
 def describe(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """The facts of a dense model: what its config.json says and its family implies. Empty when a needed key is unusable."""
 
+    before = len(problems)
+    config = without_nulls(family, config, problems)
+
     def get(key: str) -> Any:
-        value = config.get(key)
-        return family.defaults.get(key) if value is None and key not in config else value
+        return config[key] if key in config else family.defaults.get(key)
 
     facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function)}
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
-    before = len(problems)
     for key in COMMON_FUNCTION[:6]:
-        if not is_size(facts[key]):
-            problems.append(f"config.json: {key} must be a positive integer, found {printable(repr(facts[key]), 60)}.")
+        if not is_size(facts[key]) and (key != "num_key_value_heads" or get(key)):  # one that follows from another is said once
+            problems.append(f"config.json: {key} must be a positive integer, found {shown(facts[key])}.")
     problems += _mistyped(family, config)
     if len(problems) > before:
         return {}
@@ -238,3 +241,8 @@ def _sliding(get: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     window = window if any(sliding) else None
     how = "none" if not window else "all" if all(sliding) else "mixed"
     return {"sliding_window": window, "layer_types": list(types), "sliding": how, "use_sliding_window": window is not None}
+
+
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the weights are quantised; null and {} say that they are not."""
+    return config.get("quantization_config") not in (None, {})

@@ -10,6 +10,7 @@ import xxhash
 from bam_merge.checkpoints.header import FileIdentity, Header, TensorEntry, lookalike, open_regular, read_header, reason
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
+from bam_merge.paths import located
 from bam_merge.text import printable, some
 
 INDEX = "model.safetensors.index.json"
@@ -57,7 +58,7 @@ class Checkpoint:
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it."""
-    folder = Path(path)
+    folder = located(path)
     if not _is_there(folder):
         raise CheckpointError(f"{printable(str(folder))}: no such folder.")
     if not folder.is_dir():
@@ -96,7 +97,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def open_file(path: str | os.PathLike[str]) -> Checkpoint:
     """One safetensors file as a checkpoint without a config.json; `path` is its folder. Raises CheckpointError."""
-    file = Path(path)
+    file = located(path)
     header = read_header(str(file), file.name)
     return Checkpoint(file.parent, {}, "", {file.name: header}, {entry.name: entry for entry in header.tensors})
 

@@ -1,6 +1,7 @@
 """bam_merge.json read back: what each tensor of a merged folder was made of, and what became of each tensor of a source."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ def _is_sealed(document: Mapping[str, Any], data: bytes) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise VerifyError(f"{printable(str(folder))}: {'not a' if folder.exists() else 'no such'} folder.")
+    if not os.path.isdir(folder):
+        raise VerifyError(f"{printable(str(folder))}: {'not a' if os.path.exists(folder) else 'no such'} folder.")
     if not path.exists():
         raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
     try:

@@ -13,6 +13,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, leaf_runs, stored
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
+from bam_merge.paths import located
 from bam_merge.text import nearest, printable
 
 Place = tuple[str, int | None, int | None]
@@ -48,9 +49,9 @@ class Side:
 
 def open_side(address: str | os.PathLike[str]) -> Side:
     """Open PATH or PATH#EXPERT. Raises CheckpointError when it cannot be read, or has no such expert."""
-    text = os.fspath(address)
+    text = os.fsdecode(address)
     path, mark, name = text.rpartition("#")
-    if not mark or os.path.exists(text):
+    if not mark or os.path.exists(located(text)):
         found = open_anatomy(text)
         return Side(text, found, None, _placed(found), dict(found.dropped))
     found = open_anatomy(path)

@@ -8,11 +8,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bam_merge.architectures.computable import uncomputable
-from bam_merge.architectures.config import describe, mixture_values
+from bam_merge.architectures.config import describe, is_quantised, mixture_values
 from bam_merge.architectures.tables import architecture_names, find_by_model_type
 from bam_merge.errors import CheckpointError
 from bam_merge.model.model import ModelConfig
 from bam_merge.text import printable
+from bam_merge.validation_words import expectation, shown
 
 # ---- the configuration -----------------------------------------------------------------------------------------------------
 
@@ -24,7 +25,7 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
         found = printable(repr(config.get("model_type")))
         raise CheckpointError(f"config.json: model_type {found} is not known here. Known: {', '.join(architecture_names())}.")
     problems: list[str] = []
-    if "quantization_config" in config:
+    if is_quantised(config):
         problems.append("config.json has a quantization_config; quantised weights are not read. Use the full-precision model.")
     if architecture.name == "bam":
         values = dict(config)
@@ -50,8 +51,9 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
 
 def _explained(error: Any) -> str:
     key = ".".join(map(str, error["loc"]))
-    found = "" if error["type"] == "missing" else f", found {printable(repr(error['input']))}"
-    return f"config.json: {key}: {error['msg'][:1].lower()}{error['msg'][1:]}{found}."
+    if error["type"] == "missing":
+        return f"config.json: {key} is missing. Add it."
+    return f"config.json: {key} must be {expectation(error)}, found {shown(error['input'], 200)}."
 
 
 def _inconsistencies(config: ModelConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, NEUTRAL, ROPE_KEYS
+from bam_merge.architectures.nulls import KEPT
 from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import TORCH_NAMES
 from bam_merge.planning.assign import Made
@@ -71,6 +72,10 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _is_written(source: Mapping[str, Any], key: str) -> bool:
+    return key in source and (source[key] is not None or key in KEPT)
+
+
 def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json of the output, keys sorted. For a dense layout: the seed's known keys, spelled as there."""
     source = seed.checkpoint.config
@@ -81,9 +86,11 @@ def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, A
     }
     if layout.kind == "dense":
         keys = (*COMMON_FUNCTION, *ROPE_KEYS, *layout.function, *layout.neutral, *NEUTRAL)
-        config.update({key: source[key] for key in keys if key in source})
+        config.update({key: source[key] for key in keys if _is_written(source, key)})
+        followed = [key for key in ("head_dim", "num_key_value_heads") if key in source and source[key] is None]
+        config.update({key: values[key] for key in followed})  # null there is not everywhere what a key left out is
         return dict(sorted(config.items()))
-    config.update({key: source[key] for key in NEUTRAL if key in source})
+    config.update({key: source[key] for key in NEUTRAL if _is_written(source, key)})
     for key, value in layout.config.items():
         if isinstance(value, str) and value.startswith("$"):
             value = values.get(value[1:])

@@ -13,6 +13,7 @@ from bam_merge.planning.fill import filling
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.text import some
 
 
 def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Mapping[Site, Made], problems: list[str]) -> list[Step]:
@@ -75,13 +76,25 @@ def dtype_problems(recipe: Recipe, steps: list[Step]) -> list[str]:
     for dtypes in per_site.values():
         if len(dtypes) > 1:
             mixed.setdefault(tuple(sorted(dtypes)), "; ".join(f"{name} is {dtype}" for dtype, name in dtypes.items()))
-    problems = [f"{recipe.file}: output.dtype: {name} is {dtype}, which cannot be converted to {target}." for dtype, name in unfit.items()]
+    problems = [
+        f"{recipe.file}: output.dtype: {name} is {dtype}, which cannot be converted to {target}. Convert that source first, or use its "
+        "full-precision model."
+        for dtype, name in unfit.items()
+    ]
     if target is None:
         problems += [
-            f"{recipe.file}: output.dtype: source keeps what is stored, but the sources disagree: {text}. Set dtype: bfloat16 (or another)."
-            for text in mixed.values()
+            f"{recipe.file}: output.dtype: source keeps what is stored, but the sources disagree: {text}. {_dtype_advice(dtypes)}"
+            for dtypes, text in mixed.items()
         ]
     return problems
+
+
+def _dtype_advice(dtypes: tuple[str, ...]) -> str:
+    """The way out of sources stored in several dtypes, which is a conversion only where all of them can be converted."""
+    fixed = [dtype for dtype in dtypes if dtype not in ARITHMETIC_DTYPES]
+    if not fixed:
+        return "Set dtype: bfloat16 (or another)."
+    return f"{some(fixed)} cannot be converted here: convert those sources to bfloat16 first, or use their full-precision models."
 
 
 def place(steps: list[Step], limit: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:

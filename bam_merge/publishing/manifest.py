@@ -44,7 +44,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
 def _recipe_folder(plan: Plan) -> str:
     """The way from the recipe's output path to the folder of the recipe, from which its sources are named."""
     folder = os.path.abspath(plan.recipe.folder)
-    return os.path.relpath(folder, os.path.join(folder, plan.recipe.output.path))
+    return os.path.relpath(folder, os.path.join(folder, plan.recipe.relative(plan.recipe.output.path)))
 
 
 def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ SMALL_FILES = 20_000_000
 
 def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:
     """Where the result goes: `output` relative to the working directory, or the recipe's path relative to the recipe."""
-    return Path(os.path.abspath(output if output is not None else plan.recipe.folder / plan.recipe.output.path))
+    return Path(os.path.abspath(output if output is not None else plan.recipe.located(plan.recipe.output.path)))
 
 
 # ---- before anything is written ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
+from bam_merge.paths import path_problem
 from bam_merge.recipe.makes import (
     Copy,
     DareTies,
@@ -22,9 +23,14 @@ from bam_merge.recipe.makes import (
     parse_size,
 )
 from bam_merge.text import nearest, printable, some
+from bam_merge.validation_words import shown
 
 if TYPE_CHECKING:
     from bam_merge.recipe.schema import Recipe
+
+_OF_KEYS = ("extra_forbidden", "missing", "union_tag_not_found", "union_tag_invalid")
+"""Types of pydantic's errors that are about a key, not about its value."""
+
 
 # ---- consistency ---------------------------------------------------------------------------------------------------------
 
@@ -40,10 +46,19 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     for name in recipe.sources:
         if name not in used:
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
+    yield from _paths(recipe)
     try:
         parse_size(recipe.output.max_shard_size)
     except ValueError as error:
         yield ("output", "max_shard_size"), str(error)
+
+
+def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    paths: dict[DocumentPath, str] = {("sources", name): path for name, path in recipe.sources.items()}
+    for place, path in {**paths, ("output", "path"): recipe.output.path}.items():
+        wrong = path_problem(path)
+        if wrong:
+            yield place, f"found {shown(path)}: {wrong}"
 
 
 def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:

@@ -1,63 +1,78 @@
 """What pydantic found wrong, in the recipe's own words."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from bam_merge.documents import Path as DocumentPath
+from bam_merge.recipe.checks import _OF_KEYS
 from bam_merge.text import nearest, printable
+from bam_merge.validation_words import bare, entries, expectation, hint, literals, shown
 
 
 def dotted(path: DocumentPath) -> str:
     text = ""
     for key in path:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
-    return printable(text)
+    return printable(text) or "a key"
 
 
 def explain(error: ValidationError, document: Any, name: str, places: Mapping[DocumentPath, str], root: type[BaseModel]) -> list[str]:
     """pydantic's findings as our messages: where, what was found, what was expected, the nearest valid name."""
-    messages = []
+    found: dict[DocumentPath, list[tuple[Any, list[str]]]] = {}
     for item in error.errors(include_url=False):
-        path, tags = _document_path(item["loc"], document)
-        found = item["input"]
-        what = {"bool": f"{str(found).lower()} (a bare yes, no, on or off is true or false in YAML: quote it)"}.get(
-            type(found).__name__, printable(repr(found), 60)
-        )
-        match item["type"]:
-            case "extra_forbidden":
-                text = f"unknown key{nearest(str(path[-1]), _valid_keys(path, tags, root))}"
-            case "missing":
-                text = "is required and missing"
-                path = path if path and path[-1] == item["loc"][-1] else (*path, str(item["loc"][-1]))
-            case "union_tag_not_found":
-                path, text = (*path, "init" if path[0] == "router" else "make"), "is required and missing"
-            case "union_tag_invalid":
-                context = item["ctx"]
-                key = "init" if path[0] == "router" else "make"
-                valid = [tag for tag in (word.strip(" '") for word in str(context["expected_tags"]).split(",")) if tag != "both"]
-                tag = str(context["tag"])
-                path, text = (*path, key), f"{printable(repr(tag), 60)} is none of {', '.join(valid)}{nearest(tag, valid)}"
-            case "literal_error":
-                valid = [word.strip(" '") for word in str(item["ctx"]["expected"]).replace(" or ", ", ").split(",")]
-                text = f"found {what}, expected {' or '.join(valid)}{nearest(str(found), valid)}"
-            case _:
-                text = f"found {what}: {item['msg'][0].lower()}{item['msg'][1:]}"
-        place = next((places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in places), "")
-        messages.append(f"{name}{place}: {dotted(path)}: {text}{'' if text.endswith('?') else '.'}")
+        path, tags = _document_path(item, document)
+        found.setdefault(path, []).append((item, tags))
+    messages = []
+    for path, items in found.items():
+        if items[0][0]["type"] == "too_short" and any(path == other[: len(path)] != other for other in found):
+            continue  # pydantic counts the entries that are right
+        for key, text in _described(path, items, root):
+            place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), "")
+            messages.append(f"{name}{place}: {dotted(key)}: {text}{'' if text.endswith('?') else '.'}")
     return list(dict.fromkeys(messages))
 
 
-def _document_path(loc: tuple[int | str, ...], document: Any) -> tuple[DocumentPath, list[str]]:
+def _described(path: DocumentPath, items: list[tuple[Any, list[str]]], root: type[BaseModel]) -> Iterator[tuple[DocumentPath, str]]:
+    """(key, what is wrong) of all that pydantic found at `path`; what a value of several types might have been stands in one message."""
+    wrong_types = [item for item, _ in items if item["type"] not in _OF_KEYS]
+    if wrong_types:
+        item = next((item for item in wrong_types if not item["type"].endswith("_type")), wrong_types[0])  # of the type that did fit
+        of_type = [item] if not item["type"].endswith("_type") else wrong_types
+        expected = " or ".join(dict.fromkeys(map(expectation, of_type)))
+        close = nearest(bare(item["input"]), literals(item["ctx"]["expected"])) if item["type"] == "literal_error" else ""
+        yield path, f"found {shown(item['input'])}{hint(item)}, expected {expected}{close}"
+    lacking = [item for item, _ in items if item["type"] == "missing" and isinstance(item["loc"][-1], int)]
+    if lacking:  # entries of a list of fixed length
+        yield path, f"found {entries(len(lacking[-1]['input']))}, expected {lacking[-1]['loc'][-1] + 1}"
+    for item, tags in items:
+        key = "init" if path[:1] == ("router",) else "make"
+        match item["type"]:
+            case "extra_forbidden":
+                yield path, f"unknown key{nearest(str(path[-1]), _valid_keys(path, tags, root))}"
+            case "missing" if item not in lacking:
+                yield path, "is required and missing"
+            case "union_tag_not_found":
+                yield (*path, key), "is required and missing"
+            case "union_tag_invalid":
+                valid = [tag for tag in literals(item["ctx"]["expected_tags"]) if tag != "both"]
+                value = item["input"].get(key) if isinstance(item["input"], dict) else item["input"]
+                yield (*path, key), f"{shown(value)} is none of {', '.join(valid)}{nearest(bare(value), valid)}"
+
+
+def _document_path(error: Any, document: Any) -> tuple[DocumentPath, list[str]]:
     """Split pydantic's location into the path in the document and the union tags that it adds on the way."""
     path: list[str | int] = []
     tags: list[str] = []
     here = document
-    for index, step in enumerate(loc):
-        last = index == len(loc) - 1
+    for index, step in enumerate(error["loc"]):
+        last = index == len(error["loc"]) - 1
         inside = (isinstance(here, dict) and step in here) or (isinstance(here, list) and isinstance(step, int) and step < len(here))
-        if inside:
+        of_type = last and here is error["input"] and error["type"] != "missing"  # int, str: the type that was tried
+        if of_type or (not tags and _is_union(path)) or (tags == ["both"] and len(path) == 2):
+            tags.append(str(step))
+        elif inside:
             path.append(step)
             here = here[step]
         elif last and isinstance(here, dict):
@@ -65,6 +80,11 @@ def _document_path(loc: tuple[int | str, ...], document: Any) -> tuple[DocumentP
         else:
             tags.append(str(step))
     return tuple(path), tags
+
+
+def _is_union(path: list[str | int]) -> bool:
+    """Whether what stands at `path` is one of several models, so that pydantic's next step names which."""
+    return path in (["shared"], ["router"]) or (len(path) == 2 and path[0] == "rules")
 
 
 def _valid_keys(path: DocumentPath, tags: list[str], root: type[BaseModel]) -> list[str]:

@@ -11,17 +11,19 @@ from bam_merge.checkpoints.folder import read_small_file
 from bam_merge.documents import YAML_MAX_BYTES, YamlError, load_yaml
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.errors import CheckpointError, RecipeError
+from bam_merge.paths import located
 from bam_merge.recipe.checks import inconsistencies
 from bam_merge.recipe.explain import dotted, explain
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
+from bam_merge.validation_words import kind_of
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read the recipe at `path`. Raises RecipeError with every problem, each with line, column and key."""
-    file = Path(path)
+    file = located(path, error=RecipeError)
     try:
         text = read_small_file(file, YAML_MAX_BYTES).decode()
     except CheckpointError as error:
@@ -41,7 +43,7 @@ def parse_recipe(document: Any, folder: Path = Path(), file: str = "recipe", pla
     """Check a recipe given as plain data. `places` maps paths in the document to ':line:column'. Raises RecipeError."""
     name, places = printable(file), places or {}
     if not isinstance(document, dict):
-        raise RecipeError(f"{name}: a recipe is a mapping with method, sources and output; found {type(document).__name__}.")
+        raise RecipeError(f"{name}: a recipe is a mapping with method, sources and output; found {kind_of(document)}.")
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:

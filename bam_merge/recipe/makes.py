@@ -21,7 +21,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+Integer = Annotated[int, Field(lt=2**63)]
 
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
@@ -169,7 +172,7 @@ OneInit = Annotated[RouterInit, Field(discriminator="init")]
 
 class Selector(Strict):
     roles: Names = Field(description="roles or globs such as attn.*; a weight's role covers its bias")
-    layers: int | str | None = Field(default=None, description='layers such as 3, "0-3", "0,4-7" or "20-" (to the last)')
+    layers: Integer | str | None = Field(default=None, description='layers such as 3, "0-3", "0,4-7" or "20-" (to the last)')
 
 
 Merging = Mean | Copy | Linear | Slerp | TaskArithmetic | Ties | DareTies
@@ -231,7 +234,7 @@ def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
     chosen: set[int] = set()
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or len(part) > 20:
+        if not part.isascii() or not first.isdecimal() or (last and not last.isdecimal()) or len(part) > 20:
             raise ValueError(f'{printable(repr(text))} is no layer range; write 3, "0-3", "0,4-7" or "20-".')
         end = int(last) if last else count - 1 if dash else int(first)
         if int(first) > end:

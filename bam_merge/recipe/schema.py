@@ -1,14 +1,16 @@
 """The recipe: what to merge from what, typed and strict. Every wrong key, type or name is reported with its place."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from bam_merge import expressions
+from bam_merge.errors import RecipeError
+from bam_merge.paths import located, relative
 from bam_merge.recipe.makes import (
     Count,
+    Integer,
     Mean,
     Merging,
     Names,
@@ -60,7 +62,7 @@ class Output(Strict):
     path: str = Field(min_length=1)
     layout: str | None = None
     dtype: Literal["source", "float32", "float16", "bfloat16"] = "source"
-    max_shard_size: int | str = "5GB"
+    max_shard_size: Integer | str = "5GB"
 
 
 class Recipe(Strict):
@@ -124,9 +126,13 @@ class Recipe(Strict):
             router = router.attention if role == "router.attn" else router.ffn
         return router.initialiser()
 
+    def located(self, path: str) -> Path:
+        """Where a path of this recipe leads: from the recipe's folder, or from a home folder where it begins with ~."""
+        return located(path, self.folder, RecipeError)
+
     def relative(self, path: str) -> str:
         """`path` relative to the recipe's folder, for documents that must not hold absolute paths."""
-        return os.path.relpath(os.path.join(self.folder, path), self.folder)
+        return relative(path, self.folder)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as a document with every default written out and no absolute path."""

@@ -1,19 +1,32 @@
 """Whether the sources can be merged: a table of all that they disagree in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bam_merge.architectures import rope_function
 from bam_merge.architectures.config import NEUTRAL
 from bam_merge.sources.dense import DenseModel
+from bam_merge.sources.harmless import find
 from bam_merge.text import printable
+from bam_merge.validation_words import shown
 
-# ---- do the sources agree? -----------------------------------------------------------------------------------------------
+ABSENT = object()
+
+
+SILENT = ("untied", "sliding", "use_sliding_window", "max_position_embeddings", *NEUTRAL)
+"""Facts that follow from another one, or are a limit or another choice that no forward pass depends on."""
+
+
+ADVICE = {
+    "vocab_size": "Embeddings are never cut; align the tokenizers first.",
+    "tie_word_embeddings": "Tied and untied models cannot be mixed; untie the others first (save lm_head as a copy).",
+}
 
 
 def disagreements(models: list[DenseModel]) -> list[str]:
     """Every way in which the sources compute different functions, compared with the first one."""
     first, *others = models
-    problems = []
+    problems: list[str] = []
     for model in others:
         if model.family.name != first.family.name:
             problems.append(
@@ -21,34 +34,98 @@ def disagreements(models: list[DenseModel]) -> list[str]:
                 "Experts must be branches of one architecture."
             )
             continue
-        for key in dict.fromkeys((*model.facts, *first.facts)):
-            mine, theirs = model.facts.get(key), first.facts.get(key)
-            if mine != theirs and _matters(key, first.facts):
-                problems.append(_disagreement(key, model.name, mine, first.name, theirs))
-        for key in sorted({*model.unknown_keys, *first.unknown_keys}):
-            mine, theirs = model.unknown_keys.get(key), first.unknown_keys.get(key)
-            if mine != theirs:
-                problems.append(
-                    f"sources.{model.name}: config.json has {printable(key)} = {printable(repr(mine))}, sources.{first.name} has "
-                    f"{printable(repr(theirs))}; {first.family.name}'s table does not know this key, so it may matter. Make them agree."
-                )
+        problems += _facts(model, first)
+        problems += _unknown_keys(model, first)
     return problems
 
 
-def _matters(key: str, facts: Mapping[str, Any]) -> bool:
-    if key == "max_position_embeddings":  # a limit, unless the rotary scaling is worked out from it
-        return facts["rope_parameters"]["rope_type"] in ("dynamic", "longrope")
-    return key not in ("untied", "sliding", "use_sliding_window", *NEUTRAL)
+def _facts(model: DenseModel, first: DenseModel) -> Iterator[str]:
+    keys = [key for key in dict.fromkeys((*model.facts, *first.facts)) if key not in SILENT]
+    differ = [key for key in keys if key != "rope_parameters" and model.facts.get(key) != first.facts.get(key)]
+    for key in keys:
+        if key == "rope_parameters":
+            yield from _rotary(model, first)
+        elif key in differ and not _follows(key, differ, model, first):
+            label, mine, theirs, more = contrast(key, model.facts.get(key), first.facts.get(key))
+            advice = ADVICE.get(key, "Experts must share it.")
+            yield f"sources.{model.name}: {label} = {mine}, sources.{first.name} has {theirs} (config.json){more}. {advice}"
 
 
-def _disagreement(key: str, name: str, mine: Any, first: str, theirs: Any) -> str:
-    if key == "rope_parameters":
-        keys = [k for k in dict.fromkeys((*mine, *theirs)) if mine.get(k) != theirs.get(k)]
-        values = ((key, *(printable(repr(side.get(key)), 60) for side in (mine, theirs))) for key in keys)
-        shown = "; ".join(f"{printable(key)} {here} here, {there} there" for key, here, there in values)
-        return f"sources.{name}: rotary embedding differs from sources.{first}: {shown}. Experts must share it."
-    advice = {
-        "vocab_size": "Embeddings are never cut; align the tokenizers first.",
-        "tie_word_embeddings": "Tied and untied models cannot be mixed; untie the others first (save lm_head as a copy).",
-    }.get(key, "Experts must share it.")
-    return f"sources.{name}: {key} = {printable(repr(mine))}, sources.{first} has {printable(repr(theirs))} (config.json). {advice}"
+def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) -> bool:
+    """Whether the difference in `key` is but a consequence of another one in `differ`."""
+    facts, others = model.facts, first.facts
+    trait = str(model.family.traits.get(key, ""))
+    if trait.startswith("config:") and trait != f"config:{key}":  # qk_norm of use_qk_norm, the output's bias of attention_bias
+        return True
+    unsaid = all(side.checkpoint.config.get(key) is None for side in (model, first)) and key not in model.family.defaults
+    match key:
+        case "layer_types":
+            no_window = facts["sliding_window"] is None or others["sliding_window"] is None
+            return "num_hidden_layers" in differ or ("sliding_window" in differ and no_window)
+        case "head_dim":
+            return unsaid and bool({"hidden_size", "num_attention_heads"} & set(differ))
+        case "num_key_value_heads":
+            return unsaid and "num_attention_heads" in differ
+    return False
+
+
+def _rotary(model: DenseModel, first: DenseModel) -> Iterator[str]:
+    mine, theirs = (
+        rope_function.effective(side.facts["rope_parameters"], side.facts["max_position_embeddings"]) for side in (model, first)
+    )
+    different = rope_function.differences(mine, theirs)
+    if "rope_type" in different:  # what else differs belongs to the types
+        different = [
+            key for key in different if key not in rope_function.WORDS or key in ("rope_type", "rope_theta", "partial_rotary_factor")
+        ]
+    parts = []
+    for key in different:
+        label, here, there, more = contrast(key, mine.get(key, ABSENT), theirs.get(key, ABSENT))
+        parts.append(f"{label} {here} here, {there} there{more}")
+    if parts:
+        yield f"sources.{model.name}: rotary embedding differs from sources.{first.name}: {'; '.join(parts)}. Experts must share it."
+
+
+def _unknown_keys(model: DenseModel, first: DenseModel) -> Iterator[str]:
+    """Keys that neither the family's table nor the list of harmless ones has at this value, where the sources differ in them."""
+    for key in sorted({*model.unknown_keys, *first.unknown_keys}):
+        mine, theirs = (side.checkpoint.config.get(key, ABSENT) for side in (model, first))
+        if mine == theirs:
+            continue
+        label, here, there, more = contrast(key, mine, theirs)
+        known = find(key)
+        if known is not None and known.values is not None:
+            why = f"it changes nothing only at {' or '.join(map(shown, known.values))}"
+        else:
+            why = f"{first.family.name}'s table does not know this key, so it may matter"
+        has = "has none" if mine is ABSENT else f"has {label} = {here}"
+        other = "has none" if theirs is ABSENT else f"has {label} = {there}" if mine is ABSENT else f"has {there}"
+        if mine is ABSENT:
+            has = f"has no {printable(key)}"
+        yield f"sources.{model.name}: config.json {has}, sources.{first.name} {other}{more}; {why}. Make them agree."
+
+
+def contrast(key: str, mine: Any, theirs: Any) -> tuple[str, str, str, str]:
+    """(what differs, its value in both, how much more differs): of two long lists or mappings the first entry that does."""
+    label = printable(str(key))
+    if isinstance(mine, list) and isinstance(theirs, list):
+        if len(mine) != len(theirs):
+            return f"length of {label}", str(len(mine)), str(len(theirs)), ""
+        places: list[Any] = [index for index, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]]
+        sides: list[Mapping[Any, Any]] = [dict(enumerate(mine)), dict(enumerate(theirs))]
+        name = f"{label}[{places[0]}]" if places else label
+    elif isinstance(mine, dict) and isinstance(theirs, dict):
+        places = [word for word in dict.fromkeys((*mine, *theirs)) if mine.get(word, ABSENT) != theirs.get(word, ABSENT)]
+        sides = [mine, theirs]
+        name = f"{label}.{printable(str(places[0]))}" if places else label
+    else:
+        return label, _value(mine), _value(theirs), ""
+    if not places:
+        return label, _value(mine), _value(theirs), ""
+    more = f", and {len(places) - 1} more of its entries differ" if len(places) > 1 else ""
+    here, there = (_value(side.get(places[0], ABSENT)) for side in sides)
+    return name, here, there, more
+
+
+def _value(value: Any) -> str:
+    return "none" if value is ABSENT else shown(value)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe
+from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
 from bam_merge.architectures.tables import Architecture, Row, dense_families, evaluate, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
 from bam_merge.checkpoints.pieces import Read, Slice
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
+from bam_merge.sources.harmless import is_harmless, refusals
 from bam_merge.text import printable, some
 
 Site = tuple[str, int | None]
@@ -46,16 +47,17 @@ def read_dense(name: str, path: Path) -> DenseModel:
         what = "a mixture already" if family else "not a dense family known here"
         raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. Known dense families: {known}.")
     problems: list[str] = []
-    if "quantization_config" in checkpoint.config:
+    if is_quantised(checkpoint.config):
         problems.append("config.json has a quantization_config; quantised weights cannot be merged. Use the full-precision model.")
     facts = describe(family, checkpoint.config, problems)
+    problems += refusals(checkpoint.config)
     locator = _Locator(name, family, facts, checkpoint, problems)
     if facts:
         locator.run()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
     known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral}
-    unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_")}
+    unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
     return DenseModel(name, checkpoint, family, facts, locator.found, locator.dropped, unknown)
 
 

@@ -14,7 +14,7 @@ def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
 
     def attempt(item: tuple[str, str]) -> DenseModel | CheckpointError:
         try:
-            return read_dense(item[0], recipe.folder / item[1])
+            return read_dense(item[0], recipe.located(item[1]))
         except CheckpointError as error:
             return error
 

@@ -12,6 +12,7 @@ from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import HEAD_ROWS, StoredModel, open_model
 from bam_merge.model.model import head
 from bam_merge.model.tokens import encode, open_tokenizer
+from bam_merge.paths import located
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
 
@@ -39,11 +40,15 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
         tokenizer = open_tokenizer(folder) if texts else None
     except CheckpointError as error:
         problems += error.problems
-    for text in map(Path, texts):
+    for given in texts:
         try:
+            text = located(given)
             content = text.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             problems.append(f"{printable(str(text))}: {error.strerror}.")
+            continue
+        except CheckpointError as error:
+            problems += error.problems
             continue
         found = encode(tokenizer, content) if tokenizer else []
         count = min(WINDOWS, len(found) // WINDOW)

@@ -11,9 +11,10 @@ from torch import Tensor
 from bam_merge.checkpoints.folder import read_small_file
 from bam_merge.checkpoints.provenance import read_manifest
 from bam_merge.documents import load_json
-from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
 from bam_merge.model.loading import open_model
 from bam_merge.model.tokens import encode, open_tokenizer
+from bam_merge.paths import located
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
@@ -43,7 +44,7 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     The sources are those of `plan`, or are found from the manifest; without them only digests and the model itself are checked, and
     the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read.
     """
-    path = Path(folder)
+    path = located(folder, error=VerifyError)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
     report = Report(experts=tuple(map(printable, manifest["recipe"].get("experts", ()))))
