@@ -428,7 +428,8 @@ def test_sources_and_rules_are_reported_together(llamas: Path, run: Any) -> None
 def test_what_may_differ_does_not_matter(llamas: Path, run: Any) -> None:
     changes = {
         "use_cache": False,
-        "torch_dtype": "float16",
+        "dtype": "float16",
+        "torch_dtype": "torch.float16",
         "_name_or_path": "x",
         "bos_token_id": 9,
         "max_position_embeddings": 7,

@@ -103,13 +103,6 @@ def test_dtypes(tmp_path: Path) -> None:
     assert {value.dtype for value in load_model(folder, torch.float64).state_dict().values()} == {torch.float64}
 
 
-def test_a_copy_of_a_tied_head_is_ignored(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, CONFIGS["llama_tied"], random_values(1))
-    expected, path = load_model(folder)(IDS), folder / "model.safetensors"
-    save_file({**load_file(path), "lm_head.weight": torch.zeros(64, 32)}, path)
-    assert torch.equal(load_model(folder)(IDS), expected)
-
-
 def test_transformers_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "safetensors", None)

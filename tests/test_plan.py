@@ -196,17 +196,6 @@ def test_two_norms_of_the_parallel_block_survive(tmp_path: Path) -> None:
     assert q == "code:gpt_neox.layers.0.attention.query_key_value.weight[4 x 0:8 of 24]"
 
 
-def test_tied_head_beside_the_embeddings_is_dropped_aloud(tmp_path: Path) -> None:
-    """A tied checkpoint that also stores lm_head.weight: loading ignores it, the plan says so."""
-    write_sources(tmp_path, CONFIGS["llama"])
-    for source in ("seed", "code", "law"):
-        path = tmp_path / source / "config.json"
-        path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
-    plan = plan_file(write_recipe(tmp_path))
-    assert "lm_head.weight" not in tables(plan)
-    assert "tied" in plan.unused["law"]["lm_head.weight"]
-
-
 def test_both_spellings_of_neox_heads_and_the_buffers_of_old_files(tmp_path: Path) -> None:
     """lm_head.weight instead of embed_out.weight in one source; buffers that old files hold are dropped aloud."""
     write_sources(tmp_path, CONFIGS["gpt_neox"], ("seed", "code"))

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from bam_merge.architectures.config import dense_layers, facts_of, is_quantised
+from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import (
     Architecture,
     Key,
@@ -23,7 +24,7 @@ from bam_merge.architectures.tables import (
     find_by_model_type,
     load_architecture,
 )
-from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint, open_file
+from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
 from bam_merge.paths import located
 from bam_merge.text import printable, some
@@ -58,7 +59,7 @@ def open_anatomy(path: str | os.PathLike[str], source: str = "model") -> Anatomy
     """Open a folder or one safetensors file. Raises CheckpointError where the files themselves cannot be read."""
     place = located(path)
     alone = os.path.exists(place) and not os.path.isdir(place)
-    return anatomy(open_file(place) if alone else open_checkpoint(place), source)
+    return anatomy(open_file(place) if alone else open_folder(place), source)
 
 
 def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
@@ -148,7 +149,7 @@ class _Walk:
             elif (row := templates[template]) is None:
                 self.dropped[name] = "a buffer that loading recomputes"
             elif row.roles == ("head",) and self.facts and not self.facts["untied"]:
-                self.dropped[name] = "the head is tied to the embeddings; loading ignores this copy"
+                self.dropped[name] = "config.json ties the head to the embeddings; this copy counts for nothing where it equals them"
             else:
                 layer = numbers.pop(0) if row.per_layer else None
                 self.place(name, row, layer, numbers.pop(0) if row.per_expert else None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from bam_merge.architectures.nulls import without_nulls
+from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
@@ -46,8 +47,8 @@ MAX_LAYERS = 10_000
 """More than any model has; a config.json that promises more is damaged."""
 
 
-ALIASES = {"num_local_experts": "num_experts"}
-"""Keys that some version of transformers writes for another one."""
+ALIASES = {"num_local_experts": "num_experts", "num_experts": "num_experts"}
+"""Keys that some version of transformers writes or reads for another one."""
 
 
 BAM_SIZES = (
@@ -80,7 +81,9 @@ def facts_of(architecture: Architecture, config: Mapping[str, Any], problems: li
         facts = describe(architecture, config, problems)
     else:
         facts = mixture_values(architecture, config, problems)
-    return facts if len(problems) == before else {}
+    usable = len(problems) == before
+    problems += conflicts(architecture, config)  # what transformers takes of two spellings is described all the same
+    return facts if usable else {}
 
 
 def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
         return config[key] if key in config else family.defaults.get(key)
 
     facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function)}
+    facts["hidden_act"] = "silu" if facts["hidden_act"] == "swish" else facts["hidden_act"]  # one function, two names
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
     for key in COMMON_FUNCTION[:6]:
         if not is_size(facts[key]) and (key != "num_key_value_heads" or get(key)):  # one that follows from another is said once
@@ -196,7 +200,7 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
 
 def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Rotary embedding in the one spelling of transformers 5, whichever of the older ones config.json uses."""
-    raw = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    raw = config.get("rope_scaling") or config.get("rope_parameters") or {}  # of two, transformers takes the older
     if not isinstance(raw, dict):
         problems.append(f"config.json: rope_parameters must be an object, found {printable(repr(raw), 60)}.")
         return {}
@@ -212,22 +216,19 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
     rope["rope_type"] = raw.get("rope_type") or raw.get("type") or "default"
     if family.name == "phi3" and rope["rope_type"] in ("su", "yarn"):
         rope["rope_type"] = "longrope"  # as transformers' Phi3Config reads older files
-    defaults = family.defaults
-    rope.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", defaults.get("rope_theta", 10000.0))))
-    rope.setdefault(
-        "partial_rotary_factor",
-        config.get("partial_rotary_factor", config.get("rotary_pct", defaults.get("partial_rotary_factor", 1.0))),
-    )
+    base, share = ("rotary_emb_base", "rotary_pct") if family.name == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    rope.setdefault("rope_theta", config.get(base, family.defaults.get("rope_theta", 10000.0)))
+    rope.setdefault("partial_rotary_factor", config.get(share, family.defaults.get("partial_rotary_factor", 1.0)))
     for key in ("rope_theta", "partial_rotary_factor"):
         if type(rope[key]) not in (int, float):
             problems.append(f"config.json: {key} must be a number, found {printable(repr(rope[key]), 60)}.")
             return {}
         rope[key] = float(rope[key])
     if rope["rope_type"] in ("dynamic", "yarn", "longrope"):
-        outer = config.get("original_max_position_embeddings")  # of two, transformers prefers this one
-        rope["original_max_position_embeddings"] = (
-            outer or rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-        )
+        inner, outer = rope.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
+        if family.name == "phi3":  # the one family whose configuration class has the outer key, with a default
+            inner = outer or family.defaults["original_max_position_embeddings"]
+        rope["original_max_position_embeddings"] = inner or config.get("max_position_embeddings")
     return dict(sorted(rope.items()))
 
 

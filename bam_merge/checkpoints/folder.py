@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint folder, known by its config.json and its safetensors headers. No tensor data is read."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,11 @@ class Checkpoint:
         return [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it."""
+def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[str, Any]], set[str]] = lambda config: set()) -> Checkpoint:
+    """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it.
+
+    `unneeded` says of a config.json which tensors its index may list although no file holds them.
+    """
     folder = located(path)
     if not _is_there(folder):
         raise CheckpointError(f"{printable(str(folder))}: no such folder.")
@@ -86,7 +90,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             tensors[entry.name] = entry
         problems += [f"{printable(str(folder))}: {some(both)} in {other} and in {name}. Keep one." for other, both in twice.items()]
     if weight_map is not None and len(files) == len(names):
-        problems += _index_problems(folder, weight_map, tensors)
+        problems += _index_problems(folder, weight_map, tensors, unneeded(config))
+        left_out = sorted(unneeded(config) & weight_map.keys() - tensors.keys())
+        if left_out:
+            notes.append(f"{INDEX} lists {some(left_out)}, which no shard holds: the head is tied, so nothing is missing.")
         size = sum(entry.nbytes for entry in tensors.values())
         if total is not None and total != size:
             notes.append(f"{INDEX} says total_size {total:,}, the tensors take {size:,} bytes; the headers are believed.")
@@ -196,10 +203,10 @@ def is_plain_name(name: str) -> bool:
     return name.isprintable() and name == os.path.basename(name) and name not in {"", ".", ".."} and not set(name) & set("\\:")
 
 
-def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> list[str]:
+def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry], unneeded: set[str]) -> list[str]:
     where = f"{printable(str(folder))}/{INDEX}"
     problems = []
-    absent = sorted(name for name in weight_map if name not in tensors)
+    absent = sorted(name for name in weight_map if name not in tensors and name not in unneeded)
     if absent:
         problems.append(f"{where}: lists {some(absent)}, which no shard holds. Is the download complete?")
     unlisted = sorted(name for name in tensors if name not in weight_map)

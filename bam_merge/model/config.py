@@ -9,9 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.config import describe, is_quantised, mixture_values
+from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import architecture_names, find_by_model_type
 from bam_merge.errors import CheckpointError
 from bam_merge.model.model import ModelConfig
+from bam_merge.model.reference_config import reference_values, rotary
 from bam_merge.text import printable
 from bam_merge.validation_words import expectation, shown
 
@@ -29,14 +31,14 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
         problems.append("config.json has a quantization_config; quantised weights are not read. Use the full-precision model.")
     if architecture.name == "bam":
         values = dict(config)
-    elif architecture.kind == "dense":
-        values = describe(architecture, config, problems)
-    else:
-        values = mixture_values(architecture, config, problems)
+        if isinstance(config.get("rope_scaling"), dict) and config["rope_scaling"]:
+            values["rope_parameters"] = rotary(architecture, config)
+    else:  # the plan's reading finds what is wrong, another one says what is meant
+        (describe if architecture.kind == "dense" else mixture_values)(architecture, config, problems)
+        values = {} if problems else reference_values(architecture, config)
+    problems += conflicts(architecture, config)
     if problems:
         raise CheckpointError(*problems)
-    if architecture.name != "bam":
-        values |= {f"{key}_per_expert": values[key] for key in ("num_attention_heads", "num_key_value_heads")}
     known = {item.name for item in fields(ModelConfig)}
     values = {key: value for key, value in values.items() if key in known and value is not None}
     try:

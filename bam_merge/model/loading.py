@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, evaluate, find_by_model_type, load_architecture
 from bam_merge.architectures.vocabulary import SYMBOLS
-from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
 from bam_merge.checkpoints.reading import read_runs
@@ -76,6 +77,21 @@ class StoredModel:
         read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
         return decode(bytes_B, leaf.dtype).reshape(len(rows), *leaf.shape[1:]).to(dtype)
 
+    def equals_embeddings(self, parameter: str = "lm_head.weight") -> bool:
+        """Whether a parameter holds what the embeddings hold: the same bytes, or the same values in another dtype.
+
+        Apart from the plan's comparison (tied_heads.py), whose mistake verification must not share.
+        """
+        leaf, embeddings = self.leaves[parameter], self.leaves["model.embed_tokens.weight"]
+        if leaf.shape != embeddings.shape or not {leaf.dtype, embeddings.dtype} <= TORCH_DTYPES.keys():
+            return False
+        for start in range(0, leaf.shape[0], HEAD_ROWS):
+            rows = range(start, min(start + HEAD_ROWS, leaf.shape[0]))
+            a, b = (self.read_rows(name, rows) for name in (parameter, "model.embed_tokens.weight"))
+            if not (torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.dtype == b.dtype else torch.equal(a.double(), b.double())):
+                return False
+        return True
+
     def block(self, layer: int, dtype: torch.dtype = torch.float32) -> Block:
         """Block `layer` alone, with its weights; nothing else is read."""
         return self._filled(lambda: Block(self.config, layer), f"model.layers.{layer}.", dtype)
@@ -116,7 +132,7 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
 
 def open_model(path: str | os.PathLike[str]) -> StoredModel:
     """Open the model in the folder `path` by its headers. Raises CheckpointError with every problem found."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_folder(path)
     where = printable(str(checkpoint.path))
     try:
         config = model_config(checkpoint.config)
@@ -126,6 +142,8 @@ def open_model(path: str | os.PathLike[str]) -> StoredModel:
     assert architecture is not None
     locator = _Locator(checkpoint, architecture, config)
     locator.run()
+    if config.tie_word_embeddings and not locator.problems:
+        locator.check_heads()
     if locator.problems:
         raise CheckpointError(*(f"{where}: {problem}" for problem in locator.problems))
     return StoredModel(checkpoint, config, locator.found)
@@ -151,6 +169,7 @@ class _Locator:
     found: dict[str, Leaf] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: list[TensorEntry] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         with torch.device("meta"):
@@ -172,7 +191,8 @@ class _Locator:
                 else:
                     missing.append(spellings[0])
             elif row.roles == ("head",):
-                known.update(present)  # tied: transformers ignores such a copy, and so do we
+                known.update(present)  # tied: a copy that equals the embeddings is ignored, another one refused below
+                self.heads = present
         self.report("missing: {} tensor(s) that config.json implies. Is the download complete?", [*missing, *wanted])
         extra = [name for name in tensors if name not in known]
         self.report("present: {} tensor(s) that config.json does not imply. Correct config.json, or remove them.", extra)
@@ -206,6 +226,17 @@ class _Locator:
         for (parameter, shape), rows in zip(shapes.items(), parts, strict=True):
             self.found[parameter] = read if len(parts) == 1 else Slice(read, groups, start, rows, shape)
             start += rows
+
+    def check_heads(self) -> None:
+        """A tied head that is stored as well must equal the embeddings: where it does not, transformers computes with it."""
+        for name in self.heads:
+            entry = self.checkpoint.tensors[name]
+            leaves = {**self.found, name: Read("model", name, entry.dtype, entry.shape)}
+            if not StoredModel(self.checkpoint, self.config, leaves).equals_embeddings(name):
+                self.problems.append(
+                    f"{printable(name)} is stored and differs from the embeddings, but config.json has tie_word_embeddings=true. Set it to "
+                    f"false, so that the stored head counts; or remove {printable(name)}, so that the embeddings count."
+                )
 
     def report(self, problem: str, names: list[str]) -> None:
         if names:

@@ -25,6 +25,7 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
+from bam_merge.sources.tied_heads import settle_heads
 from bam_merge.sources.tokenizer import compare_tokenizers
 from bam_merge.text import nearest, some
 
@@ -32,16 +33,18 @@ from bam_merge.text import nearest, some
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Plan the merge that `recipe` asks for, from headers and config.json only.
+    """Plan the merge that `recipe` asks for, from headers and config.json.
 
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
+    ordered, heads = settle_heads(ordered)
+    models = {name: next(model for model in ordered if model.name == name) for name in models}
     tokenizers = compare_tokenizers(ordered)
     if ordered:
-        broken += [*same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
+        broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
         broken += [f"sources.{ordered[0].name}: {problem}" for problem in uncomputable(ordered[0].facts)]
     comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
     if broken:

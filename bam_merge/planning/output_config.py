@@ -89,6 +89,8 @@ def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, A
         config.update({key: source[key] for key in keys if _is_written(source, key)})
         followed = [key for key in ("head_dim", "num_key_value_heads") if key in source and source[key] is None]
         config.update({key: values[key] for key in followed})  # null there is not everywhere what a key left out is
+        if values["tie_word_embeddings"] != source.get("tie_word_embeddings", layout.defaults["tie_word_embeddings"]):
+            config["tie_word_embeddings"] = values["tie_word_embeddings"]  # a head that equals the embeddings, beside tied sources
         return dict(sorted(config.items()))
     config.update({key: source[key] for key in NEUTRAL if _is_written(source, key)})
     for key, value in layout.config.items():

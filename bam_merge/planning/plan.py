@@ -1,6 +1,6 @@
 """Recipe x architectures x headers -> Plan: every output tensor, how it is made, where it goes; and every problem at once.
 
-Nothing here reads tensor data or imports torch.
+Nothing here imports torch, or reads tensor data but to compare a tied head with the embeddings (tied_heads.py).
 """
 
 from collections.abc import Mapping

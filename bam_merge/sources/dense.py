@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
+from bam_merge.architectures.opening import open_folder
+from bam_merge.architectures.spellings import conflicts, settled_keys
 from bam_merge.architectures.tables import Architecture, Row, dense_families, evaluate, find_by_model_type
-from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Read, Slice
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
@@ -37,7 +39,7 @@ class DenseModel:
 def read_dense(name: str, path: Path) -> DenseModel:
     """Open the source called `name` at `path`. Raises CheckpointError with all its problems, each prefixed with its name."""
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_folder(path)
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
     family = find_by_model_type(checkpoint.config.get("model_type"))
@@ -51,12 +53,13 @@ def read_dense(name: str, path: Path) -> DenseModel:
         problems.append("config.json has a quantization_config; quantised weights cannot be merged. Use the full-precision model.")
     facts = describe(family, checkpoint.config, problems)
     problems += refusals(checkpoint.config)
+    problems += conflicts(family, checkpoint.config)
     locator = _Locator(name, family, facts, checkpoint, problems)
     if facts:
         locator.run()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
-    known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral}
+    known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *settled_keys(family)}
     unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
     return DenseModel(name, checkpoint, family, facts, locator.found, locator.dropped, unknown)
 
@@ -106,7 +109,7 @@ class _Locator:
 
     def refuse(self, row: Row, layer: int | None, name: str) -> None:
         if row.roles == ("head",):
-            self.dropped[name] = "the head is tied to the embeddings; loading ignores this copy"
+            self.dropped[name] = "config.json ties the head to the embeddings"  # settle_heads sees whether this copy equals them
         else:
             self.problems.append(
                 f"{name} is present, but config.json has {row.when}=false, so that transformers would ignore it. "

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bam_merge.architectures.config import facts_of
+from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Row, find_by_model_type
-from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.text import some
 from bam_merge.verifying.rederive import RowReader
 from bam_merge.verifying.report import Check
@@ -18,7 +19,7 @@ def engines(folder: Path) -> Iterator[Check]:
 
     Nothing is yielded for a layout of which no such tensor is known, or a folder whose config.json cannot be read.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_folder(folder)
     layout = find_by_model_type(checkpoint.config.get("model_type"))
     needed = [row for row in layout.rows if row.without] if layout else []
     facts = facts_of(layout, checkpoint.config, []) if layout and needed else {}

@@ -10,7 +10,8 @@ import torch
 import xxhash
 
 from bam_merge import expressions
-from bam_merge.checkpoints.folder import TOKENIZER_FILES, Checkpoint, open_checkpoint, read_small_file
+from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.folder import TOKENIZER_FILES, Checkpoint, read_small_file
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
@@ -31,7 +32,7 @@ def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     """Files, headers, index and config agree with the manifest, and the layout has every tensor it wants and none more."""
     yield _check("files", _file_problems(folder, manifest))
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_folder(folder)
     except BamMergeError as error:
         yield Check("headers", False, "; ".join(error.problems))
         return
@@ -122,7 +123,7 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 
 def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     """Every tensor's bytes still have the digest that was taken when they were made."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_folder(folder)
     wrong: dict[str, list[str]] = {}
     for name, record in manifest["tensors"].items():
         entry = checkpoint.tensors.get(name)
@@ -147,7 +148,7 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
     largest = dict.fromkeys(KINDS, 0.0)
     counts = dict.fromkeys(KINDS, 0)
     nonfinite: list[str] = []
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_folder(folder)
     there = [step for step in plan.steps if step.name in checkpoint.tensors]
 
     def compare(step: Step) -> tuple[float, int, int]:

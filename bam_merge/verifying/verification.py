@@ -21,6 +21,7 @@ from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
 from bam_merge.verifying.computed import against_dense, as_it_is, open_all
+from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.report import Check, Report
@@ -125,8 +126,11 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 def _function(folder: Path, plan: Plan | None, report: Report) -> Iterator[Check]:
     mixture = open_model(folder)
     ids_BT, sample = sample_tokens(folder, mixture.config.vocab_size)
-    if plan is not None and plan.layout.kind == "mixture":
+    if plan is not None:
         _, dense = open_all(folder, plan)
+        yield from same_function(mixture, dense)
+        yield from same_head(mixture, dense, ids_BT)
+    if plan is not None and plan.layout.kind == "mixture":
         yield from against_dense(mixture, dense, plan, ids_BT)
     yield from as_it_is(mixture, ids_BT, report, sample)
 

@@ -121,7 +121,9 @@ TOKENIZER = {
     "model": {"vocab": {"a": 0, "b": 1, "c": 2}, "merges": ["a b", ["b", "c"]]}, "added_tokens": [{"id": 3, "content": "<s>"}],
 }  # fmt: skip
 ROPE = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
-PHI3_ROPE = {**ROPE, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+PHI3_ROPE = {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+TWICE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64, "dtype": "float32", "torch_dtype": "float32"}
+"""Facts that have a second spelling, so that a change of either contradicts the other."""
 
 
 def targets(home: Path) -> list[Target]:
@@ -181,7 +183,8 @@ def accept(shard: Path) -> None:
 
 def config_target(home: Path, name: str) -> Target:
     """config.json of a family, in one of two sources that are otherwise the same."""
-    config = {**CONFIGS[name], "rope_parameters": {"gpt_neox": {**ROPE, "rope_type": "default"}, "phi3": PHI3_ROPE}.get(name, ROPE)}
+    rope = {"gpt_neox": {**ROPE, "rope_type": "default"}, "phi3": PHI3_ROPE}.get(name, ROPE)
+    config = {**CONFIGS[name], "rope_parameters": rope, **TWICE}
     folders = [home / f"{name}_{which}" for which in ("a", "b")]
     for folder in folders:
         write_checkpoint(folder, config, lambda name, shape: None)

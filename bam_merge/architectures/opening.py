@@ -1,0 +1,21 @@
+"""Opening the folder of a model whose architecture may be known here: what its table says that a folder can lack."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from bam_merge.architectures.tables import find_by_model_type
+from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
+
+
+def open_folder(path: str | os.PathLike[str]) -> Checkpoint:
+    """`open_checkpoint` for a model's folder: its index may list a head that no shard holds, where the head is tied."""
+    return open_checkpoint(path, _tied_heads)
+
+
+def _tied_heads(config: Mapping[str, Any]) -> set[str]:
+    """The names of a head that a model of this config.json need not store, since it is the embeddings."""
+    table = find_by_model_type(config.get("model_type"))
+    if table is None or config.get("tie_word_embeddings", table.defaults.get("tie_word_embeddings")) is not True:
+        return set()
+    return {name for row in table.rows if row.roles == ("head",) for name in row.names}

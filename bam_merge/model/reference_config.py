@@ -1,0 +1,148 @@
+"""A config.json as the reference model reads it: by transformers' rules, told a second time.
+
+Plans read a source through dense.py and facts.py. What verification compares their results with must not share a mistake of theirs, so
+this reading has its own code: it follows, key by key, what transformers' configuration and modeling classes do. (The tables of the
+architectures, which say what a family is, are common to both, and are tested against transformers.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bam_merge.architectures.tables import Architecture
+
+TURNS_A_SHARE = ("phi3", "gpt_neox")
+"""Model types whose attention asks rope_parameters for partial_rotary_factor. All others turn whole heads."""
+
+
+ORIGINAL = "original_max_position_embeddings"
+
+
+def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of model.ModelConfig that `config` means, by name, for a dense family or a public mixture.
+
+    `config` has passed the checks of dense.describe or facts.mixture_values: values have the types that their keys need.
+    """
+    key_of = _keys(table)
+
+    def get(word: str) -> Any:
+        key = key_of.get(word, word)
+        return config[key] if key in config else table.defaults.get(key)
+
+    heads = get("num_attention_heads")
+    values = {
+        "vocab_size": get("vocab_size"),
+        "hidden_size": get("hidden_size"),
+        "intermediate_size": get("intermediate_size"),
+        "num_hidden_layers": get("num_hidden_layers"),
+        "num_attention_heads_per_expert": heads,
+        "num_key_value_heads_per_expert": get("num_key_value_heads") or heads,
+        "head_dim": get("head_dim") or get("hidden_size") // heads,
+        "tie_word_embeddings": get("tie_word_embeddings") is True,
+        "hidden_act": get("hidden_act"),
+        "max_position_embeddings": get("max_position_embeddings"),
+        "rope_parameters": rotary(table, config),
+        **_windows(table, config),
+        **_block(table, get),
+    }
+    for eps in ("rms_norm_eps", "layer_norm_eps"):
+        if get(eps) is not None:
+            values[eps] = get(eps)
+    if "logit_scale" in table.function:
+        values["logit_scale"] = get("logit_scale")
+    return values | (_experts(table, config, get) if table.kind == "mixture" else {})
+
+
+def _keys(table: Architecture) -> dict[str, str]:
+    """The key under which a mixture's config.json has what bam calls by another name, from the table that writes such files."""
+    keys: dict[str, str] = {}
+    for key, value in table.config.items():
+        if isinstance(value, str) and value.startswith("$") and value[1:] not in keys:
+            keys[value[1:]] = key
+    return keys
+
+
+def _block(table: Architecture, get: Any) -> dict[str, Any]:
+    """How a block is wired, and which biases and norms it has: given by the model type, or by a key that it names."""
+
+    def trait(name: str, default: Any) -> Any:
+        if table.kind == "mixture":  # a layout has a key for it, or takes one value only
+            fixed = table.accepts.get(name, default)
+            return get(name) if name in _keys(table) else default if isinstance(fixed, list) else fixed
+        value = table.traits.get(name, default)
+        return bool(get(value.partition(":")[2])) if isinstance(value, str) and value.startswith("config:") else value
+
+    bias = bool(trait("attention_bias", False))
+    if table.name == "qwen3_moe":
+        out_bias = bias  # Qwen3MoeAttention has one key for q, k, v and o
+    else:
+        out_bias = bool(trait("attention_out_bias", False))
+    return {
+        "norm_type": trait("norm_type", "rms_norm"),
+        "norm_bias": bool(trait("norm_bias", False)),
+        "parallel_block": bool(trait("parallel_block", False)),
+        "parallel_norms": trait("parallel_norms", 2),
+        "gated_ffn": bool(trait("gated_ffn", False)),
+        "rope_interleaved": bool(trait("rope_interleaved", False)),
+        "qk_norm": bool(trait("qk_norm", False)),
+        "attention_bias": bias,
+        "attention_out_bias": out_bias,
+        "mlp_bias": bool(trait("mlp_bias", False)),
+    }
+
+
+def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` as convert_rope_params_to_dict and standardize_rope_params of transformers' RotaryEmbeddingConfigMixin leave
+    them, and as the overrides of GPTNeoXConfig and Phi3Config do."""
+    older, newer = config.get("rope_scaling"), config.get("rope_parameters")
+    rope = {key: value for key, value in (older if older else newer if newer else {}).items() if value is not None}
+    legacy = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or legacy or "default"
+    theta_key, share_key = ("rotary_emb_base", "rotary_pct") if table.name == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    beside = {key: config[key] for key in (theta_key, share_key) if config.get(key) is not None}
+    if "rope_theta" not in rope:
+        rope["rope_theta"] = beside.get(theta_key, table.defaults.get("rope_theta", 10_000.0))
+    if table.name not in (*TURNS_A_SHARE, "bam"):
+        rope["partial_rotary_factor"] = 1.0
+    elif "partial_rotary_factor" not in rope:
+        rope["partial_rotary_factor"] = beside.get(share_key, table.defaults.get("partial_rotary_factor", 1.0))
+    if table.name == "phi3":
+        if rope["rope_type"] in ("su", "yarn"):
+            rope["rope_type"] = "longrope"
+        if rope["rope_type"] == "longrope":
+            rope[ORIGINAL] = config.get(ORIGINAL) or table.defaults[ORIGINAL]
+    elif rope["rope_type"] in ("llama3", "yarn", "longrope") and ORIGINAL not in rope:
+        rope[ORIGINAL] = config.get("max_position_embeddings")
+    return rope
+
+
+def _windows(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sliding window and which layers have it: by the keys that the model type has at all."""
+    known = {*table.function, *table.neutral, *table.config}
+    layers = config["num_hidden_layers"]
+
+    def get(key: str) -> Any:
+        return config[key] if key in config else table.defaults.get(key)
+
+    window = get("sliding_window") if "sliding_window" in known else None
+    if "use_sliding_window" in known and not get("use_sliding_window"):
+        window = None
+    if not window:
+        return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+    if "layer_types" in known and config.get("layer_types"):
+        return {"sliding_window": window, "layer_types": list(config["layer_types"])}
+    first = (get("max_window_layers") or 0) if "max_window_layers" in known else 0
+    types = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
+    return {"sliding_window": window if first < layers else None, "layer_types": types}
+
+
+def _experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[str, Any]:
+    """What a mixture's feed-forward network is. Of its count's two keys, Mixtral's class lets one win and Qwen3-MoE's the other."""
+    order = ("num_experts", "num_local_experts") if table.name in ("mixtral", "qwen2_moe") else ("num_local_experts", "num_experts")
+    keys = _keys(table)
+    result = {
+        "num_experts": next((config[key] for key in order if config.get(key) is not None), None),
+        "num_experts_per_tok": get("num_experts_per_tok"),
+        "norm_topk_prob": get("norm_topk_prob") if "norm_topk_prob" in keys else table.accepts.get("norm_topk_prob") is True,
+    }
+    shared = "shared_expert_intermediate_size"
+    return result | ({shared: get(shared)} if shared in table.config else {})

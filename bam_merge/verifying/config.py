@@ -1,0 +1,89 @@
+"""Does the result's config.json mean what each source's means? Both are read by the reference model's own reading, not by the plan's.
+
+Tensors tell sizes, biases and norms; what they do not tell is compared here: rotary embedding, windows, activation, norms' epsilons,
+wiring, and which tensor the head is.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_merge.model.loading import StoredModel
+from bam_merge.model.model import ACTIVATIONS, ModelConfig
+from bam_merge.model.positions import frequencies
+from bam_merge.text import printable, some
+from bam_merge.verifying.report import Check
+
+HEAD_TOLERANCE = 1e-6
+"""Largest difference of logits, relative to the largest: both come from the same weights by the same sums."""
+
+
+def same_function(result: StoredModel, sources: Mapping[str, StoredModel]) -> Iterator[Check]:
+    """One check of what config.json says, key by key."""
+    mine = meaning(result.config)
+    wrong = []
+    for name, source in sources.items():
+        theirs = meaning(source.config)
+        wrong += [f"{name}: {key} is {_brief(theirs[key])}, the result has {_brief(mine[key])}" for key in mine if mine[key] != theirs[key]]
+    passed = f"{len(sources)} sources, each read on its own, mean what the result's config.json means"
+    yield Check("source configs", not wrong, some(wrong, 6) if wrong else passed)
+
+
+def meaning(config: ModelConfig) -> dict[str, Any]:
+    """What `config` makes of the tensors, so that two spellings of one function are equal."""
+    layered = config.norm_type == "layer_norm"
+    limit = config.max_position_embeddings or 1
+    lengths = torch.tensor([[1.0], [limit], [limit + 1], [4 * limit]], dtype=torch.float64)
+    radians, factor = frequencies(config.rope_parameters, config.head_dim, config.max_position_embeddings, lengths)
+    by_length = radians.expand(len(lengths), -1)
+    turning = config.rope_parameters["rope_type"] in ("dynamic", "longrope")  # others have one set of frequencies for all lengths
+    types = config.layer_types or ["sliding_attention"] * config.num_hidden_layers
+    return {
+        "number of heads": (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim),
+        "norm": (config.norm_type, config.layer_norm_eps if layered else config.rms_norm_eps),
+        "block": (config.parallel_block, config.parallel_norms if config.parallel_block else 2),
+        "activation": ACTIVATIONS[config.hidden_act],
+        "gated FFN": config.gated_ffn,
+        "qk norm": config.qk_norm,
+        "rotary pairs": "neighbours" if config.rope_interleaved else "halves",
+        "rotary frequencies": tuple((by_length if turning else by_length[:1]).flatten().tolist()),
+        "rotary factor": factor,
+        "context": limit if turning else None,
+        "windows": tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types),
+        "logit scale": 1.0 if config.logit_scale is None else config.logit_scale,
+    }
+
+
+@torch.no_grad()
+def same_head(result: StoredModel, sources: Mapping[str, StoredModel], ids_BT: Tensor) -> Iterator[Check]:
+    """One check that final norm and head, as the result has them, give each source's logits with that source's weights."""
+    worst, wrong = 0.0, []
+    for name, source in sources.items():
+        tied = source.config.tie_word_embeddings
+        if tied and not result.config.tie_word_embeddings:
+            wrong.append(f"{name}: its head is its embeddings, the result has a head of its own")
+            continue
+        if not tied and result.config.tie_word_embeddings and not source.equals_embeddings():
+            wrong.append(f"{name}: its head is not its embeddings, the result's is")
+        x_BTD = source.embed(ids_BT[:, -1:])
+        expected = source.head(x_BTD)
+        try:
+            got = replace(source, config=replace(result.config, vocab_size=source.config.vocab_size)).head(x_BTD)
+        except (KeyError, RuntimeError):
+            wrong.append(f"{name}: has not the final norm and head that the result's config.json asks for")
+            continue
+        error = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        worst = max(worst, error)
+        if not error <= HEAD_TOLERANCE:
+            wrong.append(f"{name}: logits differ by {error:.3g} of the largest")
+    passed = "final norm and head, with a source's weights, give that source's logits"
+    yield Check("head", not wrong, some(wrong, 6) if wrong else passed, worst, HEAD_TOLERANCE)
+
+
+def _brief(value: Any) -> str:
+    if callable(value):
+        return getattr(value, "__name__", "another function")
+    return printable(str(value), 60)
