@@ -6,6 +6,8 @@ manifests show. The arithmetic that carries them out is in kernels.py, one funct
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
 
 from bam_merge.checkpoints.pieces import Read, Shape, Slice, leaf_runs, numel
 
@@ -213,6 +215,25 @@ def reads(expr: Expr) -> Iterator[Read]:
 def is_copy(expr: Expr) -> bool:
     """Whether `expr` only moves bytes."""
     return isinstance(expr, Read | Slice) or (isinstance(expr, Concat) and all(map(is_copy, expr.parts)))
+
+
+def in_float64(expr: Expr) -> bool:
+    """Whether `expr` is computed in float64, which it is where a source is float64; else in float32."""
+    return any(leaf.dtype == "F64" for leaf in leaves(expr))
+
+
+def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """Whole numbers in the proportion of positive `weights`, read as the decimals that a recipe holds.
+
+    An elected sign is that of a weighted sum, and 0.2 a + 0.3 a = 0.5 a is a tie, which binary fractions would leave to their
+    rounding. Weights whose whole numbers would have more than 28 bits stay as they are: up to there products with float32 are exact
+    in float64.
+    """
+    exact = [Fraction(repr(weight)) for weight in weights]
+    common = lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * common) for weight in exact]
+    least = gcd(*whole)
+    return weights if max(whole) // least >= 2**28 else tuple(float(number // least) for number in whole)
 
 
 def fuse(pieces: tuple[Expr, ...], groups: int) -> Expr:

@@ -14,10 +14,12 @@ from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge
+from bam_merge.checkpoints.header import read_header
 from bam_merge.errors import NonFiniteError
 from bam_merge.merging import tensor as tensor_module
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
+from bam_merge.verifying.verification import verify
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -244,6 +246,104 @@ def test_nan_and_infinity_are_refused_or_recorded(llamas: Path, value: float) ->
     assert json.loads((folder / "bam_merge.json").read_text())["tensors"]["model.norm.weight"]["nonfinite"] == 1
 
 
+def overwrite(path: Path, tensor: str, place: int, patterns: bytes) -> None:
+    """Put `patterns` into the stored bytes of a tensor, from byte `place` on."""
+    entry = next(entry for entry in read_header(str(path)).tensors if entry.name == tensor)
+    with open(path, "r+b") as stream:
+        stream.seek(entry.offset + place)
+        stream.write(patterns)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+NOT_FINITE: dict[str, tuple[torch.dtype, list[bytes], list[bytes]]] = {
+    # of each dtype patterns (little-endian) that are NaN or infinite, and neighbours that are numbers
+    "F64": (torch.float64, [b"\0\0\0\0\0\0\xf0\x7f", b"\1\0\0\0\0\0\xf0\xff", b"\xff" * 8], [b"\xff" * 6 + b"\xef\xff", b"\xff" * 6 + b"\xef\x7f"]),
+    "F32": (torch.float32, [b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff" * 4, b"\1\0\x80\x7f"], [b"\xff\xff\x7f\xff", b"\0\0\0\x80"]),
+    "F16": (torch.float16, [b"\0\x7c", b"\0\xfc", b"\xff\xff", b"\1\x7c"], [b"\xff\x7b", b"\xff\xfb", b"\0\x80"]),
+    "BF16": (torch.bfloat16, [b"\x80\x7f", b"\x80\xff", b"\xff\xff", b"\x81\x7f"], [b"\x7f\x7f", b"\x7f\xff", b"\0\x80"]),
+    "F8_E5M2": (torch.float8_e5m2, [b"\x7c", b"\xfc", b"\x7d", b"\xff"], [b"\x7b", b"\xfb", b"\x80"]),
+    "F8_E4M3": (torch.float8_e4m3fn, [b"\x7f", b"\xff"], [b"\x7e", b"\xfe", b"\x80", b"\x78"]),
+    "F8_E4M3FNUZ": (torch.float8_e4m3fnuz, [b"\x80"], [b"\x7f", b"\xff", b"\0"]),
+    "F8_E5M2FNUZ": (torch.float8_e5m2fnuz, [b"\x80"], [b"\x7f", b"\xff", b"\0"]),
+    "F8_E8M0": (torch.float8_e8m0fnu, [b"\xff"], [b"\xfe", b"\x80", b"\x7f"]),
+    "I8": (torch.int8, [], [b"\x7f", b"\x80", b"\xff"]),
+    "I32": (torch.int32, [], [b"\0\0\x80\x7f", b"\xff" * 4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", NOT_FINITE)
+def test_nan_and_infinity_in_a_copied_expert(dtype: str, llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without verification: every pattern that is no number is found, in whichever piece, and recorded if that is allowed; none that is."""
+    monkeypatch.setattr(tensor_module, "COPY_BUFFER", 52)
+    torch_dtype, bad, fine = NOT_FINITE[dtype]
+    for source in SOURCES:  # up_proj alone, so that all else can be averaged
+        tensors = load(llamas / source)
+        tensors[UP] = (tensors[UP] * 100).to(torch_dtype)
+        save_file(tensors, llamas / source / "model.safetensors")
+    path, size = llamas / "law" / "model.safetensors", torch_dtype.itemsize
+    for index, pattern in enumerate(fine):
+        overwrite(path, UP, (100 + index) * size, pattern)
+    recipe = write_recipe(llamas)
+    assert run(recipe, "--no-verify", "--output", llamas / "fine").status == 0
+    for index, pattern in enumerate(bad):
+        overwrite(path, UP, (700 + 50 * index) * size, pattern)
+        result = run(recipe, "--no-verify")
+        assert result.status == 2, pattern
+        assert "model.layers.1.mlp.experts.2.up_proj.weight: 1 values from element 700 on are NaN or infinite" in result.err
+        assert f"(law:{UP}): it comes from a source. With --allow-nonfinite they are written and recorded." in result.err
+        assert not (llamas / "out").exists()
+    if bad:
+        assert run(recipe, "--no-verify", "--allow-nonfinite").status == 0
+        record = json.loads((llamas / "out" / "bam_merge.json").read_text())["tensors"]["model.layers.1.mlp.experts.2.up_proj.weight"]
+        assert record["nonfinite"] == len(bad)
+        report = verify(llamas / "out")
+        assert report.ok, report.failures
+        overwrite(llamas / "out" / "model.safetensors", "model.layers.1.mlp.experts.1.up_proj.weight", 0, bad[0])
+        assert (
+            "model.layers.1.mlp.experts.1.up_proj.weight (1 values)"
+            in {c.name: c.detail for c in verify(llamas / "out").failures}["finite"]
+        )
+
+
+def test_a_slice_and_a_router_are_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of a fused tensor, of which the rest is not read for this one; and numbers of a router that its dtype cannot hold."""
+    write_sources(tmp_path, CONFIGS["gpt_neox"])
+    fused = "gpt_neox.layers.1.attention.query_key_value.weight"
+    overwrite(tmp_path / "code" / "model.safetensors", fused, 4 * (32 * 17 + 5), b"\0\0\xc0\x7f")  # of head 0 (24 rows) the second row of v
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.1\.self_attn\.experts\.1\.v_proj\.weight: 1 values from element 37 on .*comes from a source"
+    ):
+        publish(plan_file(write_recipe(tmp_path)), None, MergeOptions(verify=False))
+    write_sources(tmp_path, CONFIGS["gpt_neox"])
+    recipe = write_recipe(tmp_path, "router: {init: uniform, bound: 1000000.0}", output="{path: out, dtype: float16}")
+    monkeypatch.setattr("bam_merge.planning.assign.router_problem", lambda init, dtype: None)  # which would refuse it in the plan
+    with pytest.raises(NonFiniteError, match=r"router\.weight: \d+ values from element 0 on .*overflows F16"):
+        publish(plan_file(recipe), None, MergeOptions(verify=False))
+
+
+def test_an_overflow_that_is_allowed_verifies(llamas: Path) -> None:
+    poison(llamas / "code", 1e6)
+    plan = plan_file(write_recipe(llamas, output="{path: out, dtype: float16}"))
+    report = verify(publish(plan, None, MergeOptions(verify=False, allow_nonfinite=True)), plan)
+    assert report.ok, report.failures
+
+
+@pytest.mark.parametrize(
+    "make",
+    ["{make: ties, base: seed, density: 1.0}", "{make: ties, base: seed, density: 0.5}", "{make: dare_ties, base: seed, density: 1.0}"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_election_does_not_swallow_nan(value: float, make: str, llamas: Path) -> None:
+    """A difference that is no number has no sign, and is not trimmed: the result is none either."""
+    poison(llamas / "code", value)
+    plan = plan_file(write_recipe(llamas, f"shared: {make}", "merge"))
+    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight: 1 values from element 5 on"):
+        publish(plan, None, MergeOptions(verify=False))
+    report = verify(publish(plan, None, MergeOptions(verify=False, allow_nonfinite=True)), plan)
+    assert report.ok, report.failures
+
+
 def test_resuming_does_not_trust_what_this_run_refuses(llamas: Path) -> None:
     """A run that allowed NaN was killed; going on without the permission meets the NaN again."""
     poison(llamas / "code", float("nan"))
@@ -274,6 +374,59 @@ def test_float64_sources_are_summed_in_float64(llamas: Path) -> None:
     merged = load(merge(load_recipe(write_recipe(llamas, "rules: [{roles: [embed], make: mean}]"))))["lm_head.weight"]
     sources = [load(llamas / source)["lm_head.weight"] for source in SOURCES]
     assert torch.equal(merged, (sources[0] + sources[1] + sources[2]) / 3)
+
+
+@pytest.mark.parametrize("wide", ["seed", "law"])
+@pytest.mark.parametrize("make", [
+    "{make: mean}",
+    "{make: linear, weights: {seed: 0.2, code: 0.3, law: 0.5}}",
+    "{make: slerp, from: [seed, law], t: 0.3}",
+    "{make: task_arithmetic, base: seed, scale: 0.7}",
+    "{make: ties, base: seed, density: 0.3, weights: {code: 0.3, law: 0.2}}",
+    "{make: dare_ties, base: seed, density: 0.4}",
+])  # fmt: skip
+def test_one_float64_source_has_all_computed_in_float64(make: str, wide: str, llamas: Path) -> None:
+    """Whichever of them it is, the result is that of all sources in float64, rounded once; and it verifies."""
+    results = []
+    for which in ((wide,), SOURCES):
+        for source in which:
+            tensors = load(llamas / source)
+            finer = 1 + 3e-9 if which == (wide,) else 1.0
+            save_file({key: value.double() * finer for key, value in tensors.items()}, llamas / source / "model.safetensors")
+        plan = plan_file(write_recipe(llamas, f"shared: {make}", "merge", output="{path: out, dtype: float32}"))
+        folder = publish(plan, llamas / f"out-{len(which)}", MergeOptions(verify=False))
+        report = verify(folder, plan)
+        assert report.ok, report.failures
+        results.append(load(folder))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("wide", ["seed", "code"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_of_a_fused_tensor_may_have_two_dtypes(dtype: str, wide: str, tmp_path: Path) -> None:
+    """gate of one source and up of another, one of them float64: neither is mistaken for bytes of the other's dtype."""
+    write_sources(tmp_path, CONFIGS["phi3"])
+    file = tmp_path / wide / "model.safetensors"
+    save_file({key: value.double() * (1 + 1e-10) for key, value in load_file(file).items()}, file)
+    rules = "rules: [{roles: [ffn.gate], make: copy, from: seed}, {roles: [ffn.up], make: copy, from: code}]"
+    plan = plan_file(write_recipe(tmp_path, rules, "merge", output=f"{{path: out, dtype: {dtype}}}"))
+    folder = publish(plan, None, MergeOptions(verify=False))
+    name = "model.layers.1.mlp.gate_up_proj.weight"
+    gate, up = load(tmp_path / "seed")[name][:40], load(tmp_path / "code")[name][40:]
+    narrow = getattr(torch, dtype)
+    assert torch.equal(load(folder)[name], torch.cat([gate.to(narrow), up.to(narrow)]))
+    assert verify(folder, plan).ok
+
+
+def test_a_router_of_float64_sources_is_drawn_in_float64(llamas: Path) -> None:
+    for source in SOURCES:
+        save_file({key: value.double() for key, value in load(llamas / source).items()}, llamas / source / "model.safetensors")
+    plan = plan_file(write_recipe(llamas, "router: {init: orthogonal}"))
+    folder = publish(plan, None, MergeOptions(verify=False))
+    router = load(folder)["model.layers.0.mlp.router.weight"]
+    assert router.dtype == torch.float64
+    assert float((router @ router.T - torch.eye(3, dtype=torch.float64)).abs().max()) < 1e-14
+    assert verify(folder, plan).ok
 
 
 def test_arrays_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from safetensors.torch import load_file, save_file
 from verifying import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.publish import publish
+from bam_merge.values.streams import uniforms
 from bam_merge.verifying.verification import verify
 
 __all__ = ["good"]
@@ -131,6 +133,64 @@ def test_a_mean_rounded_twice(tmp_path: Path, through: torch.dtype | None) -> No
     assert not torch.equal(wrong, right)
     forge.write("lm_head.weight", wrong)
     assert "lm_head.weight (element" in failed(verify(folder, plan))["merges"]
+
+
+@pytest.mark.parametrize("make", [
+    "{make: ties, base: seed, density: 1.0}",
+    "{make: ties, base: seed, density: 0.9, weights: {code: 0.3, law: 0.3}}",
+    "{make: dare_ties, base: seed, density: 0.95}",
+    "{make: dare_ties, base: seed, density: 0.95, weights: {code: 2.0, law: 2.0}, scale: 0.5}",
+])  # fmt: skip
+def test_a_value_planted_where_the_elected_sign_is_a_tie(make: str, tmp_path: Path) -> None:
+    """Where the branches moved by equal steps in opposite directions the result is the base, and nothing else: neither a huge number, nor
+    what one of the branches alone would give, nor the next number."""
+    write_sources(tmp_path, SQUARE, dtype="BF16")
+    plan = plan_file(write_recipe(tmp_path, f"shared: {make}", "merge"))
+    folder = publish(plan, None, UNPROVED)
+    name = "lm_head.weight"
+    base, code, law = (load_model(tmp_path / source).state_dict()[name] for source in SOURCES)
+    forge = Forger(folder)
+    right = forge.read(name)
+    ties = ((code - base == base - law) & (code != base)).flatten().nonzero()[:, 0].tolist()
+    method = next(step.expr.method for step in plan.steps if step.name == name)
+    if "dare" in make:  # where one of the two was dropped there is no tie
+        masks = [uniforms(method.seed, stream, 0, base.numel()) < method.density for stream in method.streams]
+        ties = [place for place in ties if all(mask[place] for mask in masks)]
+    assert len(ties) > 3
+    assert all(right.flatten()[ties] == base.flatten()[ties])
+    assert verify(folder, plan).ok
+    place = ties[3]
+    of_one = base.flatten()[place] + (code - base).flatten()[place]
+    for planted in (30000.0, float(of_one), float(base.flatten()[place]) * (1 + 2.0**-7)):
+        wrong = right.clone()
+        wrong.view(-1)[place] = planted
+        assert not torch.equal(wrong, right)
+        forge.write(name, wrong)
+        assert f"{name} (element {place} is " in failed(verify(folder, plan))["merges"]
+
+
+@pytest.mark.parametrize(
+    "make", ["{make: ties, base: seed, density: 0.4, weights: {code: 0.3, law: 0.7}}", "{make: dare_ties, base: seed, density: 0.4}"]
+)
+def test_an_entry_that_the_trim_or_the_drop_took_is_not_put_back(make: str, tmp_path: Path) -> None:
+    """Also where only a float64 difference from the threshold tells: the value of the other outcome is found."""
+    write_sources(tmp_path, SQUARE)
+    for source in SOURCES:
+        file = tmp_path / source / "model.safetensors"
+        save_file({key: value.double() * (1 + 1e-12) for key, value in load_file(file).items()}, file)
+    plan = plan_file(write_recipe(tmp_path, f"shared: {make}", "merge"))
+    folder = publish(plan, None, UNPROVED)
+    assert verify(folder, plan).ok
+    forge = Forger(folder)
+    right, base, law = (
+        forge.read("lm_head.weight"),
+        *(load_file(tmp_path / s / "model.safetensors")["lm_head.weight"] for s in ("seed", "law")),
+    )
+    place = int((right == base).flatten().nonzero()[0])
+    wrong = right.clone()
+    wrong.view(-1)[place] = law.flatten()[place]
+    forge.write("lm_head.weight", wrong)
+    assert f"lm_head.weight (element {place} is " in failed(verify(folder, plan))["merges"]
 
 
 def test_any_flipped_bit_is_named(good: tuple[Path, Plan]) -> None:

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from safetensors.torch import load_file, save_file
 from verifying import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 
 from bam_merge import MergeOptions
-from bam_merge.demo.synthetic import random_values, write_checkpoint
+from bam_merge.demo.synthetic import Dense, branched_values, random_values, write_checkpoint
 from bam_merge.errors import VerificationFailed, VerifyError
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
@@ -99,6 +101,50 @@ def test_converted_merges_pass(dtype: str, tmp_path: Path) -> None:
     plan = plan_file(write_recipe(tmp_path, output=f"{{path: out, dtype: {dtype}}}"))
     report = verify(publish(plan, None, UNPROVED), plan)
     assert report.ok, failed(report)
+
+
+def large(values: Dense) -> Dense:
+    """The same with all but the norms times 40: a standard deviation of 2."""
+
+    def scaled(name: str, shape: tuple[int, ...]) -> Any:
+        return values(name, shape) * numpy.float32(1 if "norm" in name else 40)
+
+    return scaled
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_large_weights_are_converted_without_a_false_alarm_and_with_a_true_one(name: str, dtype: str, tmp_path: Path) -> None:
+    """Weights of standard deviation 2, from float32: every layer is the converted dense model's to float32's rounding, and one number that
+    is the next one, or a single matrix that is 0.8 % too large, is found: by its bytes, and the matrix by what it computes."""
+    for branch, source in enumerate(SOURCES):
+        write_checkpoint(tmp_path / source, CONFIGS[name], large(branched_values(7, branch) if branch else random_values(7)))
+    plan = plan_file(write_recipe(tmp_path, output=f"{{path: out, dtype: {dtype}}}"))
+    folder = publish(plan, None, UNPROVED)
+    report = verify(folder, plan)
+    assert report.ok, failed(report)
+    isolation = next(check for check in report.checks if check.name == "expert isolation")
+    assert (isolation.value, isolation.tolerance) == (pytest.approx(0, abs=1e-6), 1e-5)
+    forge, up = Forger(folder), "model.layers.1.mlp.experts.1.up_proj.weight"
+    right = forge.read(up)
+    next_one = right.clone()
+    next_one.view(torch.int16)[3, 5] += 1
+    forge.write(up, next_one)
+    assert f"{up} (element {3 * 32 + 5} is " in failed(verify(folder, plan))["merges"]
+    forge.write(up, (right.double() * (1 + 2.0**-7)).to(right.dtype))
+    found = failed(verify(folder, plan))
+    assert up in found["merges"] and "layer 1, expert 1 (code): FFN" in found["expert isolation"]
+
+
+def test_float64_sources_in_every_narrower_dtype(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["qwen3"])
+    for source in SOURCES:
+        file = tmp_path / source / "model.safetensors"
+        save_file({key: value.double() * (1 + 1e-10) for key, value in load_file(file).items()}, file)
+    for dtype in ("float32", "bfloat16", "float16"):
+        plan = plan_file(write_recipe(tmp_path, output=f"{{path: {dtype}, dtype: {dtype}}}"))
+        report = verify(publish(plan, None, UNPROVED), plan)
+        assert report.ok, failed(report)
 
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

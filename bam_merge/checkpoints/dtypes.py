@@ -3,12 +3,6 @@
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
-
-
-SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
-
-
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,

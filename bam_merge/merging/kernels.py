@@ -94,17 +94,22 @@ def slerp_weights(method: expressions.Slerp, chunks: Chunks, numel: int) -> tupl
     Dot products in float64, so the angle is good to about 1e-8; below that, or at opposite directions, where the arc is not
     defined, the straight line 1-t, t.
     """
-    dot = norm_a = norm_b = 0.0
+    dots: list[tuple[float, float, float]] = []
     for chunk in chunks():
-        a_C, b_C = (x_C.double() for x_C in chunk.operands)
-        dot += float(a_C @ b_C)
-        norm_a += float(a_C @ a_C)
-        norm_b += float(b_C @ b_C)
+        a_C, b_C = chunk.operands
+        dots.append((_dot(a_C, b_C), _dot(a_C, a_C), _dot(b_C, b_C)))
+    total = math.fsum if a_C.dtype == torch.float64 else sum
+    dot, norm_a, norm_b = map(total, zip(*dots, strict=True))
     scale = math.sqrt(norm_a) * math.sqrt(norm_b)
     angle = math.acos(max(-1.0, min(1.0, dot / scale))) if scale > 0 else 0.0
     if math.sin(angle) < 1e-7:
         return 1 - method.t, method.t
     return math.sin((1 - method.t) * angle) / math.sin(angle), math.sin(method.t * angle) / math.sin(angle)
+
+
+def _dot(a_C: Tensor, b_C: Tensor) -> float:
+    """The inner product in float64. Of float64 it is summed pairwise, since there the sum's own error would be seen in the result."""
+    return float((a_C * b_C).sum() if a_C.dtype == torch.float64 else a_C.double() @ b_C.double())
 
 
 @combine.register
@@ -120,28 +125,32 @@ def slerp(method: expressions.Slerp, chunk: Chunk, known: tuple[float, float]) -
 def ties_thresholds(method: expressions.Ties, chunks: Chunks, numel: int) -> list[float]:
     """For each operand the magnitude of its k-th largest difference, k = floor(density * numel), at least 1.
 
-    Exact, in two passes and constant memory: the bit pattern of a non-negative float32 orders like its value, so a histogram
-    of its high 16 bits finds the bin of the k-th largest, and one of the low 16 bits in that bin finds the value.
+    Exact, in two passes (of float64 four) and constant memory: the bit pattern of a non-negative float orders like its value, so a
+    histogram of its high 16 bits finds the bin of the k-th largest, one of the next 16 bits in that bin a finer bin, and so on.
     """
     keep = max(1, math.floor(method.density * numel))
     if keep >= numel:
         return [0.0] * len(method.weights)
-    high_KB = [torch.zeros(2**16, dtype=torch.int64) for _ in method.weights]
-    for chunk in chunks():
-        for counts_B, d_C in zip(high_KB, chunk.deltas, strict=True):
-            counts_B += torch.bincount(_bits(d_C) >> 16, minlength=2**16)
-    bins = [_bin_of(counts_B, keep) for counts_B in high_KB]
-    low_KB = [torch.zeros(2**16, dtype=torch.int64) for _ in method.weights]
-    for chunk in chunks():
-        for counts_B, (wanted, _), d_C in zip(low_KB, bins, chunk.deltas, strict=True):
-            bits_C = _bits(d_C)
-            counts_B += torch.bincount(bits_C[bits_C >> 16 == wanted] & 0xFFFF, minlength=2**16)
-    patterns = [(wanted << 16) | _bin_of(counts_B, left)[0] for counts_B, (wanted, left) in zip(low_KB, bins, strict=True)]
-    return [float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32)) for pattern in patterns]
+    dtype = next(chunks()).operands[0].dtype
+    found = [(0, keep)] * len(method.weights)  # of each operand's threshold the bits known so far, and its rank among all that have them
+    first = dtype.itemsize * 8 - 16
+    for shift in range(first, -1, -16):
+        counts_KB = [torch.zeros(2**16, dtype=torch.int64) for _ in found]
+        for chunk in chunks():
+            for counts_B, (high, _), d_C in zip(counts_KB, found, chunk.deltas, strict=True):
+                bits_C = _bits(d_C) >> shift
+                counts_B += torch.bincount(bits_C if shift == first else bits_C[bits_C >> 16 == high] & 0xFFFF, minlength=2**16)
+        bins = [_bin_of(counts_B, rank) for counts_B, (_, rank) in zip(counts_KB, found, strict=True)]
+        found = [((high << 16) | low, rank) for (high, _), (low, rank) in zip(found, bins, strict=True)]
+    values = [float(torch.tensor(pattern, dtype=_INTEGERS[dtype]).view(dtype)) for pattern, _ in found]
+    return [math.inf if math.isnan(value) else value for value in values]  # so many NaN that nothing finite is kept
+
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def _bits(d_C: Tensor) -> Tensor:
-    return d_C.float().abs_().view(torch.int32)
+    return d_C.abs().view(_INTEGERS[d_C.dtype])
 
 
 def _bin_of(counts_B: Tensor, keep: int) -> tuple[int, int]:
@@ -155,23 +164,31 @@ def _bin_of(counts_B: Tensor, keep: int) -> tuple[int, int]:
 def ties(method: expressions.Ties, chunk: Chunk, known: list[float]) -> Tensor:
     """base + scale * disjoint mean of the trimmed task vectors (arXiv 2306.01708, section 4).
 
-    Trim keeps every entry whose magnitude reaches the threshold, equal ones included, as the authors' code does.
+    Trim keeps every entry whose magnitude reaches the threshold, equal ones included, as the authors' code does; and NaN, which is
+    the caller's to find.
     """
-    trimmed = [torch.where(d_C.abs() >= least, d_C, 0.0) for d_C, least in zip(chunk.deltas, known, strict=True)]
+    trimmed = [d_C.masked_fill_(d_C.abs() < least, 0.0) for d_C, least in zip(chunk.deltas, known, strict=True)]
     assert chunk.base is not None
-    return _disjoint_mean(trimmed, method.weights).mul_(method.scale).add_(chunk.base)
+    return _disjoint_mean(trimmed, method.weights, 1.0).mul_(method.scale).add_(chunk.base)
 
 
-def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...]) -> Tensor:
-    """Elect the sign of the weighted sum, then average the non-zero entries that have it, by weight; 0 where none does."""
-    weighted = [d_C * weight for d_C, weight in zip(deltas, weights, strict=True)]
-    elected_C = torch.stack(weighted).sum(0).sign_()
-    total_C, mass_C = torch.zeros_like(elected_C), torch.zeros_like(elected_C)
-    for d_C, weight in zip(weighted, weights, strict=True):
+def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...], density: float) -> Tensor:
+    """Elect the sign of the weighted sum, then average the non-zero entries that have it, by weight, each divided by `density`.
+
+    0 where none has it, which is where the sum is 0: a tie gives the base. So that it is the formula that makes a tie and not the
+    rounding of float32, the sum is of float64 and whole weights, before the division.
+    """
+    elected_C = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for d_C, share in zip(deltas, expressions.proportion(weights), strict=True):
+        elected_C += d_C if share == 1 else d_C.double() * share
+    lost_C = elected_C.isnan()
+    elected_C = elected_C.sign_().to(deltas[0].dtype)
+    total_C, mass_C = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for d_C, weight in zip(deltas, weights, strict=True):
         agrees_C = (d_C.sign() == elected_C) & (d_C != 0)
-        total_C += torch.where(agrees_C, d_C, 0.0)
-        mass_C += agrees_C * weight
-    return torch.where(mass_C != 0, total_C / torch.where(mass_C != 0, mass_C, 1.0), 0.0)
+        total_C += torch.where(agrees_C, (d_C if density == 1 else d_C / density) * weight, 0.0)
+        mass_C += agrees_C.to(mass_C.dtype) * weight
+    return torch.where(mass_C != 0, total_C / torch.where(mass_C != 0, mass_C, 1.0), 0.0).masked_fill_(lost_C, math.nan)
 
 
 @combine.register
@@ -180,6 +197,6 @@ def dare_ties(method: expressions.DareTies, chunk: Chunk, known: None) -> Tensor
     kept = []
     for d_C, stream in zip(chunk.deltas, method.streams, strict=True):
         keep_C = torch.from_numpy(uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
-        kept.append(torch.where(keep_C, d_C / method.density, 0.0))
+        kept.append(torch.where(keep_C, d_C, 0.0))
     assert chunk.base is not None
-    return _disjoint_mean(kept, method.weights).mul_(method.scale).add_(chunk.base)
+    return _disjoint_mean(kept, method.weights, method.density).mul_(method.scale).add_(chunk.base)

@@ -130,8 +130,11 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
     return open_model(path).model(dtype)
 
 
-def open_model(path: str | os.PathLike[str]) -> StoredModel:
-    """Open the model in the folder `path` by its headers. Raises CheckpointError with every problem found."""
+def open_model(path: str | os.PathLike[str], computes: bool = True) -> StoredModel:
+    """Open the model in the folder `path` by its headers. Raises CheckpointError with every problem found.
+
+    Without `computes` tensors may have dtypes that nothing is computed with.
+    """
     checkpoint = open_folder(path)
     where = printable(str(checkpoint.path))
     try:
@@ -140,7 +143,7 @@ def open_model(path: str | os.PathLike[str]) -> StoredModel:
         raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from None
     architecture = find_by_model_type(checkpoint.config["model_type"])
     assert architecture is not None
-    locator = _Locator(checkpoint, architecture, config)
+    locator = _Locator(checkpoint, architecture, config, computes)
     locator.run()
     if config.tie_word_embeddings and not locator.problems:
         locator.check_heads()
@@ -166,6 +169,7 @@ class _Locator:
     checkpoint: Checkpoint
     architecture: Architecture
     config: ModelConfig
+    computes: bool = True
     found: dict[str, Leaf] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: list[TensorEntry] = field(default_factory=list)
@@ -220,7 +224,7 @@ class _Locator:
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
             return
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
         read, start = Read("model", entry.name, entry.dtype, entry.shape), 0
         for (parameter, shape), rows in zip(shapes.items(), parts, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bam_merge.architectures.computable import ROPE_TYPES
+from bam_merge.architectures.rotary import ROPE_TYPES
 
 
 def frequencies(rope: Mapping[str, Any], channels: int, limit: int | None, lengths_Bx: Tensor) -> tuple[Tensor, float]:
@@ -43,8 +43,8 @@ def frequencies(rope: Mapping[str, Any], channels: int, limit: int | None, lengt
             return (stretched_P * freqs_P / factor + (1 - stretched_P) * freqs_P)[None], _yarn_factor(rope, factor)
         case "longrope":
             short_P, long_P = (pairs_P.new_tensor(rope[key]) for key in ("short_factor", "long_factor"))
-            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            return freqs_P / torch.where(lengths_Bx > original, long_P, short_P), float(rope.get("attention_factor") or scale)
+            scale = rope.get("attention_factor") or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
+            return freqs_P / torch.where(lengths_Bx > original, long_P, short_P), float(scale)
         case other:
             raise ValueError(f"rope_type {other!r}; known are {', '.join(ROPE_TYPES)}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pydantic import TypeAdapter
 
 from bam_merge import expressions
+from bam_merge.planning.dtype_check import ARITHMETIC_DTYPES, dtype_of_new_tensors
 from bam_merge.planning.router_check import router_problem
 from bam_merge.recipe.makes import (
     Copy,
@@ -26,9 +27,6 @@ from bam_merge.recipe.makes import (
 from bam_merge.recipe.schema import Attention, Recipe, Routers
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
-
-ARITHMETIC_DTYPES = ("F64", "F32", "F16", "BF16")
-
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -162,9 +160,10 @@ def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel
     by_rule = isinstance(rule, Initialising)
     method = rule.initialiser() if isinstance(rule, Initialising) else recipe.router_init(role)
     shape = (len(recipe.expert_names), first.facts["hidden_size"])
-    dtype = first.tensors["embed", None].dtype
+    dtype = dtype_of_new_tensors(first)
     init = expressions.Init(method, "", recipe.random_seed, dtype, shape)
-    problem = router_problem(init, DTYPE_NAMES.get(recipe.output.dtype, dtype))
+    wanted = DTYPE_NAMES.get(recipe.output.dtype, dtype)
+    problem = router_problem(init, wanted) if wanted in ARITHMETIC_DTYPES else None  # what only copies is refused by name
     if problem:
         both = {"router.attn": "router.attention", "router.ffn": "router.ffn"}[role] if isinstance(recipe.router, Routers) else "router"
         text = f"{recipe.file}: {label if by_rule else both}: {problem}"

@@ -16,6 +16,7 @@ from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.assign import DTYPE_NAMES, Made, assign, check_axes
+from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
@@ -68,7 +69,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if layout.kind == "mixture":
         problems += [f"{recipe.file}: {text}" for text in check_axes(made, seed.facts["num_hidden_layers"])]
     steps = make_steps(recipe, layout, seed, made, problems)
-    problems += dtype_problems(recipe, steps)
+    problems += [*dtype_problems(recipe, steps), *copied_only_problems(steps, recipe.file)]
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
     steps = [replace(step, dtype=DTYPE_NAMES.get(recipe.output.dtype, step.dtype)) for step in steps]
@@ -85,7 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
         shards=shards,
         config=config,
         unused=_unused(models, placed, made),
-        notes=(*_notes(layout, ordered, values, made), *tokenizers.notes),
+        notes=(*_notes(layout, ordered, values, made), *copied_only_note(placed), *tokenizers.notes),
         active_parameters=_active(placed, values),
         fingerprint=_fingerprint(recipe, models, config),
     )

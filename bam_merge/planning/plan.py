@@ -131,4 +131,4 @@ class Plan:
 
 def moves_bytes(step: Step) -> bool:
     """Whether the step copies what is stored, and computes nothing."""
-    return expressions.is_copy(step.expr) and step.expr.dtype == step.dtype
+    return expressions.is_copy(step.expr) and all(leaf.dtype == step.dtype for leaf in expressions.leaves(step.expr))

@@ -8,7 +8,8 @@ from bam_merge.architectures.tables import Architecture, evaluate, natural_order
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import Slice
-from bam_merge.planning.assign import ARITHMETIC_DTYPES, DTYPE_NAMES, Made
+from bam_merge.planning.assign import DTYPE_NAMES, Made
+from bam_merge.planning.dtype_check import ARITHMETIC_DTYPES
 from bam_merge.planning.fill import filling
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe

@@ -30,8 +30,8 @@ def uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any
     return (raw >> numpy.uint64(11)) * 2.0**-53
 
 
-def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: str) -> Tensor:
-    """A new tensor of `shape` in float32, from a generator that depends on `seed` and `name` only.
+def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A new tensor of `shape` in float32 (or `dtype`), from a generator that depends on `seed` and `name` only.
 
     numpy's legacy stream is used because it is frozen for good (NEP 19), so that the same recipe gives the same bytes anywhere.
     """
@@ -48,4 +48,4 @@ def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: s
         case expressions.Orthogonal(gain):
             q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
             values = (q * numpy.sign(numpy.diag(r))).T * gain  # the sign makes the distribution uniform (Mezzadri 2007)
-    return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.float32))
+    return torch.from_numpy(numpy.ascontiguousarray(values)).to(dtype)

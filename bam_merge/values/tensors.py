@@ -18,6 +18,21 @@ def decode(bytes_B: Tensor, dtype: str) -> Tensor:
     return bytes_B.view(TORCH_DTYPES[dtype])
 
 
+def rounded(values: Tensor, dtype: str) -> Tensor:
+    """`values` rounded once to `dtype`, to nearest, ties to even.
+
+    torch narrows float64 to 16 bits by way of float32, which rounds twice. Where the way is inexact, the float32 is made the odd one of
+    the two neighbours, whose later rounding is that of the value itself (Boldo and Melquiond 2008, rounding to odd).
+    """
+    if values.dtype != torch.float64 or dtype not in ("F16", "BF16"):
+        return values.to(TORCH_DTYPES[dtype])
+    near = values.float()
+    inexact = (near.double() != values) & ~values.isnan()
+    beyond = near.double().abs() > values.abs()
+    odd = (near.view(torch.int32) - beyond.int()) | inexact.int()
+    return odd.view(torch.float32).to(TORCH_DTYPES[dtype])
+
+
 def encode(values: Tensor, dtype: str) -> memoryview:
     """The bytes of `values`, flattened and rounded once to `dtype` (to nearest, ties to even), little-endian."""
-    return memoryview(values.reshape(-1).to(TORCH_DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+    return memoryview(rounded(values.reshape(-1), dtype).contiguous().view(torch.uint8).numpy().data)

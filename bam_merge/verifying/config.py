@@ -63,15 +63,18 @@ def same_head(result: StoredModel, sources: Mapping[str, StoredModel], ids_BT: T
     worst, wrong = 0.0, []
     for name, source in sources.items():
         tied = source.config.tie_word_embeddings
-        if tied and not result.config.tie_word_embeddings:
-            wrong.append(f"{name}: its head is its embeddings, the result has a head of its own")
+        if tied and not result.config.tie_word_embeddings and not result.equals_embeddings():
+            wrong.append(f"{name}: its head is its embeddings, the result has a head of its own that is not its embeddings")
             continue
         if not tied and result.config.tie_word_embeddings and not source.equals_embeddings():
             wrong.append(f"{name}: its head is not its embeddings, the result's is")
         x_BTD = source.embed(ids_BT[:, -1:])
         expected = source.head(x_BTD)
         try:
-            got = replace(source, config=replace(result.config, vocab_size=source.config.vocab_size)).head(x_BTD)
+            as_result = replace(
+                result.config, vocab_size=source.config.vocab_size, tie_word_embeddings=tied or result.config.tie_word_embeddings
+            )
+            got = replace(source, config=as_result).head(x_BTD)
         except (KeyError, RuntimeError):
             wrong.append(f"{name}: has not the final norm and head that the result's config.json asks for")
             continue

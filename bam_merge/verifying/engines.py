@@ -39,6 +39,6 @@ def _fault(checkpoint: Checkpoint, row: Row, name: str) -> str | None:
     entry = checkpoint.tensors.get(name)
     if entry is None:
         return "missing"
-    if row.make == "ones" and not bool(RowReader().read(checkpoint.path / entry.file, name, 0, entry.shape[0]).any()):
+    if row.make == "ones" and not bool(RowReader().read(checkpoint.path / entry.file, name, 0, entry.shape[0], entry.dtype).any()):
         return "all zeros"
     return None

@@ -4,8 +4,10 @@ verify compares what a merge wrote with this. It shares no code with the way a m
 arithmetic, another precision. Formulas are those of ops.py's records.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bam_merge import expressions
-from bam_merge.checkpoints.dtypes import MANTISSA_BITS, SMALLEST_EXPONENT
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Read, Shape, Slice, numel
 from bam_merge.planning.plan import Plan
 from bam_merge.values.streams import initialise, uniforms
 from bam_merge.values.tensors import TORCH_DTYPES
+from bam_merge.verifying.election import elect
+from bam_merge.verifying.rounding import Derived, Other
 
 ROWS_BYTES = 2**20
 """Bytes of one source tensor, as stored, that are compared at a time."""
@@ -42,13 +46,27 @@ class RowReader:
     def __init__(self) -> None:
         self._open: dict[Path, tuple[Any, int]] = {}
 
-    def read(self, path: Path, tensor: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a stored tensor, in its own dtype."""
+    def read(self, path: Path, tensor: str, start: int, stop: int, dtype: str) -> Tensor:
+        """Rows [start, stop) of a stored tensor, in its own dtype; of elements smaller than a byte, which the library does not know, and
+        of truth values, which it may make 0 and 1, the bytes."""
+        if DTYPE_BITS[dtype] < 8 or dtype == "BOOL":
+            return _stored_bytes(path, tensor, start, stop, DTYPE_BITS[dtype])
         reader, count = self._open.pop(path, None) or (safe_open(path, "pt"), 0)
         rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
         if count + rows.nbytes < MAPPED_BYTES:
             self._open[path] = (reader, count + rows.nbytes)
         return rows
+
+
+def _stored_bytes(path: Path, tensor: str, start: int, stop: int, bits: int) -> Tensor:
+    """The bytes in which rows [start, stop) of a tensor with elements of so many bits lie."""
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length))[tensor]
+        row = math.prod(entry["shape"][1:]) * bits
+        first, last = start * row // 8, -(-stop * row // 8)
+        stream.seek(8 + length + entry["data_offsets"][0] + first)
+        return torch.frombuffer(bytearray(stream.read(last - first)), dtype=torch.uint8)
 
 
 class SourceTensors:
@@ -60,7 +78,7 @@ class SourceTensors:
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
         checkpoint = self.plan.models[read.source].checkpoint
-        return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop)
+        return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop, read.dtype)
 
     def piece(self, expr: expressions.Expr, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of what only moves bytes: a stored tensor, a slice of one, several of them fused."""
@@ -96,77 +114,92 @@ def concat_runs(expr: expressions.Concat, start: int, stop: int) -> Iterator[tup
         yield expr.parts[part], group * rows[part] + first, group * rows[part] + last
 
 
-def row_blocks(shape: Shape, itemsize: int) -> Iterator[tuple[int, int]]:
+def row_blocks(shape: Shape, itemsize: float) -> Iterator[tuple[int, int]]:
     """(start, stop) of blocks of rows of about ROWS_BYTES."""
-    step = max(1, ROWS_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    step = max(1, ROWS_BYTES // max(1, int(itemsize * math.prod(shape[1:]))))
     yield from ((start, min(shape[0], start + step)) for start in range(0, shape[0], step))
 
 
-def rederive(
-    expr: expressions.Expr, sources: SourceTensors, known: Mapping[int, Any], start: int, stop: int
-) -> tuple[Tensor, Tensor | None]:
-    """Rows [start, stop) of what `expr` means, in float64, and a bound for the error of doing the same in float32 (None: exact)."""
+def rederive(expr: expressions.Expr, sources: SourceTensors, known: Mapping[int, Any], start: int, stop: int, dtype: str) -> Derived:
+    """Rows [start, stop) of what `expr` means, in float64, with what rounding may make of them on the way to `dtype`."""
     if isinstance(expr, expressions.Init):
-        return initialise(expr.method, expr.shape, expr.seed, expr.name)[start:stop].double(), None
+        wide = torch.float64 if expr.dtype == "F64" else torch.float32
+        return Derived(initialise(expr.method, expr.shape, expr.seed, expr.name, wide)[start:stop].double())
     if isinstance(expr, expressions.Concat):
-        derived = [rederive(part, sources, known, a, b) for part, a, b in concat_runs(expr, start, stop)]
-        slacks = [torch.zeros_like(value) if slack is None else slack for value, slack in derived]
-        return torch.cat([value for value, _ in derived]), torch.cat(slacks)
+        return _joined([rederive(part, sources, known, a, b, dtype) for part, a, b in concat_runs(expr, start, stop)])
     if not isinstance(expr, expressions.Merge):
-        return sources.piece(expr, start, stop).double(), None
-    x_K = [sources.piece(operand, start, stop).double() for _, operand in expr.operands]
-    base = sources.piece(expr.base[1], start, stop).double() if expr.base else None
-    value, unsure = _merge(expr, x_K, base, known.get(id(expr)), start)
-    magnitude = torch.stack([x.abs() for x in (*x_K, *([base] if base is not None else []))]).sum(0)
-    gain = 1.0 + _gain(expr.method)
-    unit = 2.0**-53 if expr.dtype == "F64" else 2.0**-24
-    slack = magnitude * unit * (len(x_K) + 3) * gain
-    return value, slack if unsure is None else slack.masked_fill(unsure, float("inf"))
+        return Derived(sources.piece(expr, start, stop).double())
+    computing = COMPUTING[expressions.in_float64(expr)]
+    operands = [sources.piece(operand, start, stop) for _, operand in expr.operands]
+    base = sources.piece(expr.base[1], start, stop) if expr.base else None
+    derived = _merge(expr, operands, base, known.get(id(expr)), start, computing)
+    assert derived.slack is not None
+    if dtype != "F32" or computing.dtype != "F32":  # the last operation rounds as well as the writer; in float64 ours does too
+        derived.slack += derived.value.abs() * computing.unit
+        for other in derived.others:
+            other.slack += other.value.abs() * computing.unit
+    return derived
 
 
-def _gain(method: expressions.Method) -> float:
-    """How much a method can enlarge the rounding errors of its operands."""
-    match method:
-        case expressions.Linear(weights):
-            return sum(map(abs, weights))
-        case expressions.TaskArithmetic(weights, scale):
-            return abs(scale) * sum(map(abs, weights)) * 2
-        case expressions.Ties(_, weights, scale):
-            return 2 * abs(scale) * len(weights)
-        case expressions.DareTies(density=density, weights=weights, scale=scale):
-            return 2 * abs(scale) * len(weights) / density
-        case _:
-            return 2.0
+@dataclass(frozen=True)
+class Computing:
+    """What a merge is computed in. `unit` bounds the relative error of one operation, ours in float64 included; `least` an underflow's."""
+
+    dtype: str
+    torch: torch.dtype
+    unit: float
+    least: float
 
 
-def _merge(merge: expressions.Merge, x_K: list[Tensor], base: Tensor | None, known: Any, start: int) -> tuple[Tensor, Tensor | None]:
-    """The merged rows, and where an elected sign hangs on the last digits of float32, so that either outcome is right."""
-    method = merge.method
-    if isinstance(method, expressions.Mean):
-        return torch.stack(x_K).mean(0), None
-    if isinstance(method, expressions.Linear):
-        return _sum(method.weights, x_K), None
-    if isinstance(method, expressions.Slerp):
-        return _sum(known, x_K), None
-    assert base is not None
-    deltas = [x - base for x in x_K]
+COMPUTING = {
+    False: Computing("F32", torch.float32, 2.0**-24 * (1 + 2.0**-20), 2.0**-149),
+    True: Computing("F64", torch.float64, 2.0**-52 * (1 + 2.0**-20), 2.0**-1074),
+}
+"""By whether a source is float64."""
+
+
+def _joined(parts: list[Derived]) -> Derived:
+    """The parts one below the other."""
+    slacks = [torch.zeros_like(part.value) if part.slack is None else part.slack for part in parts]
+    exact = all(part.slack is None for part in parts)
+    result = Derived(torch.cat([part.value for part in parts]), None if exact else torch.cat(slacks))
+    place = 0
+    for part in parts:
+        result.others += [Other(other.index + place, other.value, other.slack) for other in part.others]
+        place += part.value.numel()
+    return result
+
+
+def _merge(merge: expressions.Merge, operands: list[Tensor], base: Tensor | None, known: Any, start: int, computing: Computing) -> Derived:
+    """The merged rows. `slack` is without the last operation: so many roundings, each relative to what it rounds at most."""
+    method, count, unit = merge.method, len(operands), computing.unit
+    if base is None:
+        x_K = [x.double() for x in operands]
+        if isinstance(method, expressions.Mean):
+            return Derived(torch.stack(x_K).mean(0), _sum([1.0] * count, [x.abs() for x in x_K]) * ((count - 1) / count * unit))
+        weights, errors = (method.weights, (0.0,) * count) if isinstance(method, expressions.Linear) else known
+        sizes = [x.abs() for x in x_K]
+        slack = _sum([abs(w) * (count + 1) * unit + error for w, error in zip(weights, errors, strict=True)], sizes)
+        return Derived(_sum(weights, x_K), slack + 2 * count * computing.least)
+    # every difference is one operation, whose rounding IEEE 754 fixes: what follows is defined on the rounded differences
+    deltas = [_difference(x, base, computing) for x in operands]
     if isinstance(method, expressions.TaskArithmetic):
-        return base + method.scale * _sum(method.weights, deltas), None
+        slack = _sum([abs(method.scale * w) * (count + 4) * unit for w in method.weights], [d.abs() for d in deltas])
+        value = base.double() + method.scale * _sum(method.weights, deltas)
+        return Derived(value, slack + 2 * (count + 1) * (1 + abs(method.scale)) * computing.least)
+    assert isinstance(method, expressions.Ties | expressions.DareTies)
     if isinstance(method, expressions.Ties):
-        # the trim is defined on the float32 differences: whether an entry reaches the threshold must not depend on more digits
-        deltas = [d * (d.float().abs() >= least) for d, least in zip(deltas, known, strict=True)]
+        kept = [d.masked_fill(d.abs() < least, 0.0) for d, least in zip(deltas, known, strict=True)]
     else:
         first = start * math.prod(merge.shape[1:])
-        kept = (torch.from_numpy(uniforms(method.seed, s, first, base.numel()) < method.density) for s in method.streams)
-        deltas = [d * keep.view(d.shape) / method.density for d, keep in zip(deltas, kept, strict=True)]
-    stacked_K = torch.stack([w * d for w, d in zip(method.weights, deltas, strict=True)])
-    weights_K = torch.tensor(method.weights, dtype=torch.float64).view(-1, *[1] * base.dim())
-    total = stacked_K.sum(0)
-    agree_K = (stacked_K.sign() == total.sign()) & (stacked_K != 0)
-    mass = (agree_K * weights_K).sum(0)
-    merged = torch.where(mass != 0, (stacked_K * agree_K).sum(0) / mass.where(mass != 0, 1.0), 0.0)
-    unsure = (total.abs() <= stacked_K.abs().sum(0) * len(x_K) * 2.0**-23) & stacked_K.any(0)
-    return base + method.scale * merged, unsure
+        masks = (torch.from_numpy(uniforms(method.seed, s, first, base.numel()) < method.density) for s in method.streams)
+        kept = [d.where(mask.view(d.shape), 0.0) for d, mask in zip(deltas, masks, strict=True)]
+    return elect(method, kept, base.double(), computing.unit, computing.least)
+
+
+def _difference(x: Tensor, base: Tensor, computing: Computing) -> Tensor:
+    """x - base as the computing dtype rounds it, in float64."""
+    return (x.to(computing.torch) - base.to(computing.torch)).double()
 
 
 def _sum(weights: Sequence[float], x_K: Sequence[Tensor]) -> Tensor:
@@ -195,28 +228,41 @@ def _blocks(node: expressions.Merge) -> Iterator[tuple[int, int]]:
     return row_blocks(node.shape, TORCH_DTYPES[node.dtype].itemsize)
 
 
-def _slerp_weights(t: float, node: expressions.Merge, sources: SourceTensors) -> tuple[float, float]:
-    sums = torch.zeros(3, dtype=torch.float64)
+ANGLE_ERROR = 2.0**-50
+"""How much two correct ways to the cosine of an angle between tensors may differ."""
+
+
+def _slerp_weights(t: float, node: expressions.Merge, sources: SourceTensors) -> tuple[list[float], list[float]]:
+    """The two weights, and how much each may differ for the rounding of the angle: near opposite tensors that is a lot."""
+    sums: list[list[float]] = []
     for start, stop in _blocks(node):
         a, b = (sources.piece(operand, start, stop).double().flatten() for _, operand in node.operands)
-        sums += torch.stack([a @ b, a @ a, b @ b])
-    ab, aa, bb = sums.tolist()
-    angle = math.acos(max(-1.0, min(1.0, ab / math.sqrt(aa * bb)))) if aa and bb else 0.0
-    if math.sin(angle) < 1e-7:
-        return 1 - t, t
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+        sums.append([float((x * y).sum()) for x, y in ((a, b), (a, a), (b, b))])
+    ab, aa, bb = map(math.fsum, zip(*sums, strict=True))
+    cosine = ab / (math.sqrt(aa) * math.sqrt(bb)) if aa and bb else 1.0
+
+    def at(cosine: float) -> tuple[float, float]:
+        angle = math.acos(max(-1.0, min(1.0, cosine)))
+        if math.sin(angle) < 1e-7:
+            return 1 - t, t
+        return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+    weights = at(cosine)
+    around = [at(cosine - ANGLE_ERROR), at(cosine + ANGLE_ERROR)]
+    return list(weights), [max(abs(other[i] - weights[i]) for other in around) for i in (0, 1)]
 
 
 def _differences(
     node: expressions.Merge, operand: expressions.Expr, base: expressions.Expr, sources: SourceTensors
 ) -> Callable[[], Iterator[Tensor]]:
-    """Gives the float32 magnitudes of operand - base, block by block, as often as asked."""
-    largest = torch.finfo(torch.float32).max  # stands for NaN and infinity, which --allow-nonfinite lets pass
+    """Gives the magnitudes of operand - base, rounded as they are computed, block by block, as often as asked."""
+    computing = COMPUTING[expressions.in_float64(node)]
+    largest = torch.finfo(computing.torch).max  # stands for NaN and infinity, which --allow-nonfinite lets pass
 
     def blocks() -> Iterator[Tensor]:
         for start, stop in _blocks(node):
-            delta = sources.piece(operand, start, stop).double() - sources.piece(base, start, stop).double()
-            yield delta.float().abs().nan_to_num(largest, largest).flatten()
+            delta = _difference(sources.piece(operand, start, stop), sources.piece(base, start, stop), computing)
+            yield delta.abs().nan_to_num(largest, largest).flatten()
 
     return blocks
 
@@ -229,11 +275,10 @@ def kth_largest(blocks: Callable[[], Iterator[Tensor]], k: int) -> float:
     """
     low, high = 0.0, max(float(block.max()) for block in blocks())
     while low < high:
-        scale = SURVEY_BINS / (high - low)
 
-        def binned(block: Tensor, low: float = low, high: float = high, scale: float = scale) -> tuple[Tensor, Tensor]:
+        def binned(block: Tensor, low: float = low, high: float = high) -> tuple[Tensor, Tensor]:
             inside = block[(block >= low) & (block <= high)]
-            return inside, ((inside.double() - low) * scale).long().clamp_(max=SURVEY_BINS - 1)  # rises with the value
+            return inside, ((inside.double() - low) / (high - low) * SURVEY_BINS).long().clamp_(max=SURVEY_BINS - 1)  # rises with the value
 
         counts = torch.stack([torch.bincount(binned(block)[1], minlength=SURVEY_BINS) for block in blocks()]).sum(0)
         above = counts.flip(0).cumsum(0).flip(0)  # elements of this bin or a higher one
@@ -245,23 +290,3 @@ def kth_largest(blocks: Callable[[], Iterator[Tensor]], k: int) -> float:
         ends = [(float(values.min()), float(values.max())) for values in kept if len(values)]
         low, high = min(end[0] for end in ends), max(end[1] for end in ends)
     return low
-
-
-def half_ulp(value: Tensor, dtype: str) -> Tensor:
-    """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
-    exponent = torch.frexp(value).exponent - 1
-    result: Tensor = torch.exp2(exponent.clamp(min=SMALLEST_EXPONENT[dtype]).double() - MANTISSA_BITS[dtype] - 1)
-    return result
-
-
-def worst(written: Tensor, value: Tensor, slack: Tensor | None, dtype: str) -> tuple[float, int]:
-    """The largest error of `written` against the float64 `value`, in units of what one rounding of `dtype` may cause, and where.
-
-    At most 1 is right; a number rounded twice, or through a narrower type, is above it somewhere.
-    """
-    error = (written.double() - value).abs()
-    allowed = half_ulp(value, dtype) + (0.0 if slack is None else slack)
-    same = (written.double() == value) | (written.isnan() & value.isnan())  # infinities, and NaN that --allow-nonfinite let pass
-    ratio = torch.where(same, 0.0, torch.where(torch.isfinite(error), error / allowed, float("inf"))).flatten()
-    index = int(ratio.argmax())
-    return float(ratio[index]), index

@@ -25,7 +25,7 @@ from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.report import Check, Report
-from bam_merge.verifying.stored import against_sources, digests, structure
+from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
 copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
@@ -59,8 +59,8 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     if plan is not None:
         report.add([_config_check(path, plan)])
         report.add(against_sources(path, plan, manifest))
-    if any(record.get("nonfinite") for record in manifest["tensors"].values()):
-        report.add([Check("model", None, "not run: the merge was allowed to write NaN or infinity")])
+    if (reason := not_computed(manifest)) is not None:
+        report.add([Check("model", None, reason)])
         return report
     try:
         report.add(_function(path, plan, report))

@@ -1,0 +1,93 @@
+"""How far a written number may be from the one that it stands for: rounding to a dtype by this module's own arithmetic, on bit patterns.
+
+What wrote the number rounded with torch; what proves it does not.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+
+
+SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
+
+
+LARGEST = {"F64": 2.0**1023 * (2 - 2.0**-52), "F32": 2.0**127 * (2 - 2.0**-23), "F16": 65504.0, "BF16": 2.0**127 * (2 - 2.0**-7)}
+
+
+_PATTERNS = {torch.float32: ("F32", torch.int32), torch.float64: ("F64", torch.int64)}
+
+
+@dataclass
+class Other:
+    """What rounding may have made instead of some elements [n] of a derived tensor, by flat `index`: values, and their slack."""
+
+    index: Tensor
+    value: Tensor
+    slack: Tensor
+
+
+@dataclass
+class Derived:
+    """Rows of a tensor in float64, with a bound for the error of the arithmetic before the last rounding (None: there is none).
+
+    `others`: where an elected sign hangs on rounding, each further outcome that is as right as `value`.
+    """
+
+    value: Tensor
+    slack: Tensor | None = None
+    others: list[Other] = field(default_factory=list)
+
+
+def half_ulp(value: Tensor, dtype: str) -> Tensor:
+    """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
+    exponent = torch.frexp(value).exponent - 1
+    result: Tensor = torch.exp2(exponent.clamp(min=SMALLEST_EXPONENT[dtype]).double() - MANTISSA_BITS[dtype] - 1)
+    return result
+
+
+def nearest(value: Tensor, dtype: str) -> Tensor:
+    """The numbers of `dtype` nearest to `value` (float32 or float64), ties to even, as numbers of value's own dtype."""
+    wide, integer = _PATTERNS[value.dtype]
+    cut = MANTISSA_BITS[wide] - MANTISSA_BITS[dtype]
+    if cut <= 0:
+        return value
+    patterns = value.contiguous().view(integer)
+    last = (patterns >> cut) & 1  # of the bits that stay
+    near = ((patterns + (last + ((1 << (cut - 1)) - 1))) >> cut << cut).view(value.dtype)
+    if SMALLEST_EXPONENT[dtype] > SMALLEST_EXPONENT[wide]:
+        step = 2.0 ** (SMALLEST_EXPONENT[dtype] - MANTISSA_BITS[dtype])
+        near = torch.where(value.abs() < 2.0 ** SMALLEST_EXPONENT[dtype], (value / step).round() * step, near)
+    near = torch.where(near.abs() > LARGEST[dtype], value.sign() * torch.inf, near)
+    return torch.where(value.isfinite(), near, value)
+
+
+def worst(written: Tensor, derived: Derived, dtype: str) -> tuple[float, int]:
+    """The largest error of `written` against what it should be, in units of what is allowed for it, and where.
+
+    Allowed is one rounding to `dtype` of what the arithmetic can give; where nothing is computed before, the one number that rounding
+    gives. At most 1 is right; a number rounded twice, or through a narrower type, is above it somewhere.
+    """
+    found = written.double().flatten()
+    ratio = _ratio(found, derived.value.flatten(), None if derived.slack is None else derived.slack.flatten(), dtype)
+    for other in derived.others:
+        ratio[other.index] = torch.minimum(ratio[other.index], _ratio(found[other.index], other.value, other.slack, dtype))
+    index = int(ratio.argmax())
+    return float(ratio[index]), index
+
+
+def _ratio(found: Tensor, value: Tensor, slack: Tensor | None, dtype: str) -> Tensor:
+    error = (found - value).abs()
+    size = value.abs() if slack is None else value.abs() + slack
+    ratio = error / (half_ulp(size, dtype) if slack is None else half_ulp(size, dtype) + slack)
+    # what is left in doubt: two equally near numbers, of which one is right; infinities, and NaN that --allow-nonfinite let pass
+    doubt = (~(ratio < 1)).nonzero()[:, 0]
+    if len(doubt):
+        rounded = nearest(value[doubt], dtype)
+        same = (found[doubt] == rounded) | (found[doubt].isnan() & value[doubt].isnan())
+        off = ratio[doubt].nan_to_num(torch.inf, torch.inf)
+        wrong = off if slack is not None else off.clamp(min=1 + 2.0**-20)
+        ratio[doubt] = torch.where(same, off.where(off <= 1, 0.0), wrong)
+    return ratio
