@@ -461,7 +461,7 @@ BAD_REQUESTS: dict[str, tuple[str, str, str, str, str]] = {
     "attention experts in some layers": ("llama", "bam", "rules: [{roles: [attn.*], layers: 1, make: mean}]", "bam", "HOME/recipe.yaml: attention is per expert in layers 0 and shared in 1; it must be one or the other in all layers."),
     "k and v without q": ("llama", "btx", "rules: [{roles: [attn.k, attn.v], make: expert}]", "bam", "HOME/recipe.yaml: layer 0: attn.k and attn.v are per expert, attn.q and attn.o shared. Make attn.q and attn.o expert too.\nHOME/recipe.yaml: layer 1: attn.k and attn.v are per expert, attn.q and attn.o shared. Make attn.q and attn.o expert too."),
     "FFN averaged": ("llama", "bam", "rules: [{roles: [ffn.*], layers: 0, make: mean}]", "bam", "HOME/recipe.yaml: rules[0]: 'ffn.gate' is made once for all, but layout 'bam' stores one per expert. Use make: expert.\nHOME/recipe.yaml: rules[0]: 'ffn.up' is made once for all, but layout 'bam' stores one per expert. Use make: expert.\nHOME/recipe.yaml: rules[0]: 'ffn.down' is made once for all, but layout 'bam' stores one per expert. Use make: expert."),
-    "experts of the embeddings": ("llama", "bam", "rules: [{roles: [embed], make: expert}]", "bam", "HOME/recipe.yaml: rules[0]: 'embed' asks for one tensor per expert, but layout 'bam' stores it shared. Use make: mean, or layout: bam."),
+    "experts of the embeddings": ("llama", "bam", "rules: [{roles: [embed], make: expert}]", "bam", "HOME/recipe.yaml: rules[0]: 'embed' asks for one tensor per expert, but layout 'bam' stores it shared. Use make: mean."),
 }  # fmt: skip
 
 

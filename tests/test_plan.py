@@ -251,3 +251,10 @@ def test_planning_imports_neither_torch_nor_numpy(llamas: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(("role", "advice"), [("norm.attn", "Use make: mean."), ("embed", "Use make: mean.")])
+def test_no_advice_to_use_the_layout_that_is_used(role: str, advice: str, llamas: Path) -> None:
+    with pytest.raises(BamMergeError) as error:
+        plan_file(write_recipe(llamas, f"rules: [{{roles: [{role}], make: expert}}]"))
+    assert [problem.split("stores it shared. ")[1] for problem in error.value.problems] == [advice]

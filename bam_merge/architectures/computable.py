@@ -1,8 +1,8 @@
-"""What of a config.json the reference model, and transformers, can compute with: found in the plan, before anything is written."""
+"""What of a config.json a model can be computed with, beside its rotary embedding: found in the plan, before anything is written."""
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from bam_merge.architectures.rotary import rotary_problems
 from bam_merge.text import printable
@@ -15,7 +15,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
-    """A message for everything in a model's `facts` that is well-formed and cannot be run."""
+    """A message for everything in a model's `facts` that is well-formed and cannot be run, each naming its key."""
     yield from rotary_problems(facts["rope_parameters"], facts["head_dim"], facts["max_position_embeddings"])
     act = facts["hidden_act"]
     if act not in ACTIVATION_NAMES:
@@ -23,14 +23,7 @@ def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
     for kind in dict.fromkeys(facts.get("layer_types") or ()):
         if kind not in LAYER_TYPES:
             yield f"config.json: layer_types names {printable(repr(kind), 60)}, which is not known here. Known: {', '.join(LAYER_TYPES)}."
-    for key in ("rms_norm_eps", "layer_norm_eps"):
-        eps = facts.get(key)
-        if _is_number(eps) and not 0 <= eps < math.inf:
-            yield f"config.json: {key} must be 0 or more, found {eps}."
-    scale = facts.get("logit_scale")
-    if _is_number(scale) and not math.isfinite(scale):
-        yield f"config.json: logit_scale must be finite, found {scale}."
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return type(value) in (int, float)
+    for key, least in (("rms_norm_eps", 0.0), ("layer_norm_eps", 0.0), ("logit_scale", -math.inf)):
+        value = facts.get(key)
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+            yield f"config.json: {key} must be {'0 or more' if least == 0 else 'finite'}, found {value}."

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from bam_merge import expressions
 from bam_merge.planning.dtype_check import ARITHMETIC_DTYPES, dtype_of_new_tensors
+from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
 from bam_merge.recipe.makes import (
     Copy,
@@ -99,6 +100,7 @@ def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
     """How every site of the sources, and every router, is made. Problems are appended."""
     first = models[recipe.expert_names[0]]
     count = first.facts["num_hidden_layers"]
+    problems += [f"{recipe.file}: {text}" for text in out_of_range(recipe)]
     rules = _Rules(method_rules(recipe), [])
     for label, rule in rules.rules:
         try:

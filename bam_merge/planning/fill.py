@@ -6,7 +6,6 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge.architectures.tables import Architecture, Row, evaluate
 from bam_merge.planning.assign import Made
-from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.sources.dense import DenseModel, Site
 
 CONSTANTS: dict[str, expressions.Initialiser] = {"zeros": expressions.Zeros(), "ones": expressions.Ones()}
@@ -18,7 +17,8 @@ def filling(row: Row, layer: int | None, seed: DenseModel, made: Mapping[Site, M
         return None
     if row.make in CONSTANTS:
         shape = tuple(evaluate(size, seed.facts) for size in row.shape)
-        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, dtype_of_new_tensors(seed), shape)
+        like = next(item for (role, _), item in made.items() if role == "router.ffn")  # new as this is, and of one dtype with it
+        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape)
     (once_more,) = made[row.make, layer].exprs
     return once_more
 

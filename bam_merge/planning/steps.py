@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bam_merge import expressions
-from bam_merge.architectures.tables import Architecture, evaluate, natural_order
+from bam_merge.architectures.tables import Architecture, evaluate, load_architecture, natural_order
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import Slice
@@ -46,14 +46,13 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
 
 def _homeless(recipe: Recipe, layout: Architecture, made: Mapping[Site, Made], stored: set[Site]) -> list[str]:
     """A message per role that is made in a form for which the layout has no row."""
-    rows = {(role, row.per_expert) for row in layout.rows for role in row.roles}
+    rows, bam = ({(role, row.per_expert) for row in table.rows for role in row.roles} for table in (layout, load_architecture("bam")))
     problems = []
     for role, by in dict.fromkeys((site[0], item.by) for site, item in made.items() if site not in stored):
         where = f"{recipe.file}: {by}: {role!r}"
         if (role, False) in rows and (role, True) not in rows:
-            problems.append(
-                f"{where} asks for one tensor per expert, but layout {layout.name!r} stores it shared. Use make: mean, or layout: bam."
-            )
+            remedy = ", or layout: bam" if (role, True) in bam else ""
+            problems.append(f"{where} asks for one tensor per expert, but layout {layout.name!r} stores it shared. Use make: mean{remedy}.")
         elif (role, True) in rows:
             problems.append(f"{where} is made once for all, but layout {layout.name!r} stores one per expert. Use make: expert.")
         else:
