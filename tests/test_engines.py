@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
+from safetensors.torch import load_file, save_file
 from verifying import UNPROVED, failed
 
 from bam_merge.architectures.tables import load_architecture
@@ -24,8 +25,7 @@ def planned(folder: Path, config: dict[str, Any], layout: str = "qwen2_moe", tex
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    safetensors = pytest.importorskip("safetensors.torch")
-    return dict(safetensors.load_file(folder / "model.safetensors"))
+    return dict(load_file(folder / "model.safetensors"))
 
 
 # ---- what a merge in qwen2_moe has
@@ -90,11 +90,28 @@ def test_a_head_dim_that_engines_do_not_read_is_said(head_dim: int | None, said:
     assert [said in note for note in plan.notes] == ([True] if said else [])
 
 
-@pytest.mark.parametrize(("name", "said"), [("qwen3", False), ("qwen3_biased", True)])
-def test_a_bias_that_an_engine_skips_is_said(name: str, said: bool, tmp_path: Path) -> None:
-    plan = planned(tmp_path, CONFIGS[name], "qwen3_moe")
-    assert [note for note in plan.notes if "vLLM skips the biases of o_proj" in note] == list(plan.notes)[: int(said)]
-    assert bool(plan.notes) == said
+MIXED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(("layout", "family", "changes", "said"), [
+    ("qwen3_moe", "qwen3", {}, None),
+    ("qwen3_moe", "qwen3_biased", {}, "qwen3_moe: attention_out_bias is True: vLLM skips the biases of o_proj without a word"),
+    ("qwen3_moe", "qwen3", {"hidden_act": "gelu"}, "qwen3_moe: hidden_act is gelu: vLLM computes silu without a word"),
+    ("mixtral", "llama", {}, None),
+    ("mixtral", "llama", {"hidden_act": "swish"}, None),
+    ("mixtral", "mistral", {}, None),
+    ("mixtral", "llama", {"hidden_act": "gelu"}, "mixtral: hidden_act is gelu: vLLM computes silu without a word"),
+    ("qwen2_moe", "qwen2", {"hidden_act": "relu"}, "qwen2_moe: hidden_act is relu: vLLM does not load the model"),
+    ("qwen2_moe", "qwen2", MIXED, "qwen2_moe: sliding is mixed: vLLM has one window for all layers, without a word"),
+    ("qwen2_moe", "qwen2", {**MIXED, "max_window_layers": 0}, None),
+    ("qwen2_moe", "mistral", {}, None),
+])  # fmt: skip
+def test_what_an_engine_computes_otherwise_is_said(
+    layout: str, family: str, changes: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    notes = planned(tmp_path, {**CONFIGS[family], **changes}, layout).notes
+    assert len(notes) == (said is not None)
+    assert all(note.startswith(f"output.layout: {said}; transformers ") for note in notes)
 
 
 # ---- folders written before
@@ -148,3 +165,15 @@ def test_other_layouts_have_no_such_check(name: str, tmp_path: Path) -> None:
     report = verify(publish(plan, None, UNPROVED), plan)
     assert report.ok, failed(report)
     assert "engines" not in {check.name for check in report.checks}
+
+
+@pytest.mark.parametrize("shape", [[], [1, 4], [32]])
+def test_a_gate_of_the_wrong_shape_is_the_layouts_failure(shape: list[int], tmp_path: Path) -> None:
+    """A damaged folder is looked at without a traceback: what is missing or all zeros is told beside what is not of this layout."""
+    name = "model.layers.0.mlp.shared_expert_gate.weight"
+    folder = publish(planned(tmp_path, CONFIGS["llama"]), None, UNPROVED)
+    save_file({**stored(folder), name: torch.zeros(shape)}, folder / "model.safetensors")
+    (tmp_path / "seed" / "config.json").unlink()
+    found = failed(verify(folder))
+    assert f"{name} is {shape}" in found["layout"]
+    assert found["engines"].startswith(f"{name} all zeros: llama.cpp computes the gate as 0/0")

@@ -53,12 +53,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Limit:
-    """What engines cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where `fact` is true,
-    `otherwise` happens."""
+    """What engines cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
+    value than those of `only`, `otherwise` happens."""
 
     otherwise: str
     equal: tuple[str, ...] = ()
     fact: str | None = None
+    only: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,12 @@ def read_table(text: str, file: str) -> Architecture:
         accepts=table.get("accepts", {}),
         implies=table.get("implies", {}),
         config=table.get("config", {}),
-        limits=tuple(Limit(record["otherwise"], tuple(record.get("equal", ())), record.get("fact")) for record in table.get("limits", ())),
+        limits=tuple(_limit(record) for record in table.get("limits", ())),
     )
+
+
+def _limit(record: Mapping[str, Any]) -> Limit:
+    return Limit(record["otherwise"], tuple(record.get("equal", ())), record.get("fact"), tuple(record.get("only", ())))
 
 
 def _row(record: Mapping[str, Any]) -> Row:

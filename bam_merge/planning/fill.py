@@ -36,5 +36,5 @@ def engine_notes(layout: Architecture, values: Mapping[str, Any], made: Mapping[
         if limit.equal and evaluate(limit.equal[0], values) != evaluate(limit.equal[1], values):
             sizes = " is not ".join(f"{size} = {evaluate(size, values)}" for size in limit.equal)
             yield f"output.layout: {layout.name}: {sizes}: {limit.otherwise}."
-        if limit.fact and values[limit.fact]:
-            yield f"output.layout: {layout.name}: {limit.fact} is true: {limit.otherwise}."
+        if limit.fact and values[limit.fact] not in limit.only:
+            yield f"output.layout: {layout.name}: {limit.fact} is {values[limit.fact]}: {limit.otherwise}."
