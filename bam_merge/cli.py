@@ -17,8 +17,30 @@ import click
 
 from bam_merge import __version__
 from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed
-from bam_merge.process import PROBLEM_LENGTH, Stopped, complete_streams, fail, lack_of_memory, print_result, stop_on_signals, tell
+from bam_merge.paths import located, path_problem
+from bam_merge.process import (
+    PROBLEM_LENGTH,
+    Stopped,
+    complete_streams,
+    escape_what_streams_lack,
+    fail,
+    lack_of_memory,
+    print_result,
+    stop_on_signals,
+    tell,
+)  # fmt: skip
 from bam_merge.text import nearest, printable
+
+
+class _UserPath(click.Path):
+    """A path with `~` expanded, as the shell does not after --output=; an empty one is a usage error, and not the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            if problem := path_problem(value):
+                self.fail(f"{printable(repr(value))}: {problem}", param, ctx)
+            value = str(located(value)) if value.startswith("~") else value
+        return super().convert(value, param, ctx)
 
 
 class _DefaultMerge(click.Group):
@@ -56,9 +78,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path())
-@click.option("--output", type=click.Path(), metavar="DIR", help="Write here instead of the recipe's output.path.")
-@click.option("--force", is_flag=True, help="Replace an existing output folder, as a whole, when the new one is finished.")
+@click.argument("recipe", type=_UserPath())
+@click.option("--output", type=_UserPath(), metavar="DIR", help="Write here instead of the recipe's output.path.")
+@click.option("--force", is_flag=True, help="Replace an existing output folder that holds a saved model and nothing else.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
 @click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes.")
 @click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
@@ -78,7 +100,7 @@ def merge(recipe: str, output: str | None, dry_run: bool, **options: Any) -> Non
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path())
+@click.argument("recipe", type=_UserPath())
 @click.option("--tensors", metavar="GLOB", help="List every tensor whose name matches, layer by layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
 def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
@@ -90,13 +112,13 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
         from bam_merge.values.threads import default_workers
 
         print_result(json.dumps(plan.document(default_workers()), indent=2))
-        _check_space(plan, None)
+        _check_place(plan, None)
     else:
         _show_plan(plan, tensors)
 
 
 @cli.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=_UserPath())
 @click.option("--tensors", metavar="GLOB", help="Only the tensors whose name matches, each with how it was made.")
 @click.option("--layer", type=click.IntRange(0), metavar="N", help="Only the tensors of this layer.")
 @click.option("--where", metavar="SOURCE:GLOB", help="What became of these tensors of a merge's source, as in 'math:model.layers.7.*'.")
@@ -124,15 +146,17 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("models", nargs=-1, required=True, metavar="A B | E1 E2 ...")
-@click.option("--seed", metavar="S", help="Compare the branches E1 E2 ... with the seed S that they came from, and with each other.")
+@click.argument("models", type=_UserPath(), nargs=-1, required=True, metavar="A B | E1 E2 ...")
+@click.option(
+    "--seed", type=_UserPath(), metavar="S", help="Compare the branches E1 E2 ... with the seed S that they came from, and with each other."
+)
 @click.option(
     "--tol", type=click.FloatRange(0), default=0.0, metavar="X", help="Tensors whose relative difference is at most X are the same."
 )
 @click.option("--only", multiple=True, metavar="GLOB", help="Only the tensors whose name or role matches; may be repeated.")
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out the tensors whose name or role matches; may be repeated.")
 @click.option("--all", "every", is_flag=True, help="List every tensor that differs, and every one that was left out.")
-@click.option("--html", type=click.Path(dir_okay=False), metavar="FILE", help="Write the report as one page that needs no network.")
+@click.option("--html", type=_UserPath(dir_okay=False), metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--force", is_flag=True, help="Replace an existing FILE of --html.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def diff(models: tuple[str, ...], seed: str | None, every: bool, html: str | None, force: bool, as_json: bool, **options: Any) -> None:
@@ -174,11 +198,11 @@ def _compared(models: tuple[str, ...], seed: str | None, options: dict[str, Any]
 
 
 @cli.command()
-@click.argument("folder", type=click.Path())
-@click.option("--recipe", type=click.Path(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
-@click.option("--text", "texts", type=click.Path(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
+@click.argument("folder", type=_UserPath())
+@click.option("--recipe", type=_UserPath(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
+@click.option("--text", "texts", type=_UserPath(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
-@click.argument("more_texts", type=click.Path(), nargs=-1, metavar="[FILE ...]")
+@click.argument("more_texts", type=_UserPath(), nargs=-1, metavar="[FILE ...]")
 def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: tuple[str, ...], as_json: bool) -> None:
     """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
 
@@ -208,7 +232,7 @@ def schema() -> None:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(file_okay=False), default="demo")
+@click.argument("folder", type=_UserPath(file_okay=False), default="demo")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
 def demo(folder: str, force: bool) -> None:
     """Make four small dense checkpoints in FOLDER, merge them into a BAM mixture, prove it, run it. Offline, a few seconds."""
@@ -216,12 +240,12 @@ def demo(folder: str, force: bool) -> None:
     from bam_merge.planning.make import plan_file
 
     recipe = make_demo(Path(folder), force)
-    tell(f"Four small dense Llama checkpoints and the recipe are in {folder}.\n")
+    tell(f"Four small dense Llama checkpoints and the recipe are in {printable(folder)}.\n")
     plan = plan_file(recipe)
     _show_plan(plan)
     target = _execute(plan, None, {"force": True, "resume": False, "workers": None, "allow_nonfinite": False, "verify": True})
     ids = [1, 2, 3, 5, 8]
-    command = f"python -m bam_merge.model {target} --ids '{' '.join(map(str, ids))}' --tokens {DEMO_TOKENS}"
+    command = f"python -m bam_merge.model {printable(str(target), 1000)} --ids '{' '.join(map(str, ids))}' --tokens {DEMO_TOKENS}"
     print_result(f"\nIts weights are random, so what it says is too. The reference model, as from {command}:")
     print_result(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
@@ -262,25 +286,26 @@ def _execute(plan: Any, output: str | None, options: dict[str, Any]) -> Path:
 
 
 def _show_plan(plan: Any, tensors: str | None = None, output: str | None = None, workers: int | None = None) -> None:
-    from bam_merge.publishing.preflight import target_path
+    from bam_merge.publishing.destination import target_path
     from bam_merge.showing.plan import plan_text
     from bam_merge.values.threads import default_workers
 
     print_result(plan_text(plan, target_path(plan, output), workers or default_workers(), tensors))
-    _check_space(plan, output)
+    _check_place(plan, output)
 
 
-def _check_space(plan: Any, output: str | None) -> None:
-    from bam_merge.publishing.preflight import space_problem, target_path
+def _check_place(plan: Any, output: str | None) -> None:
+    from bam_merge.publishing.destination import misplaced, space_problem, target_path
 
-    short = space_problem(plan, target_path(plan, output))
-    if short:
-        raise OutputError(short)
+    target = target_path(plan, output)
+    if problems := misplaced(plan, target) or list(filter(None, [space_problem(plan, target)])):
+        raise OutputError(*problems)
 
 
 def main() -> None:
     """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
     complete_streams()
+    escape_what_streams_lack()
     stop_on_signals()
     try:
         cli.main(standalone_mode=False)

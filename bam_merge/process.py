@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -32,7 +33,7 @@ def stop_on_signals() -> None:
 def print_result(text: str) -> None:
     """Results, on stdout. A reader that has seen enough (`head`, say) changes nothing; a disk that is full is an error."""
     try:
-        click.echo(text, color=True)
+        click.echo(text, file=sys.stdout, color=True)
         sys.stdout.flush()
     except BrokenPipeError:
         _silence(sys.stdout)
@@ -44,7 +45,7 @@ def print_result(text: str) -> None:
 def tell(text: str) -> None:
     """Messages, on stderr; nothing stops because they cannot be shown."""
     try:
-        click.echo(text, err=True)
+        click.echo(text, file=sys.stderr)
     except OSError:
         _silence(sys.stderr)
 
@@ -67,6 +68,13 @@ def complete_streams() -> None:
     if sys.stdout is None:
         fail("standard output is closed; redirect it to /dev/null when it is not wanted.")
         sys.exit(2)
+
+
+def escape_what_streams_lack() -> None:
+    """Print a character that a stream's encoding lacks as its escape: a result that is there must not fail for the sake of its name."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(text: str) -> None:

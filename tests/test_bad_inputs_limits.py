@@ -125,7 +125,7 @@ def test_an_output_that_is_a_file_or_a_dangling_symlink(llamas: Path, run: Any) 
     exists = "HOME/out already exists. Choose another --output, or replace it as a whole with --force."
     assert said(run, llamas, recipe) == [exists]
     assert said(run, llamas, recipe, "--force") == [
-        "HOME/out exists and is not a checkpoint folder, so --force will not delete it. Remove it yourself."
+        "HOME/out exists and is a file, and --force replaces nothing but a folder. Remove it yourself, or choose another --output."
     ]
     (llamas / "out").unlink()
     (llamas / "out").symlink_to("nowhere")

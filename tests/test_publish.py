@@ -11,10 +11,10 @@ import pytest
 from publishing import folder_bytes, options, plan
 
 from bam_merge import MergeOptions
-from bam_merge import files as files_module
 from bam_merge.errors import OutputError, VerificationFailed
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing import publish as publish_module
+from bam_merge.publishing import renaming
 from bam_merge.publishing.publish import publish
 from bam_merge.publishing.staging import Staging
 
@@ -126,10 +126,10 @@ def test_staging_folder_deleted_and_made_anew_during_the_run(plan: Plan, llamas:
 def test_run_that_waited_at_the_lock_of_one_that_published(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Staging.open
 
-    def late(target: Path) -> Staging:
+    def late(target: Path, notify: Any) -> Staging:
         monkeypatch.setattr(Staging, "open", real)
         publish(plan, None, MergeOptions())
-        return real(target)
+        return real(target, notify)
 
     monkeypatch.setattr(Staging, "open", late)
     written: list[int] = []
@@ -142,7 +142,7 @@ def test_run_that_waited_at_the_lock_of_one_that_published(plan: Plan, llamas: P
 @pytest.fixture
 def without_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system whose rename has no flags."""
-    monkeypatch.setattr(files_module, "_rename", lambda old, new, flags: False)
+    monkeypatch.setattr(renaming, "_rename", lambda old, new, flags: False)
 
 
 def test_plain_rename_is_said(plan: Plan, llamas: Path, without_flags: None) -> None:
@@ -150,7 +150,7 @@ def test_plain_rename_is_said(plan: Plan, llamas: Path, without_flags: None) -> 
     whole = folder_bytes(publish(plan, None, settings))
     assert said == [f"{llamas}: this file system cannot rename without replacing, so a plain rename."]
     settings, said = options(force=True)
-    (llamas / "out" / "old").write_text("")
+    (llamas / "out" / "pytorch_model.bin").write_text("old")
     assert folder_bytes(publish(plan, None, settings)) == whole
     assert said == [f"{llamas}: this file system cannot exchange two folders, so a plain rename."]
     assert not (llamas / ".out.bam-merge").exists()
@@ -166,18 +166,18 @@ def test_plain_rename_that_fails_half_way_puts_the_old_model_back(
     plan: Plan, llamas: Path, without_flags: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = publish(plan, None, MergeOptions())
-    (target / "old").write_text("")
+    (target / "pytorch_model.bin").write_text("old")
     real = os.rename
 
-    def fail(old: Any, new: Any) -> None:
+    def fail(old: Any, new: Any, **folders: int) -> None:
         if Path(old).name == "output":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(old, new)
+        real(old, new, **folders)
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OutputError, match="Input/output error when renaming the finished folder"):
         publish(plan, None, MergeOptions(force=True))
-    assert (target / "old").exists()
+    assert (target / "pytorch_model.bin").exists()
 
 
 def test_new_parent_folders_are_made_durable(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:

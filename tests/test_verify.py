@@ -246,8 +246,8 @@ def test_a_merge_that_fails_its_proof_is_not_published(llamas: Path, run: Any, m
 
     real = publish_module.write_companions
 
-    def damage(plan: Plan, folder: Path, finished: Any) -> None:
-        real(plan, folder, finished)
+    def damage(plan: Plan, folder: Path, finished: Any, descriptor: int) -> None:
+        real(plan, folder, finished, descriptor)
         step = next(s for s in plan.steps if s.name == f"{E1}o_proj.weight")
         with open(folder / step.file, "r+b") as stream:
             stream.seek(step.offset + 103)  # the sign and exponent of a float32

@@ -20,7 +20,7 @@ TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
     "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "when": str, "make": str, "without": str,
 }  # fmt: skip
-LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str}
+LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
 KINDS = ("dense", "mixture", "foreign")
 
 

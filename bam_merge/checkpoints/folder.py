@@ -200,7 +200,11 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
 
 def is_plain_name(name: str) -> bool:
     """Whether `name` can only mean a file in the folder where it is read: no path, drive, URL, NUL or control character."""
-    return name.isprintable() and name == os.path.basename(name) and name not in {"", ".", ".."} and not set(name) & set("\\:")
+    plain = name.isprintable() and name == os.path.basename(name) and name not in {"", ".", ".."} and not set(name) & set("\\:")
+    try:
+        return plain and bool(os.fsencode(name))
+    except UnicodeEncodeError:  # under a locale without UTF-8
+        return False
 
 
 def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry], unneeded: set[str]) -> list[str]:

@@ -117,13 +117,19 @@ def _reopen(path: str) -> CheckpointError:
     return CheckpointError(f"{printable(path)} changed since it was opened. Open it again when nothing writes to it.")
 
 
-def digest_range(path: Path, offset: int, nbytes: int) -> str:
-    """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there."""
+def digest_range(path: Path, offset: int, nbytes: int, folder: int | None = None) -> str:
+    """XXH3-128 of `nbytes` bytes of the file from `offset`. Raises BamMergeError when they are not there.
+
+    With the descriptor of its folder the file is opened in that one, and not through a link.
+    """
 
     digest = xxhash.xxh3_128()
     view = memoryview(bytearray(min(COPY_BUFFER, max(1, nbytes))))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if folder is None:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         try:
             position = 0
             while position < nbytes:

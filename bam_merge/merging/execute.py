@@ -32,7 +32,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     skip = set(done)
     steps = Steps(step for step in plan.steps if step.name not in skip)
     workers, stop, lock = itertools.count(), threading.Event(), threading.Lock()
-    outputs = {shard.file: prepare(folder / shard.file, shard.header, shard.nbytes) for shard in plan.shards}
+    outputs = {shard.file: prepare(folder / shard.file, shard.header, shard.nbytes, settings.folder) for shard in plan.shards}
 
     def work(single_threaded: Callable[[], None]) -> None:
         step: Step | None = None

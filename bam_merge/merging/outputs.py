@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bam_merge.errors import SyncFailed
 from bam_merge.files import writing
+from bam_merge.own_folder import open_file
 
 FLUSH_SECONDS = 0.05
 """Pause between two syncs of what the workers have written."""
@@ -17,10 +18,13 @@ FLUSH_SECONDS = 0.05
 # ---- files -----------------------------------------------------------------------------------------------------------------
 
 
-def prepare(path: Path, header: bytes, nbytes: int) -> int:
-    """Open the output file with its header written and its space reserved; what it already holds stays."""
+def prepare(path: Path, header: bytes, nbytes: int, folder: int | None = None) -> int:
+    """Open the output file with its header written and its space reserved; what it already holds stays. Never through a link."""
     with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if folder is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        else:
+            descriptor = open_file(path.name, folder, os.O_RDWR | os.O_CREAT)
         try:
             if os.fstat(descriptor).st_size != nbytes:
                 os.ftruncate(descriptor, nbytes)

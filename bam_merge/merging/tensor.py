@@ -38,12 +38,16 @@ class Finished:
 
 @dataclass
 class Settings:
-    """How to run. `on_finished` hears of every written tensor (the journal); `allow_nonfinite` records NaN and Inf, not refuses."""
+    """How to run. `on_finished` hears of every written tensor (the journal); `allow_nonfinite` records NaN and Inf, not refuses.
+
+    `folder` is the descriptor of the output folder, when it was opened already; files are then made in that one, whatever its name.
+    """
 
     workers: int = 2
     progress: Progress = lambda count: None
     on_finished: Callable[[Step, Finished], None] = lambda step, finished: None
     allow_nonfinite: bool = False
+    folder: int | None = None
 
 
 # ---- one tensor ------------------------------------------------------------------------------------------------------------

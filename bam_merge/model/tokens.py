@@ -17,7 +17,7 @@ def open_tokenizer(folder: Path) -> Any:
     except ImportError:
         raise CheckpointError("reading a text needs the package tokenizers: pip install tokenizers.") from None
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())  # from_file takes no name that is not UTF-8
     except Exception as error:  # the package raises no narrower one
         raise CheckpointError(f"{printable(str(path))}: {printable(str(error))}.") from None
 

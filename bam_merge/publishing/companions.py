@@ -28,7 +28,7 @@ def companion_files(plan: Plan) -> set[tuple[Path, FileIdentity]]:
     return {(seed.path / name, FileIdentity.of(os.stat(seed.path / name))) for name in seed.companions()}
 
 
-def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) -> None:
+def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished], descriptor: int) -> None:
     """config.json, index, tokenizer files, model code, model card and, last, the manifest."""
     seed = plan.models[plan.recipe.seed_name].checkpoint
     documents = {"config.json": _json(plan.config)}
@@ -43,7 +43,7 @@ def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished]) ->
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
     documents[MANIFEST] = sealed(manifest(plan, finished, digests))
     for name, data in documents.items():
-        write_file(folder / name, data)
+        write_file(folder / name, data, descriptor)
 
 
 def model_code(config: Mapping[str, Any]) -> dict[str, bytes]:

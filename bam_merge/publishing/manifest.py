@@ -31,7 +31,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
         "tool": "bam-merge",
         "version": __version__,
         "recipe": plan.recipe.resolved(),
-        "recipe_folder": _recipe_folder(plan),
+        "recipe_folder": recipe_folder(plan),
         "sources": _source_records(plan, finished),
         "parameters": {"total": plan.parameters, "active": plan.active_parameters},
         "files": dict(sorted(files.items())),
@@ -41,7 +41,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
     }
 
 
-def _recipe_folder(plan: Plan) -> str:
+def recipe_folder(plan: Plan) -> str:
     """The way from the recipe's output path to the folder of the recipe, from which its sources are named."""
     folder = os.path.abspath(plan.recipe.folder)
     return os.path.relpath(folder, os.path.join(folder, plan.recipe.relative(plan.recipe.output.path)))

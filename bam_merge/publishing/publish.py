@@ -5,23 +5,26 @@ so that a killed run can go on. The target appears complete or not at all.
 """
 
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 from bam_merge._version import __version__
+from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.checkpoints.provenance import MANIFEST, read_manifest
 from bam_merge.checkpoints.reading import changed, check_unchanged
 from bam_merge.errors import BamMergeError, CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed
-from bam_merge.files import appear, sync_folder
 from bam_merge.merging.execute import execute
 from bam_merge.merging.tensor import Finished, Settings
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.publishing.companions import companion_files, write_companions
+from bam_merge.publishing.destination import target_path
+from bam_merge.publishing.durable import sync_descriptor
 from bam_merge.publishing.options import MergeOptions
-from bam_merge.publishing.preflight import check_target, replaceable, target_path
-from bam_merge.publishing.staging import Staging
+from bam_merge.publishing.preflight import check_target
+from bam_merge.publishing.replacing import why_kept
+from bam_merge.publishing.staging import Staging, free_names
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
 
@@ -38,38 +41,64 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
     """
     target = target_path(plan, output)
     if options.resume and _is_result(plan, target, options.allow_nonfinite):
-        _settle(target)
+        _settle(target, options.notify)
         options.notify(
             f"{printable(str(target))} is already finished, from the same recipe, version and sources. bam-merge verify checks it."
         )
         return target
     check_target(plan, target, options)
-    staging = Staging.open(target)
+    staging = Staging.open(target, options.notify)
     try:
         check_target(plan, target, options)  # again: the run that had the lock until now may have published
-        done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
-        companions = companion_files(plan)
-        finished = _run(plan, staging, options, done)
-        write_companions(plan, staging.output, finished)
-        check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
-        if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
-            raise CheckpointError(*dict.fromkeys(changes))
-        sync_folder(staging.output)
-        if options.verify:
-            _prove(plan, staging, target, options)
-        if not staging.is_ours():
-            raise OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
-        if options.force and os.path.lexists(target) and not replaceable(target):
-            raise OutputError(f"{printable(str(target))} became what is not a checkpoint folder while the merge ran. Nothing was replaced.")
-        appear(staging.output, target, replace_existing=options.force, notify=options.notify)
+        try:
+            _make(plan, staging, target, options)
+        except OutputError as error:
+            if staging.is_ours():
+                raise
+            raise _deleted(staging) from error  # and that is why
+        checked = _checked(target, options)
+        staging.appear(target, replace_existing=checked is not None)
         _make_durable(staging, target)
-        staging.remove()
+        staging.remove(checked)
     except SyncFailed:
         staging.forget()
         raise
     finally:
         staging.close()
     return target
+
+
+def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> None:
+    """Write everything into the staging folder, synced, and prove it."""
+    done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
+    companions = companion_files(plan)
+    finished = _run(plan, staging, options, done)
+    write_companions(plan, staging.output, finished, staging.files)
+    check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
+    if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
+        raise CheckpointError(*dict.fromkeys(changes))
+    sync_descriptor(staging.files, staging.output)
+    if options.verify:
+        _prove(plan, staging, target, options)
+    if not staging.is_ours():
+        raise _deleted(staging)
+
+
+def _deleted(staging: Staging) -> OutputError:
+    return OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
+
+
+def _checked(target: Path, options: MergeOptions) -> Mapping[str, FileIdentity] | None:
+    """The files of what --force is about to replace, which may be deleted then; None when it replaces nothing. Raises OutputError."""
+    if not options.force or not os.path.lexists(target):
+        return None
+    why, found = why_kept(target)
+    if why is not None:
+        raise OutputError(
+            f"{printable(str(target))} became what is not a checkpoint folder while the merge ran. Nothing was replaced: it {why}. "
+            "Run again with --resume."
+        )
+    return found.saved
 
 
 def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> None:
@@ -80,28 +109,21 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
     report = verify(staging.output, plan)
     options.on_report(report)
     if not report.ok:
-        failed = _free_name(target.with_name(f"{target.name}.failed"))
-        appear(staging.output, failed, replace_existing=False)
+        failed = next(path for path in map(target.with_name, free_names(f"{target.name}.failed")) if not os.path.lexists(path))
+        staging.appear(failed, replace_existing=False)
         with suppress(SyncFailed):  # it is only for looking at
-            sync_folder(target.parent)
+            sync_descriptor(staging.parent, target.parent)
         staging.remove()
         names = [f"{check.name}: {check.detail}" for check in report.failures]
         kept = f"the result is kept for inspection in {printable(str(failed))}"
         raise VerificationFailed(*names, f"{printable(str(target))} was not published; {kept}.")
 
 
-def _free_name(path: Path) -> Path:
-    """`path`, or the first of NAME-2, NAME-3, ... that is not taken. What stands there may be somebody's."""
-    if not os.path.lexists(path):
-        return path
-    return next(other for n in count(2) if not os.path.lexists(other := path.with_name(f"{path.name}-{n}")))
-
-
 def _make_durable(staging: Staging, target: Path) -> None:
     """Bring the new name to the disk, before what it replaced is deleted: a power cut must not leave the old one's remains there."""
     try:
-        sync_folder(target.parent)
-        sync_folder(staging.folder)
+        sync_descriptor(staging.parent, target.parent)
+        sync_descriptor(staging.lock, staging.folder)
     except SyncFailed as error:
         kept = f" What it replaced is kept in {printable(str(staging.folder))}." if staging.output.exists() else ""
         raise DurabilityUncertain(
@@ -134,9 +156,9 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
     return complete and finite and (document.get("version"), document["recipe"]) == (__version__, plan.recipe.resolved())
 
 
-def _settle(target: Path) -> None:
+def _settle(target: Path, notify: Callable[[str], None]) -> None:
     """What a run that was killed after its rename had yet to do."""
-    staging = Staging.open(target)
+    staging = Staging.open(target, notify)
     try:
         _make_durable(staging, target)
         staging.remove()
@@ -149,5 +171,5 @@ def _run(plan: Plan, staging: Staging, options: MergeOptions, done: dict[str, Fi
         staging.record(step.name, finished)
 
     options.progress(sum(step.nbytes for step in plan.steps if step.name in done))
-    settings = Settings(options.workers, options.progress, on_finished, options.allow_nonfinite)
+    settings = Settings(options.workers, options.progress, on_finished, options.allow_nonfinite, staging.files)
     return {**done, **execute(plan, staging.output, settings, done)}

@@ -1,24 +1,51 @@
-"""The staging folder: a lock, a journal of finished tensors, and the rename that makes the result appear in one step."""
+"""The staging folder: a lock, a journal of finished tensors, and the rename that makes the result appear in one step.
+
+The folder is ours alone and is reached by its descriptor (own_folder.py); what is deleted from it is what savers write (replacing.py).
+"""
 
 import fcntl
-import json
 import os
-import shutil
+import stat
 import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from bam_merge._version import __version__
+from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import BamMergeError, OutputError
-from bam_merge.files import delete, identity, make_durably, writing
+from bam_merge.files import writing
 from bam_merge.merging.tensor import Finished
+from bam_merge.own_folder import (
+    PROBE,
+    STILL_OPEN,
+    check_contents,
+    check_own,
+    open_file,
+    open_folder,
+    opened_folder,
+    read_file,
+    unlike_own,
+)
 from bam_merge.planning.plan import Plan
-from bam_merge.text import printable
+from bam_merge.publishing.durable import make_durably
+from bam_merge.publishing.journal import line, read_journal
+from bam_merge.publishing.renaming import Place, give_name
+from bam_merge.publishing.replacing import delete_saved
+from bam_merge.text import printable, some
+
+OUTPUT, REPLACED, JOURNAL, PID = "output", "replaced", "journal", "pid"
+
+
+EXPECTED = {OUTPUT: stat.S_IFDIR, REPLACED: stat.S_IFDIR, JOURNAL: stat.S_IFREG, PID: stat.S_IFREG, PROBE: stat.S_IFREG}
+"""What a staging folder may hold. `replaced` is the old target where the file system cannot exchange two folders."""
+
+
+Notify = Callable[[str], None]
 
 
 def staging_folder(target: Path) -> Path:
@@ -28,73 +55,114 @@ def staging_folder(target: Path) -> Path:
 
 def staged_bytes(target: Path) -> int:
     """Disk space that an unfinished run of `target` holds, which the next run uses or frees."""
-    return sum(os.stat(file).st_blocks * 512 for file in (staging_folder(target) / "output").glob("*"))
+    try:
+        with os.scandir(staging_folder(target) / OUTPUT) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries if entry.is_file(follow_symlinks=False))
+    except OSError:
+        return 0
 
 
 @dataclass
 class Staging:
-    """`.NAME.bam-merge` beside the target, locked by this process for as long as `lock` is open."""
+    """`.NAME.bam-merge` beside the target, locked by this process for as long as `lock` is open.
+
+    `lock`, `parent` and `files` are descriptors of that folder, of the one that it and the target are in, and of `output` in it.
+    """
 
     folder: Path
+    target: Path
+    parent: int
     lock: int
+    notify: Notify
+    files: int = -1
     journal: IO[bytes] | None = None
 
     @property
     def output(self) -> Path:
-        return self.folder / "output"
+        """The name of what is being made; it is written through `files`."""
+        return self.folder / OUTPUT
 
     @classmethod
-    def open(cls, target: Path) -> "Staging":
-        """Make and lock the staging folder of `target`. Raises OutputError when another run has it."""
+    def open(cls, target: Path, notify: Notify = lambda text: None) -> "Staging":
+        """Make and lock the staging folder of `target`. Raises OutputError when another run has it, or it is not ours alone."""
         folder = staging_folder(target)
         with writing(folder):
             make_durably(target.parent)
-            while (lock := _lock(folder, target)) is None:
-                pass
-            (folder / "pid").write_text(f"{os.getpid()}\n")
-        return cls(folder, lock)
+            parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                while (lock := _lock(parent, folder, target, notify)) is None:
+                    pass
+                try:
+                    _write_pid(lock)
+                except BaseException:
+                    os.close(lock)
+                    raise
+            except BaseException:
+                os.close(parent)
+                raise
+        return cls(folder, target, parent, lock, notify)
 
-    def begin(self, plan: Plan, resume: bool, allow_nonfinite: bool, notify: Callable[[str], None]) -> dict[str, Finished]:
+    def begin(self, plan: Plan, resume: bool, allow_nonfinite: bool, notify: Notify) -> dict[str, Finished]:
         """Start the journal. Returns the tensors that an earlier run of the same plan finished, when resuming; not those with
         NaN or infinity, unless they are allowed in this run too."""
-        path = self.folder / "journal"
+        path = self.folder / JOURNAL
         header = {"fingerprint": plan.fingerprint, "version": __version__}
         done: dict[str, Finished] = {}
+        sound: frozenset[str] = frozenset()
         kept = 0
         if resume:
-            journal, kept = _read_journal(path, header, notify)
-            done = self._trusted(plan, {name: item for name, item in journal.items() if allow_nonfinite or not item.nonfinite}, notify)
-        elif path.exists():
+            with writing(path):
+                journal, kept = read_journal(read_file(JOURNAL, self.lock), header, notify)
+                sound = self._sound({shard.file for shard in plan.shards})
+            done = self._trusted(
+                plan, {name: item for name, item in journal.items() if allow_nonfinite or not item.nonfinite}, sound, notify
+            )
+        elif JOURNAL in os.listdir(self.lock):
             notify("an unfinished run is discarded; --resume would have continued it.")
         if not done:
             self.forget()
             kept = 0
-        with writing(path):
+        with writing(self.output):
             if done:
-                self._clear({shard.file for shard in plan.shards})
+                self._delete(self.files, None, sound)
             else:
-                delete(self.output)
-                self.output.mkdir()
-            self.journal = open(path, "ab")  # noqa: SIM115 - closed by close()
+                self._begin_output()
+        with writing(path):
+            self.journal = os.fdopen(open_file(JOURNAL, self.lock, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
             os.ftruncate(self.journal.fileno(), kept)  # which, unlike truncate, is made again after EINTR
         if not kept:
             self._append(header)
         return done
 
-    def _clear(self, keep: set[str]) -> None:
-        """Delete what is in the output folder but the files to `keep`: nothing gets into the result that this run did not put there."""
-        for path in self.output.iterdir():
-            if path.name not in keep:
-                delete(path)
+    def _begin_output(self) -> None:
+        """A new, empty output folder. Its mode is by the umask, as it will be published; until then nobody gets through ours."""
+        self._close_files()
+        self.discard(OUTPUT)
+        os.mkdir(OUTPUT, dir_fd=self.lock)
+        self.files = open_folder(OUTPUT, self.lock)
 
-    def _trusted(self, plan: Plan, journal: dict[str, Finished], notify: Callable[[str], None]) -> dict[str, Finished]:
-        """The journal's tensors whose bytes are really there."""
+    def _sound(self, names: set[str]) -> frozenset[str]:
+        """Those of the files in the output folder that this user made and that have no other name. Opens the folder."""
+        owner = os.fstat(self.lock).st_uid
+        try:
+            self.files = open_folder(OUTPUT, self.lock)
+        except FileNotFoundError:
+            return frozenset()
+        if os.fstat(self.files).st_uid != owner:  # a folder that --force replaced: its owner may still have it open
+            return frozenset()
+        found = {name: os.stat(name, dir_fd=self.files, follow_symlinks=False) for name in os.listdir(self.files) if name in names}
+        return frozenset(n for n, s in found.items() if stat.S_ISREG(s.st_mode) and s.st_nlink == 1 and s.st_uid == owner)
+
+    def _trusted(self, plan: Plan, journal: dict[str, Finished], sound: frozenset[str], notify: Notify) -> dict[str, Finished]:
+        """The journal's tensors whose bytes are really there, in files of ours."""
         trusted = {}
         for step in plan.steps:
             finished = journal.get(step.name)
             try:
-                if finished and digest_range(self.output / step.file, step.offset, step.nbytes) == finished.digest:
-                    trusted[step.name] = finished
+                if finished and step.file in sound:
+                    digest = digest_range(self.output / step.file, step.offset, step.nbytes, self.files)
+                    if digest == finished.digest:
+                        trusted[step.name] = finished
             except BamMergeError:
                 continue
         if journal:
@@ -106,59 +174,164 @@ class Staging:
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self.journal is not None
-        with writing(self.folder / "journal"):
-            self.journal.write(_line(record))
+        with writing(self.folder / JOURNAL):
+            self.journal.write(line(record))
             self.journal.flush()
 
     def is_ours(self) -> bool:
         """Whether the folder at our path is still the one that we locked, and not a later one, after somebody deleted ours."""
-        return identity(self.folder) == (os.fstat(self.lock).st_dev, os.fstat(self.lock).st_ino)
+        return _stands_there(self.folder.name, self.parent, self.lock)
 
     def forget(self) -> None:
         """Delete the journal, so that nothing here is resumed from."""
-        with writing(self.folder / "journal"):
-            (self.folder / "journal").unlink(missing_ok=True)
+        with writing(self.folder / JOURNAL), suppress(FileNotFoundError):
+            os.unlink(JOURNAL, dir_fd=self.lock)
 
-    def remove(self) -> None:
-        """Delete the folder and what is in it. The journal goes first: what is left after a kill in the middle must not be resumed from."""
-        with suppress(OutputError):
+    # ---- the end -----------------------------------------------------------------------------------------------------------
+
+    def appear(self, target: Path, replace_existing: bool) -> None:
+        """Give the finished folder its final name, beside this one, in one step. An existing target lands in this folder."""
+        if replace_existing:
+            with writing(self.folder / REPLACED):
+                self.discard(REPLACED)  # of a run that was killed there
+        give_name(Place(self.lock, OUTPUT, self.output), Place(self.parent, target.name, target), replace_existing, REPLACED, self.notify)
+
+    def discard(self, name: str, checked: Mapping[str, FileIdentity] | None = None) -> None:
+        """Delete the folder `name` in this one: the files `checked` (None: what savers write); all else is kept, aloud. Raises OSError."""
+        try:
+            with opened_folder(name, self.lock) as folder:
+                self._delete(folder, checked)
+        except FileNotFoundError:
+            return
+        os.rmdir(name, dir_fd=self.lock)
+
+    def _delete(self, folder: int, checked: Mapping[str, FileIdentity] | None, keep: frozenset[str] = frozenset()) -> None:
+        foreign, failure = delete_saved(folder, checked, keep)
+        self._keep(foreign, folder)
+        if failure is not None:
+            raise failure
+
+    def _keep(self, names: list[str], folder: int) -> None:
+        """Move what is not ours to delete out of the folder of that descriptor, to a new one beside the target."""
+        if not names:
+            return
+        kept = next(kept for kept in free_names(f"{self.target.name}.kept") if _make(kept, self.parent))
+        with opened_folder(kept, self.parent) as new:
+            for name in names:
+                os.rename(name, name, src_dir_fd=folder, dst_dir_fd=new)
+        shown = printable(str(self.target.with_name(kept)))
+        what = "not a saved model's, or not there when the folder that was replaced was checked"
+        self.notify(f"{some(names, 10)}: {what}; kept in {shown}.")
+
+    def remove(self, checked: Mapping[str, FileIdentity] | None = None) -> None:
+        """Delete the folder and what is in it; of a replaced one only the files `checked`.
+
+        The journal goes first: what is left after a kill in the middle must not be resumed from.
+        """
+        self._close_files()
+        self._close_journal()
+        try:
             self.forget()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for name in (OUTPUT, REPLACED):
+                self.discard(name, checked)
+            for name in os.listdir(self.lock):
+                if name in (PROBE, PID) or name.startswith(STILL_OPEN):
+                    os.unlink(name, dir_fd=self.lock)
+            if self.is_ours():
+                os.rmdir(self.folder.name, dir_fd=self.parent)
+        except (OSError, OutputError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            self.notify(f"{printable(str(self.folder))} could not be deleted whole ({why}). Nothing uses what is left of it.")
 
     def close(self) -> None:
         """Give the lock back. A folder without anything worth keeping goes too."""
+        self._close_journal()
+        with suppress(OSError):
+            if self.is_ours() and set(os.listdir(self.lock)) <= {PID, PROBE}:
+                self.remove()
+        self._close_files()
+        os.close(self.lock)
+        os.close(self.parent)
+
+    def _close_journal(self) -> None:
         if self.journal is not None:
             with suppress(OSError):  # of a write that failed and was reported
                 self.journal.close()
-        with suppress(OSError):
-            if self.is_ours() and set(os.listdir(self.lock)) <= {"pid"}:
-                self.remove()
-        os.close(self.lock)
+
+    def _close_files(self) -> None:
+        if self.files >= 0:
+            os.close(self.files)
+            self.files = -1
 
 
-def _lock(folder: Path, target: Path) -> int | None:
-    """A descriptor of `folder`, made if it was not there, that holds its lock; None when the run that had it removed it meanwhile."""
-    folder.mkdir(exist_ok=True)
+def free_names(name: str) -> Iterator[str]:
+    """`name`, then NAME-2, NAME-3, ... What stands under one of them may be somebody's."""
+    return (name if n == 1 else f"{name}-{n}" for n in count(1))
+
+
+def _make(name: str, parent: int) -> bool:
     try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        os.mkdir(name, dir_fd=parent)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _lock(parent: int, folder: Path, target: Path, notify: Notify) -> int | None:
+    """A descriptor of `folder`, made if it was not there, that holds its lock; None when the run that had it removed it meanwhile."""
+    shown, made = printable(str(folder)), True
+    try:
+        os.mkdir(folder.name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        made = False
+    try:
+        lock = open_folder(folder.name, parent)
     except FileNotFoundError:
         return None
+    except OSError:
+        if problem := unlike_own(folder.name, parent, shown):
+            raise OutputError(problem) from None
+        raise
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        remark = check_own(lock, shown, made)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{printable(str(target))} is being written by another run{_holder(lock)}. Wait for it.") from None
+        if not _stands_there(folder.name, parent, lock):
+            os.close(lock)
+            return None
+        check_contents(lock, shown, EXPECTED)
+    except BaseException:
         os.close(lock)
-        raise OutputError(f"{printable(str(target))} is being written by another run{_holder(folder)}. Wait for it.") from None
-    if identity(folder) != (os.fstat(lock).st_dev, os.fstat(lock).st_ino):
-        os.close(lock)
-        return None
+        raise
+    if remark:
+        notify(remark)
     return lock
 
 
-def _holder(folder: Path) -> str:
+def _stands_there(name: str, parent: int, folder: int) -> bool:
+    try:
+        there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except OSError:
+        return False
+    return os.path.samestat(there, os.fstat(folder))
+
+
+def _write_pid(lock: int) -> None:
+    descriptor = open_file(PID, lock, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def _holder(lock: int) -> str:
     """Who has the lock. It writes its number right after it got the lock, and may be about to."""
     for _ in range(20):
         with suppress(OSError, ValueError):
-            process = int((folder / "pid").read_text())
+            process = int(read_file(PID, lock, 20))
             if _is_alive(process):  # or else it is of a run that died earlier
                 return f" (process {process})"
         time.sleep(0.01)
@@ -173,33 +346,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    """A journal's line: length and CRC-32 of the JSON text in hexadecimal, then the text."""
-    text = json.dumps(record).encode()
-    return b"%08x %08x %s\n" % (len(text), zlib.crc32(text), text)
-
-
-def _read_journal(path: Path, header: dict[str, Any], notify: Callable[[str], None]) -> tuple[dict[str, Finished], int]:
-    """The finished tensors of an earlier run, and the bytes of the journal that say so; nothing when it was of another plan.
-
-    A torn end is ignored.
-    """
-    records: list[dict[str, Any]] = []
-    size = 0
-    with writing(path):
-        data = path.read_bytes() if path.exists() else b""
-    for line in data.split(b"\n")[:-1]:
-        text = line[18:]
-        if line[:18] != b"%08x %08x " % (len(text), zlib.crc32(text)):
-            break
-        records.append(json.loads(text))
-        size += len(line) + 1
-    if not records:
-        notify("nothing to resume: starting from the beginning.")
-        return {}, 0
-    if records[0] != header:
-        notify("the unfinished run was of another recipe, version or set of sources: starting from the beginning.")
-        return {}, 0
-    return {record["name"]: Finished(record["digest"], record["reads"], record["nonfinite"]) for record in records[1:]}, size

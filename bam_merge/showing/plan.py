@@ -18,7 +18,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
     lines = _aligned(_all_rows(plan, tensors) if tensors is not None else _folded_rows(plan))
     if tensors is not None and not lines:
         lines = [f"no tensor matches {tensors!r}"]
-    free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free
+    free = shutil.disk_usage(next(place for place in (*target.parents, target) if place.exists())).free
     recipe = plan.recipe
     facts = {
         "method": f"{recipe.method}, layout {plan.layout.name}",

@@ -6,6 +6,7 @@ arithmetic, another precision. Formulas are those of ops.py's records.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class RowReader:
         of truth values, which it may make 0 and 1, the bytes."""
         if DTYPE_BITS[dtype] < 8 or dtype == "BOOL":
             return _stored_bytes(path, tensor, start, stop, DTYPE_BITS[dtype])
-        reader, count = self._open.pop(path, None) or (safe_open(path, "pt"), 0)
+        reader, count = self._open.pop(path) if path in self._open else (_opened(path), 0)
         rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
         if count + rows.nbytes < MAPPED_BYTES:
             self._open[path] = (reader, count + rows.nbytes)
@@ -67,6 +68,17 @@ def _stored_bytes(path: Path, tensor: str, start: int, stop: int, bits: int) -> 
         first, last = start * row // 8, -(-stop * row // 8)
         stream.seek(8 + length + entry["data_offsets"][0] + first)
         return torch.frombuffer(bytearray(stream.read(last - first)), dtype=torch.uint8)
+
+
+def _opened(path: Path) -> Any:
+    """The library's reader of a file. It takes only names that are UTF-8, so another is named by a descriptor."""
+    if os.fsencode(path) == str(path).encode(errors="replace"):
+        return safe_open(path, "pt")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return safe_open(f"/proc/self/fd/{descriptor}", "pt")
+    finally:
+        os.close(descriptor)
 
 
 class SourceTensors:

@@ -185,7 +185,7 @@ class Child:
 
 CALLS = (
     "openat,mkdir,write,writev,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,flock,"
-    "copy_file_range,sendfile,fchmod"
+    "copy_file_range,sendfile,fchmod,mkdirat"
 )
 """The system calls that create, write, sync, lock, rename or delete."""
 

@@ -15,7 +15,7 @@ import pytest
 from faults.harness import CALLS, EXTENT, Merge, Point, Points, calls_of, contents, needs_strace, thin, traced, unfinished
 
 ERRORS = {
-    "openat": ("EACCES", "ENOSPC", "EMFILE"), "mkdir": ("ENOSPC", "EROFS"), "write": ("EIO", "ENOSPC", "EDQUOT"),
+    "openat": ("EACCES", "ENOSPC", "EMFILE"), "mkdir": ("ENOSPC", "EROFS"), "mkdirat": ("ENOSPC", "EROFS"), "write": ("EIO", "ENOSPC", "EDQUOT"),
     "pwrite64": ("EIO", "ENOSPC", "EDQUOT", "EFBIG"), "ftruncate": ("EIO", "ENOSPC"), "fallocate": ("ENOSPC", "EDQUOT", "EIO"),
     "fsync": ("EIO", "ENOSPC", "EDQUOT"), "fdatasync": ("EIO", "ENOSPC"), "renameat2": ("EIO", "ENOSPC", "EACCES"),
     "unlink": ("EIO", "EACCES"), "unlinkat": ("EIO", "EACCES"), "rmdir": ("EIO",), "flock": ("ENOLCK", "EIO"),

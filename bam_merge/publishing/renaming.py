@@ -1,0 +1,81 @@
+"""The rename that makes a folder appear in one step, between folders that are open, replacing nothing or all of the target."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bam_merge.errors import OutputError
+from bam_merge.text import printable
+
+_NOREPLACE, _EXCHANGE = 1, 2
+
+
+class Place(NamedTuple):
+    """An entry: the descriptor of the folder that it is in, its name there, and what messages call it."""
+
+    folder: int
+    name: str
+    path: Path
+
+
+def give_name(
+    staged: Place, target: Place, replace_existing: bool, aside: str = "replaced", notify: Callable[[str], None] = lambda text: None
+) -> None:
+    """Give the finished folder its final name in one step. An existing target is exchanged, and so lands where the finished one was.
+
+    Where the file system cannot do that, it goes to the name `aside` there first. Raises OutputError.
+    """
+    shown = printable(str(target.path))
+    exchange = replace_existing and _is_there(target)
+    try:
+        if not _rename(staged, target, _EXCHANGE if exchange else _NOREPLACE):
+            what = "exchange two folders" if exchange else "rename without replacing"
+            notify(f"{printable(str(target.path.parent))}: this file system cannot {what}, so a plain rename.")
+            _plain_rename(staged, target, aside if exchange else None)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise OutputError(f"{shown} appeared while the merge ran. Nothing was replaced; use --force --resume.") from None
+        where = printable(str(staged.path))
+        raise OutputError(f"{shown}: {error.strerror} when renaming the finished folder {where} to it.") from error
+
+
+def _is_there(place: Place) -> bool:
+    try:
+        os.stat(place.name, dir_fd=place.folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _rename(old: Place, new: Place, flags: int) -> bool:
+    """renameat2(2), which os.rename lacks: plain rename silently replaces an empty folder, and cannot exchange two.
+
+    False where the kernel or the file system does not have it. Raises OSError.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(old.folder, os.fsencode(old.name), new.folder, os.fsencode(new.name), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _plain_rename(old: Place, new: Place, aside: str | None) -> None:
+    """The same in steps: another process may come between them, and the target is absent for a moment when it is replaced."""
+    if aside is None:
+        if _is_there(new):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(old.name, new.name, src_dir_fd=old.folder, dst_dir_fd=new.folder)
+        return
+    os.rename(new.name, aside, src_dir_fd=new.folder, dst_dir_fd=old.folder)
+    try:
+        os.rename(old.name, new.name, src_dir_fd=old.folder, dst_dir_fd=new.folder)
+    except OSError:
+        os.rename(aside, new.name, src_dir_fd=old.folder, dst_dir_fd=new.folder)
+        raise
