@@ -13,8 +13,10 @@ def located(path: str | os.PathLike[str], folder: Path | None = None, error: typ
     wrong = path_problem(text)
     if wrong:
         raise error(f"{printable(text) or repr(text)}: {wrong}")
-    expanded = os.path.expanduser(text)
-    return Path(expanded) if folder is None else folder / expanded
+    expanded = Path(os.path.expanduser(text))
+    if str(expanded).startswith("~"):  # written ./~: whoever looks again must not take it for a home folder
+        expanded = (folder or Path()).absolute() / expanded
+    return expanded if folder is None else folder / expanded
 
 
 def path_problem(text: str) -> str | None:

@@ -123,7 +123,7 @@ def published_before(folder: Path, config: dict[str, Any], monkeypatch: pytest.M
     rows = (replace(row, make="zeros" if row.roles[0].startswith("ffn.shared.") else None) for row in layout.rows)
     with monkeypatch.context() as patch:
         old = replace(layout, rows=tuple(rows), implies={}, limits=())
-        patch.setattr("bam_merge.planning.plan.load_architecture", lambda name: old)
+        patch.setattr("bam_merge.planning.make.load_architecture", lambda name: old)
         return publish(planned(folder, config), None, UNPROVED)
 
 
