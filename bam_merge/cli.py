@@ -6,6 +6,7 @@ Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check fa
 
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -62,6 +63,19 @@ class _DefaultMerge(click.Group):
             hint = nearest(args[0], self.commands)
             ctx.fail(f"{args[0]!r} is neither a command nor a recipe file (.yaml){hint or '.'}")
         return super().resolve_command(ctx, args)
+
+
+class _Tolerance(click.FloatRange):
+    """A number from 0 on. Python also reads nan and inf, with which nothing, or everything, would be the same."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return found
 
 
 @click.group(cls=_DefaultMerge, context_settings={"help_option_names": ["-h", "--help"]})
@@ -150,9 +164,7 @@ def inspect(path: str, every: bool, as_json: bool, **options: Any) -> None:
 @click.option(
     "--seed", type=_UserPath(), metavar="S", help="Compare the branches E1 E2 ... with the seed S that they came from, and with each other."
 )
-@click.option(
-    "--tol", type=click.FloatRange(0), default=0.0, metavar="X", help="Tensors whose relative difference is at most X are the same."
-)
+@click.option("--tol", type=_Tolerance(), default=0.0, metavar="X", help="Tensors whose relative difference is at most X are the same.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Only the tensors whose name or role matches; may be repeated.")
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out the tensors whose name or role matches; may be repeated.")
 @click.option("--all", "every", is_flag=True, help="List every tensor that differs, and every one that was left out.")

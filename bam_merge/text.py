@@ -1,5 +1,6 @@
 """Numbers in words, and lists of names, for messages and tables."""
 
+import math
 import re
 from collections.abc import Iterable
 from math import prod
@@ -78,6 +79,8 @@ def percent(value: float | None) -> str:
     """'0.283%'; more than all of it as a factor, '12.3 x'."""
     if value is None:
         return "-"
+    if value == math.inf:
+        return ">1.8e+308 x"
     return f"{value:.3g} x" if value >= 9.995 else f"{100 * value:.3g}%"
 
 
@@ -95,7 +98,7 @@ def number(value: int | float) -> str:
 
 def short(value: float | None) -> str:
     """Three significant digits."""
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else ">1.8e308" if value == math.inf else f"{value:.3g}"
 
 
 def span(values: Iterable[float | None]) -> str:

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bam_merge.comparing.branches import drift
 from bam_merge.comparing.drift import Drift
+from bam_merge.comparing.sides import Side
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError, OutputError
 from bam_merge.showing.page import report_page, write_report
@@ -24,7 +28,7 @@ NAMES = ("code", "law", "math")
 
 
 def branch(folder: Path, name: str, change: Callable[[str, np.ndarray], np.ndarray], dtype: str = "F32") -> Path:
-    seed = random_values(1, 0.1)
+    seed = random_values(91, 0.1)  # with 1 the noise of 1 would be a multiple of it
     write_checkpoint(folder / name, CONFIG, lambda tensor, shape: change(tensor, seed(tensor, shape)), dtype=dtype)
     return folder / name
 
@@ -218,10 +222,6 @@ def test_a_comparison_has_a_page_too(noisy: tuple[Path, list[Path]], tmp_path: P
 
 
 def test_a_large_models_page_stays_small(noisy: tuple[Path, list[Path]]) -> None:
-    from dataclasses import replace
-
-    from bam_merge.comparing.sides import Side
-
     found = drift(noisy[0], noisy[1])
     roles = [(role, gram) for (role, layer, _), gram in found.grams.items() if layer == 0]
     grams = {(role, layer, None): gram for layer in range(126) for role, gram in roles}
@@ -263,3 +263,44 @@ def test_tensors_longer_than_a_block(tmp_path: Path) -> None:
         and found.kept_by_averaging() == pytest.approx(0, abs=1e-3)
     )
     assert found.drift(0) == pytest.approx(float(0.1 * d.norm() / s.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("layers", [2, 31, 126])
+def test_a_heatmap_is_as_high_as_its_rows(layers: int) -> None:
+    """The picture, and the words to its left and right, end with the last row: below it nothing is cut."""
+    from bam_merge.showing.heatmap import Row
+    from bam_merge.showing.page import AXIS, _map
+
+    rows = [Row(f"role {index}", [0.1] * layers, 0.1) for index in range(9)] + [Row("embed", [0.2], 0.2), Row("head", [None], None)]
+    drawn = _map("x", rows, 0.2)
+    (width, height) = map(int, re.findall(r'<svg width="(\d+)" height="(\d+)"', drawn)[0])
+    cells = [(int(x) + int(w), int(y) + int(h)) for x, y, w, h in re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)", drawn)]
+    assert height == 11 * 16 + AXIS and max(y for _, y in cells) == height - 16 - 1 and max(x for x, _ in cells) == width - 1
+    for side in re.findall(r'<div class="(?:labels|totals)">(.*?)</div></div>', drawn):
+        assert side.count("<div") == 12  # each 16 high, the axis among them
+
+
+PROBE = """<script>
+const cut = [];
+for (const box of document.querySelectorAll(".scroll, .map")) {
+  const end = box.getBoundingClientRect().top + box.clientHeight + 0.6;
+  for (const row of box.querySelectorAll("tr, svg, .labels > div"))
+    if (row.getBoundingClientRect().top < end - 1.2 && row.getBoundingClientRect().bottom > end) cut.push(row.textContent);
+}
+document.body.innerHTML = `<pre>measured, ${document.querySelectorAll("tr").length > 40} ${cut.length} cut</pre>`;
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="measured in a browser, where there is one")
+@pytest.mark.parametrize("width", [1100, 420])
+def test_no_row_of_the_page_is_cut(width: int, noisy: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    found = drift(noisy[0], noisy[1])
+    roles = [(role, gram) for (role, layer, _), gram in found.grams.items() if layer == 0]
+    grams = {(role, layer, None): gram for layer in range(60) for role, gram in roles}
+    seed = Side("seed", found.seed.anatomy, None, {place: found.seed.leaves[place[0], 0, None] for place in grams}, {})
+    page = report_page(replace(found, seed=seed, grams=grams)).replace("</body>", PROBE)
+    (tmp_path / "page.html").write_text(page)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-features=OverlayScrollbar", f"--window-size={width},900"]
+    address = (tmp_path / "page.html").as_uri()
+    done = subprocess.run(["chromium", *options, "--dump-dom", address], capture_output=True, text=True, timeout=60, check=True)
+    assert "measured, true 0 cut" in done.stdout

@@ -1,5 +1,6 @@
 """Figures of stored values against direct computations, in every dtype and for every size of chunk; and what routers do."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,56 @@ def test_a_large_mean_does_not_swallow_the_spread(tmp_path: Path) -> None:
     found = stats_of(tmp_path, {"x": tensor})["x"]
     assert found.std == pytest.approx(float(tensor.std(correction=0)), rel=1e-7)  # 1e8 itself is known to 1.5e-8
     assert found.mean == pytest.approx(float(tensor.mean()), rel=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e300, 1e160, 1e-160, 1e-305])
+@pytest.mark.usefixtures("chunk")
+def test_the_size_of_the_numbers_does_not_matter(size: float, tmp_path: Path) -> None:
+    tensor = 1 + torch.randn(9, 11, generator=GENERATOR, dtype=torch.float64)
+    plain, found = (stats_of(tmp_path, {"x": x})["x"] for x in (tensor, tensor * size))
+    for figure in ("mean", "std", "norm", "min", "max"):
+        assert getattr(found, figure) == pytest.approx(getattr(plain, figure) * size, rel=1e-9)
+    assert found.histogram == plain.histogram and sum(found.histogram) == 99
+    assert found.edges == pytest.approx([edge * size for edge in plain.edges or ()], rel=1e-9)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_what_float64_does_not_hold_is_said(tmp_path: Path) -> None:
+    tensor = torch.tensor([[1.7e308, -1.7e308, 1e-310], [1e300, 5e-324, -1.0]], dtype=torch.float64)
+    found = stats_of(tmp_path, {"x": tensor})["x"]
+    document = json.loads(json.dumps(found.document(), allow_nan=False))
+    assert document["norm"] is None and document["out_of_range"] == {"norm": "above 1.8e308"} and found.norm == math.inf
+    assert document["std"] == pytest.approx(1.7e308 / 3**0.5) and abs(document["mean"] - 1e300 / 6) < 1e292
+    assert document["edges"] == [-1.7976931348623157e308, 1.7976931348623157e308] and sum(found.histogram) == 6
+
+
+@pytest.mark.usefixtures("chunk")
+def test_64_bit_integers_are_exact(tmp_path: Path) -> None:
+    values = {"i": torch.tensor([2**62, 2**62 + 1]), "u": torch.tensor([2**64 - 1, 2**64 - 2], dtype=torch.uint64)}
+    found = stats_of(tmp_path, values)
+    assert (found["i"].min, found["i"].max, found["i"].constant, found["i"].std) == (2**62, 2**62 + 1, False, 0.5)
+    assert (found["u"].min, found["u"].max, found["u"].constant, found["u"].std) == (2**64 - 2, 2**64 - 1, False, 0.5)
+
+
+@pytest.mark.parametrize("size", [1e300, 1e-310])
+def test_routers_of_any_size(size: float, tmp_path: Path, run: Any) -> None:
+    """Initialisation, cosines and condition do not depend on it; the load is that of the largest logit, or even."""
+    from safetensors.torch import load_file
+    from test_roles import mixture
+
+    folder = mixture(tmp_path, "llama")
+    plain = {router["name"]: router for router in inspect(folder, stats=True).document()["routers"]}
+    (path,) = folder.glob("*.safetensors")
+    save_file({name: x.double() * size if "router" in name else x for name, x in load_file(path).items()}, path)
+    done = run("inspect", folder, "--stats", "--json")
+    found = json.loads(done.out, parse_constant=lambda text: pytest.fail(text))["routers"]
+    assert len(found) == len(plain) > 0
+    for router in found:
+        before = plain[router["name"]]
+        assert router["init"] == before["init"] and router["cosine"] == pytest.approx(before["cosine"], rel=1e-6)
+        assert router["std"] == pytest.approx(before["std"] * size, rel=1e-6) and sum(router["load"]) == pytest.approx(1)
+        assert router["entropy"] == pytest.approx(0 if size > 1 else 1, abs=1e-6)
+    assert run("inspect", folder, "--stats").status == 0
 
 
 def test_constants_and_zeros(tmp_path: Path) -> None:

@@ -1,133 +1,230 @@
 """What a drift means before a merge, in words: each answer beside what random noise of the same norm, or chance, would give."""
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from bam_merge.comparing.advice_merge import attention, averaging
 from bam_merge.comparing.drift import Reading
 from bam_merge.comparing.gram import Gram
-from bam_merge.text import printable, some
+from bam_merge.comparing.sides import Place
+from bam_merge.comparing.standing import Standing, factors, inner, listed, matrices, moved_places, of_places, only_rounded, where
+from bam_merge.text import printable
 
 if TYPE_CHECKING:
     from bam_merge.comparing.drift import Drift
 
 ANOTHER_ANCESTOR = 0.5
 """Weight matrices of two models trained apart are all but orthogonal (cosine with the seed near 0, relative drift near sqrt 2), those of
-a branch stay close to it: below this cosine a model is no branch."""
+a branch stay close to it: below this cosine a model, a role or a layer is no branch's."""
 
 
-PART = 0.8
-"""Attention that drifted at least this many times as far as the FFN has as much to lose by averaging; below a quarter of it, little."""
+AFAR = 0.9
+"""Below this cosine a branch is one, but not a close one."""
 
 
 def readings(found: "Drift") -> list[Reading]:
     """The report in words: first what forbids a merge, then what a merge would keep and lose."""
-    matrices = found.where(lambda place: place[1] is not None and not place[0].startswith("norm."))
-    gram = matrices or found.overall
-    said = [*_ancestor(found, gram), *_left(found, gram), *_same(found)]
-    moved = [i for i in range(len(found.names)) if gram.dd[i][i] > 0]
-    if moved and gram.ss and not said[0].stop:
-        said += [*_attention(found, moved), *_averaging(gram, moved)]
+    said = [*_ancestor(found), *_left(found), *_same(found)]
+    if not said[0].stop:
+        said += [Reading("BAM or BTX?", text) for text in attention(found)]
+        said += [Reading("what averaging loses", text) for text in averaging(found)]
     return said
 
 
-def _shown(found: "Drift", expert: int) -> str:
+def shown(found: "Drift", expert: int) -> str:
     return printable(found.names[expert], 60)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+def percent(share: float) -> str:
+    """A share in three digits, but 100% only for all of it."""
+    return ">99.9%" if 0.9995 <= share < 1 else f"{100 * share:.3g}%"
 
 
-def _ancestor(found: "Drift", gram: Gram) -> Iterator[Reading]:
-    question = "branches of this seed?"
-    cosines = [gram.seed_cosine(i) for i in range(len(found.names))]
-    strangers = [i for i, cosine in enumerate(cosines) if cosine is not None and cosine < ANOTHER_ANCESTOR]
-    for i in strangers:
-        yield Reading(
-            question,
-            f"STOP: {_shown(found, i)} is no branch of this seed. Its matrices have cosine {cosines[i]:.2f} with the seed's and drifted by "
-            f"{gram.drift(i) or 0:.2f} of their norm; unrelated models have 0 and about 1.41. Averaging them would destroy both.",
-            stop=True,
+def _size(drift: float | None) -> str:
+    """A drift that is none of zero, in three digits."""
+    if drift is None:
+        return "an unknown share"
+    return ">1.8e310%" if drift == math.inf else f"{100 * drift:.3g}%" if drift else "<4.9e-322%"
+
+
+def _hundredths(value: float | None) -> str:
+    return ">1.8e308" if value == math.inf else f"{round(value or 0.0, 2) + 0.0:.2f}"  # no -0.00
+
+
+# ---- is it a branch? -----------------------------------------------------------------------------------------------------------
+
+
+def _ancestor(found: "Drift") -> Iterator[Reading]:
+    question, n = "branches of this seed?", range(len(found.names))
+    stops = [text for i in n for text in _objections(found, i)]
+    if stops:
+        yield from (Reading(question, f"STOP: {text}", stop=True) for text in stops)
+    else:
+        yield Reading(question, _branches(found))
+
+
+def _objections(found: "Drift", i: int) -> Iterator[str]:
+    """Why an expert is no branch of this seed."""
+    name, state, gram = shown(found, i), found.standings[i], _inner(found)
+    cosine = gram.seed_cosine(i)
+    judged = {place for place in inner(found) if not place[0].startswith("router.")} - set(state.multiples)
+    in_part = state.zero or state.far_multiples or (state.foreign and not judged <= set(state.foreign))
+    if cosine is not None and cosine < ANOTHER_ANCESTOR and not in_part:
+        yield (
+            f"{name} is no branch of this seed. Its matrices have cosine {_hundredths(cosine)} with the seed's and drifted by "
+            f"{_hundredths(gram.drift(i))} of their norm; unrelated models have 0 and about 1.41. Averaging them would destroy both."
         )
+        return
+    strange = state.foreign or _parts(found, i, state)
+    if strange:
+        part, rest = of_places(found, strange), of_places(found, [p for p in matrices(found) if p not in set(strange)])
+        others = rest.seed_cosine(i) if rest else None
+        beside = f", {_cosine(others)} in its other matrices" if others is not None else ""
+        yield (
+            f"{name} is no branch of this seed in {where(found, strange)}: the cosine with the seed's is "
+            f"{_hundredths(part.seed_cosine(i) if part else 0)} there{beside}; unrelated matrices have 0. Averaging them would destroy "
+            "both."
+        )
+    if state.zero:
+        yield f"{name} is all zero in {where(found, state.zero)}, where the seed is not. Was it saved whole?"
+    if state.far_multiples:
+        yield (
+            f"{name} is {factors(state.far_multiples)} times the seed in {where(found, state.far_multiples)}: scaled, not trained. "
+            "Find out what scaled it, and undo that before a merge."
+        )
+
+
+def _parts(found: "Drift", i: int, state: Standing) -> tuple[Place, ...]:
+    """The matrices of roles and layers that are no branch's as a whole."""
+    known = {*state.zero, *state.multiples}
+    judged = [place for place in matrices(found) if not place[0].startswith("router.") and place not in known]
+    parts = [[p for p in judged if p[0] == role] for role in dict.fromkeys(p[0] for p in judged)]
+    parts += [[p for p in judged if p[1] == layer] for layer in found.layers]
+    odd: set[Place] = set()
+    for part in parts:
+        gram = of_places(found, part)
+        cosine = gram.seed_cosine(i) if gram and gram.moved(i) and len(part) > 1 else None
+        if cosine is not None and cosine < ANOTHER_ANCESTOR:
+            odd.update(part)
+    return tuple(place for place in judged if place in odd)
+
+
+def _inner(found: "Drift") -> Gram:
+    gram = of_places(found, inner(found))
+    assert gram is not None
+    return gram
+
+
+def _cosine(value: float) -> str:
+    return ">0.9999" if value > 0.9999 else f"{value:.4f}"
+
+
+def _branches(found: "Drift") -> str:
+    """That all are branches, and how close."""
+    n, overall, gram = range(len(found.names)), found.overall, _inner(found)
+    who = "each" if len(n) > 1 else "it"
+    if all(equal == overall.count for equal in overall.equal_seed):
+        return "yes: every weight that all have is the seed's." if _partly(found) else f"yes: {who} is the seed itself."
+    cosines = [gram.seed_cosine(i) for i in n]
     known = [cosine for cosine in cosines if cosine is not None]
-    if not strangers:
-        least = f"{'>0.9999' if min(known) > 0.9999 else f'{min(known):.4f} or more'}" if known else ""
-        alike = min(share / max(1, found.overall.count) for share in found.overall.equal_seed)
-        chance = found.overall.chance_equal or 0.0
-        bits = (
-            f", and {_percent(alike)} or more of its weights bit for bit (unrelated models: {_percent(chance)})"
-            if alike > 2 * chance
-            else ""
-        )
-        who = "each" if len(known) > 1 else "it"
-        yield Reading(
-            question, f"yes, {who} has cosine {least} with it (unrelated models: 0){bits}." if known else "not known: all is zero."
-        )
+    if not known:
+        return "not known: the seed's matrices are all zero."
+    least = min(known)
+    text = "yes, " if least >= AFAR else "yes, but from afar: "
+    same = all(equal == gram.count for equal in gram.equal_seed)
+    near = f"{_cosine(least)}{' or more' * (_cosine(least) != _cosine(max(known)))}"
+    text += f"{who} has the matrices of the seed's layers" if same else f"{who} has cosine {near} with it (unrelated models: 0)"
+    shares, chance = sorted(equal / max(1, overall.count) for equal in overall.equal_seed), overall.chance_equal or 0.0
+    if shares[0] > 2 * chance:
+        or_more = " or more" * (percent(shares[0]) != percent(shares[-1]))
+        text += f", and {percent(shares[0])}{or_more} of its weights bit for bit (unrelated models: {percent(chance)})"
+    return f"{text}."
 
 
-def _left(found: "Drift", gram: Gram) -> Iterator[Reading]:
+# ---- did it move? --------------------------------------------------------------------------------------------------------------
+
+
+def _left(found: "Drift") -> Iterator[Reading]:
     question, n = "did each leave it?", range(len(found.names))
     stayed = [i for i in n if found.overall.equal_seed[i] == found.overall.count]
-    far = ", ".join(f"{_shown(found, i)} by {_percent(gram.drift(i) or 0)}" for i in n if i not in stayed)
-    if stayed:
-        who = some(_shown(found, i) for i in stayed)
-        yield Reading(question, f"no: {who} never left it, every weight is equal.{f' The others did: {far}.' if far else ''}")
-    else:
-        yield Reading(question, f"yes, {far} of the matrices' norm.")
+    gone = [i for i in n if i not in stayed]
+    gram, chosen = _inner(found), inner(found)
+    trained = [i for i in gone if gram.moved(i)]
+    parts = []
+    if trained:
+        far = ", ".join(f"{shown(found, i)} by {_size(gram.drift(i))}" for i in trained)
+        parts.append(f"{far} of the matrices' norm{_remarks(found, trained, chosen)}")
+    parts += [f"{shown(found, i)} {_elsewhere(found, i)}" for i in gone if not gram.moved(i)]
+    far = "; ".join(parts)
+    if not stayed:
+        hardly = all(only_rounded(found, i) for i in gone)
+        yield Reading(question, f"{'hardly' if hardly else 'yes'}, {far}.")
+        return
+    others = f" The other{'s' * (len(gone) > 1)} did: {far}." if gone else ""
+    yield Reading(question, f"no: {listed([shown(found, i) for i in stayed])} never left it, {_every(found)} is equal.{others}")
+
+
+def _remarks(found: "Drift", trained: list[int], chosen: list[Place]) -> str:
+    """What is special in how some of them moved, told once for all of which it is true."""
+    said: dict[str, list[int]] = {}
+    for i in trained:
+        for remark in _special(found, i, chosen):
+            said.setdefault(remark, []).append(i)
+    text = ""
+    for remark, experts in said.items():
+        who = "each " if len(experts) > 1 else ""
+        text += f", {who}{remark}" if experts == trained else f"; {listed([shown(found, i) for i in experts])} {remark}"
+    return text
+
+
+def _special(found: "Drift", i: int, chosen: list[Place]) -> list[str]:
+    """Which matrices moved if not all, and by what if not by training."""
+    moved = moved_places(found, i, chosen)
+    remarks = [f"in {where(found, moved)} alone"] * (len(moved) < len(chosen))
+    rounded = only_rounded(found, i)
+    scaled = {place: factor for place, factor in found.standings[i].multiples.items() if place in set(chosen)}
+    if scaled:
+        which = "" if len(scaled) == len(moved) else f" in {where(found, scaled)}"
+        remarks.append(f"being {factors(scaled)} times the seed{which}")
+    remarks += [f"no further than rounding to {rounded} takes it"] * (rounded is not None)
+    return remarks
+
+
+def _elsewhere(found: "Drift", i: int) -> str:
+    """What moved in an expert whose matrices did not."""
+    moved = moved_places(found, i, found.grams)
+    gram = of_places(found, moved)
+    if gram is None:
+        return "in the signs of zeros alone"
+    return f"in {where(found, moved)} alone, by {_size(gram.drift(i))} of what stands there"
+
+
+def _partly(found: "Drift") -> bool:
+    """Whether there is more to the models than the weights that were compared."""
+    return any(finding.counts for finding in found.findings)
+
+
+def _every(found: "Drift") -> str:
+    return f"every weight{' that all have' * _partly(found)}"
 
 
 def _same(found: "Drift") -> Iterator[Reading]:
-    question, overall = "two the same model?", found.overall
-    pairs = list(combinations(range(len(found.names)), 2))
-    equal = [(i, j) for i, j in pairs if overall.equal[i][j] == overall.count]
-    for i, j in equal:
-        yield Reading(question, f"yes: {_shown(found, i)} and {_shown(found, j)}, every weight is equal.")
-    if pairs and not equal:
-        i, j = max(pairs, key=lambda pair: overall.equal[pair[0]][pair[1]])
-        share = overall.equal[i][j] / max(1, overall.count)
-        who = f"{_shown(found, i)} and {_shown(found, j)}"
-        yield Reading(question, f"no: at most {_percent(share)} of the weights are bit-equal, those of {who}.")
-
-
-def _matrices(found: "Drift", kind: str) -> Gram | None:
-    """All of attention or of the FFN, without biases and norms."""
-    return found.where(lambda place: place[0].startswith(kind) and not place[0].endswith((".bias", "_norm")))
-
-
-def _attention(found: "Drift", moved: Sequence[int]) -> Iterator[Reading]:
-    """Whether keeping attention experts keeps anything that BTX's average would lose."""
-    attention, ffn = _matrices(found, "attn."), _matrices(found, "ffn.")
-    if attention is None or ffn is None:
+    question, overall, n = "two the same model?", found.overall, range(len(found.names))
+    if len(n) < 2:
         return
-    ratios = [(attention.drift(i) or 0.0) / (ffn.drift(i) or math.inf) for i in moved]
-    ratio = sum(ratios) / len(ratios)
-    start = f"attention drifted {ratio:.2f} times as far as the FFN, each relative to its weights (noise of one size: 1)"
-    if ratio >= PART:
-        end = "attention experts (BAM) keep as much of it as FFN experts do; BTX would average it away."
-    elif ratio >= PART / 4:
-        end = "attention experts (BAM) keep less than FFN experts do, but not nothing."
-    else:
-        end = "it hardly specialised, and attention experts (BAM) buy little over BTX."
-    yield Reading("BAM or BTX?", f"{start}: {end}")
-
-
-def _averaging(gram: Gram, moved: Sequence[int]) -> Iterator[Reading]:
-    """How alike the task vectors are, and what their average keeps."""
-    if len(moved) < 2:
+    groups = [[j for j in n if overall.equal[i][j] == overall.count] for i in n]
+    twins = [group for i, group in enumerate(groups) if len(group) > 1 and group[0] == i]
+    for group in twins:
+        yield Reading(question, f"yes: {listed([shown(found, i) for i in group])}, {_every(found)} is equal.")
+    if twins:
         return
-    cosines = [gram.cosine(i, j) or 0.0 for i, j in combinations(moved, 2)]
-    mean = sum(cosines) / len(cosines)
-    if abs(mean) < 4 * gram.noise:
-        how = "no more alike than noise"
-    elif abs(mean) < 0.1:
-        how = "nearly orthogonal"
+    i, j = max(((i, j) for i in n for j in n if i < j), key=lambda pair: overall.equal[pair[0]][pair[1]])
+    share = overall.equal[i][j] / max(1, overall.count)
+    if not share:
+        text = "no: no weight of one is bit-equal to another's."
+    elif len(n) == 2:
+        text = f"no: {percent(share)} of the weights are bit-equal."
     else:
-        how = "opposed" if mean < 0 else "partly alike" if mean < 0.8 else "all but the same"
-    kept, blind = gram.kept_by_averaging() or 0.0, gram.kept_if_orthogonal() or 0.0
-    yield Reading(
-        "what averaging loses",
-        f"{1 - kept:.0%} of a drift's norm (noise: {1 - blind:.0%}). The drifts are {how}: mean cosine {mean:.3f} "
-        f"(noise: {gram.noise:.1g}).",
-    )
+        text = f"no: at most {percent(share)} of the weights are bit-equal, those of {shown(found, i)} and {shown(found, j)}."
+    yield Reading(question, text)

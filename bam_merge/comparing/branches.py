@@ -10,6 +10,7 @@ from bam_merge.comparing.drift import Drift
 from bam_merge.comparing.findings import Finding, config_findings, tokenizer_findings
 from bam_merge.comparing.gram import gram
 from bam_merge.comparing.sides import Place, Side, check_comparable, in_common, open_side
+from bam_merge.comparing.tensor_difference import digest
 from bam_merge.errors import CheckpointError
 from bam_merge.text import count, printable, some
 from bam_merge.values.arrays import COMPUTED
@@ -41,6 +42,7 @@ def _comparable(sides: Sequence[Side]) -> tuple[list[Place], dict[str, str], lis
     """The places that all have with numbers in them, the tensors that are left out, and what else tells the folders apart. Raises where
     shapes disagree."""
     places, left_out, problems, findings = [], {}, [], []
+    uncomputed: list[Place] = []
     for side in sides:
         left_out.update({f"{side.label}: {name}": reason for name, reason in side.left_out.items()})
     common = in_common(sides)
@@ -60,11 +62,24 @@ def _comparable(sides: Sequence[Side]) -> tuple[list[Place], dict[str, str], lis
             )
         elif any(side.leaves[place].dtype not in COMPUTED for side in sides):
             left_out[sides[0].name(place)] = "a dtype that no arithmetic is done with"
+            uncomputed.append(place)
         else:
             places.append(place)
+    if not places and not problems:
+        problems.append("no tensor that all of the models have holds numbers that arithmetic is done with")
     if problems:
         raise CheckpointError(f"{some(problems)}: not branches of one model. Compare two of them by bam-merge diff A B.")
     for side in sides[1:]:
+        names = tuple(side.name(place) for place in uncomputed if not _same_bytes(sides[0], side, place))
+        if names:
+            text = (
+                f"{printable(side.label)}: {count(len(names), 'tensor')} of a dtype that no arithmetic is done with differ, {some(names)}"
+            )
+            findings.append(Finding("bytes", text, names, True))
         for finding in (*config_findings((sides[0], side), SEED), *tokenizer_findings((sides[0], side), SEED)):
             findings.append(replace(finding, text=f"{printable(side.label)}: {finding.text}"))
     return places, left_out, findings
+
+
+def _same_bytes(seed: Side, side: Side, place: Place) -> bool:
+    return seed.leaves[place].dtype == side.leaves[place].dtype and digest(seed, place) == digest(side, place)

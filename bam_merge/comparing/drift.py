@@ -9,6 +9,8 @@ from typing import Any
 from bam_merge.comparing.findings import Finding
 from bam_merge.comparing.gram import Gram, total
 from bam_merge.comparing.sides import Place, Side
+from bam_merge.comparing.standing import Standing, standing
+from bam_merge.values.wide import LARGEST, figure
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -41,6 +43,11 @@ class Drift:
     @cached_property
     def overall(self) -> Gram:
         return total(list(self.grams.values()))
+
+    @cached_property
+    def standings(self) -> tuple[Standing, ...]:
+        """How each expert's matrices stand to the seed's."""
+        return tuple(standing(self, i) for i in range(len(self.names)))
 
     @property
     def equal(self) -> bool:
@@ -99,10 +106,11 @@ class Drift:
             "findings": [finding.document() for finding in self.findings],
             "overall": self._figures(self.overall), "by_role": by_role,
             "tensors": [
-                {"role": role, "layer": layer, "name": self.seed.name((role, layer, expert)), "relative_drift": [gram.drift(i) for i in n]}
+                {"role": role, "layer": layer, "name": self.seed.name((role, layer, expert)),
+                 "relative_drift": [figure(gram.drift(i)) for i in n]}
                 for (role, layer, expert), gram in self.grams.items()
             ],
-            "layers": [{"layer": layer, "relative_drift": value} for layer, value in self.ranking()],
+            "layers": [{"layer": layer, "relative_drift": figure(value)} for layer, value in self.ranking()],
             "left_out": dict(self.left_out),
         }  # fmt: skip
 
@@ -111,7 +119,7 @@ class Drift:
         n = range(len(self.names))
         return {
             "count": gram.count,
-            "relative_drift": {name: gram.drift(i) for i, name in enumerate(self.names)},
+            "relative_drift": {name: figure(gram.drift(i)) for i, name in enumerate(self.names)},
             "seed_cosine": {name: gram.seed_cosine(i) for i, name in enumerate(self.names)},
             "equal_to_seed": {name: gram.equal_seed[i] / max(1, gram.count) for i, name in enumerate(self.names)},
             "cosine": [[gram.cosine(i, j) for j in n] for i in n],
@@ -124,4 +132,5 @@ class Drift:
 
 
 def _drift_at(gram: Gram | None, expert: int) -> float | None:
-    return None if gram is None else gram.drift(expert)
+    found = None if gram is None else gram.drift(expert)
+    return found if found is None else min(found, LARGEST)

@@ -1,9 +1,9 @@
 """Of every tensor, with D_i = E_i - S: the Gram matrix of the D_i, which norms, cosines and the norm of their mean all follow from.
 
-Sums are taken in float64 over chunks that float32 holds exactly, and any set of tensors is the sum of its members.
+Sums are taken in float64 over chunks that float32 holds exactly, or in long double where float64 is not enough (wide.py), and any set of
+tensors is the sum of its members.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,10 +14,12 @@ import numpy as np
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import numel
 from bam_merge.comparing.sides import Place, Side
-from bam_merge.comparing.tensor_difference import BLOCK, CHUNK, scratch
+from bam_merge.comparing.tally import CHUNK
+from bam_merge.comparing.tensor_difference import BLOCK, scratch
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
-from bam_merge.values.arrays import Array, dot, is_float, stored_integers, widen, widen_pairs
+from bam_merge.values.arrays import INTEGERS64, Array, dot, is_float, stored_integers, widen, widen_pairs
+from bam_merge.values.wide import ZERO, Wide, cosine, ratio, sound
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,44 @@ class Gram:
     how many pairs of weights of the seed itself, far from each other, were looked at, and how many of them are equal."""
 
     count: int
-    ss: float
-    se: tuple[float, ...]
-    dd: tuple[tuple[float, ...], ...]
+    ss: Wide
+    se: tuple[Wide, ...]
+    dd: tuple[tuple[Wide, ...], ...]
     equal: tuple[tuple[int, ...], ...]
     equal_seed: tuple[int, ...]
     chance: tuple[int, int] = (0, 0)
 
     def drift(self, i: int) -> float | None:
-        """|E_i - S| / |S|."""
-        return math.sqrt(self.dd[i][i] / self.ss) if self.ss else None
+        """|E_i - S| / |S|; None where the seed is zero, infinity where float64 does not hold it."""
+        return ratio(self.dd[i][i], self.ss) if self.ss else None
+
+    def moved(self, i: int) -> bool:
+        """Whether any value left the seed's. Zeros of another sign are other bits, but not that."""
+        return bool(self.dd[i][i] > 0)
+
+    def stretch(self, i: int) -> tuple[float, float] | None:
+        """The multiple of the seed that is nearest to the expert, and its share of the squared drift; None where the seed is zero."""
+        if not self.ss:
+            return None
+        along = self.se[i] / self.ss - 1
+        return float(1 + along), float(along * along * self.ss / self.dd[i][i]) if self.dd[i][i] else 0.0
+
+    def remaining(self, i: int) -> float | None:
+        """|E_i| / |S|; what is below 1e-3 is not told from zero."""
+        return ratio(max(ZERO, self.dd[i][i] + 2 * self.se[i] - self.ss), self.ss) if self.ss else None
 
     def cosine(self, i: int, j: int) -> float | None:
         """Of the task vectors of two experts; None where one of them is zero."""
-        norms = math.sqrt(self.dd[i][i] * self.dd[j][j])
-        return max(-1.0, min(1.0, self.dd[i][j] / norms)) if norms else None
+        return cosine(self.dd[i][j], self.dd[i][i], self.dd[j][j])
 
     def seed_cosine(self, i: int) -> float | None:
         """Of expert and seed as vectors."""
-        norm = math.sqrt(self.ss * max(0.0, self.dd[i][i] + 2 * self.se[i] - self.ss))
-        return max(-1.0, min(1.0, self.se[i] / norm)) if norm else None
+        return cosine(self.se[i], self.ss, max(ZERO, self.dd[i][i] + 2 * self.se[i] - self.ss))
 
     @property
     def noise(self) -> float:
         """The standard deviation of the cosine of two random directions."""
-        return 1 / math.sqrt(max(1, self.count))
+        return float(max(1, self.count) ** -0.5)
 
     @property
     def chance_equal(self) -> float | None:
@@ -60,26 +75,27 @@ class Gram:
 
     def kept_by_averaging(self) -> float | None:
         """|mean of the D_i| / mean of the |D_i|: 1 where all drifted alike, 0 where their drifts cancel."""
-        n = len(self.dd)
-        norms = sum(math.sqrt(self.dd[i][i]) for i in range(n)) / n
-        return math.sqrt(max(0.0, math.fsum(map(math.fsum, self.dd)))) / n / norms if norms else None
+        norms = self._norms()
+        return min(1.0, float(np.sqrt(max(ZERO, sum(map(sum, self.dd), ZERO))) / norms)) if norms else None
 
     def kept_if_orthogonal(self) -> float | None:
         """The same for drifts of these norms in random directions; 1 / sqrt(N) where the norms are equal."""
-        squares = [self.dd[i][i] for i in range(len(self.dd))]
-        norms = sum(map(math.sqrt, squares))
-        return math.sqrt(math.fsum(squares)) / norms if norms else None
+        norms = self._norms()
+        return float(np.sqrt(sum((self.dd[i][i] for i in range(len(self.dd))), ZERO)) / norms) if norms else None
+
+    def _norms(self) -> Any:
+        return sum((np.sqrt(self.dd[i][i]) for i in range(len(self.dd))), ZERO)
 
 
 def total(grams: Sequence[Gram]) -> Gram:
     """The Gram matrix of several tensors as one vector."""
 
     def add(rows: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-        return tuple(math.fsum(column) if isinstance(column[0], float) else sum(column) for column in zip(*rows, strict=True))
+        return tuple(sum(column) for column in zip(*rows, strict=True))
 
     n = range(len(grams[0].dd))
     return Gram(
-        sum(g.count for g in grams), math.fsum(g.ss for g in grams), add([g.se for g in grams]),
+        sum(g.count for g in grams), sum((g.ss for g in grams), ZERO), add([g.se for g in grams]),
         tuple(add([g.dd[i] for g in grams]) for i in n), tuple(add([g.equal[i] for g in grams]) for i in n),
         add([g.equal_seed for g in grams]), (sum(g.chance[0] for g in grams), sum(g.chance[1] for g in grams)),
     )  # fmt: skip
@@ -92,9 +108,10 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
     sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
     plain = len(set(dtypes)) == 1
     narrow = all(is_float(dtype) and dtype != "F64" for dtype in dtypes)
-    models_MC = np.empty((n + 1, min(CHUNK, elements)), np.float32 if narrow else np.float64)
+    held = Wide if INTEGERS64 & set(dtypes) else np.float32 if narrow else np.float64
+    models_MC = np.empty((n + 1, min(CHUNK, elements)), held)
     alike_C = np.empty(min(CHUNK, elements), bool)
-    sums, equal, chance = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1), np.int64), (0, 0)
+    sums, equal, chance = np.zeros((n + 1, n + 1), Wide), np.zeros((n + 1, n + 1), np.int64), (0, 0)
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, elements, BLOCK):
             stop = min(elements, start + BLOCK)
@@ -114,28 +131,39 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
                     chance = half, int(np.count_nonzero(stored[0][:half] == stored[0][::-1][:half]))
                 for i, j in combinations(range(n + 1), 2):
                     equal[i, j] += int(np.count_nonzero(np.equal(stored[i], stored[j], out=alike_C[: last - first])))
-                sums += _products(sides, place, rows, models_MC)
+                found = _products(rows, models_MC)
+                sums += _wide_products(sides, place, parts, dtypes, held) if found is None else found
     equal += equal.T + elements * np.eye(n + 1, dtype=np.int64)
     # The seed stands first in the products: <S, S>, <S, D_i> and <D_i, D_j>.
     return Gram(
-        elements, float(sums[0, 0]), tuple(float(sums[0, 0] + sums[0, 1 + i]) for i in range(n)),
-        tuple(tuple(map(float, row[1:])) for row in sums[1:]), tuple(tuple(map(int, row[1:])) for row in equal[1:]),
+        elements, sums[0, 0], tuple(sums[0, 0] + sums[0, 1 + i] for i in range(n)), tuple(tuple(row[1:]) for row in sums[1:]),
+        tuple(tuple(map(int, row[1:])) for row in equal[1:]),
         tuple(map(int, equal[0, 1:])), chance,
     )  # fmt: skip
 
 
-def _products(sides: Sequence[Side], place: Place, rows: list[Array], models_MC: Array) -> Array:
-    """Inner products [M, M] of the seed and the differences from it, in float64. The differences are put into `models_MC`."""
+def _products(rows: list[Array], models_MC: Array) -> Array | None:
+    """Inner products [M, M] of the seed and the differences from it, which are put into `models_MC` in place of the models; None where a
+    sum is beyond what this dtype's sums hold, or no number."""
     differences = [np.subtract(row_C, rows[0], out=out_C[: len(row_C)]) for row_C, out_C in zip(rows[1:], models_MC[1:], strict=True)]
-    found = _dots([rows[0], *differences])
-    if not np.isfinite(found).all():
-        for side, row_C in zip(sides, [rows[0], *differences], strict=True):
-            if not np.isfinite(row_C).all():
-                raise CheckpointError(
-                    f"{printable(side.label)}: {printable(side.name(place))} holds NaN or infinity. bam-merge inspect --stats counts them."
-                )
-        found = _dots([row_C.astype(np.float64) for row_C in (rows[0], *differences)])
-    return found
+    vectors = [rows[0], *differences]
+    found = _dots(vectors)
+    right = all(sound(found[i, i], row_C.dtype) or (not found[i, i] and not row_C.any()) for i, row_C in enumerate(vectors))
+    return found if right else None
+
+
+def _wide_products(sides: Sequence[Side], place: Place, parts: Sequence[memoryview], dtypes: Sequence[str], held: Any) -> Array:
+    """The same from the stored values, in float64 for what float32 holds and in long double for float64. Raises CheckpointError for NaN or
+    infinity."""
+    wider = np.float64 if held == np.float32 else Wide
+    size = len(parts[0]) * 8 // DTYPE_BITS[dtypes[0]]
+    rows = [widen(part, dtype, np.empty(size, wider)) for part, dtype in zip(parts, dtypes, strict=True)]
+    for side, row_C in zip(sides, rows, strict=True):
+        if not np.isfinite(row_C).all():
+            raise CheckpointError(
+                f"{printable(side.label)}: {printable(side.name(place))} holds NaN or infinity. bam-merge inspect --stats counts them."
+            )
+    return _dots([rows[0], *(row_C - rows[0] for row_C in rows[1:])])
 
 
 def _dots(rows: list[Array]) -> Array:

@@ -15,6 +15,7 @@ from bam_merge.comparing.sides import Place, Side
 from bam_merge.comparing.tensor_difference import BLOCK, DIFFERENT, Change, Difference
 from bam_merge.text import count, ranges
 from bam_merge.values.arrays import COMPUTED, Array, is_float, stored_integers, widen
+from bam_merge.values.wide import Wide
 
 ALONG = 0.98
 """Cosine of B - A with A from which B is a multiple of A. Rounding a bfloat16 tensor times 1.004 leaves that much."""
@@ -65,15 +66,19 @@ def _names(a: Side, b: Side, found: Difference) -> Iterator[Change]:
 
 def _element(a: Side, b: Side, found: Difference, at: int) -> Change:
     """The only element that differs, and whether a single bit of it does."""
-    stored = []
+    stored: list[tuple[int, float | int]] = []
     for side, dtype in zip((a, b), found.dtypes, strict=True):
         size = DTYPE_BITS[dtype] // 8
         data = bytearray(size)
         side.read(found.place, at, at + 1, memoryview(data), size)
-        stored.append((int(stored_integers(data, dtype)[0]), float(widen(memoryview(data), dtype, np.empty(1))[0])))
+        value = widen(memoryview(data), dtype, np.empty(1, Wide))[0]
+        stored.append((int(stored_integers(data, dtype)[0]), float(value) if is_float(dtype) else int(value)))
     (bits_a, value_a), (bits_b, value_b) = stored
+    shown = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in (value_a, value_b)]
+    if shown[0] == shown[1]:
+        shown = [str(value) for value in (value_a, value_b)] if value_a != value_b else [f"{bits:#x}" for bits in (bits_a, bits_b)]
     index = ", ".join(str(int(i)) for i in np.unravel_index(at, found.shapes[0])) if found.shapes[0] else ""
-    text = f"only element [{index}]: {value_a:.6g} in A, {value_b:.6g} in B"
+    text = f"only element [{index}]: {shown[0]} in A, {shown[1]} in B"
     flipped = bits_a ^ bits_b
     if found.dtypes[0] == found.dtypes[1] and flipped.bit_count() == 1:
         return Change("bit", f"{text}; bit {flipped.bit_length() - 1} is flipped")
@@ -142,12 +147,12 @@ def _whole(a: Side, b: Side, found: Difference) -> Iterator[Change]:
     """Changes that the sums show: a multiple, other rows' order, a stranger."""
     aa, dd, cosine = found.squares, found.squared_difference, found.cosine
     assert cosine is not None or not aa
-    bb = found.squares_b
-    along = (bb - aa - dd) / 2  # <A, B - A>
-    if abs(along) >= ALONG * math.sqrt(aa * dd) and found.count >= 16:
+    bb, along = found.squares_b, found.product - aa  # <A, B - A>
+    if abs(along) >= ALONG * np.sqrt(aa * dd) and found.count >= 16:
         factor = 1 + along / aa
-        rest = math.sqrt(max(0.0, 1 - along * along / (aa * dd)))
-        yield Change("scaled", f"{factor:.5g} x A" + (f" (but for {rest:.2g} of the difference)" if rest > 0.01 else ""))
+        times = f"{float(factor):.5g}" if math.isfinite(float(factor)) else np.format_float_scientific(factor, precision=4, trim="-")
+        rest = math.sqrt(max(0.0, float(1 - along * along / (aa * dd))))
+        yield Change("scaled", f"{times} x A" + (f" (but for {rest:.2g} of the difference)" if rest > 0.01 else ""))
     if abs(bb - aa) <= 1e-3 * dd and len(found.shapes[0]) > 1 and found.dtypes[0] == found.dtypes[1] and _permuted(a, b, found):
         yield Change("permuted", "the rows of A in another order")
     if cosine is not None and abs(cosine) < UNRELATED and found.count >= ENOUGH:

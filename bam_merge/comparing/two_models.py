@@ -20,6 +20,7 @@ from bam_merge.comparing.tensor_difference import SHAPE, Difference, difference,
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
 from bam_merge.values.threads import by_size
+from bam_merge.values.wide import figure
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -68,14 +69,14 @@ class Comparison:
         for found in self.compared:
             groups.setdefault(key(found), []).append(found)
         return {
-            name: {"tensors": len(members), "changed": sum(not d.same for d in members), "relative_l2": drift(members)}
+            name: {"tensors": len(members), "changed": sum(not d.same for d in members), "relative_l2": figure(drift(members))}
             for name, members in groups.items()
         }
 
 
 def within(found: Difference, tol: float) -> bool:
-    """Whether the drift is at most `tol`, and nothing that is no number appeared or went."""
-    return found.relative_l2 is not None and found.relative_l2 <= tol and not found.odd
+    """Whether the drift is at most `tol`, if any is tolerated, and nothing that is no number appeared or went."""
+    return tol > 0 and found.relative_l2 is not None and found.relative_l2 <= tol and not found.odd
 
 
 def diff(
@@ -91,6 +92,8 @@ def diff(
     `tol` is the relative L2 difference up to which a tensor counts as the same. Raises CheckpointError when a model cannot be read, or
     nothing in one corresponds to anything in the other.
     """
+    if not 0 <= tol < math.inf:
+        raise CheckpointError(f"tol is {tol}, expected a number from 0 on: the relative difference up to which tensors count as the same.")
     sides = open_side(a), open_side(b)
     check_comparable(sides)
     wanted, ignored = _wanted(sides, only, ignore)

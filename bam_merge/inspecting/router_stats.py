@@ -76,11 +76,15 @@ def _read(anatomy: Anatomy, leaf: Read | Slice) -> Tensor:
 
 def _describe(anatomy: Anatomy, role: str, layer: int | None, name: str, w_ND: Tensor, x_TD: Tensor) -> RouterStats:
     N, facts = len(w_ND), anatomy.facts
+    size = float(w_ND.abs().max()) or 1.0
+    w_ND = w_ND / size  # so that no square leaves float64
     gram_NN = w_ND @ w_ND.T
     norms_N = gram_NN.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     cosines_NN = (gram_NN / norms_N[:, None] / norms_N).fill_diagonal_(0)
     singular = torch.linalg.svdvals(w_ND)
-    gates_TN = torch.softmax(x_TD @ w_ND.float().T, 1).double()
+    logits_TN = x_TD.double() @ w_ND.T
+    gates_TN = torch.softmax((logits_TN - logits_TN.max(1, keepdim=True).values) * size, 1)
+    condition = float(singular[0] / singular[-1])
     entropy = -float(torch.special.xlogy(gates_TN, gates_TN).sum(1).mean())
     soft = role == "router.attn" and facts.get("attention_routing") != "top_k"
     top_k = None if soft else facts.get("num_attention_experts_per_tok" if role == "router.attn" else "num_experts_per_tok")
@@ -89,10 +93,10 @@ def _describe(anatomy: Anatomy, role: str, layer: int | None, name: str, w_ND: T
         role=role,
         layer=layer,
         experts=N,
-        std=float(w_ND.std(correction=0)),
+        std=float(w_ND.std(correction=0)) * size,
         init=looks_like(w_ND),
         cosine=float(cosines_NN.abs().max()),
-        condition=float(singular[0] / singular[-1]) if float(singular[-1]) > 0 else None,
+        condition=condition if math.isfinite(condition) else None,
         entropy=entropy / math.log(N) if N > 1 else 0.0,
         load=tuple(float(share) for share in _load(gates_TN, top_k)),
     )
@@ -110,6 +114,7 @@ def looks_like(w_ND: Tensor) -> str:
     standard errors. What training has moved far enough is "other"."""
     if not bool(w_ND.any()):
         return "zeros"
+    w_ND = w_ND / w_ND.abs().max()
     (N, D), count = w_ND.shape, w_ND.numel()
     gram_NN = w_ND @ w_ND.T
     scale = gram_NN.diagonal().mean()

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -14,9 +15,11 @@ from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.reading import read_runs
+from bam_merge.values.arrays import BITS, INTEGERS64, Array
 from bam_merge.values.tensors import buffer
 from bam_merge.values.threads import available_processors
 from bam_merge.values.torch_threads import one_torch_thread
+from bam_merge.values.wide import ABOVE, LARGEST, ZERO, Wide, figure
 
 CHUNK = 2**20
 """Elements that a worker holds at a time."""
@@ -24,6 +27,10 @@ CHUNK = 2**20
 
 BINS = 16
 """Bins of the histogram, over the mean and four standard deviations on each side; what is further out is in the end bins."""
+
+
+TAME = 1e-130, 1e145
+"""A chunk whose largest magnitude lies between has moments that float64 holds."""
 
 
 _DTYPES = {
@@ -41,6 +48,7 @@ COMPUTED = {name: getattr(torch, torch_name) for name, torch_name in _DTYPES.ite
 class TensorStats:
     """One stored tensor. Figures are over the finite elements; `std` is that of the population, `norm` the Euclidean one.
 
+    `min` and `max` of 64-bit integers are integers, which float64 would round; `norm` is infinity where float64 does not hold it.
     `zeros` counts both signs, `negative_zeros` one. `zero_rows` is None for what is no matrix, `limit` (the largest magnitude over
     the dtype's largest) for what is no float. `histogram` has BINS counts between its two `edges`. Only `digest` (XXH3-128 of the
     bytes) is there for dtypes that are not computed.
@@ -54,8 +62,8 @@ class TensorStats:
     zeros: int = 0
     negative_zeros: int = 0
     zero_rows: int | None = None
-    min: float | None = None
-    max: float | None = None
+    min: float | int | None = None
+    max: float | int | None = None
     mean: float | None = None
     std: float | None = None
     norm: float | None = None
@@ -66,8 +74,15 @@ class TensorStats:
 
     def document(self) -> dict[str, Any]:
         """As `inspect --json` prints it."""
+        beyond = {"norm": ABOVE} if self.norm == math.inf else {}
         document = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**document, "edges": list(self.edges) if self.edges else None, "histogram": list(self.histogram)}
+        return {
+            **document,
+            "norm": figure(self.norm),
+            "out_of_range": beyond,
+            "edges": list(self.edges) if self.edges else None,
+            "histogram": list(self.histogram),
+        }
 
 
 def tensor_stats(checkpoint: Checkpoint, names: Iterable[str], workers: int | None = None) -> dict[str, TensorStats]:
@@ -147,7 +162,9 @@ class _Moments:
         self.full_rows = 0
         self.digest = xxhash.xxh3_128()
         self.finite = self.nan = self.inf = self.zeros = self.negative_zeros = 0
-        self.min, self.max, self.mean, self.deviations, self.squares = math.inf, -math.inf, 0.0, 0.0, 0.0
+        self.min: float | int = math.inf
+        self.max: float | int = -math.inf
+        self.mean = self.deviations = self.squares = ZERO
 
     def widen(self, bytes_B: Tensor) -> Tensor:
         """The elements in float64."""
@@ -172,18 +189,37 @@ class _Moments:
             self.inf += int(values_C.isinf().sum())
             finite_C = values_C[values_C.isfinite()]
         if finite_C.numel():
-            low, high = torch.aminmax(finite_C)
-            self.min, self.max = min(self.min, float(low)), max(self.max, float(high))
-            self._join(finite_C)
+            low, high = (value.item() for value in torch.aminmax(finite_C))
+            exact_C = None
+            if self.entry.dtype in INTEGERS64:
+                exact_C = np.frombuffer(view, BITS[self.entry.dtype])
+                low, high = int(exact_C.min()), int(exact_C.max())
+            self.min, self.max = min(self.min, low), max(self.max, high)
+            largest = max(abs(low), abs(high))
+            if exact_C is not None and largest > 2**53:
+                self._join_wide(exact_C.astype(Wide))
+            elif largest and not TAME[0] < largest < TAME[1]:
+                self._join_wide(finite_C.numpy().astype(Wide))
+            else:
+                self._join(finite_C)
         return values_C
 
     def _join(self, values_C: Tensor) -> None:
-        count, mean = values_C.numel(), float(values_C.mean())
+        mean = float(values_C.mean())
         centred_C = values_C - mean
+        self._add(values_C.numel(), Wide(mean), float(torch.dot(centred_C, centred_C)), float(torch.dot(values_C, values_C)))
+
+    def _join_wide(self, values_C: Array) -> None:
+        """The same where float64 has not the range, or not the digits."""
+        apart_C = values_C - values_C[0]  # the mean of 64-bit integers may need more than 64 bits
+        centred_C = apart_C - apart_C.mean()
+        self._add(len(values_C), values_C[0] + apart_C.mean(), np.dot(centred_C, centred_C), np.dot(values_C, values_C))
+
+    def _add(self, count: int, mean: Any, deviations: Any, squares: Any) -> None:
         total, step = self.finite + count, mean - self.mean
-        self.deviations += float(torch.dot(centred_C, centred_C)) + step * step * self.finite * count / total
-        self.squares += float(torch.dot(values_C, values_C))
-        self.mean += step * count / total
+        self.deviations = self.deviations + deviations + step * step * self.finite * count / total
+        self.squares = self.squares + squares
+        self.mean = self.mean + step * count / total
         self.finite = total
 
     def _rows(self, zero_C: Tensor, start: int) -> None:
@@ -198,11 +234,12 @@ class _Moments:
         """The histogram's range; None where there is nothing to spread."""
         if not self.finite or self.min == self.max:
             return None
-        return self.mean - 4 * self.std, self.mean + 4 * self.std
+        low, high = (max(-LARGEST, min(LARGEST, float(self.mean + sign * 4 * self.std))) for sign in (-1, 1))
+        return low, high
 
     @property
-    def std(self) -> float:
-        return math.sqrt(self.deviations / self.finite)
+    def std(self) -> Any:
+        return np.sqrt(self.deviations / self.finite)
 
     def result(self, edges: tuple[float, float] | None, histogram: tuple[int, ...]) -> TensorStats:
         entry, some = self.entry, self.finite > 0
@@ -218,9 +255,9 @@ class _Moments:
             zero_rows=entry.shape[0] - self.full_rows - len(self.rows_in_use) if self.row else None,
             min=self.min if some else None,
             max=self.max if some else None,
-            mean=self.mean if some else None,
-            std=self.std if some else None,
-            norm=math.sqrt(self.squares) if some else None,
+            mean=float(self.mean) if some else None,
+            std=float(self.std) if some else None,
+            norm=float(np.sqrt(self.squares)) if some else None,
             limit=largest / torch.finfo(self.dtype).max if self.dtype.is_floating_point and some else None,
             constant=some and self.min == self.max and self.finite == entry.numel,
             edges=edges,
@@ -230,4 +267,8 @@ class _Moments:
 
 def _histogram(values_C: Tensor, edges: tuple[float, float]) -> list[int]:
     finite_C = values_C[values_C.isfinite()]
+    exponent = math.frexp(max(map(abs, edges)))[1]
+    if not -900 < exponent < 1000:  # a bin's width, or its inverse, would be beyond float64: the same bins of numbers of about 1
+        half, rest = math.ldexp(1, -exponent // 2), math.ldexp(1, -exponent - (-exponent // 2))
+        finite_C, edges = finite_C * half * rest, (edges[0] * half * rest, edges[1] * half * rest)
     return [int(count) for count in torch.histc(finite_C.clamp(*edges), BINS, *edges)]

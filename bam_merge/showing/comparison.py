@@ -13,6 +13,7 @@ from bam_merge.showing.findings import SHOWN, apart, ignored
 from bam_merge.showing.heatmap import Row, heatmaps, rank
 from bam_merge.showing.terminal import Terminal, grid, heading, line, padded
 from bam_merge.text import count, folded, percent, printable, short
+from bam_merge.values.wide import BELOW, LARGEST
 
 OF_A_KIND = 4
 """Lines of one kind that are shown unless all are asked for."""
@@ -20,7 +21,7 @@ OF_A_KIND = 4
 
 WORDS = {
     IDENTICAL: "identical bytes",
-    EQUAL: "equal values (another dtype or layout, or the sign of a zero)",
+    EQUAL: "equal values (another dtype or layout, the sign of a zero, or the bits of a NaN)",
     ROUNDING: "within one unit in the last place",
     DIFFERENT: "different",
     SHAPE: "of unlike shapes, not compared",
@@ -79,7 +80,8 @@ def comparison_rows(found: Comparison) -> list[Row]:
 
 def _shade(members: Sequence[Difference]) -> float | None:
     """The drift of tensors; infinity where some has NaN or infinity that the other does not have."""
-    return math.inf if any(d.odd for d in members) else drift(members)
+    found = drift(members)
+    return math.inf if any(d.odd for d in members) else found if found is None else min(found, LARGEST)
 
 
 # ---- tensors -----------------------------------------------------------------------------------------------------------------
@@ -92,6 +94,14 @@ def remarks(d: Difference) -> Iterator[tuple[str, str]]:
     for what, (in_a, in_b) in (("NaN", d.nan), ("infinity", d.inf)):
         if in_a or in_b:
             yield what, f"{what}: {in_a:,} in A, {in_b:,} in B"
+    if d.odd and d.nan[0] == d.nan[1] and d.inf[0] == d.inf[1]:
+        yield "elsewhere", f"NaN or infinity of another place or sign: {count(d.apart, 'element')}"
+    if d.vanishing:
+        beyond = f"below what figures show: |B - A| / |A| is {BELOW}"
+        unseen = beyond if d.max_abs else "in their bytes, not in the values that they stand for"
+        yield "vanishing", f"{count(d.changed, 'element')} differ{'s' * (d.changed == 1)} {unseen}"
+    if d.nan_payloads:
+        yield "NaN bits", f"{d.nan_payloads:,} NaN of other bits"
     if d.zero_signs:
         yield "-0.0", f"{count(d.zero_signs, 'zero')} of another sign (-0.0)"
 
@@ -127,9 +137,8 @@ def _ranking(changed: Sequence[Difference], every: bool) -> Iterator[RenderableT
             table.add_row(name, f"{list(d.shapes[0])}", "", f"{list(d.shapes[1])}", "shape")
             continue
         share = d.changed / d.count if d.count else 0.0
-        table.add_row(
-            name, percent(d.relative_l2), _cosine(d.cosine), short(d.max_abs), f"{d.changed:,}" if share < 0.001 else f"{share:.1%}"
-        )
+        elements = f"{d.changed:,}" if share < 0.001 else f"{share:.1%}"
+        table.add_row(name, "<" * d.vanishing + percent(d.shade), _cosine(d.cosine), short(d.max_abs), elements)
     yield padded(table)
 
 

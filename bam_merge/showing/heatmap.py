@@ -56,7 +56,7 @@ def cell(values: Sequence[float], top: float, terminal: Terminal) -> Text:
     if max(values) == math.inf:
         return Text("!", style="bold red")
     share = min(1.0, max(values) / top) if top else 0.0
-    if share == 0:
+    if not max(values):
         return Text("·" if terminal.unicode else "0", style="dim")
     bars = BARS[terminal.unicode]
     return Text(bars[min(len(bars) - 1, int(share * len(bars)))], style=COLOURS[min(len(COLOURS) - 1, int(share * len(COLOURS)))])
@@ -73,7 +73,7 @@ def legend(top: float, largest: float, layers: int, terminal: Terminal, odd: boo
         text.append_text(cell([math.inf], top, terminal)).append(" NaN or infinity  ", style="dim")
     steps = len(BARS[terminal.unicode])
     for step in range(steps):
-        text.append_text(cell([top * (step + 0.5) / steps], top, terminal))
+        text.append_text(cell([top * ((step + 0.5) / steps)], top, terminal))
     words = f" up to {percent(top)}" + (f", the largest {percent(largest)}. " if largest > top else ". ")
     words += "A column is a layer." if together == 1 else f"A column is {together} layers, the furthest of them shown."
     return text.append(words, style="dim")

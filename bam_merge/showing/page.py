@@ -91,7 +91,7 @@ def _comparison(found: Comparison) -> tuple[str, Iterator[str]]:
         if told:
             header = ("tensor", "role", "layer", "relative", "cosine", "largest", "changed", "B is")
             cells = [
-                [d.name_a, d.place[0], d.place[1], _Share(d.relative_l2), d.cosine, d.max_abs, _Share(d.changed / max(1, d.count)),
+                [d.name_a, d.place[0], d.place[1], _Share(d.shade), d.cosine, d.max_abs, _Share(d.changed / max(1, d.count)),
                  "shape " + " and ".join(str(list(shape)) for shape in d.shapes) if d.verdict == SHAPE else _told(d, d.name_a in moved)]
                 for d in sorted(told, key=lambda d: -math.inf if d.relative_l2 is None or d.odd else -d.relative_l2)
             ]  # fmt: skip
@@ -216,7 +216,10 @@ def _level(value: float, top: float) -> str:
 
 def _pointed(value: float | None) -> float | str | None:
     """What the pointer shows: three digits."""
-    return value if value is None else "NaN or infinity" if value == math.inf else float(f"{value:.3g}")
+    if value is None or value == math.inf:
+        return value if value is None else "NaN or infinity"
+    rounded = float(f"{value:.3g}")
+    return rounded if math.isfinite(rounded) else value  # the largest float64 would be rounded up to infinity
 
 
 def _square(role: str, names: Sequence[str], gram: Gram) -> str:
@@ -230,7 +233,9 @@ def _square(role: str, names: Sequence[str], gram: Gram) -> str:
         for i, row in enumerate(cosines) for j, value in enumerate(row) if value is not None
     )  # fmt: skip
     others = [value for i, row in enumerate(cosines) for j, value in enumerate(row) if j > i and value is not None]
-    mean = f"{sum(others) / len(others):.3f}<br>noise ±{gram.noise:.1g}" if others else "no drift"
+    moved = [name for i, name in enumerate(names) if gram.moved(i)]
+    still = f"only {escape(moved[0])} drifted" if moved else "no drift"
+    mean = f"{sum(others) / len(others):.3f}<br>noise ±{gram.noise:.1g}" if others else still
     values = [[_pointed(value) for value in row] for row in cosines]
     data = {"side": side, "height": side, "rows": names, "columns": names, "values": values}
     return (
@@ -242,7 +247,7 @@ def _square(role: str, names: Sequence[str], gram: Gram) -> str:
 
 def _data(values: object) -> str:
     """What the pointer reads off a picture."""
-    return f'data-map="{escape(json.dumps(values, separators=(",", ":")))}"'
+    return f'data-map="{escape(json.dumps(values, separators=(",", ":"), allow_nan=False))}"'
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------
@@ -274,7 +279,7 @@ def _td(value: object) -> str:
         return "<td></td>"
     if isinstance(value, float):
         shown = f"{100 * value:.3g}%" if isinstance(value, _Share) else f"{value:.{6 if 0.999 < value < 1 else 4}g}"
-        return f"<td class=n>{shown if math.isfinite(value) else 'inf'}</td>"
+        return f"<td class=n>{shown if math.isfinite(value) else '&gt;1.8e308'}</td>"
     if isinstance(value, int):
         return f"<td class=n>{value}</td>"
     return f"<td>{escape(printable(str(value), 200))}</td>"

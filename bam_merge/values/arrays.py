@@ -23,6 +23,10 @@ FLOAT8 = {
 """Exponent bits, bias, and what is no number: OCP 8-bit floating point specification 1.0, microscaling 1.0, and arXiv 2206.02915."""
 
 
+INTEGERS64 = {"I64", "U64"}
+"""What float64 does not hold exactly; numpy's longdouble does."""
+
+
 COMPUTED = {*BITS, *FLOAT8}
 """The dtypes that there are values of; the others (below a byte, complex) are compared as bytes."""
 
@@ -38,8 +42,8 @@ def stored_integers(data: memoryview | bytearray, dtype: str) -> Array:
 
 
 def widen(data: memoryview | bytearray, dtype: str, out: Array) -> Array:
-    """The elements as float32 (for floats of up to 4 bytes) or float64, whichever `out` is: in its first places, or `data` itself where
-    that is what it holds. Exact but for 64-bit integers."""
+    """The elements as float32 (for floats of up to 4 bytes), float64 or longdouble, whichever `out` is: in its first places, or `data`
+    itself where that is what it holds. Exact, but for 64-bit integers in float64."""
     if dtype == "BF16":  # the upper half of a float32
         bits = np.frombuffer(data, "<u2")
         view = out[: len(bits)]
@@ -93,10 +97,10 @@ ROW = 512
 512 at a time 2e-7."""
 
 
-def dot(a: Array, b: Array) -> float:
-    """The inner product of two vectors of one float dtype."""
-    if a.dtype == np.float64:
-        return float(np.dot(a, b))
+def dot(a: Array, b: Array) -> Any:
+    """The inner product of two vectors of one float dtype; as longdouble of such."""
+    if a.dtype != np.float32:
+        return np.dot(a, b)
     whole = len(a) // ROW * ROW
     sums_R = np.matmul(a[:whole].reshape(-1, 1, ROW), b[:whole].reshape(-1, ROW, 1))  # an inner product of BLAS for every row
     found = float(np.add.reduce(sums_R, axis=None, dtype=np.float64))
@@ -146,4 +150,5 @@ def steps_apart(a: Array, b: Array, dtype: str) -> int:
     lowest = {"BF16": -(2**15), "F16": -(2**15), "F32": -(2**31), "F64": -(2**63)}[dtype]
     with np.errstate(over="ignore"):
         places = [np.where(bits < 0, lowest - bits, bits) for bits in (STEPS[dtype][1](x) for x in (a, b))]  # in the order of the values
-        return int(np.abs(places[0] - places[1]).max(initial=0))
+        high, low = np.maximum(*places), np.minimum(*places)
+        return int((high - low).view(np.uint64).max(initial=0))  # float64 of unlike signs are further apart than int64 reaches
