@@ -55,6 +55,11 @@ SABOTAGE: dict[str, tuple[Callable[[Forger], Any], dict[str, str]]] = {
     "wrong gate_scale": (lambda f: f.config(gate_scale=2.0), {"config": "gate_scale is 2.0", "identity": "layer 0"}),
     "sequential block declared parallel": (lambda f: f.config(parallel_block=True), {"config": "parallel_block is True", "expert isolation": "the block's configuration or wiring"}),
     "tied heads declared": (lambda f: f.config(tie_word_embeddings=True), {"layout": "config.json has no place for lm_head.weight", "config": "tie_word_embeddings is True"}),
+    "another model card": (lambda f: f.file("README.md", "# Llama"), {"card": "README.md, line 1: found '# Llama'"}),
+    "other model code": (lambda f: f.file("modeling_bam.py", "import os"), {"code": "modeling_bam.py is not the model code of bam-merge"}),
+    "a tokenizer that loads code": (lambda f: f.file("tokenizer_config.json", '{"\\u0061uto_map": {"AutoTokenizer": "x--y.Z"}}'), {"code": "tokenizer_config.json has auto_map", "companions": "tokenizer_config.json is not in sources.seed"}),
+    "another provenance": (lambda f: f.record(lambda m: m["tensors"][NORM].update(expression="seed:x")), {"provenance": "the plan gives"}),
+    "code beside it": (lambda f: (f.folder / "generate.PY").write_text(""), {"files": "generate.PY: not of this merge: remove it (code"}),
     "other experts' names": (lambda f: f.config(expert_names=["code", "seed", "law"]), {"config": "expert_names"}),
 }  # fmt: skip
 

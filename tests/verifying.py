@@ -1,6 +1,7 @@
 """For the tests of verification: a merge that passes, forgeries of it, and what fails of them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,15 @@ class Forger:
         self.write(b, first)
 
     def config(self, **changes: Any) -> None:
-        path = self.folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-        self.manifest["files"]["config.json"] = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        self.file("config.json", json.dumps({**json.loads((self.folder / "config.json").read_text()), **changes}))
+
+    def file(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        self.manifest["files"][name] = xxhash.xxh3_128_hexdigest(text.encode())
+        self.path.write_bytes(sealed(self.manifest))
+
+    def record(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        change(self.manifest)
         self.path.write_bytes(sealed(self.manifest))
 
 

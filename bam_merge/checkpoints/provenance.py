@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,6 +35,24 @@ def sealed(document: Mapping[str, Any]) -> bytes:
     text = json.dumps({**document, SEAL: blank}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     head, _, tail = text.rpartition(blank)
     return f"{head}{xxhash.xxh3_128_hexdigest(text.encode())}{tail}".encode()
+
+
+def key_digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """For every key of a configuration a digest (XXH3-64) of its name and one of its value: what tells later which of them changed.
+
+    Names are digested too, since the manifest travels with the output and a stranger's keys do not.
+    """
+    values = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in sorted(config.items())}
+    return {name_digest(key): xxhash.xxh3_64_hexdigest(value.encode()) for key, value in values.items()}
+
+
+def name_digest(key: str) -> str:
+    return xxhash.xxh3_64_hexdigest(key.encode())
+
+
+def companion_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """A digest (XXH3-128) of each of a source's tokenizer and generation files. Raises CheckpointError."""
+    return {name: xxhash.xxh3_128_hexdigest(read_small_file(folder / name)) for name in names}
 
 
 def _is_sealed(document: Mapping[str, Any], data: bytes) -> bool:

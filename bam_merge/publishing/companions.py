@@ -14,8 +14,8 @@ from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.checkpoints.provenance import MANIFEST, sealed
 from bam_merge.files import write_file
 from bam_merge.merging.tensor import Finished
+from bam_merge.planning.card import model_card
 from bam_merge.planning.plan import Plan
-from bam_merge.publishing.card import model_card
 from bam_merge.publishing.manifest import manifest
 from bam_merge.sources.companions import companion
 

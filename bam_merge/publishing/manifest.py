@@ -8,7 +8,7 @@ import xxhash
 from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.checkpoints.provenance import MANIFEST_FORMAT
+from bam_merge.checkpoints.provenance import MANIFEST_FORMAT, companion_digests, key_digests
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import CheckpointError
 from bam_merge.merging.tensor import Finished
@@ -48,7 +48,7 @@ def recipe_folder(plan: Plan) -> str:
 
 
 def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:
-    """For each source its path and, for each file read, its size, a digest of the header and one of every tensor read.
+    """For each source its path and, for each file read, a digest; for weights their size, and digests of header and tensors.
 
     A file's `digest` is the XXH3-128 of the header's digest and the digests of the tensors read, in file order.
     """
@@ -78,6 +78,8 @@ def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]
         records[source] = {
             "path": plan.recipe.relative(plan.recipe.sources[source]),
             "config": model.checkpoint.config_digest,
+            "config_keys": key_digests(model.checkpoint.config),
+            "companions": companion_digests(model.checkpoint.path, model.checkpoint.companions()),
             "files": files,
         }
     return records

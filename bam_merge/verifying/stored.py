@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from bam_merge import expressions
 from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.folder import TOKENIZER_FILES, Checkpoint, read_small_file
-from bam_merge.checkpoints.header import read_header
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
+from bam_merge.checkpoints.provenance import REMEDY
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import BamMergeError
 from bam_merge.model.loading import open_model
@@ -31,8 +29,7 @@ from bam_merge.verifying.rounding import worst
 
 
 def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
-    """Files, headers, index and config agree with the manifest, and the layout has every tensor it wants and none more."""
-    yield _check("files", _file_problems(folder, manifest))
+    """Headers, index and config agree with the manifest, and the layout has every tensor it wants and none more."""
     try:
         checkpoint = open_folder(folder)
     except BamMergeError as error:
@@ -44,33 +41,6 @@ def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
 
 def _check(name: str, problems: list[str]) -> Check:
     return Check(name, not problems, "; ".join(problems))
-
-
-def _file_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    problems: list[str] = []
-    for name, digest in manifest["files"].items():
-        try:
-            found = xxhash.xxh3_128_hexdigest(read_small_file(folder / name))
-        except BamMergeError as error:
-            problems += error.problems
-            continue
-        if found != digest:
-            problems.append(f"{name} is not as it was written: {REMEDY}")
-    for name, shard in manifest["shards"].items():
-        try:
-            header = read_header(str(folder / name))
-        except BamMergeError as error:
-            problems += error.problems
-            continue
-        if (header.digest, header.identity.size) != (shard["header"], shard["bytes"]):
-            problems.append(f"{name} has not the header that was written: {REMEDY}")
-    expected = {*manifest["files"], *manifest["shards"], MANIFEST}
-    read = (".safetensors", ".json", ".py", ".bin", ".pt", ".pth", ".jinja")  # what a loader would read, or run
-    there = sorted(path.name for path in folder.iterdir())
-    extra = [name for name in there if (name.endswith(read) or name in TOKENIZER_FILES) and name not in expected]
-    if extra:
-        problems.append(f"{some(extra)}: not of this merge: remove it")
-    return problems
 
 
 def _header_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[str]:
@@ -231,10 +201,13 @@ def _nonfinite(values: torch.Tensor) -> int:
     return int((~torch.isfinite(values)).sum())
 
 
-def not_computed(manifest: dict[str, Any]) -> str | None:
-    """Why what the model computes cannot be checked, and what was checked in its place; None where it can be."""
+def not_computed(manifest: dict[str, Any], nonfinite: bool) -> str | None:
+    """Why what the model computes cannot be checked, and what was checked in its place; None where it can be.
+
+    `nonfinite`: NaN or infinity was found in the tensors, and the manifest says so.
+    """
     tensors = manifest["tensors"]
-    if any(record.get("nonfinite") for record in tensors.values()):
+    if nonfinite:
         return "not run: the merge was allowed to write NaN or infinity"
     names = [name for name, record in tensors.items() if record["dtype"] not in TORCH_DTYPES]
     if not names:

@@ -1,15 +1,19 @@
 """Verification: the result proves itself, from its bytes to what it computes, against its own sources by other code than made it."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bam_merge import expressions
+from bam_merge._version import __version__
 from bam_merge.checkpoints.folder import read_small_file
-from bam_merge.checkpoints.provenance import read_manifest
+from bam_merge.checkpoints.provenance import MANIFEST, read_manifest
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
 from bam_merge.model.loading import open_model
@@ -23,8 +27,11 @@ from bam_merge.text import printable, some
 from bam_merge.verifying.computed import against_dense, as_it_is, open_all
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.engines import engines
+from bam_merge.verifying.files import file_checks
 from bam_merge.verifying.perplexity import perplexities, read_texts
+from bam_merge.verifying.record import card_check, contradictions, listed, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report
+from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
@@ -49,17 +56,16 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
     report = Report(experts=tuple(map(printable, manifest["recipe"].get("experts", ()))))
+    report.add(file_checks(path, manifest))
     report.add(structure(path, manifest))
     if not any(check.name == "layout" for check in report.checks):  # the headers cannot be read: nothing more can be
         return report
     report.add(engines(path))
     report.add(digests(path, manifest))
-    if plan is None:
-        plan = _plan_of(path, manifest, report)
-    if plan is not None:
-        report.add([_config_check(path, plan)])
-        report.add(against_sources(path, plan, manifest))
-    if (reason := not_computed(manifest)) is not None:
+    wrong_counts, nonfinite = nonfinite_problems(path, manifest)
+    sources = _Sources(path, manifest, report, [*contradictions(path, manifest), *wrong_counts])
+    plan = sources.compare(plan)
+    if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
         return report
     try:
@@ -71,40 +77,138 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     return report
 
 
-def _plan_of(folder: Path, manifest: dict[str, Any], report: Report) -> Plan | None:
-    """The plan of the manifest's recipe over the sources where they were, if they are still what was merged."""
-    try:
-        plan = make_plan(_recipe_of(folder, manifest))
-    except BamMergeError as error:
-        report.add([Check("sources", None, f"not at hand, so digests only: {error.problems[0]} (--recipe names them)")])
+# ---- against the sources -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sources:
+    """Compares a folder with its sources, as far as they are at hand and still what was merged.
+
+    `wrong` collects what the manifest says wrongly.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    report: Report
+    wrong: list[str]
+
+    def compare(self, given: Plan | None) -> Plan | None:
+        """Add every check that needs sources; the plan whose models the output can be compared with, if there is one."""
+        same_version = self.manifest.get("version") == __version__
+        recorded = self._recorded(same_version)
+        recipe = given.recipe if given is not None else recorded
+        if recipe is None:
+            self._record(None, same_version)
+            return None
+        found = changes(recipe, self.manifest)
+        if (recipe.folder / recipe.sources[recipe.seed_name]).is_dir():
+            changed = found.companions.get(recipe.seed_name, [])
+            self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
+        plan = given if given is not None else self._plan(recipe, found, same_version)
+        compared = None if plan is None else self._tensors(plan, found)
+        if plan is not None and compared is not None:
+            changed_seed = found.configs.get(recipe.seed_name, []) != []
+            config = _config_check(self.folder, plan, changed_seed)
+            card = card_check(self.folder, plan, self.manifest, recorded or recipe)
+            if changed_seed and card.ok is False:
+                card = Check("card", None, f"sources.{printable(recipe.seed_name)}: config.json changed since the merge; {card.detail}")
+            self.report.add([config, card, *compared])
+            self._unchanged(plan, found, all(check.ok for check in compared))
+            moved = places(recipe, self.manifest) if given is not None else []
+            if moved:
+                self.report.add([Check("places", None, f"the manifest's are not those of the recipe: {some(moved)}")])
+        self._record(plan if compared is not None else None, same_version)
+        return plan if compared is not None and config.ok is not None else None
+
+    def _recorded(self, same_version: bool) -> Recipe | None:
+        """The manifest's recipe, standing where its output path leads back from the folder."""
+        home = os.path.normpath(self.folder.absolute() / str(self.manifest.get("recipe_folder", ".")))
+        try:
+            return parse_recipe(self.manifest["recipe"], Path(home), str(self.folder / MANIFEST))
+        except BamMergeError as error:
+            self._not_at_hand(error)
+            if same_version:
+                self.wrong.append(f"its recipe is none: {error.problems[0]}")
+            return None
+
+    def _not_at_hand(self, error: BamMergeError) -> None:
+        what = f"not at hand, so digests only: {error.problems[0]} (--recipe names them). Not compared: {NEED_SOURCES}"
+        self.report.add([Check("sources", None, what)])
+
+    def _plan(self, recipe: Recipe, found: Changes, same_version: bool) -> Plan | None:
+        try:
+            return make_plan(recipe)
+        except BamMergeError as error:
+            if names := found.names():
+                why = f"changed since the merge, so digests only: {names}. {error.problems[0]}"
+                self.report.add([Check("sources", None, why)])
+            elif found.absent or not same_version:
+                self._not_at_hand(error)
+            else:
+                self.wrong.append(f"its recipe gives no plan, though its sources are there as it records them: {error.problems[0]}")
+            return None
+
+    def _tensors(self, plan: Plan, found: Changes) -> list[Check] | None:
+        """The checks of all tensors against the sources. None where the weights changed, and what can be compared was added."""
+        changed = [name for name in found.weights if name in plan.models]
+        other = other_tensors(plan, self.manifest, changed) if changed else {}
+        for name in (name for name in changed if name not in other):
+            self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
+        checks = list(against_sources(self.folder, plan, self.manifest))
+        if not other or all(check.ok for check in checks):
+            for name, tensors in other.items():
+                self.wrong.append(
+                    f"sources.{printable(name)}: {some(tensors)} recorded with other digests, though the output follows from it"
+                )
+                found.weights.pop(name)
+            names = found.names(weights=False)
+            self.report.add(
+                [Check("sources", None, f"changed since the merge: {names}") if names else Check("sources", True, _folders(plan))]
+            )
+            return checks
+        self.report.add([Check("sources", None, f"changed since the merge, so digests only: {found.names()}")])
+        rest = tuple(step for step in plan.steps if not any(read.source in other for read in expressions.reads(step.expr)))
+        self.report.add(against_sources(self.folder, replace(plan, steps=rest), self.manifest))
         return None
-    changed = changed_sources(plan, manifest)
-    if changed:
-        report.add([Check("sources", None, f"changed since the merge, so digests only: {some(changed)}")])
-        return None
-    report.add([Check("sources", True, f"{len(plan.models)} folders, as they were merged")])
-    return plan
+
+    def _unchanged(self, plan: Plan, found: Changes, follows: bool) -> None:
+        """The manifest's digests of what was read are those of what is there."""
+        for name, keys in found.configs.items():
+            if keys == []:
+                self.wrong.append(f"sources.{printable(name)}: config.json {SAVED_AGAIN.format('keys')}")
+        if follows:  # else it is said of the tensor that fails
+            names = [name for name in self.manifest["sources"] if name in plan.models and name not in found.weights]
+            for name, tensors in other_tensors(plan, self.manifest, names, proved=True).items():
+                what = "not as the manifest records it: it changed since the merge, or the record is not the merge's"
+                self.wrong.append(f"sources.{printable(name)}: {some(tensors)} {what}")
+
+    def _record(self, plan: Plan | None, same_version: bool) -> None:
+        derived = record_problems(plan, self.manifest) if plan is not None else []
+        if self.wrong or (derived and same_version):
+            check = Check("provenance", False, listed([*self.wrong, *derived]))
+        elif derived:
+            version = printable(str(self.manifest["version"]))
+            check = Check("provenance", None, f"written by bam-merge {version}, this is {__version__}, which records: {listed(derived)}")
+        elif plan is None:
+            check = Check("provenance", True, "does not contradict itself; what follows from the sources was not compared")
+        else:
+            check = Check("provenance", True, "recipe, expressions and digests follow from the sources")
+        self.report.add([check])
 
 
-def _recipe_of(folder: Path, manifest: dict[str, Any]) -> Recipe:
-    """The manifest's recipe, standing where its output path leads back from `folder`."""
-    home = os.path.normpath(folder.absolute() / str(manifest.get("recipe_folder", ".")))
-    return parse_recipe(manifest["recipe"], Path(home), str(folder / "bam_merge.json"))
+NEED_SOURCES = "tensors, config.json, tokenizer and generation files, model card, expressions"
+"""What nothing but the sources can prove."""
 
 
-def changed_sources(plan: Plan, manifest: dict[str, Any]) -> list[str]:
-    """Source files whose header or size is not what the manifest recorded."""
-    changed = []
-    for name, record in manifest["sources"].items():
-        files = plan.models[name].checkpoint.files if name in plan.models else {}
-        for file, known in record["files"].items():
-            if file not in files or (files[file].digest, files[file].identity.size) != (known["header"], known["bytes"]):
-                changed.append(f"{name}/{file}")
-    return changed
+SAVED_AGAIN = "is not the file that the manifest records, though its {} are: it was saved again since the merge, or the record is forged"
 
 
-def _config_check(folder: Path, plan: Plan) -> Check:
-    """config.json against the one that the sources and the recipe lead to, key by key."""
+def _folders(plan: Plan) -> str:
+    return f"{len(plan.models)} folders, as they were merged"
+
+
+def _config_check(folder: Path, plan: Plan, changed_seed: bool) -> Check:
+    """config.json against the one that the sources and the recipe lead to, key by key. Not where the seed's changed since the merge."""
     try:
         found = load_json(read_small_file(folder / "config.json"))
     except (ValueError, BamMergeError) as error:
@@ -112,15 +216,23 @@ def _config_check(folder: Path, plan: Plan) -> Check:
     wrong = [
         f"{key} is {_shown(found, key)}, the sources and the recipe give {_shown(plan.config, key)}"
         for key in sorted({*found, *plan.config})
-        if key not in found or key not in plan.config or found[key] != plan.config[key]
+        if key not in found or key not in plan.config or json.dumps(found[key]) != json.dumps(plan.config[key])  # 1 is not true
     ]
     more = [f"and {len(wrong) - MOST_KEYS} more keys"] if len(wrong) > MOST_KEYS else []
     detail = "; ".join([*wrong[:MOST_KEYS], *more])
+    if wrong and changed_seed:
+        why = (
+            f"sources.{printable(plan.recipe.seed_name)}: config.json changed since the merge, so the model is not compared with it either"
+        )
+        return Check("config", None, f"{why}: {detail}")
     return Check("config", not wrong, detail or f"{len(found)} keys follow from the sources and the recipe")
 
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
     return printable(repr(config[key]), 60) if key in config else "missing"
+
+
+# ---- what it computes ----------------------------------------------------------------------------------------------------------
 
 
 def _function(folder: Path, plan: Plan | None, report: Report) -> Iterator[Check]:

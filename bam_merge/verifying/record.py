@@ -1,0 +1,274 @@
+"""Does the manifest say what is true? Every entry that follows from the plan, the sources, the package or the folder is worked out anew.
+
+Who can write the folder can write a matching manifest: a digest proves damage, never origin. So nothing that can be derived is believed.
+"""
+
+import json
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from bam_merge import expressions
+from bam_merge._version import __version__
+from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
+from bam_merge.checkpoints.header import TensorEntry
+from bam_merge.checkpoints.provenance import MANIFEST_FORMAT, SEAL
+from bam_merge.checkpoints.reading import read_runs
+from bam_merge.documents import load_json
+from bam_merge.errors import BamMergeError
+from bam_merge.planning.card import model_card
+from bam_merge.planning.plan import Plan
+from bam_merge.recipe.schema import Recipe
+from bam_merge.text import printable, some
+from bam_merge.values.tensors import TORCH_DTYPES, buffer
+from bam_merge.verifying.report import Check
+
+KEYS = {
+    "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", SEAL,
+}  # fmt: skip
+
+
+SOURCE_KEYS = {"path", "config", "config_keys", "companions", "files"}
+
+
+FILE_KEYS = {"bytes", "header", "digest", "tensors"}
+"""What a manifest of this format holds, a source's record, and that of one of its files."""
+
+
+MOST_PROBLEMS = 8
+"""Wrong entries of a manifest that are named."""
+
+
+COUNT_BYTES = 2**24
+"""Bytes of a tensor that are looked at together for NaN and infinity."""
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first problems, and how many more there are."""
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    return "; ".join([*problems[:MOST_PROBLEMS], *more])
+
+
+# ---- what needs the folder alone ---------------------------------------------------------------------------------------------
+
+
+def contradictions(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Where the manifest contradicts itself, the headers of the folder, or the index."""
+    recipe, sources = manifest["recipe"], manifest["sources"]
+    problems = []
+    if (manifest["format"], manifest.get("tool")) != (MANIFEST_FORMAT, "bam-merge") or not isinstance(manifest.get("version"), str):
+        problems.append(f"tool and version are {_shown(manifest.get('tool'))} and {_shown(manifest.get('version'))}")
+    if unknown := sorted(manifest.keys() - KEYS):
+        problems.append(f"{some(unknown)}: no manifest has such entries")
+    places = recipe.get("sources")
+    recorded = {name: record.get("path") for name, record in sources.items()}
+    if places != recorded:
+        problems.append(f"sources are {_shown(recorded)}, but in the manifest's own recipe {_shown(places)}")
+    problems += _source_contradictions(sources)
+    copies = {
+        f"{name}:{tensor}": digest
+        for name, record in sources.items()
+        for file in record["files"].values()
+        for tensor, digest in file["tensors"].items()
+    }
+    for name, record in manifest["tensors"].items():
+        source = record["expression"]
+        if source in copies and copies[source] != record["digest"]:
+            problems.append(f"{printable(name)} is a copy of {printable(source)}, but their digests differ")
+    if not _leads_back(recipe, manifest.get("recipe_folder")):
+        problems.append(f"recipe_folder {_shown(manifest.get('recipe_folder'))} is not the way back from its output path")
+    checkpoint = open_folder(folder)
+    total = sum(prod(entry.shape) for entry in checkpoint.tensors.values())
+    parameters = manifest.get("parameters")
+    if not isinstance(parameters, dict) or parameters.keys() != {"total", "active"} or parameters["total"] != total:
+        problems.append(f"parameters are {_shown(parameters)}, the folder holds {total}")
+    return problems + _index_problems(checkpoint)
+
+
+def _source_contradictions(sources: Mapping[str, Any]) -> Iterator[str]:
+    for name, record in sources.items():
+        if unknown := sorted(record.keys() - SOURCE_KEYS):
+            yield f"sources.{printable(name)}: {some(unknown)}: no manifest has such entries"
+        for file, known in record["files"].items():
+            whole = "".join([known["header"], *map(str, known["tensors"].values())])
+            if known.keys() != FILE_KEYS or known["digest"] != xxhash.xxh3_128_hexdigest(whole.encode()):
+                yield f"sources.{printable(name)}: the digest of {printable(file)} is not that of its header and tensors"
+
+
+def _leads_back(recipe: Mapping[str, Any], back: object) -> bool:
+    """Whether `back` can be the way from the recipe's output to the recipe: as many steps up as the way there goes down, and so on."""
+    output = recipe.get("output")
+    there = output.get("path") if isinstance(output, dict) else None
+    if not isinstance(there, str) or not isinstance(back, str):
+        return False
+    ups = [part == ".." for part in posixpath.normpath(there).split("/") if part != "."]
+    steps = [part for part in posixpath.normpath(back).split("/") if part != "."]
+    down = len(ups) - sum(ups)
+    return steps[:down] == [".."] * down and ".." not in steps[down:] and len(steps) - down == sum(ups)
+
+
+def _index_problems(checkpoint: Checkpoint) -> list[str]:
+    """The index says what the headers say, and nothing else. (That every tensor is where it says is checked when a folder is opened.)"""
+    if not (checkpoint.path / INDEX).is_file():
+        return []
+    entries = checkpoint.tensors.values()
+    metadata = {"total_parameters": sum(prod(entry.shape) for entry in entries), "total_size": sum(entry.nbytes for entry in entries)}
+    found = load_json(read_small_file(checkpoint.path / INDEX))
+    if found.keys() == {"metadata", "weight_map"} and found["metadata"] == metadata:
+        return []
+    return [f"{INDEX}: expected metadata {metadata} and weight_map, found {_shown({**found, 'weight_map': '...'})}"]
+
+
+def nonfinite_problems(folder: Path, manifest: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """What is wrong in the manifest's counts of NaN and infinity, and whether any such value is where it says."""
+    checkpoint, problems, there = open_folder(folder), [], False
+    for name, record in manifest["tensors"].items():
+        if (claimed := record.get("nonfinite", 0)) and name in checkpoint.tensors:
+            found = _count_nonfinite(checkpoint, checkpoint.tensors[name])
+            there = there or found > 0
+            if found != claimed:
+                problems.append(f"{printable(name)} has {found} values that are NaN or infinite, the manifest says {claimed}")
+    return problems, there
+
+
+COPIED = {
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+}  # fmt: skip
+"""Dtypes that are only copied, and have values that are no finite numbers."""
+
+
+def _count_nonfinite(checkpoint: Checkpoint, entry: TensorEntry) -> int:
+    dtype = {**COPIED, **TORCH_DTYPES}.get(entry.dtype)
+    if dtype is None:
+        return 0
+    bytes_B, view = buffer(min(COUNT_BYTES, entry.nbytes))
+    count = 0
+    for first in range(0, entry.nbytes, COUNT_BYTES):
+        size = min(COUNT_BYTES, entry.nbytes - first)
+        read_runs(checkpoint, entry, [(first, size)], view[:size])
+        values = bytes_B[:size].view(dtype)
+        count += int((~torch.isfinite(values if entry.dtype in ("C64", *TORCH_DTYPES) else values.float())).sum())
+    return count
+
+
+# ---- what needs the plan -----------------------------------------------------------------------------------------------------
+
+
+def record_problems(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
+    """Where the manifest says anything else of the merge than the plan of its recipe over its sources."""
+    problems = [f"recipe: {text}" for text in recipe_differences(plan.recipe, manifest) if not _is_place(text)]
+    parameters = manifest.get("parameters")
+    active = parameters.get("active") if isinstance(parameters, dict) else None
+    if active != plan.active_parameters:
+        problems.append(f"{_shown(active)} active parameters, the plan has {plan.active_parameters}")
+    steps = {step.name: step for step in plan.steps}
+    problems += _names("tensors", manifest["tensors"], steps)
+    for name in manifest["tensors"].keys() & steps.keys():
+        step, record = steps[name], manifest["tensors"][name]
+        known = {"expression": step.expression, "file": step.file, "dtype": step.dtype, "shape": list(step.shape)}
+        found = {key: value for key, value in record.items() if key not in ("digest", "nonfinite")}
+        for key in sorted(known.keys() | found.keys()):
+            if _canonical(known.get(key)) != _canonical(found.get(key)):
+                problems.append(f"{printable(name)}: {printable(key)} is {_shown(found.get(key))}, the plan gives {_shown(known.get(key))}")
+    shards = {shard.file: {"bytes": shard.nbytes, "header": xxhash.xxh3_128_hexdigest(shard.header)} for shard in plan.shards}
+    if manifest["shards"] != shards:
+        wrong = sorted(name for name in {*shards, *manifest["shards"]} if shards.get(name) != manifest["shards"].get(name))
+        problems.append(f"{some(wrong)}: not the size and header that the plan gives")
+    unused = {name: dict(reasons) for name, reasons in plan.unused.items() if reasons}
+    if manifest.get("unused") != unused:
+        problems.append(f"unused is {_shown(manifest.get('unused'))}, the plan gives {_shown(unused)}")
+    return problems + list(_source_problems(plan, manifest))
+
+
+def _source_problems(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Sources, and the tensors of each that the manifest says were read, against those that the plan's steps read."""
+    reads: dict[str, set[str]] = {name: set() for name in plan.models}
+    for step in plan.steps:
+        for read in expressions.reads(step.expr):
+            reads[read.source].add(read.tensor)
+    yield from _names("sources", manifest["sources"], reads)
+    for name in manifest["sources"].keys() & reads.keys():
+        recorded = {tensor: file for file, known in manifest["sources"][name]["files"].items() for tensor in known["tensors"]}
+        yield from _names(f"sources.{printable(name)}: tensors read", recorded, dict.fromkeys(reads[name]))
+        entries = plan.models[name].checkpoint.tensors
+        moved = sorted(tensor for tensor, file in recorded.items() if tensor in entries and entries[tensor].file != file)
+        if moved:
+            yield f"sources.{printable(name)}: {some(moved)} recorded in {some({recorded[tensor] for tensor in moved})}, stored elsewhere"
+
+
+def _names(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    if extra := sorted(found.keys() - expected.keys()):
+        yield f"{what}: {some(extra)} not in the plan"
+    if missing := sorted(expected.keys() - found.keys()):
+        yield f"{what}: {some(missing)} of the plan missing"
+
+
+def recipe_differences(recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
+    """'KEY is X, expected Y' for every value of the manifest's recipe that is not that of `recipe` with every default written out."""
+    found, expected = dict(_leaves(manifest["recipe"])), dict(_leaves(recipe.resolved()))
+    return [
+        f"{printable(key)} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
+        for key in sorted({*found, *expected})
+        if found.get(key) != expected.get(key)
+    ]
+
+
+def _is_place(difference: str) -> bool:
+    return difference.startswith(("sources.", "output.path "))
+
+
+def places(recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
+    """Where the manifest's recipe finds a source or puts its output elsewhere than `recipe`: it was moved, or says what is not true."""
+    return [text for text in recipe_differences(recipe, manifest) if _is_place(text)]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, value in JSON) of everything in a document that holds nothing itself; keys with dots are quoted."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, _shown(value)
+
+
+def card_check(folder: Path, plan: Plan, manifest: Mapping[str, Any], recorded: Recipe) -> Check:
+    """README.md is the card of this merge, word for word, with the places of the sources as the manifest's recipe has them."""
+    version = str(manifest.get("version"))
+    expected = model_card(replace(plan, recipe=recorded)).replace(f"Made by bam-merge {__version__} ", f"Made by bam-merge {version} ")
+    try:
+        found = read_small_file(folder / "README.md")
+    except BamMergeError as error:
+        return Check("card", False, "; ".join(error.problems))
+    if found == expected.encode():
+        return Check("card", True, "README.md follows from the sources and the recipe")
+    lines = zip_longest(found.decode(errors="backslashreplace").split("\n"), expected.split("\n"), fillvalue=None)
+    number, (mine, theirs) = next(((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1]), (1, ("", "")))
+    where = f"README.md, line {number}: found {_line(mine)}, the sources and the recipe give {_line(theirs)}"
+    if version != __version__:
+        return Check("card", None, f"written by bam-merge {printable(version)}, this is {__version__}, whose card differs ({where})")
+    return Check("card", False, where)
+
+
+def _line(line: str | None) -> str:
+    return "no such line" if line is None else printable(repr(line), 120)
+
+
+def _canonical(value: object) -> str:
+    """A value as text in which true, 1 and 1.0 differ."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _shown(value: object) -> str:
+    return printable(_canonical(value), 160)

@@ -1,0 +1,205 @@
+"""Are the sources still what was merged? Their files now against what the manifest records of them, and the output's companions.
+
+A source that changed is no fault of the output: it is named, with the keys of its configuration that changed, and what depends on it
+is not compared. A record that contradicts both the source and what was made of it is a forgery, or a file that was saved again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS
+from bam_merge.architectures.tables import dense_families
+from bam_merge.checkpoints.folder import TOKENIZER_FILES, is_plain_name, read_small_file
+from bam_merge.checkpoints.header import read_header
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.checkpoints.provenance import key_digests, name_digest
+from bam_merge.checkpoints.reading import digest_range
+from bam_merge.documents import load_json
+from bam_merge.errors import BamMergeError
+from bam_merge.planning.plan import Plan
+from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.tokenizer import companion
+from bam_merge.text import count, printable, some
+from bam_merge.values.threads import available_processors
+from bam_merge.verifying.report import Check
+
+MOST_NAMES = 8
+"""Changed files that are named."""
+
+
+@dataclass
+class Changes:
+    """What of the sources is not as the manifest records it. `configs` gives the keys that changed, None where none was recorded;
+    `weights` and `companions` name files; `absent` are sources that are not there.
+    """
+
+    configs: dict[str, list[str] | None] = field(default_factory=dict)
+    weights: dict[str, list[str]] = field(default_factory=dict)
+    companions: dict[str, list[str]] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+
+    def names(self, weights: bool = True) -> str:
+        """The changed files: 'law/config.json (rope_theta), seed/tokenizer.json'."""
+        files = [f"{printable(name)}/config.json{_keys(keys)}" for name, keys in self.configs.items() if keys != []]
+        for kind in (self.weights if weights else {}, self.companions):
+            files += [f"{printable(name)}/{printable(file)}" for name, changed in kind.items() for file in changed]
+        more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
+        return ", ".join(files[:MOST_NAMES]) + more
+
+
+def _keys(keys: Sequence[str] | None) -> str:
+    return f" ({some(keys, MOST_NAMES)})" if keys else ""
+
+
+def changes(recipe: Recipe, manifest: Mapping[str, Any]) -> Changes:
+    """What changed of every source that both the recipe and the manifest name."""
+    found = Changes()
+    for name, record in manifest["sources"].items():
+        if name not in recipe.sources:
+            continue
+        folder = recipe.folder / recipe.sources[name]
+        if not folder.is_dir():
+            found.absent.append(name)
+            continue
+        if (keys := _config_changes(folder, record)) is not None:
+            found.configs[name] = keys or (None if "config_keys" not in record else [])
+        if weights := [file for file, known in record["files"].items() if not _same_header(folder, file, known)]:
+            found.weights[name] = weights
+        if others := sorted(_companion_changes(folder, record)):
+            found.companions[name] = others
+    return found
+
+
+def _config_changes(folder: Path, record: Mapping[str, Any]) -> list[str] | None:
+    """The keys of config.json whose values are not those that were merged; None when it is the same file."""
+    try:
+        data = read_small_file(folder / "config.json")
+        if xxhash.xxh3_128_hexdigest(data) == record.get("config"):
+            return None
+        config = load_json(data)
+    except (BamMergeError, ValueError) as error:
+        return [printable(str(error))]
+    config = config if isinstance(config, dict) else {}
+    known, now = record.get("config_keys"), key_digests(config)
+    if not isinstance(known, dict):
+        return []
+    changed = [name for name in {**now, **known} if known.get(name) != now.get(name)]
+    names = {name_digest(key): key for key in (*_known_keys(), *config)}
+    gone = sum(name not in names for name in changed)
+    return sorted(names[name] for name in changed if name in names) + ([f"{count(gone, 'key')} that it had"] if gone else [])
+
+
+def _known_keys() -> Iterator[str]:
+    """Every key that a dense family's table knows: what a key that is gone may have been."""
+    for family in dense_families():
+        yield from (*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *family.defaults)
+
+
+def _same_header(folder: Path, file: str, known: Mapping[str, Any]) -> bool:
+    try:
+        header = read_header(str(folder / file)) if is_plain_name(file) else None
+    except BamMergeError:
+        return False
+    return header is not None and (header.digest, header.identity.size) == (known["header"], known["bytes"])
+
+
+def _companion_changes(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    known = record.get("companions")
+    if not isinstance(known, dict):
+        return  # of a version that did not record them
+    for name in dict.fromkeys((*TOKENIZER_FILES, *filter(is_plain_name, known))):
+        there = (folder / name).is_file()
+        try:
+            if (xxhash.xxh3_128_hexdigest(read_small_file(folder / name)) if there else None) != known.get(name):
+                yield name
+        except BamMergeError:
+            yield name
+
+
+# ---- the files that the output takes from the seed ---------------------------------------------------------------------------
+
+
+def companion_check(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], changed: Sequence[str]) -> Check:
+    """Tokenizer and generation files are what the seed's give by the rule of publication. `changed` ones of the seed are not compared."""
+    name, seed = recipe.seed_name, recipe.folder / recipe.sources[recipe.seed_name]
+    wrong: list[str] = []
+    stale: list[str] = []
+    files = [file for file in TOKENIZER_FILES if (seed / file).is_file() or file in manifest["files"]]
+    for file in files:
+        try:
+            expected = companion(seed / file) if (seed / file).is_file() else None
+        except BamMergeError as error:
+            stale += error.problems
+            continue
+        try:
+            found = read_small_file(folder / file) if file in manifest["files"] else None
+        except BamMergeError:
+            continue  # `files` says so
+        if found != expected:
+            (stale if file in changed else wrong).append(f"{file} {_difference(found, expected, name)}")
+        elif expected is not None and file in changed and read_small_file(seed / file) == expected:
+            wrong.append(f"{file} is what sources.{name} has, but not what the manifest records of it: the record is not the merge's")
+    if wrong:
+        return Check("companions", False, "; ".join([*wrong, *stale]))
+    if stale:
+        return Check("companions", None, f"sources.{printable(name)} changed since the merge: {'; '.join(stale)}")
+    return Check("companions", True, f"{', '.join(files)} as sources.{printable(name)} gives them" if files else "there are none")
+
+
+def _difference(found: bytes | None, expected: bytes | None, seed: str) -> str:
+    seed = printable(seed)
+    if expected is None:
+        return f"is not in sources.{seed}: it is of no merge"
+    if found is None:
+        return f"is in sources.{seed}, but not in the output"
+    try:
+        ours, theirs = load_json(found), load_json(expected)
+        keys = sorted(key for key in {*ours, *theirs} if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key)))
+    except (ValueError, AttributeError, TypeError):
+        keys = []
+    return f"is not what sources.{seed} gives{f': {some(keys, MOST_NAMES)} differ' if keys else ''}"
+
+
+# ---- the tensors that were read ------------------------------------------------------------------------------------------------
+
+
+def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str], proved: bool = False) -> dict[str, list[str]]:
+    """For each of `sources`, the tensors whose bytes have not the digest that the manifest records, or that are gone.
+
+    Where the copies are `proved`, a tensor that was copied whole has the digest of its copy, and need not be read again.
+    """
+    copies = {}
+    if proved:
+        for step in plan.steps:
+            if isinstance(step.expr, Read) and step.expr.dtype == step.dtype and step.name in manifest["tensors"]:
+                copies[step.expr.source, step.expr.tensor] = manifest["tensors"][step.name]["digest"]
+    jobs = [
+        (source, tensor, digest)
+        for source in sources
+        for record in manifest["sources"][source]["files"].values()
+        for tensor, digest in record["tensors"].items()
+        if copies.get((source, tensor)) != digest
+    ]
+
+    def same(job: tuple[str, str, str]) -> bool:
+        checkpoint = plan.models[job[0]].checkpoint
+        entry = checkpoint.tensors.get(job[1])
+        if entry is None:
+            return False
+        try:
+            return digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) == job[2]
+        except BamMergeError:
+            return False
+
+    with ThreadPoolExecutor(min(8, available_processors())) as pool:
+        results = list(pool.map(same, jobs))
+    other: dict[str, list[str]] = {}
+    for (source, tensor, _), is_same in zip(jobs, results, strict=True):
+        if not is_same:
+            other.setdefault(source, []).append(tensor)
+    return other
