@@ -42,3 +42,10 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def mode_of_new_files() -> int:
+    """The mode that the umask leaves to a new file. It can only be read by setting it, so not while threads make files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

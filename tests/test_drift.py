@@ -1,8 +1,10 @@
 """`diff --seed`: every figure against a direct computation, and the right words for models that are made to earn them."""
 
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -304,3 +306,13 @@ def test_no_row_of_the_page_is_cut(width: int, noisy: tuple[Path, list[Path]], t
     address = (tmp_path / "page.html").as_uri()
     done = subprocess.run(["chromium", *options, "--dump-dom", address], capture_output=True, text=True, timeout=60, check=True)
     assert "measured, true 0 cut" in done.stdout
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_the_page_has_the_mode_that_the_umask_leaves(noisy: tuple[Path, list[Path]], tmp_path: Path, mask: int) -> None:
+    found, before = drift(noisy[0], noisy[1]), os.umask(mask)
+    try:
+        write_report(found, tmp_path / "page.html")
+    finally:
+        assert os.umask(before) == mask
+    assert stat.S_IMODE((tmp_path / "page.html").stat().st_mode) == 0o666 & ~mask

@@ -453,3 +453,15 @@ bam_merge.merge(bam_merge.load_recipe({str(write_recipe(llamas))!r}), options=ba
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment) for code in (counted, merged)
     )
     assert (after.stdout, after.stderr, after.returncode) == (plain.stdout, "", 0)
+
+
+def test_an_overflow_of_the_arithmetic_is_no_fault_of_a_source(llamas: Path) -> None:
+    """1.1 x 3e38 - 0.1 x -3e38 is above float32's largest number, and every source is finite."""
+    for name, value in (("seed", 3e38), ("code", -3e38), ("law", 0.0)):
+        poison(llamas / name, value)
+    recipe = write_recipe(llamas, "shared: {make: linear, weights: {seed: 1.1, code: -0.1, law: 0.0}}")
+    with pytest.raises(NonFiniteError, match="overflows float32 while it is computed; choose smaller weights"):
+        publish(plan_file(recipe), None, MergeOptions(verify=False))
+    poison(llamas / "law", float("nan"))
+    with pytest.raises(NonFiniteError, match="it comes from a source"):
+        publish(plan_file(recipe), None, MergeOptions(verify=False))

@@ -398,3 +398,25 @@ def test_the_public_names_are_functions(llamas: Path) -> None:
     assert logits.shape == (1, 3, 64)
     for name in bam_merge.__all__:
         assert not isinstance(getattr(bam_merge, name), type(bam_merge)), name
+
+
+def test_logits_must_be_finite_in_float32(tmp_path: Path) -> None:
+    """What overflows float32 is garbage in every engine, though float64 holds it."""
+    write_sources(tmp_path, CONFIGS["llama"])
+    for name in SOURCES:
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        for large in ("model.norm.weight", "lm_head.weight"):
+            tensors[large] = tensors[large] * 1e25
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    plan = plan_file(write_recipe(tmp_path))
+    assert "logits are NaN or infinite" in failed(verify(publish(plan, None, UNPROVED), plan))["finite logits"]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((32, 16), torch.float32), ((8, 8, 8), torch.float32), ((32, 32), torch.float16)])
+def test_a_tensor_of_another_form_is_a_finding(good: tuple[Path, Plan], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    folder, plan = good
+    name = f"{E1}q_proj.weight"
+    file = next(step.file for step in plan.steps if step.name == name)
+    save_file({**load_file(folder / file), name: torch.ones(shape, dtype=dtype)}, folder / file)
+    copies = failed(verify(folder, plan))["copies"]
+    assert f"{name} ({'F16' if dtype == torch.float16 else 'F32'} {list(shape)}, expected F32 [32, 32])" in copies

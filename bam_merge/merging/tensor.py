@@ -181,8 +181,8 @@ class TensorWriter:
         ends = torch.aminmax(rounded_C) if len(rounded_C) else ()  # NaN if any is; a tenth of the time of looking at every element
         if not all(bool(torch.isfinite(end)) for end in ends):
             bad = (~torch.isfinite(rounded_C)).nonzero()
-            overflow = isinstance(self.step.expr, expressions.Init) or bool(torch.isfinite(values_C[int(bad[0])]))
-            self._found_nonfinite(len(bad), start + int(bad[0]), overflow)
+            first = int(bad[0])
+            self._found_nonfinite(len(bad), start + first, bool(torch.isfinite(values_C[first])))
         return rounded_C
 
     def _check_copied(self, piece: memoryview) -> None:
@@ -191,16 +191,35 @@ class TensorWriter:
 
         places = nonfinite_places(piece, self.step.dtype)
         if len(places):
-            self._found_nonfinite(len(places), self.written * 8 // DTYPE_BITS[self.step.dtype] + int(places[0]), overflow=False)
+            self._found_nonfinite(len(places), self.written * 8 // DTYPE_BITS[self.step.dtype] + int(places[0]), fits=False)
 
-    def _found_nonfinite(self, count: int, index: int, overflow: bool) -> None:
+    def _found_nonfinite(self, count: int, index: int, fits: bool) -> None:
+        """`fits`: it was finite until it was rounded to the output's dtype."""
         self.nonfinite += count
         if not self.settings.allow_nonfinite:
-            why = f"overflows {self.step.dtype}; choose a wider output.dtype" if overflow else "comes from a source"
+            if fits or isinstance(self.step.expr, expressions.Init):
+                why = f"overflows {self.step.dtype}; choose a wider output.dtype"
+            elif self._is_a_sources(self.step.expr, index):
+                why = "comes from a source"
+            else:
+                why = "overflows float32 while it is computed; choose smaller weights, or scale the sources"
             raise NonFiniteError(
                 f"{self.step.name}: {count} values from element {index} on are NaN or infinite ({self.step.expression}): it {why}. "
                 "With --allow-nonfinite they are written and recorded."
             )
+
+    def _is_a_sources(self, expr: expressions.Expr, index: int) -> bool:
+        """Whether one of the stored numbers that element `index` of `expr` is made of is not finite. Reads them again, so only on the way
+        to an error: digests of what was read are wrong afterwards."""
+        import torch
+
+        match expr:
+            case expressions.Concat():
+                return any(self._is_a_sources(part, first) for part, first, _ in concat_runs(expr, index, index + 1))
+            case expressions.Merge():
+                operands = (*expr.operands, *((expr.base,) if expr.base else ()))
+                return not all(bool(torch.isfinite(self._load(operand, index, index + 1, {})).all()) for _, operand in operands)
+        return True
 
     def _emit(self, data: memoryview) -> None:
         with writing(self.path):

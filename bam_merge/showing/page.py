@@ -18,6 +18,7 @@ from bam_merge.comparing.gram import Gram
 from bam_merge.comparing.tensor_difference import ROUNDING, SHAPE, Difference
 from bam_merge.comparing.two_models import Comparison
 from bam_merge.errors import OutputError
+from bam_merge.files import mode_of_new_files
 from bam_merge.showing.comparison import comparison_rows, remarks, verdict_counts
 from bam_merge.showing.drift import drift_rows, grams_by_role
 from bam_merge.showing.heatmap import Row, scale
@@ -55,7 +56,7 @@ def write_report(found: Comparison | Drift, path: Path, force: bool = False) -> 
             temporary = file.name
             file.write(page)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), mode_of_new_files())
             os.fsync(file.fileno())
         if force:
             os.replace(temporary, path)

@@ -228,14 +228,18 @@ def _gate_sum(logits_BTN: Tensor, recipe: Recipe) -> Tensor:
 def as_it_is(mixture: StoredModel, ids_BT: Tensor, report: Report, sample: str) -> Iterator[Check]:
     """Finite logits; no token sees a later one, another sequence of the batch, or padding; cached decoding is the full forward.
 
-    Where float32 leaves a doubt, float64 decides: rounding can send a token to another expert.
+    Where float32 leaves a doubt, float64 decides: rounding can send a token to another expert. Not whether logits are finite: engines
+    compute in no more than float32.
     """
+    finite: list[Check] = []
     for dtype in (torch.float32, torch.float64):
         checks, routing = _probe(mixture, ids_BT, dtype)
+        finite.append(checks[0])
         if all(check.ok is not False for check in checks):
             break
     report.routing += routing
-    yield from checks
+    yield finite[0]
+    yield from checks[1:]
     yield _router_check(routing, sample)
 
 

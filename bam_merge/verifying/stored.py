@@ -12,6 +12,7 @@ from bam_merge import expressions
 from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import REMEDY
 from bam_merge.checkpoints.reading import digest_range
@@ -121,7 +122,8 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
     counts = dict.fromkeys(KINDS, 0)
     nonfinite: list[str] = []
     checkpoint = open_folder(folder)
-    there = [step for step in plan.steps if step.name in checkpoint.tensors]
+    entries = checkpoint.tensors
+    there = [step for step in plan.steps if step.name in entries and _form(entries[step.name]) == _form(step)]
 
     def compare(step: Step) -> tuple[float, int, int]:
         return _compare(folder / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
@@ -133,7 +135,8 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
         kind = _kind(step)
         counts[kind] += 1
         if step.name not in found:
-            wrong[kind].append(f"{step.name} (missing)")
+            stored = entries.get(step.name)
+            wrong[kind].append(f"{step.name} ({'missing' if stored is None else f'{_form(stored)}, expected {_form(step)}'})")
             continue
         error, where, bad = found[step.name]
         largest[kind] = max(largest[kind], error)
@@ -150,6 +153,10 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
         detail = some(wrong[kind]) if wrong[kind] else f"{counts[kind]} tensors are {meaning}"
         yield Check(kind, not wrong[kind], detail, largest[kind], 0.0 if kind == "copies" else 1.0)
     yield Check("finite", not nonfinite, some(nonfinite) if nonfinite else "no NaN and no infinity")
+
+
+def _form(of: Step | TensorEntry) -> str:
+    return f"{of.dtype} {list(of.shape)}"
 
 
 def _changed(read: Read, plan: Plan, manifest: dict[str, Any]) -> bool:
