@@ -46,7 +46,8 @@ def make_plan(recipe: Recipe) -> Plan:
     tokenizers = compare_tokenizers(ordered)
     if ordered:
         broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
-        broken += [f"sources.{ordered[0].name}: {problem}" for problem in uncomputable(ordered[0].facts)]
+        first_with = {problem: model.name for model in reversed(ordered) for problem in uncomputable(model.facts)}
+        broken += [f"sources.{name}: {problem}" for problem, name in reversed(first_with.items())]  # one problem of all is said once
     comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
     if broken:
         if comparable:  # the rules can be tried all the same
