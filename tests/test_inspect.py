@@ -433,3 +433,18 @@ def test_headers_need_neither_torch_nor_numpy(tmp_path: Path) -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "out", "--stats"], ["diff", "seed", "code"], ["diff", "code", "law", "--seed", "seed"]])
+def test_values_need_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    """Statistics of every tensor, the routers among them, and comparisons: numpy starts in a tenth of the time."""
+    mixture(tmp_path, "llama")
+    code = (
+        f"import sys; sys.argv = ['bam-merge', *{arguments!r}]\n"
+        "from bam_merge.cli import main\n"
+        "try: main()\nexcept SystemExit as done: assert done.code == 1, done\n"
+        "assert 'numpy' in sys.modules\nprint({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert len(done.stdout.splitlines()) > 10 and done.stdout.splitlines()[-1] == "set()"
+    assert arguments[0] == "diff" or "router" in done.stdout

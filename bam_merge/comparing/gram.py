@@ -15,10 +15,11 @@ from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import numel
 from bam_merge.comparing.sides import Place, Side
 from bam_merge.comparing.tally import CHUNK
-from bam_merge.comparing.tensor_difference import BLOCK, scratch
+from bam_merge.comparing.tensor_difference import BLOCK
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
 from bam_merge.values.arrays import INTEGERS64, Array, dot, is_float, stored_integers, widen, widen_pairs
+from bam_merge.values.threads import scratch
 from bam_merge.values.wide import ZERO, Wide, cosine, ratio, sound
 
 

@@ -1,8 +1,7 @@
 """How two tensors differ: streamed in chunks, equal bytes passed over as bytes, differences summed up in float64."""
 
 import math
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from bam_merge.checkpoints.pieces import Read, numel, stored
 from bam_merge.comparing.sides import Place, Side
 from bam_merge.comparing.tally import CHUNK, Tally
 from bam_merge.values.arrays import COMPUTED, Array
+from bam_merge.values.threads import scratch
 from bam_merge.values.wide import ABOVE, BELOW, LEAST, ZERO, Wide, cosine, figure, ratio
 
 BLOCK = 2 * CHUNK
@@ -141,20 +141,6 @@ def _result(tally: Tally, place: Place, names: tuple[str, str], shapes: Any, cou
         squares=tally.aa, squares_b=tally.bb, squared_difference=tally.dd, product=tally.ab, prints=(tally.aa, tally.bb),
         sample_PQ=tally.sample.values() if tally.sample and tally.changed else None,
     )  # fmt: skip
-
-
-_of_thread = threading.local()
-
-
-def scratch(sizes: Sequence[int]) -> list[memoryview]:
-    """Memory of this thread's, one piece per size in bytes; a later call gives out the same memory again."""
-    kept: list[bytearray] = _of_thread.__dict__.setdefault("kept", [])
-    for index, size in enumerate(sizes):
-        if index == len(kept):
-            kept.append(bytearray(size))
-        elif len(kept[index]) < size:
-            kept[index] = bytearray(size)
-    return [memoryview(block)[:size] for block, size in zip(kept, sizes, strict=False)]
 
 
 def digest(side: Side, place: Place) -> str:

@@ -2,27 +2,22 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.reading import read_runs
-from bam_merge.values.arrays import BITS, INTEGERS64, Array
-from bam_merge.values.tensors import buffer
-from bam_merge.values.threads import available_processors
-from bam_merge.values.torch_threads import one_torch_thread
+from bam_merge.values.arrays import COMPUTED, INTEGERS64, Array, is_float, largest_of, stored_numbers, widen
+from bam_merge.values.threads import by_size, scratch
 from bam_merge.values.wide import ABOVE, LARGEST, ZERO, Wide, figure
 
-CHUNK = 2**20
-"""Elements that a worker holds at a time."""
+CHUNK = 2**18
+"""Elements that a worker holds at a time: few enough to stay in a processor's cache, in float64."""
 
 
 BINS = 16
@@ -31,17 +26,6 @@ BINS = 16
 
 TAME = 1e-130, 1e145
 """A chunk whose largest magnitude lies between has moments that float64 holds."""
-
-
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
-    "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
-
-
-COMPUTED = {name: getattr(torch, torch_name) for name, torch_name in _DTYPES.items() if hasattr(torch, torch_name)}
-"""The dtypes whose values are looked at; the others (below a byte, complex) are counted and digested."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +71,9 @@ class TensorStats:
 
 def tensor_stats(checkpoint: Checkpoint, names: Iterable[str], workers: int | None = None) -> dict[str, TensorStats]:
     """The statistics of the named tensors. Raises CheckpointError when a file cannot be read or has changed."""
-    ordered = sorted((checkpoint.tensors[name] for name in names), key=lambda entry: -entry.nbytes)
-    with (
-        one_torch_thread() as single_threaded,
-        ThreadPoolExecutor(workers or min(8, available_processors()), initializer=single_threaded) as pool,
-    ):
-        found = list(pool.map(lambda entry: _stats(checkpoint, entry), ordered))
-    return {entry.name: stats for entry, stats in zip(ordered, found, strict=True)}
+    entries = [checkpoint.tensors[name] for name in names]
+    found = by_size(entries, lambda entry: _stats(checkpoint, entry), lambda entry: entry.nbytes, workers)
+    return {entry.name: stats for entry, stats in zip(entries, found, strict=True)}
 
 
 def duplicates(stats: Mapping[str, TensorStats], checkpoint: Checkpoint) -> list[list[str]]:
@@ -112,21 +92,21 @@ def _stats(checkpoint: Checkpoint, entry: TensorEntry) -> TensorStats:
     if entry.dtype not in COMPUTED:
         digest = xxhash.xxh3_128()
         for first in range(0, entry.nbytes, CHUNK):
-            digest.update(_bytes(checkpoint, entry, first, min(entry.nbytes, first + CHUNK))[1])
+            (view,) = scratch([min(CHUNK, entry.nbytes - first)])
+            read_runs(checkpoint, entry, [(first, len(view))], view)
+            digest.update(view)
         return TensorStats(digest.hexdigest(), entry.numel)
-    moments = _Moments(entry)
-    kept = None
-    for start, stop in _spans(entry):
-        values_C = moments.add(*_bytes(checkpoint, entry, start * moments.itemsize, stop * moments.itemsize), start)
-        kept = values_C if stop - start == entry.numel else None
-    edges = moments.edges()
-    counts = [0] * BINS
-    if edges:
-        chunks = [kept] if kept is not None else (moments.widen(_read(checkpoint, entry, *span)) for span in _spans(entry))
-        for chunk in chunks:
-            for index, count in enumerate(_histogram(chunk, edges)):
-                counts[index] += count
-    return moments.result(edges, tuple(counts) if edges else ())
+    moments, spans = _Moments(entry), list(_spans(entry))
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are counted
+        for start, stop in spans:
+            chunk = _Chunk(checkpoint, entry, start, stop)
+            moments.add(chunk, start)
+        edges = moments.edges()
+        counts = np.zeros(BINS, np.int64)
+        if edges:
+            for span in spans:  # a tensor of one chunk is still there
+                counts += _histogram(chunk if len(spans) == 1 else _Chunk(checkpoint, entry, *span), edges)
+    return moments.result(edges, tuple(counts.tolist()) if edges else ())
 
 
 def _spans(entry: TensorEntry) -> Iterator[tuple[int, int]]:
@@ -140,23 +120,22 @@ def _spans(entry: TensorEntry) -> Iterator[tuple[int, int]]:
         yield from ((start, min(entry.numel, start + size)) for start in range(0, entry.numel, size))
 
 
-def _bytes(checkpoint: Checkpoint, entry: TensorEntry, first: int, last: int) -> tuple[Tensor, memoryview]:
-    bytes_B, view = buffer(last - first)
-    read_runs(checkpoint, entry, [(first, last - first)], view)
-    return bytes_B, view
+class _Chunk:
+    """Elements [start, stop) as stored and in float64, in memory that this thread's next chunk takes, and room for as many more."""
 
-
-def _read(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int) -> Tensor:
-    size = DTYPE_BITS[entry.dtype] // 8
-    return _bytes(checkpoint, entry, start * size, stop * size)[0]
+    def __init__(self, checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int) -> None:
+        size, count = DTYPE_BITS[entry.dtype] // 8, stop - start
+        self.data, wide, room = scratch([count * size, count * 8, count * 8])
+        read_runs(checkpoint, entry, [(start * size, count * size)], self.data)
+        self.values_C = widen(self.data, entry.dtype, np.frombuffer(wide, np.float64))
+        self.room_C: Array = np.frombuffer(room, np.float64)
 
 
 class _Moments:
     """Running figures of one tensor; means and squared deviations of chunks are joined as in Chan, Golub and LeVeque (1983), eq. 2.1."""
 
     def __init__(self, entry: TensorEntry) -> None:
-        self.entry, self.dtype = entry, COMPUTED[entry.dtype]
-        self.itemsize = DTYPE_BITS[entry.dtype] // 8
+        self.entry = entry
         self.row = entry.numel // entry.shape[0] if entry.numel and len(entry.shape) > 1 else 0
         self.rows_in_use: set[int] = set()
         self.full_rows = 0
@@ -166,48 +145,34 @@ class _Moments:
         self.max: float | int = -math.inf
         self.mean = self.deviations = self.squares = ZERO
 
-    def widen(self, bytes_B: Tensor) -> Tensor:
-        """The elements in float64."""
-        values = bytes_B.view(self.dtype)
-        if self.dtype.itemsize == 1 and self.dtype.is_floating_point:
-            values = values.to(torch.float32)
-        return values.to(torch.float64)
-
-    def add(self, bytes_B: Tensor, view: memoryview, start: int) -> Tensor:
-        """Take in a chunk that begins at element `start`; gives it back in float64."""
-        self.digest.update(view)
-        values_C = self.widen(bytes_B)
+    def add(self, chunk: _Chunk, start: int) -> None:
+        """Take in a chunk that begins at element `start`."""
+        self.digest.update(chunk.data)
+        finite_C = values_C = chunk.values_C
         zero_C = values_C == 0
-        zeros = int(zero_C.sum())
+        zeros = int(np.count_nonzero(zero_C))
         self.zeros += zeros
         if zeros:
-            self.negative_zeros += int((zero_C & torch.signbit(values_C)).sum())
+            self.negative_zeros += int(np.count_nonzero(zero_C & np.signbit(values_C)))
         self._rows(zero_C, start)
-        finite_C = values_C
-        if not math.isfinite(float(values_C.sum())):
-            self.nan += int(values_C.isnan().sum())
-            self.inf += int(values_C.isinf().sum())
-            finite_C = values_C[values_C.isfinite()]
-        if finite_C.numel():
-            low, high = (value.item() for value in torch.aminmax(finite_C))
-            exact_C = None
-            if self.entry.dtype in INTEGERS64:
-                exact_C = np.frombuffer(view, BITS[self.entry.dtype])
-                low, high = int(exact_C.min()), int(exact_C.max())
+        if not math.isfinite(values_C.sum()):
+            self.nan += int(np.count_nonzero(np.isnan(values_C)))
+            self.inf += int(np.count_nonzero(np.isinf(values_C)))
+            finite_C = values_C[np.isfinite(values_C)]
+        if len(finite_C):
+            exact_C = stored_numbers(chunk.data, self.entry.dtype) if self.entry.dtype in INTEGERS64 else finite_C
+            low, high = exact_C.min().item() + 0, exact_C.max().item() + 0  # + 0: no -0.0
             self.min, self.max = min(self.min, low), max(self.max, high)
             largest = max(abs(low), abs(high))
-            if exact_C is not None and largest > 2**53:
+            if largest > 2**53 if exact_C is not finite_C else largest and not TAME[0] < largest < TAME[1]:
                 self._join_wide(exact_C.astype(Wide))
-            elif largest and not TAME[0] < largest < TAME[1]:
-                self._join_wide(finite_C.numpy().astype(Wide))
             else:
-                self._join(finite_C)
-        return values_C
+                self._join(finite_C, chunk.room_C[: len(finite_C)])
 
-    def _join(self, values_C: Tensor) -> None:
+    def _join(self, values_C: Array, centred_C: Array) -> None:
         mean = float(values_C.mean())
-        centred_C = values_C - mean
-        self._add(values_C.numel(), Wide(mean), float(torch.dot(centred_C, centred_C)), float(torch.dot(values_C, values_C)))
+        np.subtract(values_C, mean, out=centred_C)
+        self._add(len(values_C), Wide(mean), float(np.dot(centred_C, centred_C)), float(np.dot(values_C, values_C)))
 
     def _join_wide(self, values_C: Array) -> None:
         """The same where float64 has not the range, or not the digits."""
@@ -222,12 +187,12 @@ class _Moments:
         self.mean = self.mean + step * count / total
         self.finite = total
 
-    def _rows(self, zero_C: Tensor, start: int) -> None:
+    def _rows(self, zero_C: Array, start: int) -> None:
         if not self.row:
             return
-        if zero_C.numel() % self.row == 0:
-            self.full_rows += int((~zero_C.view(-1, self.row).all(1)).sum())
-        elif not bool(zero_C.all()):
+        if len(zero_C) % self.row == 0:
+            self.full_rows += int(np.count_nonzero(~zero_C.reshape(-1, self.row).all(1)))
+        elif not zero_C.all():
             self.rows_in_use.add(start // self.row)
 
     def edges(self) -> tuple[float, float] | None:
@@ -235,7 +200,7 @@ class _Moments:
         if not self.finite or self.min == self.max:
             return None
         low, high = (max(-LARGEST, min(LARGEST, float(self.mean + sign * 4 * self.std))) for sign in (-1, 1))
-        return low, high
+        return (low, high) if low < high else None
 
     @property
     def std(self) -> Any:
@@ -258,17 +223,26 @@ class _Moments:
             mean=float(self.mean) if some else None,
             std=float(self.std) if some else None,
             norm=float(np.sqrt(self.squares)) if some else None,
-            limit=largest / torch.finfo(self.dtype).max if self.dtype.is_floating_point and some else None,
+            limit=largest / largest_of(entry.dtype) if is_float(entry.dtype) and some else None,
             constant=some and self.min == self.max and self.finite == entry.numel,
             edges=edges,
             histogram=histogram,
         )
 
 
-def _histogram(values_C: Tensor, edges: tuple[float, float]) -> list[int]:
-    finite_C = values_C[values_C.isfinite()]
+def _histogram(chunk: _Chunk, edges: tuple[float, float]) -> Array:
+    """How many finite elements are in each of BINS bins of equal width [BINS]."""
+    finite_C, (low, high) = chunk.values_C, edges
+    if not math.isfinite(finite_C.sum()):
+        finite_C = finite_C[np.isfinite(finite_C)]
     exponent = math.frexp(max(map(abs, edges)))[1]
     if not -900 < exponent < 1000:  # a bin's width, or its inverse, would be beyond float64: the same bins of numbers of about 1
         half, rest = math.ldexp(1, -exponent // 2), math.ldexp(1, -exponent - (-exponent // 2))
-        finite_C, edges = finite_C * half * rest, (edges[0] * half * rest, edges[1] * half * rest)
-    return [int(count) for count in torch.histc(finite_C.clamp(*edges), BINS, *edges)]
+        finite_C, low, high = finite_C * half * rest, low * half * rest, high * half * rest
+    places_C = np.clip(finite_C, low, high, out=chunk.room_C[: len(finite_C)])
+    places_C -= low
+    places_C *= BINS
+    places_C /= high - low
+    counts: Array = np.bincount(places_C.astype(np.intp), minlength=BINS + 1)
+    counts[BINS - 1] += counts[BINS]  # the upper edge
+    return counts[:BINS]

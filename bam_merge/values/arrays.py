@@ -41,6 +41,18 @@ def stored_integers(data: memoryview | bytearray, dtype: str) -> Array:
     return np.frombuffer(data, f"<u{size}")
 
 
+def stored_numbers(data: memoryview | bytearray, dtype: str) -> Array:
+    """The elements of a dtype that numpy has."""
+    return np.frombuffer(data, BITS[dtype])
+
+
+def largest_of(dtype: str) -> float:
+    """The largest finite number of a dtype of floats."""
+    if dtype in FLOAT8:
+        return float(_table(dtype)[np.isfinite(_table(dtype))].max())
+    return 2.0**128 - 2.0**120 if dtype == "BF16" else float(np.finfo(BITS[dtype]).max)
+
+
 def widen(data: memoryview | bytearray, dtype: str, out: Array) -> Array:
     """The elements as float32 (for floats of up to 4 bytes), float64 or longdouble, whichever `out` is: in its first places, or `data`
     itself where that is what it holds. Exact, but for 64-bit integers in float64."""

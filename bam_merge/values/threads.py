@@ -1,6 +1,7 @@
-"""Threads: how many to start, and torch's own kept to one."""
+"""Threads: how many to start, and the memory that each has for itself."""
 
 import os
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -25,3 +26,17 @@ def default_workers() -> int:
 def available_processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_of_thread = threading.local()
+
+
+def scratch(sizes: Sequence[int]) -> list[memoryview]:
+    """Memory of this thread's, one piece per size in bytes; a later call gives out the same memory again."""
+    kept: list[bytearray] = _of_thread.__dict__.setdefault("kept", [])
+    for index, size in enumerate(sizes):
+        if index == len(kept):
+            kept.append(bytearray(size))
+        elif len(kept[index]) < size:
+            kept[index] = bytearray(size)
+    return [memoryview(block)[:size] for block, size in zip(kept, sizes, strict=False)]
