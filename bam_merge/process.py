@@ -1,15 +1,22 @@
-"""What the command line needs of its process: standard streams that may be full or closed, signals, running out of memory."""
+"""What the command lines need of their process: standard streams that may be full or closed, signals, running out of memory.
+
+No other module prints, or looks at the standard streams.
+"""
 
 import os
+import shutil
 import signal
 import sys
 from io import TextIOWrapper
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from bam_merge.errors import OutputError
+from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed
 from bam_merge.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROBLEM_LENGTH = 4000
 """Characters of one message that are printed."""
@@ -50,6 +57,28 @@ def tell(text: str) -> None:
         _silence(sys.stderr)
 
 
+def progress_console() -> "Console":
+    """stderr, for a bar that is drawn again and again where it is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def result_width() -> int:
+    """Columns of the terminal that results go to; 80 where they go to none."""
+    return max(40, shutil.get_terminal_size().columns)
+
+
+def results_in_colour() -> bool:
+    """Whether stdout shows colour: a terminal that can, and that nobody has asked not to."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def results_in_unicode() -> bool:
+    """Whether stdout takes every character."""
+    return (sys.stdout.encoding or "ascii").lower().startswith("utf")
+
+
 def _silence(stream: Any) -> None:
     """Let what is still to be written to the stream go nowhere: at exit Python would try again, and change the exit status."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -86,3 +115,42 @@ def lack_of_memory(error: BaseException) -> bool:
     """Whether that is what an error of Python, the dynamic linker or torch means."""
     said = ("can't start new thread", "allocate memory", "failed to map segment", "not enough memory")
     return isinstance(error, MemoryError) or (isinstance(error, ImportError | RuntimeError) and any(text in str(error) for text in said))
+
+
+def one_blas_thread() -> None:
+    """Keep numpy's BLAS to one thread: the workers are threads enough. numpy reads it when it is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def run_command(command: click.Command, prog_name: str | None = None, reads_only: bool = False) -> None:
+    """Run a command line: prints errors, exits with the status of cli.py's docstring. `reads_only`: what it does writes nothing anyway."""
+    complete_streams()
+    escape_what_streams_lack()
+    stop_on_signals()
+    try:
+        command.main(prog_name=prog_name, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BamMergeError as error:
+        for problem in error.problems:
+            fail(problem)
+        failed = isinstance(error, VerificationFailed)
+        if len(error.problems) > 1 and not failed:
+            tell(f"{len(error.problems)} problems{'' if reads_only else '; nothing was written'}.")
+        sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 2)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        tell(f"bam-merge: {'stopped' if isinstance(cause, Stopped) else 'interrupted'}.")
+        sys.exit(128 + (cause.args[0] if isinstance(cause, Stopped) else signal.SIGINT))
+    except OSError as error:
+        fail(str(error))
+        sys.exit(2)
+    except Exception as error:
+        if not lack_of_memory(error):
+            raise
+        fail(
+            f"not enough memory ({str(error).splitlines()[0] if str(error) else 'an allocation failed'}). bam-merge plan says how much "
+            "a merge takes; --workers 1 takes the least, and --resume goes on with what is finished."
+        )
+        sys.exit(2)

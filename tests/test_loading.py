@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,14 @@ def test_generating_on_its_own_explains_itself(arguments: list[str], message: st
     result = CliRunner().invoke(generate, [str(write_checkpoint(tmp_path, CONFIGS["llama"], random_values(1))), *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_generating_on_its_own_prints_as_bam_merge_does(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIGS["llama"], random_values(1))
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bam_merge.model", str(folder), "--ids", "5", "--tokens", "1"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device.\n")
 
 
 def test_generating_text(tmp_path: Path) -> None:

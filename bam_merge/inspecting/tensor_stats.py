@@ -12,7 +12,7 @@ from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.reading import read_runs
-from bam_merge.values.arrays import COMPUTED, INTEGERS64, Array, is_float, largest_of, stored_numbers, widen
+from bam_merge.values.arrays import BITS, COMPUTED, INTEGERS64, Array, is_float, largest_of, widen
 from bam_merge.values.threads import by_size, scratch
 from bam_merge.values.wide import ABOVE, LARGEST, ZERO, Wide, figure
 
@@ -160,7 +160,7 @@ class _Moments:
             self.inf += int(np.count_nonzero(np.isinf(values_C)))
             finite_C = values_C[np.isfinite(values_C)]
         if len(finite_C):
-            exact_C = stored_numbers(chunk.data, self.entry.dtype) if self.entry.dtype in INTEGERS64 else finite_C
+            exact_C = np.frombuffer(chunk.data, BITS[self.entry.dtype]) if self.entry.dtype in INTEGERS64 else finite_C
             low, high = exact_C.min().item() + 0, exact_C.max().item() + 0  # + 0: no -0.0
             self.min, self.max = min(self.min, low), max(self.max, high)
             largest = max(abs(low), abs(high))

@@ -8,6 +8,7 @@ import torch
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.model.loading import load_model
 from bam_merge.model.tokens import encode, open_tokenizer
+from bam_merge.process import print_result, run_command
 from bam_merge.text import printable
 
 
@@ -37,11 +38,11 @@ def run(folder: Path, prompt: str | None, ids: list[int] | None, tokens: int, te
     except BamMergeError as error:
         raise click.UsageError(str(error)) from None
     made = model.generate(torch.tensor([given]), tokens, temperature, seed)[0].tolist()
-    click.echo(tokenizer.decode(made) if tokenizer else " ".join(map(str, made)))
+    print_result(tokenizer.decode(made) if tokenizer else " ".join(map(str, made)))
 
 
 def main() -> None:
-    run(prog_name="python -m bam_merge.model")
+    run_command(run, "python -m bam_merge.model", reads_only=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.planning.plan import Plan, Step
+from bam_merge.process import progress_console
 from bam_merge.text import count, human_bytes, printable, ranges
 
 
@@ -109,11 +110,10 @@ def _aligned(rows: list[tuple[str, str, str]]) -> list[str]:
 @contextmanager
 def merge_progress(plan: Plan) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr with bytes per second and time left; silent where stderr is not a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = progress_console()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("merging", total=sum(step.nbytes for step in plan.steps))
         yield lambda count: progress.advance(task, count)

@@ -41,11 +41,6 @@ def stored_integers(data: memoryview | bytearray, dtype: str) -> Array:
     return np.frombuffer(data, f"<u{size}")
 
 
-def stored_numbers(data: memoryview | bytearray, dtype: str) -> Array:
-    """The elements of a dtype that numpy has."""
-    return np.frombuffer(data, BITS[dtype])
-
-
 def largest_of(dtype: str) -> float:
     """The largest finite number of a dtype of floats."""
     if dtype in FLOAT8:

@@ -1,0 +1,55 @@
+"""What the command line takes: paths, tolerances, and a recipe where a command's name would stand."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bam_merge.paths import located, path_problem
+from bam_merge.text import nearest, printable
+
+
+class UserPath(click.Path):
+    """A path with `~` expanded, as the shell does not after --output=; an empty one is a usage error, and not the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            if problem := path_problem(value):
+                self.fail(f"{printable(repr(value))}: {problem}", param, ctx)
+            value = str(located(value)) if value.startswith("~") else value
+        return super().convert(value, param, ctx)
+
+
+class DefaultMerge(click.Group):
+    """A group for which `bam-merge recipe.yaml` is `bam-merge merge recipe.yaml`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else ""  # a command stands first; a recipe may follow options, whose values may be any word
+        named = self._recipe(first) or (first.startswith("-") and any(self._recipe(arg) for arg in args))
+        if named and first not in self.commands:
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def _recipe(arg: str) -> bool:
+        return arg.endswith((".yaml", ".yml")) or Path(arg).is_file()
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            hint = nearest(args[0], self.commands)
+            ctx.fail(f"{args[0]!r} is neither a command nor a recipe file (.yaml){hint or '.'}")
+        return super().resolve_command(ctx, args)
+
+
+class Tolerance(click.FloatRange):
+    """A number from 0 on. Python also reads nan and inf, with which nothing, or everything, would be the same."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return found
