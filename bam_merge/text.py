@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import prod
 
 NUMBER = re.compile(r"(?<=\.)([0-9]{1,9})(?=\.)")
@@ -18,9 +18,9 @@ def human_bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def count(number: int, noun: str) -> str:
-    """'1 file', '2,000 files'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """'1 file', '2,000 files'; a noun that takes no s comes with its plural."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def ranges(numbers: list[int]) -> str:
@@ -67,6 +67,12 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
 
+def listed(words: Collection[str]) -> str:
+    """All of them: 'a', 'a and b', 'a, b and c'."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' when a valid name is close to `word`, and '' otherwise."""
     from difflib import get_close_matches
@@ -75,13 +81,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def percent(value: float | None) -> str:
-    """'0.283%'; more than all of it as a factor, '12.3 x'."""
-    if value is None:
-        return "-"
-    if value == math.inf:
-        return ">1.8e+308 x"
-    return f"{value:.3g} x" if value >= 9.995 else f"{100 * value:.3g}%"
+# ---- numbers -------------------------------------------------------------------------------------------------------------------
 
 
 def number(value: int | float) -> str:
@@ -96,15 +96,79 @@ def number(value: int | float) -> str:
     return f"{value / 10**15:,.4g} P"
 
 
+def bound(value: int | float) -> str:
+    """A limit as its user would write it: '1,000', '0.5'."""
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}"
+
+
 def short(value: float | None) -> str:
     """Three significant digits."""
     return "-" if value is None else ">1.8e308" if value == math.inf else f"{value:.3g}"
 
 
-def span(values: Iterable[float | None]) -> str:
-    """From the least to the largest: '0.02 to 0.3'."""
+def fixed(value: float | None, digits: int) -> str:
+    """So many digits after the point, and no '-0.00'; None is zero."""
+    return ">1.8e308" if value == math.inf else f"{round(value or 0.0, digits) + 0.0:.{digits}f}"
+
+
+def thousandths(value: float | None) -> str:
+    """Three digits after the point and none before it, for narrow columns: '.283'."""
+    return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def cosine_text(value: float | None, estimate: bool = False) -> str:
+    """Four digits after the point, '1.0000' only for 1, which an estimate never is."""
+    if value is None:
+        return "-"
+    return ">0.9999" if (value > 0.9999 if estimate else 0.99995 <= value < 1) else f"{value:.4f}"
+
+
+def multiple(value: float) -> str:
+    """A number that something was multiplied with."""
+    return f"{value:.3g}" if math.isfinite(value) else "more than 1.8e308"
+
+
+def times(value: float) -> str:
+    """How many times as much, as in 'x times as far': about two significant digits."""
+    return f"{value:.2f}" if 0.1 <= value < 10 else f"{value:.2g}" if value < 0.1 else f"{value:.0f}"
+
+
+def in_percent(value: float) -> str:
+    """'0.283%', in three significant digits."""
+    return f"{100 * value:.3g}%"
+
+
+def percent(value: float | None) -> str:
+    """'0.283%'; more than all of it as a factor, '12.3 x'."""
+    if value is None:
+        return "-"
+    if value == math.inf:
+        return ">1.8e+308 x"
+    return f"{value:.3g} x" if value >= 9.995 else in_percent(value)
+
+
+def drift_percent(value: float | None) -> str:
+    """A drift that is none of zero, '0.283%' or '1.23e+03%'."""
+    if value is None:
+        return "an unknown share"
+    return ">1.8e310%" if value == math.inf else in_percent(value) if value else "<4.9e-322%"
+
+
+def share_percent(value: float) -> str:
+    """A share in three digits, but 100% only for all of it."""
+    return ">99.9%" if 0.9995 <= value < 1 else in_percent(value)
+
+
+def whole_percent(value: float) -> str:
+    """A share in whole percents, but 0% and 100% only for what is exactly that."""
+    rounded = f"{abs(value):.0%}"
+    return "<1%" if rounded == "0%" and value > 1e-9 else ">99%" if rounded == "100%" and value < 1 - 1e-9 else rounded
+
+
+def span(values: Iterable[float | None], text: Callable[[float], str] = short) -> str:
+    """From the least to the largest, each as `text` has it: '0.02 to 0.3'."""
     shown = sorted(value for value in values if value is not None)
     if not shown:
         return "-"
-    low, high = short(shown[0]), short(shown[-1])
+    low, high = text(shown[0]), text(shown[-1])
     return low if low == high else f"{low} to {high}"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bam_merge.text import count, printable
+from bam_merge.text import bound, count, printable
 
 Context = Mapping[str, Any]
 
@@ -16,15 +16,6 @@ Context = Mapping[str, Any]
 def literals(expected: object) -> list[str]:
     """The values in pydantic's list of literals, "'a', 'b' or 'c'"."""
     return [word.strip(" '") for word in str(expected).replace(" or ", ", ").split(",")]
-
-
-def entries(number: int) -> str:
-    """'1 entry', '2 entries'."""
-    return f"{number:,} {'entry' if number == 1 else 'entries'}"
-
-
-def _number(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}"
 
 
 _EXPECTED: dict[str, str | Callable[[Context], str]] = {
@@ -49,12 +40,12 @@ _EXPECTED: dict[str, str | Callable[[Context], str]] = {
     "dataclass_exact_type": "a mapping",
     "invalid_key": "text for a key",
     "finite_number": "a finite number",
-    "greater_than": lambda context: f"more than {_number(context['gt'])}",
-    "greater_than_equal": lambda context: f"at least {_number(context['ge'])}",
-    "less_than": lambda context: f"less than {_number(context['lt'])}",
-    "less_than_equal": lambda context: f"at most {_number(context['le'])}",
-    "too_short": lambda context: f"at least {entries(context['min_length'])}",
-    "too_long": lambda context: f"at most {entries(context['max_length'])}",
+    "greater_than": lambda context: f"more than {bound(context['gt'])}",
+    "greater_than_equal": lambda context: f"at least {bound(context['ge'])}",
+    "less_than": lambda context: f"less than {bound(context['lt'])}",
+    "less_than_equal": lambda context: f"at most {bound(context['le'])}",
+    "too_short": lambda context: f"at least {count(context['min_length'], 'entry', 'entries')}",
+    "too_long": lambda context: f"at most {count(context['max_length'], 'entry', 'entries')}",
     "string_too_short": lambda context: f"at least {count(context['min_length'], 'character')}",
     "literal_error": lambda context: " or ".join(literals(context["expected"])),
     "enum": lambda context: " or ".join(literals(context["expected"])),

@@ -1,6 +1,5 @@
 """What a drift means before a merge, in words: each answer beside what random noise of the same norm, or chance, would give."""
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,8 +7,8 @@ from bam_merge.comparing.advice_merge import attention, averaging
 from bam_merge.comparing.drift import Reading
 from bam_merge.comparing.gram import Gram
 from bam_merge.comparing.sides import Place
-from bam_merge.comparing.standing import Standing, factors, inner, listed, matrices, moved_places, of_places, only_rounded, where
-from bam_merge.text import printable
+from bam_merge.comparing.standing import Standing, called, inner, matrices, moved_places, of_places, only_rounded, where
+from bam_merge.text import cosine_text, drift_percent, fixed, listed, multiple, share_percent, span
 
 if TYPE_CHECKING:
     from bam_merge.comparing.drift import Drift
@@ -32,26 +31,6 @@ def readings(found: "Drift") -> list[Reading]:
     return said
 
 
-def shown(found: "Drift", expert: int) -> str:
-    return printable(found.names[expert], 60)
-
-
-def percent(share: float) -> str:
-    """A share in three digits, but 100% only for all of it."""
-    return ">99.9%" if 0.9995 <= share < 1 else f"{100 * share:.3g}%"
-
-
-def _size(drift: float | None) -> str:
-    """A drift that is none of zero, in three digits."""
-    if drift is None:
-        return "an unknown share"
-    return ">1.8e310%" if drift == math.inf else f"{100 * drift:.3g}%" if drift else "<4.9e-322%"
-
-
-def _hundredths(value: float | None) -> str:
-    return ">1.8e308" if value == math.inf else f"{round(value or 0.0, 2) + 0.0:.2f}"  # no -0.00
-
-
 # ---- is it a branch? -----------------------------------------------------------------------------------------------------------
 
 
@@ -66,32 +45,32 @@ def _ancestor(found: "Drift") -> Iterator[Reading]:
 
 def _objections(found: "Drift", i: int) -> Iterator[str]:
     """Why an expert is no branch of this seed."""
-    name, state, gram = shown(found, i), found.standings[i], _inner(found)
+    name, state, gram = called(found, i), found.standings[i], _inner(found)
     cosine = gram.seed_cosine(i)
     judged = {place for place in inner(found) if not place[0].startswith("router.")} - set(state.multiples)
     in_part = state.zero or state.far_multiples or (state.foreign and not judged <= set(state.foreign))
     if cosine is not None and cosine < ANOTHER_ANCESTOR and not in_part:
         yield (
-            f"{name} is no branch of this seed. Its matrices have cosine {_hundredths(cosine)} with the seed's and drifted by "
-            f"{_hundredths(gram.drift(i))} of their norm; unrelated models have 0 and about 1.41. Averaging them would destroy both."
+            f"{name} is no branch of this seed. Its matrices have cosine {fixed(cosine, 2)} with the seed's and drifted by "
+            f"{fixed(gram.drift(i), 2)} of their norm; unrelated models have 0 and about 1.41. Averaging them would destroy both."
         )
         return
     strange = state.foreign or _parts(found, i, state)
     if strange:
         part, rest = of_places(found, strange), of_places(found, [p for p in matrices(found) if p not in set(strange)])
         others = rest.seed_cosine(i) if rest else None
-        beside = f", {_cosine(others)} in its other matrices" if others is not None else ""
+        beside = f", {cosine_text(others, estimate=True)} in its other matrices" if others is not None else ""
         yield (
             f"{name} is no branch of this seed in {where(found, strange)}: the cosine with the seed's is "
-            f"{_hundredths(part.seed_cosine(i) if part else 0)} there{beside}; unrelated matrices have 0. Averaging them would destroy "
+            f"{fixed(part.seed_cosine(i) if part else 0, 2)} there{beside}; unrelated matrices have 0. Averaging them would destroy "
             "both."
         )
     if state.zero:
         yield f"{name} is all zero in {where(found, state.zero)}, where the seed is not. Was it saved whole?"
     if state.far_multiples:
         yield (
-            f"{name} is {factors(state.far_multiples)} times the seed in {where(found, state.far_multiples)}: scaled, not trained. "
-            "Find out what scaled it, and undo that before a merge."
+            f"{name} is {span(state.far_multiples.values(), multiple)} times the seed in {where(found, state.far_multiples)}: scaled, not "
+            "trained. Find out what scaled it, and undo that before a merge."
         )
 
 
@@ -116,10 +95,6 @@ def _inner(found: "Drift") -> Gram:
     return gram
 
 
-def _cosine(value: float) -> str:
-    return ">0.9999" if value > 0.9999 else f"{value:.4f}"
-
-
 def _branches(found: "Drift") -> str:
     """That all are branches, and how close."""
     n, overall, gram = range(len(found.names)), found.overall, _inner(found)
@@ -133,12 +108,13 @@ def _branches(found: "Drift") -> str:
     least = min(known)
     text = "yes, " if least >= AFAR else "yes, but from afar: "
     same = all(equal == gram.count for equal in gram.equal_seed)
-    near = f"{_cosine(least)}{' or more' * (_cosine(least) != _cosine(max(known)))}"
+    near, most = cosine_text(least, estimate=True), cosine_text(max(known), estimate=True)
+    near += " or more" * (near != most)
     text += f"{who} has the matrices of the seed's layers" if same else f"{who} has cosine {near} with it (unrelated models: 0)"
     shares, chance = sorted(equal / max(1, overall.count) for equal in overall.equal_seed), overall.chance_equal or 0.0
     if shares[0] > 2 * chance:
-        or_more = " or more" * (percent(shares[0]) != percent(shares[-1]))
-        text += f", and {percent(shares[0])}{or_more} of its weights bit for bit (unrelated models: {percent(chance)})"
+        or_more = " or more" * (share_percent(shares[0]) != share_percent(shares[-1]))
+        text += f", and {share_percent(shares[0])}{or_more} of its weights bit for bit (unrelated models: {share_percent(chance)})"
     return f"{text}."
 
 
@@ -153,16 +129,16 @@ def _left(found: "Drift") -> Iterator[Reading]:
     trained = [i for i in gone if gram.moved(i)]
     parts = []
     if trained:
-        far = ", ".join(f"{shown(found, i)} by {_size(gram.drift(i))}" for i in trained)
+        far = ", ".join(f"{called(found, i)} by {drift_percent(gram.drift(i))}" for i in trained)
         parts.append(f"{far} of the matrices' norm{_remarks(found, trained, chosen)}")
-    parts += [f"{shown(found, i)} {_elsewhere(found, i)}" for i in gone if not gram.moved(i)]
+    parts += [f"{called(found, i)} {_elsewhere(found, i)}" for i in gone if not gram.moved(i)]
     far = "; ".join(parts)
     if not stayed:
         hardly = all(only_rounded(found, i) for i in gone)
         yield Reading(question, f"{'hardly' if hardly else 'yes'}, {far}.")
         return
     others = f" The other{'s' * (len(gone) > 1)} did: {far}." if gone else ""
-    yield Reading(question, f"no: {listed([shown(found, i) for i in stayed])} never left it, {_every(found)} is equal.{others}")
+    yield Reading(question, f"no: {listed([called(found, i) for i in stayed])} never left it, {_every(found)} is equal.{others}")
 
 
 def _remarks(found: "Drift", trained: list[int], chosen: list[Place]) -> str:
@@ -174,7 +150,7 @@ def _remarks(found: "Drift", trained: list[int], chosen: list[Place]) -> str:
     text = ""
     for remark, experts in said.items():
         who = "each " if len(experts) > 1 else ""
-        text += f", {who}{remark}" if experts == trained else f"; {listed([shown(found, i) for i in experts])} {remark}"
+        text += f", {who}{remark}" if experts == trained else f"; {listed([called(found, i) for i in experts])} {remark}"
     return text
 
 
@@ -186,7 +162,7 @@ def _special(found: "Drift", i: int, chosen: list[Place]) -> list[str]:
     scaled = {place: factor for place, factor in found.standings[i].multiples.items() if place in set(chosen)}
     if scaled:
         which = "" if len(scaled) == len(moved) else f" in {where(found, scaled)}"
-        remarks.append(f"being {factors(scaled)} times the seed{which}")
+        remarks.append(f"being {span(scaled.values(), multiple)} times the seed{which}")
     remarks += [f"no further than rounding to {rounded} takes it"] * (rounded is not None)
     return remarks
 
@@ -197,7 +173,7 @@ def _elsewhere(found: "Drift", i: int) -> str:
     gram = of_places(found, moved)
     if gram is None:
         return "in the signs of zeros alone"
-    return f"in {where(found, moved)} alone, by {_size(gram.drift(i))} of what stands there"
+    return f"in {where(found, moved)} alone, by {drift_percent(gram.drift(i))} of what stands there"
 
 
 def _partly(found: "Drift") -> bool:
@@ -216,7 +192,7 @@ def _same(found: "Drift") -> Iterator[Reading]:
     groups = [[j for j in n if overall.equal[i][j] == overall.count] for i in n]
     twins = [group for i, group in enumerate(groups) if len(group) > 1 and group[0] == i]
     for group in twins:
-        yield Reading(question, f"yes: {listed([shown(found, i) for i in group])}, {_every(found)} is equal.")
+        yield Reading(question, f"yes: {listed([called(found, i) for i in group])}, {_every(found)} is equal.")
     if twins:
         return
     i, j = max(((i, j) for i in n for j in n if i < j), key=lambda pair: overall.equal[pair[0]][pair[1]])
@@ -224,7 +200,7 @@ def _same(found: "Drift") -> Iterator[Reading]:
     if not share:
         text = "no: no weight of one is bit-equal to another's."
     elif len(n) == 2:
-        text = f"no: {percent(share)} of the weights are bit-equal."
+        text = f"no: {share_percent(share)} of the weights are bit-equal."
     else:
-        text = f"no: at most {percent(share)} of the weights are bit-equal, those of {shown(found, i)} and {shown(found, j)}."
+        text = f"no: at most {share_percent(share)} of the weights are bit-equal, those of {called(found, i)} and {called(found, j)}."
     yield Reading(question, text)

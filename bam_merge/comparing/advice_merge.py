@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from bam_merge.comparing.gram import Gram
 from bam_merge.comparing.sides import Place
-from bam_merge.comparing.standing import NOTHING, inner, is_matrix, listed, moved_places, of_places, only_rounded, where
-from bam_merge.text import printable
+from bam_merge.comparing.standing import NOTHING, called, inner, is_matrix, moved_places, of_places, only_rounded, where
+from bam_merge.text import fixed, in_percent, listed, span, times, whole_percent
 from bam_merge.values.wide import ZERO, ratio
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def attention(found: "Drift") -> Iterator[str]:
     for i in trained(found):
         groups.setdefault(_kind(found, attn, ffn, i), []).append(i)
     for sentence, experts in groups.items():
-        who = f"{listed([printable(found.names[i], 60) for i in experts])}: " if len(groups) > 1 else ""
+        who = f"{listed([called(found, i) for i in experts])}: " if len(groups) > 1 else ""
         yield who + sentence(found, attn, ffn, experts)
 
 
@@ -89,12 +89,8 @@ def _ratio(attn: Gram, ffn: Gram, i: int) -> float | None:
 def _start(attn: Gram, ffn: Gram, experts: Sequence[int]) -> str:
     ratios = sorted(_ratio(attn, ffn, i) or 0.0 for i in experts)
     low, high = ratios[0], ratios[-1]
-    times = _times(sum(ratios) / len(ratios)) if high <= 1.1 * low else f"{_times(low)} to {_times(high)}"
-    return f"attention drifted {times} times as far as the FFN, each relative to its weights (noise of one size: 1)"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}" if 0.1 <= ratio < 10 else f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.0f}"
+    far = times(sum(ratios) / len(ratios)) if high <= 1.1 * low else f"{times(low)} to {times(high)}"
+    return f"attention drifted {far} times as far as the FFN, each relative to its weights (noise of one size: 1)"
 
 
 def _average(found: "Drift", attn: Gram) -> tuple[bool, str]:
@@ -106,7 +102,8 @@ def _average(found: "Drift", attn: Gram) -> tuple[bool, str]:
     alike = all((attn.cosine(i, j) or 0.0) >= SAME for i, j in combinations(range(n), 2))
     kept = attn.kept_by_averaging() or 0.0
     if alike and kept >= SHARED and max(norms) <= UNLIKE**2 * min(norms):
-        return True, f"attention went the same way in all, BTX's average keeps {_share(kept)} of it, and attention experts (BAM) buy little"
+        keeps = f"attention went the same way in all, BTX's average keeps {whole_percent(kept)} of it"
+        return True, f"{keeps}, and attention experts (BAM) buy little"
     return False, "BTX would average it away"
 
 
@@ -134,14 +131,14 @@ def _little(found: "Drift", attn: Gram, ffn: Gram, experts: Sequence[int]) -> st
 def _attention_alone(found: "Drift", attn: Gram, ffn: Gram, experts: Sequence[int]) -> str:
     shared, end = _average(found, attn)
     drifts = [drift for i in experts if (drift := attn.drift(i)) is not None]
-    far = f" (by {_span(drifts)} of its weights' norm)" if drifts else ""
+    far = f" (by {span(drifts, in_percent)} of its weights' norm)" if drifts else ""
     keep = "" if shared else "attention experts (BAM) keep all that was learned; "
     return f"only attention drifted{far}, the FFN is the seed's: {keep}{end}, and FFN experts would be equal copies."
 
 
 def _ffn_alone(found: "Drift", attn: Gram, ffn: Gram, experts: Sequence[int]) -> str:
     drifts = [drift for i in experts if (drift := ffn.drift(i)) is not None]
-    far = f" (by {_span(drifts)} of its weights' norm)" if drifts else ""
+    far = f" (by {span(drifts, in_percent)} of its weights' norm)" if drifts else ""
     return f"only the FFN drifted{far}, attention is the seed's: attention experts (BAM) would be equal copies, and BTX loses nothing."
 
 
@@ -155,11 +152,6 @@ def _neither(found: "Drift", attn: Gram, ffn: Gram, experts: Sequence[int]) -> s
 
 def _unknown(found: "Drift", attn: Gram, ffn: Gram, experts: Sequence[int]) -> str:
     return "not known: the seed's attention or FFN is all zero, so that no drift is relative to it."
-
-
-def _span(drifts: Sequence[float]) -> str:
-    low, high = (f"{100 * value:.3g}%" for value in (min(drifts), max(drifts)))
-    return low if low == high else f"{low} to {high}"
 
 
 # ---- averages ------------------------------------------------------------------------------------------------------------------
@@ -178,15 +170,9 @@ def averaging(found: "Drift") -> Iterator[str]:
     if gram is None:
         return
     if len(experts) == 1:
-        yield f"{_share(1 - 1 / n)} of {printable(found.names[experts[0]], 60)}'s drift: the other{'s' * (n > 2)} stayed with the seed."
+        yield f"{whole_percent(1 - 1 / n)} of {called(found, experts[0])}'s drift: the other{'s' * (n > 2)} stayed with the seed."
         return
     yield f"{_loss(found, gram, experts)} {_alike(found, gram, experts)}"
-
-
-def _share(share: float) -> str:
-    """Whole percents, but 0% and 100% only for what is exactly that."""
-    rounded = f"{abs(share):.0%}"
-    return "<1%" if rounded == "0%" and share > 1e-9 else ">99%" if rounded == "100%" and share < 1 - 1e-9 else rounded
 
 
 def _loss(found: "Drift", gram: Gram, experts: Sequence[int]) -> str:
@@ -196,16 +182,16 @@ def _loss(found: "Drift", gram: Gram, experts: Sequence[int]) -> str:
     if squares[large] > UNLIKE**2 * squares[small]:
         mean, along = sum(map(sum, gram.dd), ZERO) / n**2, sum(gram.dd[small], ZERO) / n
         away = ratio(max(ZERO, mean - 2 * along + squares[small]), squares[small]) or 0.0
-        one, other = (f"{printable(found.names[i], 60)} {_span([gram.drift(i) or 0.0])}" for i in (small, large))
+        one, other = (f"{called(found, i)} {in_percent(gram.drift(i) or 0.0)}" for i in (small, large))
         return (
-            f"the drifts are of unlike size ({one}, {other}): the average is little but {printable(found.names[large], 60)}'s divided by "
-            f"{n}, and lies {_times(away)} times as far from {printable(found.names[small], 60)} as that went from the seed."
+            f"the drifts are of unlike size ({one}, {other}): the average is little but {called(found, large)}'s divided by "
+            f"{n}, and lies {times(away)} times as far from {called(found, small)} as that went from the seed."
         )
     if (gram.kept_by_averaging() or 0.0) < NOTHING:
         return "all: the drifts cancel, and their average is the seed."
     lost, blind = (1 - share * len(experts) / n for share in (gram.kept_by_averaging() or 0.0, gram.kept_if_orthogonal() or 0.0))
     still = f", counting {n - len(experts)} that never moved" * (len(experts) < n)
-    return f"{_share(lost)} of a drift's norm (noise: {_share(blind)}){still}."
+    return f"{whole_percent(lost)} of a drift's norm (noise: {whole_percent(blind)}){still}."
 
 
 def _alike(found: "Drift", gram: Gram, experts: Sequence[int]) -> str:
@@ -215,15 +201,10 @@ def _alike(found: "Drift", gram: Gram, experts: Sequence[int]) -> str:
     noise = f"(noise: {gram.noise:.1g})"
     kinds = {_how(cosine, gram.noise) for cosine in cosines.values()}
     if len(kinds) > 1 and cosines[high] - cosines[low] > SPREAD:
-        names = [listed([printable(found.names[i], 60) for i in pair]) for pair in (low, high)]
-        return (
-            f"The drifts are not of one kind: cosine {_three(cosines[low])} of {names[0]}, {_three(cosines[high])} of {names[1]} {noise}."
-        )
-    return f"The drifts are {_how(mean, gram.noise)}: {'mean ' * (len(cosines) > 1)}cosine {_three(mean)} {noise}."
-
-
-def _three(cosine: float) -> str:
-    return f"{round(cosine, 3) + 0.0:.3f}"  # no -0.000
+        names = [listed([called(found, i) for i in pair]) for pair in (low, high)]
+        ends = [f"{fixed(cosines[pair], 3)} of {name}" for pair, name in zip((low, high), names, strict=True)]
+        return f"The drifts are not of one kind: cosine {', '.join(ends)} {noise}."
+    return f"The drifts are {_how(mean, gram.noise)}: {'mean ' * (len(cosines) > 1)}cosine {fixed(mean, 3)} {noise}."
 
 
 def _how(cosine: float, noise: float) -> str:

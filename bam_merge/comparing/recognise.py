@@ -13,7 +13,7 @@ import xxhash
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.comparing.sides import Place, Side
 from bam_merge.comparing.tensor_difference import BLOCK, DIFFERENT, Change, Difference
-from bam_merge.text import count, ranges
+from bam_merge.text import count, in_percent, ranges
 from bam_merge.values.arrays import COMPUTED, Array, is_float, stored_integers, widen
 from bam_merge.values.wide import Wide
 
@@ -51,20 +51,20 @@ def named(a: Side, b: Side, found: Difference) -> Difference:
 
 def _names(a: Side, b: Side, found: Difference) -> Iterator[Change]:
     if found.changed == 1 and found.first is not None:
-        yield _element(a, b, found, found.first)
+        yield _single_element(a, b, found, found.first)
     if found.zeroed == found.changed or (len(found.shapes[0]) == 2 and 2 * found.zeroed >= min(found.shapes[0])):
-        yield from _zeroed(a, b, found)
+        yield from _zeroed_parts(a, b, found)
     finite = not any((*found.nan, *found.inf))
     if finite and found.verdict == DIFFERENT and found.squares and found.relative_l2 and found.relative_l2 > RESOLVED:
-        yield from _whole(a, b, found)
+        yield from _told_by_sums(a, b, found)
         if found.sample_PQ is not None and found.sample_PQ.size >= ENOUGH:
-            yield from _sampled(found, found.sample_PQ)
+            yield from _told_by_sample(found, found.sample_PQ)
 
 
 # ---- single elements -----------------------------------------------------------------------------------------------------------
 
 
-def _element(a: Side, b: Side, found: Difference, at: int) -> Change:
+def _single_element(a: Side, b: Side, found: Difference, at: int) -> Change:
     """The only element that differs, and whether a single bit of it does."""
     stored: list[tuple[int, float | int]] = []
     for side, dtype in zip((a, b), found.dtypes, strict=True):
@@ -88,7 +88,7 @@ def _element(a: Side, b: Side, found: Difference, at: int) -> Change:
 # ---- zeros ---------------------------------------------------------------------------------------------------------------------
 
 
-def _zeroed(a: Side, b: Side, found: Difference) -> Iterator[Change]:
+def _zeroed_parts(a: Side, b: Side, found: Difference) -> Iterator[Change]:
     """Rows or columns that are zero in B only; or elements all over."""
     alone = found.zeroed == found.changed
     rest = "" if alone else ", and other elements differ"
@@ -96,7 +96,7 @@ def _zeroed(a: Side, b: Side, found: Difference) -> Iterator[Change]:
         yield Change("zeroed", "all zero")
         return
     if len(found.shapes[0]) == 2:
-        for kind, gone, length in zip(("rows", "columns"), _zero_lines(a, b, found), found.shapes[0][::-1], strict=True):
+        for kind, gone, length in zip(("rows", "columns"), _lines_zero_in_b_alone(a, b, found), found.shapes[0][::-1], strict=True):
             if 2 * len(gone) * length > found.zeroed:  # or else they are a part of a pruning
                 which = ranges(gone) if len(gone) <= 8 else f"{gone[0]} to {gone[-1]}"
                 yield Change(kind, f"{count(len(gone), kind[:-1])} zeroed ({which}){rest}")
@@ -105,45 +105,54 @@ def _zeroed(a: Side, b: Side, found: Difference) -> Iterator[Change]:
         yield Change("zeroed", f"pruned: {share} set to zero, the largest of them {found.max_abs:.3g}")
 
 
-def _zero_lines(a: Side, b: Side, found: Difference) -> tuple[list[int], list[int]]:
+def _lines_zero_in_b_alone(a: Side, b: Side, found: Difference) -> tuple[list[int], list[int]]:
     """The rows and the columns of a matrix that are zero in B and not in A."""
     columns = np.zeros((2, found.shapes[0][1]), bool)
     rows: list[int] = []
-    for first, pair in _rows(a, b, found):
+    for first, pair in _blocks_of_rows(a, b, found):
         used = [values != 0 for values in pair]
         rows += [first + int(row) for row in np.flatnonzero(used[0].any(1) & ~used[1].any(1))]
         columns |= [values.any(0) for values in used]
     return rows, np.flatnonzero(columns[0] & ~columns[1]).tolist()
 
 
-def _rows(a: Side, b: Side, found: Difference) -> Iterator[tuple[int, list[Array]]]:
+def _blocks_of_rows(a: Side, b: Side, found: Difference) -> Iterator[tuple[int, list[Array]]]:
     """Both matrices some whole rows at a time: the first row's number, and the values in float64."""
     rows, row = found.shapes[0][0], math.prod(found.shapes[0][1:])
     step = max(1, BLOCK // 4 // max(1, row))
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        yield first, [_read(side, found.place, dtype, first * row, last * row).reshape(-1, row) for side, dtype in _both(a, b, found)]
+        yield (
+            first,
+            [
+                _stored_values(side, found.place, dtype, first * row, last * row).reshape(-1, row)
+                for side, dtype in _sides_with_dtypes(a, b, found)
+            ],
+        )
 
 
-def _both(a: Side, b: Side, found: Difference) -> Iterator[tuple[Side, str]]:
+def _sides_with_dtypes(a: Side, b: Side, found: Difference) -> Iterator[tuple[Side, str]]:
+    """Each side, and the dtype that it stores the tensor in."""
     yield from zip((a, b), found.dtypes, strict=True)
 
 
-def _bytes(side: Side, place: Place, start: int, stop: int, size: int) -> memoryview:
+def _stored_bytes(side: Side, place: Place, start: int, stop: int, size: int) -> memoryview:
+    """Elements [start, stop) of what stands there, of `size` bytes each."""
     data = memoryview(bytearray((stop - start) * size))
     side.read(place, start, stop, data, size)
     return data
 
 
-def _read(side: Side, place: Place, dtype: str, start: int, stop: int) -> Array:
-    data = _bytes(side, place, start, stop, DTYPE_BITS[dtype] // 8)
+def _stored_values(side: Side, place: Place, dtype: str, start: int, stop: int) -> Array:
+    """Elements [start, stop) of what stands there, in float32 where that holds them."""
+    data = _stored_bytes(side, place, start, stop, DTYPE_BITS[dtype] // 8)
     return widen(data, dtype, np.empty(stop - start, np.float32 if is_float(dtype) and dtype != "F64" else np.float64))
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------------------------
 
 
-def _whole(a: Side, b: Side, found: Difference) -> Iterator[Change]:
+def _told_by_sums(a: Side, b: Side, found: Difference) -> Iterator[Change]:
     """Changes that the sums show: a multiple, other rows' order, a stranger."""
     aa, dd, cosine = found.squares, found.squared_difference, found.cosine
     assert cosine is not None or not aa
@@ -153,38 +162,45 @@ def _whole(a: Side, b: Side, found: Difference) -> Iterator[Change]:
         times = f"{float(factor):.5g}" if math.isfinite(float(factor)) else np.format_float_scientific(factor, precision=4, trim="-")
         rest = math.sqrt(max(0.0, float(1 - along * along / (aa * dd))))
         yield Change("scaled", f"{times} x A" + (f" (but for {rest:.2g} of the difference)" if rest > 0.01 else ""))
-    if abs(bb - aa) <= 1e-3 * dd and len(found.shapes[0]) > 1 and found.dtypes[0] == found.dtypes[1] and _permuted(a, b, found):
+    if (
+        abs(bb - aa) <= 1e-3 * dd
+        and len(found.shapes[0]) > 1
+        and found.dtypes[0] == found.dtypes[1]
+        and _has_rows_of_a_permuted(a, b, found)
+    ):
         yield Change("permuted", "the rows of A in another order")
     if cosine is not None and abs(cosine) < UNRELATED and found.count >= ENOUGH:
         yield Change("unrelated", f"unrelated to A (cosine {cosine:.3f})")
 
 
-def _permuted(a: Side, b: Side, found: Difference) -> bool:
+def _has_rows_of_a_permuted(a: Side, b: Side, found: Difference) -> bool:
     """Whether both have the same rows. Most of what gets here has not, which the first row shows without a digest of any."""
-    if not _has_first_row(a, b, found):
+    if not _has_first_row_of_a(a, b, found):
         return False
     rows: list[list[bytes]] = [[], []]
-    for _, pair in _rows(a, b, found):
+    for _, pair in _blocks_of_rows(a, b, found):
         for seen, values in zip(rows, pair, strict=True):
             seen += [xxhash.xxh3_128_digest(row) for row in values]
     return sorted(rows[0]) == sorted(rows[1])
 
 
-def _has_first_row(a: Side, b: Side, found: Difference) -> bool:
+def _has_first_row_of_a(a: Side, b: Side, found: Difference) -> bool:
     """Whether the first row of A is a row of B, byte for byte."""
     rows, row = found.shapes[0][0], math.prod(found.shapes[0][1:])
     size = DTYPE_BITS[found.dtypes[0]] // 8
-    first_B = np.frombuffer(_bytes(a, found.place, 0, row, size), np.uint8)
+    first_B = np.frombuffer(_stored_bytes(a, found.place, 0, row, size), np.uint8)
     step = max(1, BLOCK // row)
     for start in range(0, rows, step):
-        rows_RB = np.frombuffer(_bytes(b, found.place, start * row, min(rows, start + step) * row, size), np.uint8).reshape(-1, row * size)
+        rows_RB = np.frombuffer(_stored_bytes(b, found.place, start * row, min(rows, start + step) * row, size), np.uint8).reshape(
+            -1, row * size
+        )
         begin_alike = (rows_RB[:, :BEGINNING] == first_B[:BEGINNING]).all(1)
         if any(np.array_equal(rows_RB[index], first_B) for index in np.flatnonzero(begin_alike)):
             return True
     return False
 
 
-def _sampled(found: Difference, d_PQ: Array) -> Iterator[Change]:
+def _told_by_sample(found: Difference, d_PQ: Array) -> Iterator[Change]:
     """Changes that the sample shows: a low rank, or noise.
 
     The energies e (squared singular values) of P x Q independent elements have (sum e)^2 / sum e^2 = PQ / (P + Q + 1), of rank r at most r.
@@ -196,7 +212,7 @@ def _sampled(found: Difference, d_PQ: Array) -> Iterator[Change]:
         return
     spread, full = energy * energy / fourth, P * Q / (P + Q + 1)
     if spread < 0.5 * full:
-        rank, head = _low_rank(gram_PP)
+        rank, head = _rank_of_difference(gram_PP)
         if rank:
             rest = f", which is {head:.0%} of the squared difference" if head < 0.995 else ""
             yield Change("low rank", f"A plus a matrix of rank {rank}{rest}")
@@ -207,10 +223,10 @@ def _sampled(found: Difference, d_PQ: Array) -> Iterator[Change]:
     if spread > 0.95 * full and uneven < 1.5 and found.changed > 0.9 * found.count:
         for kind, expected in (("normal", 3.0), ("uniform", 1.8)):
             if abs(kurtosis - expected) < 0.2:
-                yield Change("noise", f"A plus {kind} noise of {100 * (found.relative_l2 or 0):.3g}% of its norm")
+                yield Change("noise", f"A plus {kind} noise of {in_percent(found.relative_l2 or 0.0)} of its norm")
 
 
-def _low_rank(gram_PP: Array) -> tuple[int, float]:
+def _rank_of_difference(gram_PP: Array) -> tuple[int, float]:
     """The rank after which the energies fall off, and its share of them; 0 where they do not."""
     energies = np.linalg.eigvalsh(gram_PP)[::-1].clip(0)
     energies += 1e-12 * energies[0]  # below that they are rounding

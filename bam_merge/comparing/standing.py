@@ -1,13 +1,12 @@
 """How each matrix of a branch stands to the seed's: moved, a multiple of it, all zero, or a stranger's; and places in words."""
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bam_merge.comparing.gram import Gram, total
 from bam_merge.comparing.sides import Place
-from bam_merge.text import folded, printable, ranges, some
+from bam_merge.text import folded, listed, printable, ranges, some
 from bam_merge.values.arrays import STEPS
 
 if TYPE_CHECKING:
@@ -51,6 +50,11 @@ class Standing:
     def far_multiples(self) -> dict[Place, float]:
         """Those that no training explains."""
         return {place: factor for place, factor in self.multiples.items() if abs(factor - 1) > DECAYED}
+
+
+def called(found: "Drift", expert: int) -> str:
+    """An expert's name in a sentence."""
+    return printable(found.names[expert], 60)
 
 
 def is_matrix(found: "Drift", place: Place) -> bool:
@@ -101,21 +105,8 @@ def only_rounded(found: "Drift", expert: int) -> str | None:
     return dtype if gram is not None and 0 < (gram.drift(expert) or 0.0) <= ROUNDED * STEPS[dtype][0] else None
 
 
-def factors(multiples: dict[Place, float]) -> str:
-    """'1.1', '0.5 to 2'."""
-    ends = min(multiples.values()), max(multiples.values())
-    low, high = (f"{value:.3g}" if math.isfinite(value) else "more than 1.8e308" for value in ends)
-    return low if low == high else f"{low} to {high}"
-
-
 def moved_places(found: "Drift", expert: int, among: Iterable[Place]) -> list[Place]:
     return [place for place in among if found.grams[place].moved(expert)]
-
-
-def listed(words: Collection[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def where(found: "Drift", chosen: Collection[Place]) -> str:

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ValidationError
 
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.recipe.checks import _OF_KEYS
-from bam_merge.text import nearest, printable
-from bam_merge.validation_words import bare, entries, expectation, hint, literals, shown
+from bam_merge.text import count, nearest, printable
+from bam_merge.validation_words import bare, expectation, hint, literals, shown
 
 
 def dotted(path: DocumentPath) -> str:
@@ -45,7 +45,7 @@ def _described(path: DocumentPath, items: list[tuple[Any, list[str]]], root: typ
         yield path, f"found {shown(item['input'])}{hint(item)}, expected {expected}{close}"
     lacking = [item for item, _ in items if item["type"] == "missing" and isinstance(item["loc"][-1], int)]
     if lacking:  # entries of a list of fixed length
-        yield path, f"found {entries(len(lacking[-1]['input']))}, expected {lacking[-1]['loc'][-1] + 1}"
+        yield path, f"found {count(len(lacking[-1]['input']), 'entry', 'entries')}, expected {lacking[-1]['loc'][-1] + 1}"
     for item, tags in items:
         key = "init" if path[:1] == ("router",) else "make"
         match item["type"]:

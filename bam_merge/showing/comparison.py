@@ -12,7 +12,7 @@ from bam_merge.comparing.two_models import Comparison
 from bam_merge.showing.findings import SHOWN, apart, ignored
 from bam_merge.showing.heatmap import Row, heatmaps, rank
 from bam_merge.showing.terminal import Terminal, grid, heading, line, padded
-from bam_merge.text import count, folded, percent, printable, short
+from bam_merge.text import cosine_text, count, folded, percent, printable, short
 from bam_merge.values.wide import BELOW, LARGEST
 
 OF_A_KIND = 4
@@ -138,9 +138,5 @@ def _ranking(changed: Sequence[Difference], every: bool) -> Iterator[RenderableT
             continue
         share = d.changed / d.count if d.count else 0.0
         elements = f"{d.changed:,}" if share < 0.001 else f"{share:.1%}"
-        table.add_row(name, "<" * d.vanishing + percent(d.shade), _cosine(d.cosine), short(d.max_abs), elements)
+        table.add_row(name, "<" * d.vanishing + percent(d.shade), cosine_text(d.cosine), short(d.max_abs), elements)
     yield padded(table)
-
-
-def _cosine(value: float | None) -> str:
-    return "-" if value is None else ">0.9999" if 0.99995 <= value < 1 else f"{value:.4f}"

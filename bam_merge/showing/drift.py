@@ -11,7 +11,7 @@ from bam_merge.comparing.gram import Gram
 from bam_merge.showing.findings import apart, ignored
 from bam_merge.showing.heatmap import Row, heatmaps, rank
 from bam_merge.showing.terminal import Terminal, grid, heading, line, padded
-from bam_merge.text import percent, printable
+from bam_merge.text import percent, printable, thousandths
 
 COLUMN, OTHERS = 7, 35
 """Characters of a column of cosines, and of what stands beside them."""
@@ -69,8 +69,8 @@ def _cosines(found: Drift, terminal: Terminal) -> Iterator[RenderableType]:
         known = [cosine for cosine in cosines if cosine is not None]
         if len(columns) != len(pairs):
             cosines = [min(known), sum(known) / len(known), max(known)] if known else [None] * 3
-        shown = [_three(cosine) for cosine in cosines]
-        kept = _three(gram.kept_by_averaging()), _three(gram.kept_if_orthogonal())
+        shown = [thousandths(cosine) for cosine in cosines]
+        kept = thousandths(gram.kept_by_averaging()), thousandths(gram.kept_if_orthogonal())
         table.add_row(Text(printable(role, 40), style="cyan"), *shown, f"{gram.noise:.1g}" if known else "-", *kept)
     yield padded(table)
     if key:
@@ -96,10 +96,6 @@ def _matrix(found: Drift, aside: str, values: Sequence[Sequence[float | None]]) 
     for i, row in enumerate(values):
         table.add_row(str(i + 1), Text(printable(found.names[i], 20)), *(f"{value:.2f}" if value is not None else "-" for value in row))
     yield padded(table)
-
-
-def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}".replace("0.", ".", 1)
 
 
 def _equal(found: Drift, terminal: Terminal) -> Iterator[RenderableType]:

@@ -22,7 +22,7 @@ from bam_merge.files import mode_of_new_files
 from bam_merge.showing.comparison import comparison_rows, remarks, verdict_counts
 from bam_merge.showing.drift import drift_rows, grams_by_role
 from bam_merge.showing.heatmap import Row, scale
-from bam_merge.text import percent, printable
+from bam_merge.text import in_percent, percent, printable
 
 LEVELS = 16
 """Shades of a heatmap."""
@@ -279,7 +279,7 @@ def _td(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "<td></td>"
     if isinstance(value, float):
-        shown = f"{100 * value:.3g}%" if isinstance(value, _Share) else f"{value:.{6 if 0.999 < value < 1 else 4}g}"
+        shown = in_percent(value) if isinstance(value, _Share) else f"{value:.{6 if 0.999 < value < 1 else 4}g}"
         return f"<td class=n>{shown if math.isfinite(value) else '&gt;1.8e308'}</td>"
     if isinstance(value, int):
         return f"<td class=n>{value}</td>"
