@@ -1,4 +1,4 @@
-"""The command line. It alone prints, through process.py; results go to stdout, messages and progress to stderr.
+"""The command line. It prints through process.py: results to stdout, messages and progress to stderr.
 
 Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check failed), 2 a usage, recipe or checkpoint error,
 3 published, but not known to survive a power cut, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM).

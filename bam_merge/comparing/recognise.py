@@ -122,18 +122,8 @@ def _blocks_of_rows(a: Side, b: Side, found: Difference) -> Iterator[tuple[int, 
     step = max(1, BLOCK // 4 // max(1, row))
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        yield (
-            first,
-            [
-                _stored_values(side, found.place, dtype, first * row, last * row).reshape(-1, row)
-                for side, dtype in _sides_with_dtypes(a, b, found)
-            ],
-        )
-
-
-def _sides_with_dtypes(a: Side, b: Side, found: Difference) -> Iterator[tuple[Side, str]]:
-    """Each side, and the dtype that it stores the tensor in."""
-    yield from zip((a, b), found.dtypes, strict=True)
+        sides = zip((a, b), found.dtypes, strict=True)
+        yield first, [_stored_values(side, found.place, dtype, first * row, last * row).reshape(-1, row) for side, dtype in sides]
 
 
 def _stored_bytes(side: Side, place: Place, start: int, stop: int, size: int) -> memoryview:

@@ -36,7 +36,7 @@ class Difference:
     distance in units in the last place of the coarser dtype, where the verdict is rounding. `zero_signs` counts zeros whose sign
     differs, `nan_payloads` NaN with other bits, `apart` elements of which one is NaN or infinity and the other not the same; `nan` and
     `inf` are the counts in A and in B. `squares` and `squares_b` are |a|^2 and |b|^2, `squared_difference` |b - a|^2, `product` <a, b>.
-    `prints` are unlike for unlike bytes, nearly always. `change` says what was done to the tensor, where that has a name (change.py).
+    `prints` are unlike for unlike bytes, nearly always. `change` says what was done to the tensor, where that has a name (recognise.py).
     """
 
     place: Place

@@ -1,6 +1,6 @@
 """`bam-merge diff A B`: whether two models are the same, and where and how far they are not.
 
-Tensors are matched by what they are (matching.py), compared by worker threads (difference.py), and everything else that tells two
+Tensors are matched by what they are (sides.py), compared by worker threads (tensor_difference.py), and everything else that tells two
 folders apart is a finding: names, files, config.json, tokenizer. Nothing is left out silently.
 """
 
