@@ -242,3 +242,22 @@ def test_progress_shows_on_a_terminal(llamas: Path) -> None:
     os.close(read)
     assert child.wait() == 0
     assert b"merging" in shown
+
+
+def test_help_imports_nothing_that_starts_slowly() -> None:
+    code = (
+        "import sys; sys.argv = ['bam-merge', '--help']\n"
+        "from bam_merge.cli import main\n"
+        "main()\n"
+        "print({'torch', 'numpy', 'pydantic', 'rich', 'yaml', 'safetensors', 'xxhash'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: bam-merge" in done.stdout and done.stdout.splitlines()[-1] == "set()"
+
+
+def test_every_argument_of_a_command_has_a_type() -> None:
+    """The functions behind the commands take what click gives them by name: no `**options`, and no Any."""
+    for node in ast.parse((ROOT / "bam_merge" / "cli.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            assert node.args.kwarg is None and node.args.vararg is None, node.name
+            assert not [name.id for name in ast.walk(node) if isinstance(name, ast.Name) and name.id == "Any"], node.name
