@@ -8,53 +8,96 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
+from typing import ClassVar
 
 from bam_merge.checkpoints.pieces import Read, Shape, Slice, leaf_runs, numel
+from bam_merge.records import About
+from bam_merge.records import Initialiser as Initialiser
+from bam_merge.records import Method as Method
 
 # ---- merge methods: how several tensors become one -------------------------------------------------------------------
 
 
+def _weights(weights: tuple[float, ...]) -> str:
+    return "weights=" + "/".join(f"{weight:g}" for weight in weights)
+
+
+def _of_differences(weights: tuple[float, ...], scale: float) -> Iterator[str]:
+    """The weights and the scale of a sum of differences, where they are not 1."""
+    if set(weights) != {1.0}:
+        yield _weights(weights)
+    if scale != 1.0:
+        yield f"scale={scale:g}"
+
+
 @dataclass(frozen=True, slots=True)
-class Mean:
+class Mean(Method):
     """The uniform mean."""
 
+    name: ClassVar = "mean"
+    about: ClassVar = About(elementwise=True, base=False, surveyed=False, operand_bytes=8)
+
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(Method):
     """sum_i w_i x_i, one weight per operand; the weights sum to one (model soups, arXiv 2203.05482)."""
 
     weights: tuple[float, ...]
+    name: ClassVar = "linear"
+    about: ClassVar = About(elementwise=True, base=False, surveyed=False, operand_bytes=8)
+
+    def arguments(self) -> Iterator[str]:
+        yield _weights(self.weights)
 
 
 @dataclass(frozen=True, slots=True)
-class Slerp:
+class Slerp(Method):
     """Spherical interpolation of two tensors taken as flat vectors, at `t` in [0, 1] (Shoemake, SIGGRAPH 1985)."""
 
     t: float
+    name: ClassVar = "slerp"
+    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=8)
+
+    def arguments(self) -> Iterator[str]:
+        yield f"t={self.t:g}"
 
 
 @dataclass(frozen=True, slots=True)
-class TaskArithmetic:
+class TaskArithmetic(Method):
     """base + scale * sum_i w_i (x_i - base) (arXiv 2212.04089, section 2)."""
 
     weights: tuple[float, ...]
     scale: float
+    name: ClassVar = "task_arithmetic"
+    about: ClassVar = About(elementwise=True, base=True, surveyed=False, operand_bytes=8)
+
+    def arguments(self) -> Iterator[str]:
+        return _of_differences(self.weights, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
-class Ties:
-    """Trim each difference to its `density` largest entries, elect a sign, average what agrees (arXiv 2306.01708, section 4)."""
+class Ties(Method):
+    """Trim each difference to its `density` largest entries, elect a sign, average what agrees (arXiv 2306.01708, section 4).
+
+    A worker keeps every operand's difference, trimmed and weighted, besides.
+    """
 
     density: float
     weights: tuple[float, ...]
     scale: float
+    name: ClassVar = "ties"
+    about: ClassVar = About(elementwise=False, base=True, surveyed=True, operand_bytes=32)
+
+    def arguments(self) -> Iterator[str]:
+        yield f"density={self.density:g}"
+        yield from _of_differences(self.weights, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
-class DareTies:
+class DareTies(Method):
     """Drop entries of each difference at random, rescale by 1/density (arXiv 2311.03099), then elect and average as TIES does.
 
-    `seed` and `names` fix which entries are dropped: one stream per operand, by position.
+    `seed` and `streams` fix which entries are dropped: one stream per operand, by position.
     """
 
     density: float
@@ -62,48 +105,94 @@ class DareTies:
     scale: float
     seed: int
     streams: tuple[str, ...]
+    name: ClassVar = "dare_ties"
+    about: ClassVar = About(elementwise=False, base=True, surveyed=False, operand_bytes=32)
 
-
-Method = Mean | Linear | Slerp | TaskArithmetic | Ties | DareTies
-
-
-ELEMENTWISE = (Mean, Linear, TaskArithmetic)
-"""Methods for which merging the parts of a tensor and merging the tensor is the same."""
+    def arguments(self) -> Iterator[str]:
+        yield f"density={self.density:g}"
+        yield from _of_differences(self.weights, self.scale)
 
 
 # ---- initialisers: tensors that no source has --------------------------------------------------------------------------
 
 
+NORMAL_REACH = 12.1
+"""No sample of numpy's polar method is more standard deviations out: sqrt(-2 ln r2), where r2 is 2**-104 or more."""
+
+
 @dataclass(frozen=True, slots=True)
-class Normal:
+class Normal(Initialiser):
+    """Independent, of mean 0."""
+
     std: float
+    name: ClassVar = "normal"
+
+    def arguments(self) -> Iterator[str]:
+        yield f"std={self.std:g}"
+
+    def size(self) -> tuple[str, float, float]:
+        return "std", self.std, NORMAL_REACH * self.std
 
 
 @dataclass(frozen=True, slots=True)
-class Uniform:
+class Uniform(Initialiser):
     """Uniform on [-bound, bound]; bound None is 1/sqrt(columns), as torch.nn.Linear starts."""
 
     bound: float | None
+    name: ClassVar = "uniform"
+
+    def arguments(self) -> Iterator[str]:
+        if self.bound is not None:
+            yield f"bound={self.bound:g}"
+
+    def size(self) -> tuple[str, float, float] | None:
+        return None if self.bound is None else ("bound", self.bound, self.bound)
 
 
 @dataclass(frozen=True, slots=True)
-class Zeros:
-    pass
+class Zeros(Initialiser):
+    """All 0."""
+
+    name: ClassVar = "zeros"
+
+    def size(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
-class Ones:
-    """Only layouts ask for it, where an engine cannot do with zeros."""
+class Ones(Initialiser):
+    """All 1. Only layouts ask for it, where an engine cannot do with zeros."""
+
+    name: ClassVar = "ones"
+
+    def size(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
-class Orthogonal:
+class Orthogonal(Initialiser):
     """Orthonormal rows times `gain`."""
 
     gain: float
+    name: ClassVar = "orthogonal"
+
+    def arguments(self) -> Iterator[str]:
+        if self.gain != 1.0:
+            yield f"gain={self.gain:g}"
+
+    def size(self) -> tuple[str, float, float]:
+        return "gain", self.gain, self.gain
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        if rows <= columns:
+            return None
+        return (
+            f"orthogonal: {rows} experts, hidden_size is {columns}: at most {columns} rows of {columns} numbers can be orthogonal. "
+            f"Use at most {columns} experts, or init: normal."
+        )
 
 
-Initialiser = Normal | Uniform | Zeros | Ones | Orthogonal
+# ---- expressions -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +209,8 @@ class Merge:
         names = ", ".join(name for name, _ in self.operands)
         tensors = {str(expr).removeprefix(f"{name}:") for name, expr in self.operands}
         of = f": {next(iter(tensors))}" if len(tensors) == 1 else ": " + ", ".join(str(e) for _, e in self.operands)
-        return f"{method_name(self.method)}({names}{method_arguments(self.method, self.base and self.base[0])}){of}"
+        shown = ", ".join([*([f"base={self.base[0]}"] if self.base else []), *self.method.arguments()])
+        return f"{self.method.name}({names}{'; ' if shown else ''}{shown}){of}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,43 +238,11 @@ class Init:
     shape: Shape
 
     def __str__(self) -> str:
-        return f"{method_name(self.method)}{_init_arguments(self.method)}"
+        shown = ", ".join(self.method.arguments())
+        return f"{self.method.name}({shown})" if shown else self.method.name
 
 
 Expr = Read | Slice | Merge | Concat | Init
-
-
-def method_name(method: Method | Initialiser) -> str:
-    return {
-        Mean: "mean", Linear: "linear", Slerp: "slerp", TaskArithmetic: "task_arithmetic", Ties: "ties", DareTies: "dare_ties",
-        Normal: "normal", Uniform: "uniform", Zeros: "zeros", Ones: "ones", Orthogonal: "orthogonal",
-    }[type(method)]  # fmt: skip
-
-
-def method_arguments(method: Method, base: str | None) -> str:
-    """What a method's call shows after its operands: '; base=seed, density=0.5'."""
-    shown = [f"base={base}"] if base else []
-    if isinstance(method, Slerp):
-        shown.append(f"t={method.t:g}")
-    if isinstance(method, Ties | DareTies):
-        shown.append(f"density={method.density:g}")
-    if isinstance(method, Linear) or (isinstance(method, TaskArithmetic | Ties | DareTies) and set(method.weights) != {1.0}):
-        shown.append("weights=" + "/".join(f"{weight:g}" for weight in method.weights))
-    if isinstance(method, TaskArithmetic | Ties | DareTies) and method.scale != 1.0:
-        shown.append(f"scale={method.scale:g}")
-    return "; " + ", ".join(shown) if shown else ""
-
-
-def _init_arguments(method: Initialiser) -> str:
-    match method:
-        case Normal(std):
-            return f"(std={std:g})"
-        case Uniform(bound):
-            return f"(bound={bound:g})" if bound is not None else ""
-        case Orthogonal(gain):
-            return f"(gain={gain:g})" if gain != 1.0 else ""
-        case Zeros() | Ones():
-            return ""
 
 
 # ---- what one can ask of an expression ------------------------------------------------------------------------------------
@@ -268,7 +326,7 @@ def _tiles(slices: list[Slice], groups: int) -> bool:
 def _same_elementwise(merges: list[Merge]) -> bool:
     first = merges[0]
     names = [name for name, _ in first.operands]
-    return isinstance(first.method, ELEMENTWISE) and all(
+    return first.method.about.elementwise and all(
         merge.method == first.method
         and [name for name, _ in merge.operands] == names
         and (merge.base is None) == (first.base is None)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from bam_merge import expressions
-from bam_merge.checkpoints.pieces import Read
 from bam_merge.merging.kernels import Chunk, combine, survey
 from bam_merge.values.streams import uniforms
 from bam_merge.values.tensors import TORCH_DTYPES, rounded
 from bam_merge.verifying.election import elect
-from bam_merge.verifying.rederive import COMPUTING, _difference, _merge
+from bam_merge.verifying.rederive import COMPUTING, Rows, _difference, derive
 from bam_merge.verifying.rounding import Derived, nearest, worst
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -107,19 +106,15 @@ METHODS: list[Any] = [
 
 def derived(method: Any, operands: list[Tensor], base: Tensor | None) -> Derived:
     computing = COMPUTING[operands[0].dtype == torch.float64]
-    read = Read("a", "b", DTYPES[operands[0].dtype], tuple(operands[0].shape))
-    merge = expressions.Merge(
-        method, tuple((str(i), read) for i in range(len(operands))), None if base is None else ("a", read), read.dtype, read.shape
-    )
     known: Any = None
     if isinstance(method, expressions.Ties):
         assert base is not None
         keep = math.floor(method.density * len(base))
         known = [float(_difference(x, base, computing).abs().sort(descending=True).values[keep - 1]) for x in operands]
-    return _merge(merge, operands, base, known, 0, computing)
+    return derive(method, Rows(operands, base, known, 0, computing))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: expressions.method_name(method))
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_second_way_agrees_with_the_kernels_and_with_little_else(dtype: torch.dtype, method: Any) -> None:
     """In the computing dtype itself, where nothing hides behind a coarser rounding: within the bound, which a few roundings exceed."""

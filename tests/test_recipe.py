@@ -13,7 +13,7 @@ from test_bad_inputs import said
 from bam_merge import expressions
 from bam_merge.errors import RecipeError
 from bam_merge.recipe.load import load_recipe, parse_recipe
-from bam_merge.recipe.makes import covers, parse_layers, parse_size
+from bam_merge.recipe.rules import covers, parse_layers, parse_size
 from bam_merge.recipe.schema import schema
 
 GOOD = """\

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.verifying.rederive import concat_runs, kth_largest
+from bam_merge.verifying.rederive import kth_largest
+from bam_merge.verifying.rows import concat_runs
 
 magnitudes = st.lists(
     st.sampled_from([0.0, 1e-45, 1e-8, 0.25, 0.5, 0.5000001, 3.0, 3e38]) | st.floats(0, 1e4, width=32), min_size=1, max_size=60

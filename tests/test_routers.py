@@ -8,9 +8,9 @@ from conftest import CONFIGS, write_recipe, write_sources
 from verifying import UNPROVED, failed
 
 from bam_merge.errors import RecipeError
-from bam_merge.expressions import Normal, Orthogonal
+from bam_merge.expressions import NORMAL_REACH, Normal, Orthogonal
 from bam_merge.planning.make import plan_file
-from bam_merge.planning.router_check import NORMAL_REACH, RANGES
+from bam_merge.planning.router_check import RANGES
 from bam_merge.publishing.publish import publish
 from bam_merge.values.streams import initialise
 from bam_merge.verifying.verification import verify

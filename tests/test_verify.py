@@ -86,8 +86,12 @@ def test_public_layouts_pass(family: str, layout: str, tmp_path: Path) -> None:
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_every_make_rederives(name: str, make: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, small in (("ROWS_BYTES", 300), ("SURVEY_BINS", 8), ("SURVEY_SORTED", 16)):  # as a large tensor would be: in pieces
-        monkeypatch.setattr(f"bam_merge.verifying.rederive.{limit}", small)
+    for limit, small in (
+        ("rows.ROWS_BYTES", 300),
+        ("rederive.SURVEY_BINS", 8),
+        ("rederive.SURVEY_SORTED", 16),
+    ):  # as a large tensor would be: in pieces
+        monkeypatch.setattr(f"bam_merge.verifying.{limit}", small)
     write_sources(tmp_path, CONFIGS[name], dtype=dtype)
     rules = "rules: [{roles: [norm.final], make: mean}]"
     plan = plan_file(write_recipe(tmp_path, f"shared: {make}\n{rules}", "merge"))

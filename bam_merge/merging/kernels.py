@@ -41,14 +41,16 @@ Chunks = Callable[[], Iterator[Chunk]]
 
 @singledispatch
 def survey(method: expressions.Method, chunks: Chunks, numel: int) -> Any:
-    """What `combine` must know of the whole tensor; nothing for most methods."""
+    """What `combine` must know of the whole tensor, for records that say they are `surveyed`; nothing for the others."""
+    if method.about.surveyed:
+        raise NotImplementedError(f"merging/kernels.py surveys no {type(method).__name__}: a function under @survey.register is missing")
     return None
 
 
 @singledispatch
 def combine(method: expressions.Method, chunk: Chunk, known: Any) -> Tensor:
     """One chunk of the merged tensor [C]."""
-    raise AssertionError(f"no kernel for {type(method).__name__}")
+    raise NotImplementedError(f"merging/kernels.py merges by no {type(method).__name__}: a function under @combine.register is missing")
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------------

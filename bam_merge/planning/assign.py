@@ -10,21 +10,8 @@ from bam_merge import expressions
 from bam_merge.planning.dtype_check import ARITHMETIC_DTYPES, dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
-from bam_merge.recipe.makes import (
-    Copy,
-    DareTies,
-    Expert,
-    Initialising,
-    Linear,
-    Mean,
-    Rule,
-    Slerp,
-    TaskArithmetic,
-    Ties,
-    covers,
-    operands,
-    parse_layers,
-)
+from bam_merge.recipe.makes import Expert, Initialising, Merging
+from bam_merge.recipe.rules import Rule, covers, parse_layers
 from bam_merge.recipe.schema import Attention, Recipe, Routers
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
@@ -120,11 +107,14 @@ def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
 def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> Made:
     if isinstance(rule, Expert):
         return Made(label, tuple(models[name].tensors[site] for name in recipe.expert_names), per_expert=True)
-    names = operands(rule, recipe.distinct)
+    if not isinstance(rule, Merging):
+        raise AssertionError(f"{rule.make} makes no tensor that sources have")
+    names = rule.operands(recipe.distinct)
+    method = rule.method(names, site, recipe.random_seed)
     parts = tuple((name, models[name].tensors[site]) for name in names)
-    if len(parts) == 1 and isinstance(rule, Copy | Mean):  # the mean of one tensor is that tensor
+    if method is None:
         return Made(label, (parts[0][1],))
-    base = (rule.base, models[rule.base].tensors[site]) if isinstance(rule, TaskArithmetic | Ties | DareTies) else None
+    base = (rule.from_base, models[rule.from_base].tensors[site]) if rule.from_base else None
     dtypes = {expr.dtype for _, expr in (*parts, *((base,) if base else ()))}
     unfit = sorted(dtypes - set(ARITHMETIC_DTYPES))
     if unfit:
@@ -133,28 +123,7 @@ def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[st
         if not any(text.startswith(where) and why in text for text in problems):  # one message for all tensors of a rule
             problems.append(f"{where}{parts[0][1]}{why}Use make: copy, or sources in full precision.")
     dtype = next(dtype for dtype in (*ARITHMETIC_DTYPES, *unfit) if dtype in dtypes)
-    return Made(label, (expressions.Merge(_method(rule, names, site, recipe), parts, base, dtype, parts[0][1].shape),))
-
-
-def _method(rule: Rule, names: tuple[str, ...], site: Site, recipe: Recipe) -> expressions.Method:
-    weights = tuple((getattr(rule, "weights", None) or {}).get(name, 1.0) for name in names)
-    match rule:
-        case Mean():
-            return expressions.Mean()
-        case Linear():
-            return expressions.Linear(weights)
-        case Slerp():
-            return expressions.Slerp(rule.t)
-        case TaskArithmetic():
-            return expressions.TaskArithmetic(weights, rule.scale)
-        case Ties():
-            return expressions.Ties(rule.density, weights, rule.scale)
-        case DareTies():
-            role, layer = site
-            streams = tuple(f"dare:{name}:{role}:{layer}" for name in names)
-            return expressions.DareTies(rule.density, weights, rule.scale, recipe.random_seed, streams)
-        case _:
-            raise AssertionError(f"{type(rule).__name__} is no merge method")
+    return Made(label, (expressions.Merge(method, parts, base, dtype, parts[0][1].shape),))
 
 
 def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel, problems: list[str]) -> Made:

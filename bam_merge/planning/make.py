@@ -21,7 +21,7 @@ from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
-from bam_merge.recipe.makes import parse_size
+from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.dense import DenseModel, Site

@@ -93,17 +93,13 @@ class Plan:
         return sum(prod(part.shape) * DTYPE_BITS[part.dtype] // 8 for step in self.steps for part in expressions.leaves(step.expr))
 
     def peak_memory(self, workers: int = 2) -> int:
-        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand, stored and widened.
-
-        TIES and DARE-TIES keep every operand's difference, trimmed and weighted, besides.
-        """
+        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result."""
         per_element = 0
         for step in self.steps:
             merges = [part for part in expressions.parts(step.expr) if isinstance(part, expressions.Merge)]
             for merge in merges:
                 operands = len(merge.operands) + (merge.base is not None)
-                extra = 24 * operands if isinstance(merge.method, expressions.Ties | expressions.DareTies) else 0
-                per_element = max(per_element, 8 * operands + 16 + extra)
+                per_element = max(per_element, merge.method.about.operand_bytes * operands + 16)
         return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16))
 
     def document(self, workers: int = 2) -> dict[str, Any]:

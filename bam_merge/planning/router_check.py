@@ -9,10 +9,6 @@ RANGES = {
 """The smallest and largest numbers that a router stored in a dtype can hold; float64 ones are drawn in float32."""
 
 
-NORMAL_REACH = 12.1
-"""No sample of numpy's polar method is more standard deviations out: sqrt(-2 ln r2), where r2 is 2**-104 or more."""
-
-
 LARGEST_SUM = 2.0**128 / 1e8
 """What a router's logits allow: sums of hidden_size products with normed hidden states, which must be finite in float32."""
 
@@ -20,20 +16,10 @@ LARGEST_SUM = 2.0**128 / 1e8
 def router_problem(init: expressions.Init, dtype: str) -> str | None:
     """Why `init`, stored as `dtype`, cannot be what it is called, in words that follow the recipe's key; None where it can."""
     experts, width = init.shape
-    match init.method:
-        case expressions.Orthogonal() if experts > width:
-            return (
-                f"orthogonal: {experts} experts, hidden_size is {width}: at most {width} rows of {width} numbers can be orthogonal. "
-                f"Use at most {width} experts, or init: normal."
-            )
-        case expressions.Orthogonal(gain):
-            key, scale, reach = "gain", gain, gain
-        case expressions.Uniform(bound) if bound is not None:
-            key, scale, reach = "bound", bound, bound
-        case expressions.Normal(std):
-            key, scale, reach = "std", std, NORMAL_REACH * std
-        case _:
-            return None
+    misfit, size = init.method.misfit(experts, width), init.method.size()
+    if misfit or size is None:
+        return misfit
+    key, scale, reach = size
     smallest, largest = RANGES.get(dtype, RANGES["F32"])
     largest = min(largest, LARGEST_SUM)
     where = f"{key} {scale:g}"

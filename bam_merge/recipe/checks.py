@@ -7,21 +7,8 @@ from typing import TYPE_CHECKING, Any
 from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
-from bam_merge.recipe.makes import (
-    Copy,
-    DareTies,
-    Expert,
-    Initialising,
-    Linear,
-    Slerp,
-    TaskArithmetic,
-    Ties,
-    covers,
-    named_sources,
-    operands,
-    parse_layers,
-    parse_size,
-)
+from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging
+from bam_merge.recipe.rules import covers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
 
@@ -42,7 +29,7 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     yield from _make(recipe, recipe.shared, ("shared",))
     for index, rule in enumerate(recipe.rules):
         yield from _rule(recipe, rule, ("rules", index))
-    used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) for name in named_sources(make))}
+    used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging) for name in make.named)}
     for name in recipe.sources:
         if name not in used:
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
@@ -103,23 +90,13 @@ def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
 
 
 def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
-    for name in dict.fromkeys(named_sources(make)):
+    if not isinstance(make, Merging):
+        return
+    for name in dict.fromkeys(make.named):
         if name not in recipe.sources:
             yield path, f"names the source {printable(name)!r}, which is not among the sources{nearest(name, recipe.sources)}"
-    if isinstance(make, Linear):
-        total = sum(make.weights.values())
-        if abs(total - 1) > 1e-6:
-            yield (
-                (*path, "weights"),
-                f"sum to {total:g}, expected 1, or the tensor's scale would change. (task_arithmetic scales differences.)",
-            )
-    if isinstance(make, Slerp) and make.from_[0] == make.from_[1]:
-        yield (*path, "from"), "slerp needs two different sources."
-    if isinstance(make, TaskArithmetic | Ties | DareTies):
-        if make.base in (make.weights or ()):
-            yield (*path, "weights"), f"{printable(make.base)} is the base; its difference from itself is zero. Remove it."
-        if not operands(make, recipe.distinct):
-            yield path, f"no source but the base {printable(make.base)} is left to merge. Name others in experts or weights."
+    for key, text in make.problems(recipe.distinct):
+        yield (*path, *([key] if key else [])), text
 
 
 def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
@@ -137,7 +114,7 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
             )
         routers = [role.startswith("router.") for role in matched]
         if isinstance(rule, Initialising) and not all(routers):
-            yield (*path, "roles", index), f"{rule.make} initialises routers only, {printable(pattern)!r} covers other tensors."
+            yield (*path, "roles", index), f"{rule.record.name} initialises routers only, {printable(pattern)!r} covers other tensors."
         if not isinstance(rule, Initialising) and any(routers):
             yield (*path, "roles", index), f"{printable(pattern)!r} covers routers, which no source has. Give them a rule of their own."
     if isinstance(rule, Expert) and recipe.method == "merge":

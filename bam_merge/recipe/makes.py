@@ -1,13 +1,15 @@
-"""Makes: the ways in which a recipe can ask for a tensor to be made, and the rules that ask for them."""
+"""Makes: the ways in which a recipe can ask for a tensor to be made. A class defined here is offered by every recipe (rules.py)."""
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field
 
 from bam_merge import expressions
 from bam_merge.text import printable
+
+Site = tuple[str, int | None]
+"""Role and layer of a tensor; the layer is None where the model has one of it."""
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -49,211 +51,210 @@ class Expert(Strict):
     make: Literal["expert"]
 
 
-class Copy(Strict):
+class Merging(Strict):
+    """A make that makes one tensor of several. One with a `base` is for methods of differences, one with `weights` names its operands."""
+
+    record: ClassVar[type[expressions.Method] | None]
+    """The method's record; None for what only copies."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a make that says less than is asked of it, or other than its record."""
+        if not hasattr(cls, "record"):
+            raise TypeError(f"{cls.__name__} lacks `record: ClassVar = expressions....`, the record of its method")
+        if cls.record is None:
+            return
+        if get_args(cls.model_fields["make"].annotation) != (cls.record.name,):
+            raise TypeError(f"{cls.__name__} must be called {cls.record.name} in a recipe, as its record is in a plan")
+        needed, key = cls.record.about.base, "base" in cls.model_fields
+        if needed != key:
+            raise TypeError(f"{cls.__name__} has {'a' if key else 'no'} key base, {cls.record.__name__} has base={needed}")
+        if cls.method is Merging.method:
+            raise TypeError(f"{cls.__name__} lacks `method`, which makes its record")
+
+    def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
+        """The sources that are combined, base apart; `distinct` are the distinct sources among the experts."""
+        return tuple(getattr(self, "weights", None) or (name for name in distinct if name != self.from_base))
+
+    @property
+    def from_base(self) -> str | None:
+        """The source from which differences are taken, if they are."""
+        base: str | None = getattr(self, "base", None)
+        return base
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The sources that the recipe names in it: the base, and the operands that it has whatever the experts are."""
+        return (*([self.from_base] if self.from_base else []), *self.operands(()))
+
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Method | None:
+        """The record by which the operands `names` are merged at `site`; None where the one operand is the result as it is."""
+        raise NotImplementedError
+
+    def weighed(self, names: tuple[str, ...]) -> tuple[float, ...]:
+        """The weight of each operand; 1 where the recipe gives none."""
+        weights = getattr(self, "weights", None) or {}
+        return tuple(weights.get(name, 1.0) for name in names)
+
+    def problems(self, distinct: tuple[str, ...]) -> Iterator[tuple[str | None, str]]:
+        """(key, message) of what is wrong with the keys together; key None is the make as a whole."""
+        base = self.from_base
+        if base is None:
+            return
+        if base in (getattr(self, "weights", None) or ()):
+            yield "weights", f"{printable(base)} is the base; its difference from itself is zero. Remove it."
+        if not self.operands(distinct):
+            yield None, f"no source but the base {printable(base)} is left to merge. Name others in experts or weights."
+
+
+class Mean(Merging):
+    """Uniform mean over the distinct sources among the experts."""
+
+    record: ClassVar = expressions.Mean
+    make: Literal["mean"]
+
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Mean | None:
+        return expressions.Mean() if len(names) > 1 else None
+
+
+class Copy(Merging):
     """The tensor of one source."""
 
+    record: ClassVar = None
     make: Literal["copy"]
     from_: str = Field(alias="from", description="name of the source")
 
+    def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
+        return (self.from_,)
 
-class Mean(Strict):
-    """Uniform mean over the distinct sources among the experts."""
-
-    make: Literal["mean"]
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> None:
+        return None
 
 
-class Linear(Strict):
+class Linear(Merging):
     """Weighted sum; the weights must sum to one."""
 
+    record: ClassVar = expressions.Linear
     make: Literal["linear"]
     weights: Weights = Field(description="source: weight")
 
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Linear:
+        return expressions.Linear(self.weighed(names))
 
-class Slerp(Strict):
+    def problems(self, distinct: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        total = sum(self.weights.values())
+        if abs(total - 1) > 1e-6:
+            yield "weights", f"sum to {total:g}, expected 1, or the tensor's scale would change. (task_arithmetic scales differences.)"
+
+
+class Slerp(Merging):
     """Spherical interpolation between two sources."""
 
+    record: ClassVar = expressions.Slerp
     make: Literal["slerp"]
     from_: Annotated[tuple[str, str], Field(strict=False)] = Field(alias="from", description="the two sources: t=0 and t=1")
     t: Fraction
 
+    def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
+        return self.from_
 
-class TaskArithmetic(Strict):
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Slerp:
+        return expressions.Slerp(self.t)
+
+    def problems(self, distinct: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        if self.from_[0] == self.from_[1]:
+            yield "from", "slerp needs two different sources."
+
+
+class TaskArithmetic(Merging):
     """base + scale * sum of weighted differences from base."""
 
+    record: ClassVar = expressions.TaskArithmetic
     make: Literal["task_arithmetic"]
     base: str
     weights: Weights | None = Field(default=None, description="source: weight of its difference; default 1 for every other expert")
     scale: Finite = 1.0
 
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.TaskArithmetic:
+        return expressions.TaskArithmetic(self.weighed(names), self.scale)
 
-class Ties(Strict):
+
+class Ties(Merging):
     """TIES: trim, elect sign, merge what agrees."""
 
+    record: ClassVar = expressions.Ties
     make: Literal["ties"]
     base: str
     density: Density = Field(description="share of each difference that is kept, the largest entries")
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
     scale: Finite = 1.0
 
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Ties:
+        return expressions.Ties(self.density, self.weighed(names), self.scale)
 
-class DareTies(Strict):
+
+class DareTies(Merging):
     """DARE then TIES: drop entries at random, rescale, elect sign, merge what agrees."""
 
+    record: ClassVar = expressions.DareTies
     make: Literal["dare_ties"]
     base: str
     density: Density = Field(description="probability that an entry of a difference is kept")
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
     scale: Finite = 1.0
 
+    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.DareTies:
+        role, layer = site
+        streams = tuple(f"dare:{name}:{role}:{layer}" for name in names)
+        return expressions.DareTies(self.density, self.weighed(names), self.scale, random_seed, streams)
 
-class _Normal(Strict):
-    std: Positive = 0.02
+
+# ---- initialisers: what no source has --------------------------------------------------------------------------------------
+
+
+class Initialising(Strict):
+    """A make that draws a new tensor: `make` in a rule, `init` in the router section; both are named as its record is (rules.py)."""
+
+    record: ClassVar[type[expressions.Initialiser]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse one that says less than is asked of it."""
+        if not hasattr(cls, "record"):
+            raise TypeError(f"{cls.__name__} lacks `record: ClassVar = expressions....`, the record of the initialiser")
+        if cls.initialiser is Initialising.initialiser:
+            raise TypeError(f"{cls.__name__} lacks `initialiser`, which makes its record")
 
     def initialiser(self) -> expressions.Initialiser:
+        raise NotImplementedError
+
+
+class Normal(Initialising):
+    record: ClassVar = expressions.Normal
+    std: Positive = 0.02
+
+    def initialiser(self) -> expressions.Normal:
         return expressions.Normal(self.std)
 
 
-class _Uniform(Strict):
+class Uniform(Initialising):
+    record: ClassVar = expressions.Uniform
     bound: Positive | None = Field(default=None, description="uniform on [-bound, bound]; default 1/sqrt(hidden_size)")
 
-    def initialiser(self) -> expressions.Initialiser:
+    def initialiser(self) -> expressions.Uniform:
         return expressions.Uniform(self.bound)
 
 
-class _Zeros(Strict):
-    def initialiser(self) -> expressions.Initialiser:
+class Zeros(Initialising):
+    record: ClassVar = expressions.Zeros
+
+    def initialiser(self) -> expressions.Zeros:
         return expressions.Zeros()
 
 
-class _Orthogonal(Strict):
+class Orthogonal(Initialising):
+    record: ClassVar = expressions.Orthogonal
     gain: Positive = Field(default=1.0, description="length of each row")
 
-    def initialiser(self) -> expressions.Initialiser:
+    def initialiser(self) -> expressions.Orthogonal:
         return expressions.Orthogonal(self.gain)
-
-
-class Normal(_Normal):
-    make: Literal["normal"]
-
-
-class Uniform(_Uniform):
-    make: Literal["uniform"]
-
-
-class Zeros(_Zeros):
-    make: Literal["zeros"]
-
-
-class Orthogonal(_Orthogonal):
-    make: Literal["orthogonal"]
-
-
-class RouterNormal(_Normal):
-    init: Literal["normal"]
-
-
-class RouterUniform(_Uniform):
-    init: Literal["uniform"]
-
-
-class RouterZeros(_Zeros):
-    init: Literal["zeros"]
-
-
-class RouterOrthogonal(_Orthogonal):
-    init: Literal["orthogonal"]
-
-
-RouterInit = RouterNormal | RouterUniform | RouterZeros | RouterOrthogonal
-
-
-OneInit = Annotated[RouterInit, Field(discriminator="init")]
-
-
-class Selector(Strict):
-    roles: Names = Field(description="roles or globs such as attn.*; a weight's role covers its bias")
-    layers: Integer | str | None = Field(default=None, description='layers such as 3, "0-3", "0,4-7" or "20-" (to the last)')
-
-
-Merging = Mean | Copy | Linear | Slerp | TaskArithmetic | Ties | DareTies
-
-
-Initialising = Normal | Uniform | Zeros | Orthogonal
-
-
-Make = Expert | Merging | Initialising
-
-
-if TYPE_CHECKING:
-
-    class Rule(Selector):
-        """One of `rules`: a make with the roles and layers it is for."""
-
-        make: str
-else:  # for every make a class that has the make's keys and the selector's
-    Rule = Annotated[
-        Union[tuple(create_model(f"{make.__name__}Rule", __base__=(Selector, make)) for make in get_args(Make))],  # noqa: UP007
-        Field(discriminator="make"),
-    ]
-
-
-# ---- what one can ask of a make or rule --------------------------------------------------------------------------------
-
-
-def named_sources(make: Any) -> Iterator[str]:
-    """The sources that a make or rule names."""
-    if isinstance(make, Copy):
-        yield make.from_
-    if isinstance(make, Slerp):
-        yield from make.from_
-    if isinstance(make, TaskArithmetic | Ties | DareTies):
-        yield make.base
-    yield from getattr(make, "weights", None) or ()
-
-
-def operands(make: Any, distinct: tuple[str, ...]) -> tuple[str, ...]:
-    """The sources that a merging `make` combines, base apart; `distinct` are the distinct sources among the experts."""
-    if isinstance(make, Copy):
-        return (make.from_,)
-    if isinstance(make, Slerp):
-        return make.from_
-    if isinstance(make, Mean):
-        return distinct
-    return tuple(make.weights or (name for name in distinct if name != make.base))
-
-
-def covers(pattern: str, role: str) -> bool:
-    """Whether a rule's role pattern covers `role`: by glob, and a weight's pattern covers its bias."""
-    return fnmatchcase(role, pattern) or fnmatchcase(role.removesuffix(".bias"), pattern)
-
-
-def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
-    """The layer indices that `layers` names, of a model with `count` layers. Raises ValueError."""
-    if text is None:
-        return range(count)
-    chosen: set[int] = set()
-    for part in str(text).split(","):
-        first, dash, last = part.strip().partition("-")
-        if not part.isascii() or not first.isdecimal() or (last and not last.isdecimal()) or len(part) > 20:
-            raise ValueError(f'{printable(repr(text))} is no layer range; write 3, "0-3", "0,4-7" or "20-".')
-        end = int(last) if last else count - 1 if dash else int(first)
-        if int(first) > end:
-            raise ValueError(f"{printable(part.strip())!r} is an empty layer range.")
-        if end >= count:
-            raise ValueError(f"layer {end} does not exist; the model's layers are 0 to {count - 1}.")
-        chosen.update(range(int(first), end + 1))
-    return frozenset(chosen)
-
-
-def parse_size(text: int | str) -> int:
-    """Bytes of a size such as 5GB, 500MB or 2GiB. Raises ValueError."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    number = str(text).strip()
-    unit = number.lstrip("0123456789.")
-    try:
-        size = int(float(number[: len(number) - len(unit)]) * units[unit.strip().upper()])
-    except (KeyError, ValueError, OverflowError):
-        raise ValueError(f"{printable(repr(text), 60)} is no size; write for example 5GB, 500MB or 2GiB.") from None
-    if not 1 <= size < 2**63:
-        raise ValueError(f"{printable(repr(text), 60)} is no size of a file.")
-    return size

@@ -1,28 +1,15 @@
 """The recipe: what to merge from what, typed and strict. Every wrong key, type or name is reported with its place."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from bam_merge import expressions
 from bam_merge.errors import RecipeError
 from bam_merge.paths import located, relative
-from bam_merge.recipe.makes import (
-    Count,
-    Integer,
-    Mean,
-    Merging,
-    Names,
-    OneInit,
-    Positive,
-    RouterNormal,
-    RouterOrthogonal,
-    RouterUniform,
-    RouterZeros,
-    Rule,
-    Strict,
-)
+from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
+from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
 
@@ -39,23 +26,26 @@ class Ffn(Strict):
     gate_scale: Positive = 1.0
 
 
+NORMAL = ROUTER_INITS["normal"].model_validate({"init": "normal"})
+"""What a router is where a recipe says nothing."""
+
+
 class Routers(Strict):
-    attention: OneInit = RouterNormal(init="normal")
-    ffn: OneInit = RouterNormal(init="normal")
+    attention: OneInit = NORMAL
+    ffn: OneInit = NORMAL
 
 
 def _init_or_both(value: Any) -> str:
     return str(value["init"]) if isinstance(value, dict) and "init" in value else getattr(value, "init", "both")
 
 
-RouterSection = Annotated[
-    Annotated[RouterNormal, Tag("normal")]
-    | Annotated[RouterUniform, Tag("uniform")]
-    | Annotated[RouterZeros, Tag("zeros")]
-    | Annotated[RouterOrthogonal, Tag("orthogonal")]
-    | Annotated[Routers, Tag("both")],
-    Discriminator(_init_or_both),
-]
+if TYPE_CHECKING:
+    RouterSection = Initialising | Routers
+else:
+    RouterSection = Annotated[
+        Union[tuple(Annotated[init, Tag(name)] for name, init in (*ROUTER_INITS.items(), ("both", Routers)))],  # noqa: UP007
+        Discriminator(_init_or_both),
+    ]
 
 
 class Output(Strict):
@@ -74,7 +64,7 @@ class Recipe(Strict):
     attention: Attention | None = Field(default=None, description="method bam only")
     ffn: Ffn | None = None
     router: RouterSection | None = Field(default=None, description="both routers, or {attention: ..., ffn: ...}")
-    shared: Annotated[Merging, Field(discriminator="make")] = Field(
+    shared: AnyMerging = Field(
         default=Mean(make="mean"), description="how a tensor without an expert axis is made; for method merge: every tensor"
     )
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = Field(
@@ -145,7 +135,7 @@ class Recipe(Strict):
             gate = "topk_then_softmax" if renormalised else "softmax_then_topk"
             document["ffn"] = {"top_k": top_k, "gate": gate, "gate_scale": (self.ffn or Ffn()).gate_scale}
             if not isinstance(self.router, Routers):
-                both = (self.router or RouterNormal(init="normal")).model_dump(mode="json", exclude_none=True)
+                both = (self.router or NORMAL).model_dump(mode="json", exclude_none=True)
                 document["router"] = {"attention": both, "ffn": both}
         if self.method == "bam":
             document["attention"] = (self.attention or Attention()).model_dump(mode="json", exclude_none=True)

@@ -1,5 +1,6 @@
 """Seeded randomness: every random tensor is drawn from a generator that its seed and name alone decide."""
 
+from functools import singledispatch
 from typing import Any
 
 import numpy
@@ -10,6 +11,9 @@ from torch import Tensor
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Shape
 
+Values = numpy.ndarray[Any, Any]
+
+
 # ---- randomness ----------------------------------------------------------------------------------------------------------------
 
 
@@ -18,7 +22,7 @@ def _key(seed: int, name: str) -> int:
     return xxhash.xxh3_128_intdigest(f"{seed}:{name}".encode())
 
 
-def uniforms(seed: int, name: str, start: int, count: int) -> "numpy.ndarray[Any, Any]":
+def uniforms(seed: int, name: str, start: int, count: int) -> Values:
     """Elements [start, start + count) of the stream of uniform numbers in [0, 1) called `name`.
 
     Philox (Salmon et al., SC 2011) is counter-based, so any part of the stream can be had without the rest: one counter step
@@ -35,17 +39,41 @@ def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: s
 
     numpy's legacy stream is used because it is frozen for good (NEP 19), so that the same recipe gives the same bytes anywhere.
     """
-    random = numpy.random.RandomState(numpy.random.Philox(key=_key(seed, name)))
-    match method:
-        case expressions.Normal(std):
-            values = random.standard_normal(shape) * std
-        case expressions.Uniform(bound):
-            values = (2 * random.random_sample(shape) - 1) * (shape[-1] ** -0.5 if bound is None else bound)
-        case expressions.Zeros():
-            values = numpy.zeros(shape)
-        case expressions.Ones():
-            values = numpy.ones(shape)
-        case expressions.Orthogonal(gain):
-            q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
-            values = (q * numpy.sign(numpy.diag(r))).T * gain  # the sign makes the distribution uniform (Mezzadri 2007)
-    return torch.from_numpy(numpy.ascontiguousarray(values)).to(dtype)
+    return torch.from_numpy(numpy.ascontiguousarray(drawn(method, generator(seed, name), shape))).to(dtype)
+
+
+def generator(seed: int, name: str) -> numpy.random.RandomState:
+    """The legacy generator that `seed` and `name` alone decide."""
+    return numpy.random.RandomState(numpy.random.Philox(key=_key(seed, name)))
+
+
+@singledispatch
+def drawn(method: expressions.Initialiser, random: numpy.random.RandomState, shape: Shape) -> Values:
+    """The float64 values that an initialiser draws, one function per record."""
+    raise NotImplementedError(f"values/streams.py draws no {type(method).__name__}: a function under @drawn.register is missing")
+
+
+@drawn.register
+def normal(method: expressions.Normal, random: numpy.random.RandomState, shape: Shape) -> Values:
+    return random.standard_normal(shape) * method.std
+
+
+@drawn.register
+def uniform(method: expressions.Uniform, random: numpy.random.RandomState, shape: Shape) -> Values:
+    return (2 * random.random_sample(shape) - 1) * (shape[-1] ** -0.5 if method.bound is None else method.bound)
+
+
+@drawn.register
+def zeros(method: expressions.Zeros, random: numpy.random.RandomState, shape: Shape) -> Values:
+    return numpy.zeros(shape)
+
+
+@drawn.register
+def ones(method: expressions.Ones, random: numpy.random.RandomState, shape: Shape) -> Values:
+    return numpy.ones(shape)
+
+
+@drawn.register
+def orthogonal(method: expressions.Orthogonal, random: numpy.random.RandomState, shape: Shape) -> Values:
+    q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
+    return (q * numpy.sign(numpy.diag(r))).T * method.gain  # the sign makes the distribution uniform (Mezzadri 2007)

@@ -1,142 +1,35 @@
-"""A second, slow way to the same tensors: whole blocks of rows in float64, read with the safetensors library.
+"""A second, slow way to the same tensors: whole blocks of rows in float64, read with the safetensors library. One function per record.
 
-verify compares what a merge wrote with this. It shares no code with the way a merge is executed: another reader, another
-arithmetic, another precision. Formulas are those of ops.py's records.
+verify compares what a merge wrote with this. It shares no code with the way a merge is executed, the generators of random numbers
+apart: another reader, another arithmetic, another precision. Formulas are those of the records in expressions.py.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import singledispatch
 from typing import Any
 
+import numpy
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from bam_merge import expressions
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Shape, Slice, numel
-from bam_merge.planning.plan import Plan
-from bam_merge.values.streams import initialise, uniforms
+from bam_merge.checkpoints.pieces import Shape, numel
+from bam_merge.values.streams import generator, uniforms
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.election import elect
 from bam_merge.verifying.rounding import Derived, Other
-
-ROWS_BYTES = 2**20
-"""Bytes of one source tensor, as stored, that are compared at a time."""
-
-
-MAPPED_BYTES = 2**23
-"""Bytes that are read of a file before it is opened anew."""
-
+from bam_merge.verifying.rows import SourceTensors, concat_runs, row_blocks
 
 SURVEY_BINS, SURVEY_SORTED = 2**12, 2**20
 """Bins of a histogram, and the most elements that are sorted, where a whole tensor is searched for a threshold."""
 
 
-class RowReader:
-    """Rows of tensors in safetensors files, by the safetensors library; for one thread.
-
-    The library maps files, and the pages that were read of an open map count as this process's memory: so a file is closed after
-    MAPPED_BYTES.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[Any, int]] = {}
-
-    def read(self, path: Path, tensor: str, start: int, stop: int, dtype: str) -> Tensor:
-        """Rows [start, stop) of a stored tensor, in its own dtype; of elements smaller than a byte, which the library does not know, and
-        of truth values, which it may make 0 and 1, the bytes."""
-        if DTYPE_BITS[dtype] < 8 or dtype == "BOOL":
-            return _stored_bytes(path, tensor, start, stop, DTYPE_BITS[dtype])
-        reader, count = self._open.pop(path) if path in self._open else (_opened(path), 0)
-        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
-        if count + rows.nbytes < MAPPED_BYTES:
-            self._open[path] = (reader, count + rows.nbytes)
-        return rows
-
-
-def _stored_bytes(path: Path, tensor: str, start: int, stop: int, bits: int) -> Tensor:
-    """The bytes in which rows [start, stop) of a tensor with elements of so many bits lie."""
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(length))[tensor]
-        row = math.prod(entry["shape"][1:]) * bits
-        first, last = start * row // 8, -(-stop * row // 8)
-        stream.seek(8 + length + entry["data_offsets"][0] + first)
-        return torch.frombuffer(bytearray(stream.read(last - first)), dtype=torch.uint8)
-
-
-def _opened(path: Path) -> Any:
-    """The library's reader of a file. It takes only names that are UTF-8, so another is named by a descriptor."""
-    if os.fsencode(path) == str(path).encode(errors="replace"):
-        return safe_open(path, "pt")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return safe_open(f"/proc/self/fd/{descriptor}", "pt")
-    finally:
-        os.close(descriptor)
-
-
-class SourceTensors:
-    """Row blocks of a plan's source tensors."""
-
-    def __init__(self, plan: Plan, reader: RowReader) -> None:
-        self.plan, self.reader = plan, reader
-
-    def rows(self, read: Read, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a stored tensor, in its own dtype."""
-        checkpoint = self.plan.models[read.source].checkpoint
-        return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop, read.dtype)
-
-    def piece(self, expr: expressions.Expr, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of what only moves bytes: a stored tensor, a slice of one, several of them fused."""
-        if isinstance(expr, Read):
-            return self.rows(expr, start, stop)
-        if isinstance(expr, Slice):
-            block = expr.of.shape[0] // expr.groups
-            runs = _runs([expr.rows], start, stop)
-            pieces = [self.rows(expr.of, g * block + expr.start + a, g * block + expr.start + b) for g, _, a, b in runs]
-        else:
-            assert isinstance(expr, expressions.Concat)
-            pieces = [self.piece(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
-        return torch.cat(pieces)
-
-
-def _runs(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """Where rows [start, stop) of a fused tensor come from, whose blocks hold `rows[i]` rows of part i: (block, part, first, last)."""
-    block = sum(rows)
-    while start < stop:
-        group, offset = divmod(start, block)
-        part = 0
-        while offset >= rows[part]:
-            offset, part = offset - rows[part], part + 1
-        count = min(rows[part] - offset, stop - start)
-        yield group, part, offset, offset + count
-        start += count
-
-
-def concat_runs(expr: expressions.Concat, start: int, stop: int) -> Iterator[tuple[expressions.Expr, int, int]]:
-    """(part, first row, last row) of the pieces that make up rows [start, stop) of `expr`, in order."""
-    rows = [part.shape[0] // expr.groups for part in expr.parts]
-    for group, part, first, last in _runs(rows, start, stop):
-        yield expr.parts[part], group * rows[part] + first, group * rows[part] + last
-
-
-def row_blocks(shape: Shape, itemsize: float) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks of rows of about ROWS_BYTES."""
-    step = max(1, ROWS_BYTES // max(1, int(itemsize * math.prod(shape[1:]))))
-    yield from ((start, min(shape[0], start + step)) for start in range(0, shape[0], step))
-
-
 def rederive(expr: expressions.Expr, sources: SourceTensors, known: Mapping[int, Any], start: int, stop: int, dtype: str) -> Derived:
     """Rows [start, stop) of what `expr` means, in float64, with what rounding may make of them on the way to `dtype`."""
     if isinstance(expr, expressions.Init):
-        wide = torch.float64 if expr.dtype == "F64" else torch.float32
-        return Derived(initialise(expr.method, expr.shape, expr.seed, expr.name, wide)[start:stop].double())
+        return _initialised(expr, start, stop, dtype)
     if isinstance(expr, expressions.Concat):
         return _joined([rederive(part, sources, known, a, b, dtype) for part, a, b in concat_runs(expr, start, stop)])
     if not isinstance(expr, expressions.Merge):
@@ -144,7 +37,8 @@ def rederive(expr: expressions.Expr, sources: SourceTensors, known: Mapping[int,
     computing = COMPUTING[expressions.in_float64(expr)]
     operands = [sources.piece(operand, start, stop) for _, operand in expr.operands]
     base = sources.piece(expr.base[1], start, stop) if expr.base else None
-    derived = _merge(expr, operands, base, known.get(id(expr)), start, computing)
+    first = start * math.prod(expr.shape[1:])
+    derived = derive(expr.method, Rows(operands, base, known.get(id(expr)), first, computing))
     assert derived.slack is not None
     if dtype != "F32" or computing.dtype != "F32":  # the last operation rounds as well as the writer; in float64 ours does too
         derived.slack += derived.value.abs() * computing.unit
@@ -182,31 +76,145 @@ def _joined(parts: list[Derived]) -> Derived:
     return result
 
 
-def _merge(merge: expressions.Merge, operands: list[Tensor], base: Tensor | None, known: Any, start: int, computing: Computing) -> Derived:
-    """The merged rows. `slack` is without the last operation: so many roundings, each relative to what it rounds at most."""
-    method, count, unit = merge.method, len(operands), computing.unit
-    if base is None:
-        x_K = [x.double() for x in operands]
-        if isinstance(method, expressions.Mean):
-            return Derived(torch.stack(x_K).mean(0), _sum([1.0] * count, [x.abs() for x in x_K]) * ((count - 1) / count * unit))
-        weights, errors = (method.weights, (0.0,) * count) if isinstance(method, expressions.Linear) else known
-        sizes = [x.abs() for x in x_K]
-        slack = _sum([abs(w) * (count + 1) * unit + error for w, error in zip(weights, errors, strict=True)], sizes)
-        return Derived(_sum(weights, x_K), slack + 2 * count * computing.least)
-    # every difference is one operation, whose rounding IEEE 754 fixes: what follows is defined on the rounded differences
-    deltas = [_difference(x, base, computing) for x in operands]
-    if isinstance(method, expressions.TaskArithmetic):
-        slack = _sum([abs(method.scale * w) * (count + 4) * unit for w in method.weights], [d.abs() for d in deltas])
-        value = base.double() + method.scale * _sum(method.weights, deltas)
-        return Derived(value, slack + 2 * (count + 1) * (1 + abs(method.scale)) * computing.least)
-    assert isinstance(method, expressions.Ties | expressions.DareTies)
-    if isinstance(method, expressions.Ties):
-        kept = [d.masked_fill(d.abs() < least, 0.0) for d, least in zip(deltas, known, strict=True)]
-    else:
-        first = start * math.prod(merge.shape[1:])
-        masks = (torch.from_numpy(uniforms(method.seed, s, first, base.numel()) < method.density) for s in method.streams)
-        kept = [d.where(mask.view(d.shape), 0.0) for d, mask in zip(deltas, masks, strict=True)]
-    return elect(method, kept, base.double(), computing.unit, computing.least)
+# ---- new tensors -------------------------------------------------------------------------------------------------------------
+
+
+def _initialised(init: expressions.Init, start: int, stop: int, dtype: str) -> Derived:
+    """Rows [start, stop) of a tensor that no source has."""
+    computing = COMPUTING[init.dtype == "F64"]
+    drawn = draw(init.method, generator(init.seed, init.name), init.shape)
+    value = drawn.value[start:stop]
+    if drawn.slack is None:
+        return Derived(value.to(computing.torch).double())
+    slack = drawn.slack[start:stop] + computing.least
+    return Derived(value, slack if dtype == computing.dtype == "F32" else slack + value.abs() * computing.unit)
+
+
+@singledispatch
+def draw(method: expressions.Initialiser, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    """The whole tensor in float64, one function per record, out of the generator, which is the one thing shared with the merge. Where
+    there is no slack, it is the numbers that are drawn and no others."""
+    raise NotImplementedError(f"verifying/rederive.py draws no {type(method).__name__}: a function under @draw.register is missing")
+
+
+@draw.register
+def _normal(method: expressions.Normal, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    return Derived(torch.from_numpy(random.standard_normal(shape)) * method.std)
+
+
+@draw.register
+def _uniform(method: expressions.Uniform, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    bound = method.bound if method.bound is not None else shape[-1] ** -0.5
+    return Derived((torch.from_numpy(random.random_sample(shape)) * 2 - 1) * bound)
+
+
+@draw.register
+def _zeros(method: expressions.Zeros, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    return Derived(torch.zeros(shape, dtype=torch.float64))
+
+
+@draw.register
+def _ones(method: expressions.Ones, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    return Derived(torch.ones(shape, dtype=torch.float64))
+
+
+@draw.register
+def _orthogonal(method: expressions.Orthogonal, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    """By the definition (Gram and Schmidt), twice over for the digits that the first time loses."""
+    drawn_RC = torch.from_numpy(random.standard_normal(shape))
+    rows_RC = torch.zeros_like(drawn_RC)
+    for row, rest_C in enumerate(drawn_RC.clone()):
+        for _ in range(2):
+            rest_C -= (rows_RC[:row] @ rest_C) @ rows_RC[:row]
+        rows_RC[row] = rest_C / rest_C.norm()
+    error = float(torch.linalg.cond(drawn_RC)) * shape[-1] * 2.0**-52  # of two correct ways to the factor Q (Higham 2002, section 19.9)
+    return Derived(rows_RC * method.gain, torch.full_like(rows_RC, method.gain * error))
+
+
+# ---- merges ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same rows of every operand and of the base, as stored; `first` counts the elements before them.
+
+    `known` is what `survey_anew` gave. Roundings are measured by `computing`.
+    """
+
+    operands: list[Tensor]
+    base: Tensor | None
+    known: Any
+    first: int
+    computing: Computing
+
+    @property
+    def wide(self) -> list[Tensor]:
+        """The operands in float64."""
+        return [x.double() for x in self.operands]
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """operand - base in float64: one operation, whose rounding IEEE 754 fixes. What follows is defined on the rounded differences."""
+        assert self.base is not None
+        return [_difference(x, self.base, self.computing) for x in self.operands]
+
+    def start(self) -> Tensor:
+        """The base in float64."""
+        assert self.base is not None
+        return self.base.double()
+
+
+@singledispatch
+def derive(method: expressions.Method, rows: Rows) -> Derived:
+    """The merged rows, one function per record. Their `slack` is without the last operation: so many roundings, each relative to what it
+    rounds at most."""
+    raise NotImplementedError(f"verifying/rederive.py derives no {type(method).__name__}: a function under @derive.register is missing")
+
+
+@derive.register
+def _mean(method: expressions.Mean, rows: Rows) -> Derived:
+    count, x_K = len(rows.operands), rows.wide
+    return Derived(torch.stack(x_K).mean(0), _sum([1.0] * count, [x.abs() for x in x_K]) * ((count - 1) / count * rows.computing.unit))
+
+
+@derive.register
+def _linear(method: expressions.Linear, rows: Rows) -> Derived:
+    return _weighted(method.weights, (0.0,) * len(method.weights), rows)
+
+
+@derive.register
+def _slerp(method: expressions.Slerp, rows: Rows) -> Derived:
+    weights, errors = rows.known
+    return _weighted(weights, errors, rows)
+
+
+def _weighted(weights: Sequence[float], errors: Sequence[float], rows: Rows) -> Derived:
+    """The sum of the operands by weights, each of which may be off by so much."""
+    count, x_K, computing = len(rows.operands), rows.wide, rows.computing
+    shares = [abs(w) * (count + 1) * computing.unit + error for w, error in zip(weights, errors, strict=True)]
+    return Derived(_sum(weights, x_K), _sum(shares, [x.abs() for x in x_K]) + 2 * count * computing.least)
+
+
+@derive.register
+def _task_arithmetic(method: expressions.TaskArithmetic, rows: Rows) -> Derived:
+    count, deltas, computing = len(rows.operands), rows.deltas, rows.computing
+    slack = _sum([abs(method.scale * w) * (count + 4) * computing.unit for w in method.weights], [d.abs() for d in deltas])
+    value = rows.start() + method.scale * _sum(method.weights, deltas)
+    return Derived(value, slack + 2 * (count + 1) * (1 + abs(method.scale)) * computing.least)
+
+
+@derive.register
+def _ties(method: expressions.Ties, rows: Rows) -> Derived:
+    kept = [d.masked_fill(d.abs() < least, 0.0) for d, least in zip(rows.deltas, rows.known, strict=True)]
+    return elect(method, kept, rows.start(), rows.computing.unit, rows.computing.least)
+
+
+@derive.register
+def _dare_ties(method: expressions.DareTies, rows: Rows) -> Derived:
+    start = rows.start()
+    masks = (torch.from_numpy(uniforms(method.seed, s, rows.first, start.numel()) < method.density) for s in method.streams)
+    kept = [d.where(mask.view(d.shape), 0.0) for d, mask in zip(rows.deltas, masks, strict=True)]
+    return elect(method, kept, start, rows.computing.unit, rows.computing.least)
 
 
 def _difference(x: Tensor, base: Tensor, computing: Computing) -> Tensor:
@@ -218,22 +226,28 @@ def _sum(weights: Sequence[float], x_K: Sequence[Tensor]) -> Tensor:
     return (torch.stack(list(x_K)) * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * x_K[0].dim())).sum(0)
 
 
+@singledispatch
+def survey_anew(method: expressions.Method, node: expressions.Merge, sources: SourceTensors) -> Any:
+    """What a method must know of whole tensors, for records that say they are `surveyed`, from blocks of rows."""
+    raise NotImplementedError(
+        f"verifying/rederive.py surveys no {type(method).__name__}: a function under @survey_anew.register is missing"
+    )
+
+
 def survey_all(expr: expressions.Expr, sources: SourceTensors) -> dict[int, Any]:
-    """What slerp and TIES must know of whole tensors, by the identity of the Merge, from blocks of rows: an angle, thresholds."""
-    known: dict[int, Any] = {}
-    for node in expressions.parts(expr):
-        if not isinstance(node, expressions.Merge) or not isinstance(node.method, expressions.Slerp | expressions.Ties):
-            continue
-        if isinstance(node.method, expressions.Slerp):
-            known[id(node)] = _slerp_weights(node.method.t, node, sources)
-        else:
-            assert node.base is not None
-            keep = max(1, math.floor(node.method.density * numel(node)))
-            known[id(node)] = [
-                0.0 if keep >= numel(node) else kth_largest(_differences(node, operand, node.base[1], sources), keep)
-                for _, operand in node.operands
-            ]
-    return known
+    """What `survey_anew` gives for every merge in `expr` whose method surveys, by the identity of the Merge."""
+    merges = (node for node in expressions.parts(expr) if isinstance(node, expressions.Merge))
+    return {id(node): survey_anew(node.method, node, sources) for node in merges if node.method.about.surveyed}
+
+
+@survey_anew.register
+def _thresholds(method: expressions.Ties, node: expressions.Merge, sources: SourceTensors) -> list[float]:
+    """The magnitude from which each operand's differences are kept."""
+    assert node.base is not None
+    keep = max(1, math.floor(method.density * numel(node)))
+    if keep >= numel(node):
+        return [0.0] * len(node.operands)
+    return [kth_largest(_differences(node, operand, node.base[1], sources), keep) for _, operand in node.operands]
 
 
 def _blocks(node: expressions.Merge) -> Iterator[tuple[int, int]]:
@@ -244,8 +258,10 @@ ANGLE_ERROR = 2.0**-50
 """How much two correct ways to the cosine of an angle between tensors may differ."""
 
 
-def _slerp_weights(t: float, node: expressions.Merge, sources: SourceTensors) -> tuple[list[float], list[float]]:
+@survey_anew.register
+def _slerp_weights(method: expressions.Slerp, node: expressions.Merge, sources: SourceTensors) -> tuple[list[float], list[float]]:
     """The two weights, and how much each may differ for the rounding of the angle: near opposite tensors that is a lot."""
+    t = method.t
     sums: list[list[float]] = []
     for start, stop in _blocks(node):
         a, b = (sources.piece(operand, start, stop).double().flatten() for _, operand in node.operands)

@@ -24,9 +24,10 @@ from bam_merge.text import printable, some
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.values.threads import available_processors
 from bam_merge.values.torch_threads import one_torch_thread
-from bam_merge.verifying.rederive import RowReader, SourceTensors, rederive, row_blocks, survey_all
+from bam_merge.verifying.rederive import rederive, survey_all
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.rounding import worst
+from bam_merge.verifying.rows import RowReader, SourceTensors, row_blocks
 
 
 def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
