@@ -1,6 +1,7 @@
 """Every merge method on tensors small enough to work out by hand, and the properties that its paper states."""
 
 import math
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bam_merge import expressions
+from bam_merge.checkpoints.pieces import Read
 from bam_merge.merging.kernels import Chunk, combine, survey, ties_thresholds
 from bam_merge.values.streams import initialise
+from bam_merge.values.tensors import TORCH_DTYPES, rounded
+from bam_merge.verifying.rederive import rederive, survey_all
+from bam_merge.verifying.rounding import worst
 
 
 def run(method: expressions.Method, operands: list[list[float]], base: list[float] | None = None, chunk: int = 2) -> list[float]:
@@ -27,8 +32,73 @@ def run(method: expressions.Method, operands: list[list[float]], base: list[floa
     return torch.cat([combine(method, piece, known) for piece in chunks()]).tolist()
 
 
-def test_mean() -> None:
-    assert run(expressions.Mean(), [[1, 2, 3], [3, 4, 8]]) == [2.0, 3.0, 5.5]
+class ByHand(NamedTuple):
+    """A merge small enough to work out by hand, in the numbers that float32 holds exactly but for slerp's."""
+
+    method: Any
+    operands: list[list[float]]
+    base: list[float] | None
+    expected: list[float]
+
+
+BY_HAND = {
+    "mean": ByHand(expressions.Mean(), [[1, 2, 3], [3, 4, 8]], None, [2.0, 3.0, 5.5]),
+    "linear": ByHand(expressions.Linear((0.25, 0.75)), [[4, 8], [0, 4]], None, [1.0, 5.0]),
+    # a right angle: at t = 1/3 the weights are sin 60 and sin 30
+    "slerp": ByHand(expressions.Slerp(1 / 3), [[2, 0], [0, 2]], None, [2 * math.sin(math.pi / 3), 2 * math.sin(math.pi / 6)]),
+    # base + scale * (w1 (x1 - base) + w2 (x2 - base))
+    "task_arithmetic": ByHand(expressions.TaskArithmetic((1.0, 0.5), 2.0), [[2, 1], [1, 5]], [1, 1], [3.0, 5.0]),
+    # base 0, density 1/2 of six entries: each operand keeps its three largest.
+    # trimmed  [5, 0, -3, 0, 0, 2]   (kept |5|, |3|, |2|)
+    #          [4, 0, 6, 0, -7, 0]   (kept |4|, |6|, |7|)
+    # sums     [9, 0, 3, 0, -7, 2]   signs + . + . - +; means of what agrees, by weights 3 and 1 where both do: (3*5 + 4)/4; times 2
+    "ties": ByHand(
+        expressions.Ties(0.5, (3.0, 1.0), 2.0), [[5, 1, -3, 0.5, 1, 2], [4, 1, 12, 1, -7, -0.5]], [0] * 6, [9.5, 0.0, 24.0, 0.0, -14.0, 4.0]
+    ),
+    # the streams of seed 0 begin .41 .24 .14 .64 and .63 .54 .54 .51, so at density 5/8 the kept are [5, 10, -5, 0] and [0, 5, 10, -15];
+    # sums [5, 20, 15, -30] by weights 1 and 2; weighted means of what agrees [5, 20/3, 10, -15], divided by 5/8, times 3/8
+    "dare_ties": ByHand(
+        expressions.DareTies(0.625, (1.0, 2.0), 0.375, 0, ("stream", "other")),
+        [[5, 10, -5, 7], [3, 5, 10, -15]], [0] * 4, [3.0, 4.0, 6.0, -9.0],
+    ),
+}  # fmt: skip
+"""By the method's name. tests/test_methods.py asks for one of each."""
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_kernel_by_hand(name: str) -> None:
+    method, operands, base, expected = BY_HAND[name]
+    assert run(method, operands, base) == pytest.approx(expected, rel=1e-6)
+    if name not in ("slerp", "dare_ties"):  # whose steps are not of numbers that float32 has
+        assert run(method, operands, base) == expected
+
+
+class Stored:
+    """Tensors by name, in the place of a plan's sources."""
+
+    def __init__(self, tensors: list[list[float]]) -> None:
+        self.tensors = tensors
+
+    def piece(self, expr: Any, start: int, stop: int) -> torch.Tensor:
+        return torch.tensor(self.tensors[int(expr.tensor)], dtype=torch.float32)[start:stop]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_second_way_by_hand(name: str) -> None:
+    method, operands, base, expected = BY_HAND[name]
+    sources = Stored([*operands, *([base] if base else [])])
+    reads = [(str(i), Read("seed", str(i), "F32", (len(expected),))) for i in range(len(sources.tensors))]
+    merge = expressions.Merge(method, tuple(reads[: len(operands)]), reads[-1] if base else None, "F32", (len(expected),))
+    found = rederive(merge, cast(Any, sources), survey_all(merge, cast(Any, sources)), 0, len(expected), "F32")
+    assert found.value.tolist() == pytest.approx(expected, rel=1e-9)
+    assert worst(torch.tensor(expected, dtype=torch.float32), found, "F32")[0] <= 1
+    assert worst(torch.tensor(expected, dtype=torch.float32) * 1.00001 + 1e-9, found, "F32")[0] > 1
+
+
+def test_ties_of_equal_weights_by_hand() -> None:
+    """As above with weights 1, where the mean of what agrees is (5+4)/2, 0, 6, 0, -7, 2."""
+    first, second = [5, 1, -3, 0.5, 1, 2], [4, 1, 6, 1, -7, -0.5]
+    assert run(expressions.Ties(0.5, (1.0, 1.0), 1.0), [first, second], [0] * 6) == [4.5, 0.0, 6.0, 0.0, -7.0, 2.0]
 
 
 def test_mean_is_summed_in_float32_and_rounded_once() -> None:
@@ -40,15 +110,6 @@ def test_mean_is_summed_in_float32_and_rounded_once() -> None:
         torch.tensor(256.0, dtype=torch.bfloat16) + torch.tensor(1.0, dtype=torch.bfloat16) + torch.tensor(1.0, dtype=torch.bfloat16)
     ) / 3
     assert float(by_bf16) != float(torch.tensor(mean).bfloat16())
-
-
-def test_linear() -> None:
-    assert run(expressions.Linear((0.25, 0.75)), [[4, 8], [0, 4]]) == [1.0, 5.0]
-
-
-def test_task_arithmetic() -> None:
-    """base + scale * (w1 (x1 - base) + w2 (x2 - base))."""
-    assert run(expressions.TaskArithmetic((1.0, 0.5), 2.0), [[2, 1], [1, 5]], [1, 1]) == [3.0, 5.0]
 
 
 def test_slerp_of_orthogonal_vectors() -> None:
@@ -71,18 +132,6 @@ def test_slerp_ends(t: float, expected: list[float]) -> None:
 @pytest.mark.parametrize(("a", "b"), [([1, 2], [2, 4]), ([1, 2], [-1, -2]), ([0, 0], [1, 1])])
 def test_slerp_of_parallel_opposite_or_zero_vectors_is_the_line(a: list[float], b: list[float]) -> None:
     assert run(expressions.Slerp(0.25), [a, b]) == pytest.approx([0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)])
-
-
-def test_ties_by_hand() -> None:
-    """base 0, density 1/2 of six entries: each operand keeps its three largest.
-
-    trimmed  [5, 0, -3, 0, 0, 2]   (kept |5|, |3|, |2|)
-             [4, 0, 6, 0, -7, 0]   (kept |4|, |6|, |7|)
-    sums     [9, 0, 3, 0, -7, 2]   signs + . + . - +
-    means of what agrees: (5+4)/2, 0, 6, 0, -7, 2
-    """
-    first, second = [5, 1, -3, 0.5, 1, 2], [4, 1, 6, 1, -7, -0.5]
-    assert run(expressions.Ties(0.5, (1.0, 1.0), 1.0), [first, second], [0] * 6) == [4.5, 0.0, 6.0, 0.0, -7.0, 2.0]
 
 
 def test_ties_scale_and_weights() -> None:
@@ -132,6 +181,49 @@ def test_dare_of_density_one_is_task_arithmetic_of_one() -> None:
 
 
 # ---- initialisers
+
+
+class Drawn(NamedTuple):
+    """What an initialiser draws, of shape [2, 2], for seed 0 and the name "w"."""
+
+    method: Any
+    expected: list[list[float]]
+
+
+DRAWN_BY_HAND = {
+    "normal": Drawn(expressions.Normal(0.5), [[0.05153925, 0.28533474], [0.43733895, 0.07733358]]),
+    # 0.9523622, 0.5817090, 0.5714778, 0.9042234 of the generator, doubled, less 1, times the bound
+    "uniform": Drawn(expressions.Uniform(0.25), [[0.22618112, 0.04085449], [0.03573892, 0.20211171]]),
+    "zeros": Drawn(expressions.Zeros(), [[0.0, 0.0], [0.0, 0.0]]),
+    "ones": Drawn(expressions.Ones(), [[1.0, 1.0], [1.0, 1.0]]),
+    # a = (.10307850, .57066947) and b = (.87467790, .15466715): a / |a|, and what b has beside it, each of length 2
+    "orthogonal": Drawn(expressions.Orthogonal(2.0), [[0.35550186, 1.96815097], [1.96815097, -0.35550186]]),
+}  # fmt: skip
+"""By the initialiser's name. tests/test_methods.py asks for one of each."""
+
+
+@pytest.mark.parametrize("name", DRAWN_BY_HAND)
+def test_drawn_by_hand(name: str) -> None:
+    method, expected = DRAWN_BY_HAND[name]
+    torch.testing.assert_close(initialise(method, (2, 2), 0, "w"), torch.tensor(expected), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("wide", ["F32", "F64"])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 7), (8, 8), (6, 300)])
+@pytest.mark.parametrize("name", DRAWN_BY_HAND)
+def test_the_second_way_to_a_new_tensor_is_the_first(name: str, shape: tuple[int, int], dtype: str, wide: str) -> None:
+    """From any row on, rounded once; a number that is a few roundings off is found, also where it should be 0."""
+    method = DRAWN_BY_HAND[name].method
+    init = expressions.Init(method, "w", 3, wide, shape)
+    written = rounded(initialise(method, shape, 3, "w", TORCH_DTYPES[wide]), dtype)
+    for start in range(shape[0]):
+        assert worst(written[start:], rederive(init, cast(Any, None), {}, start, shape[0], dtype), dtype)[0] <= 1
+    coarse = torch.finfo(torch.float32 if (dtype, wide) == ("F64", "F32") else written.dtype)
+    step = 2.0**14 if dtype == wide == "F64" else 8.0  # two ways to an orthogonal matrix differ in float64's last digits
+    off = written.clone()
+    off[-1, -1] = off[-1, -1].double() * (1 + step * coarse.eps) + coarse.tiny
+    assert worst(off, rederive(init, cast(Any, None), {}, 0, shape[0], dtype), dtype)[0] > 1
 
 
 def test_normal_has_the_stated_distribution() -> None:

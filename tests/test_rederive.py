@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.verifying.rederive import kth_largest
+from bam_merge.verifying.rounding import Derived, half_ulp, worst
 from bam_merge.verifying.rows import concat_runs
 
 magnitudes = st.lists(
@@ -34,3 +35,16 @@ def test_runs_of_a_fused_tensor_are_its_rows(groups: int, start: int, stop: int)
     reads = tuple(Read("seed", str(i), "F32", (len(part),)) for i, part in enumerate(parts))
     runs = concat_runs(expressions.Concat(reads, groups, "F32", (24,)), start, stop)
     assert torch.cat([parts[int(part.tensor)][a:b] for part, a, b in runs]).tolist() == fused[start:stop].tolist()
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("F64", 2.0**-1074), ("F32", 2.0**-149), ("F16", 2.0**-24), ("BF16", 2.0**-133)])
+def test_where_zero_is_right_nothing_else_is(dtype: str, least: float) -> None:
+    """The rounding of 0 is 0 and that of what is too small for the dtype: not half a step of the numbers near 1."""
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert half_ulp(zero, dtype).tolist() == [least / 2] * 2
+    for derived in (Derived(zero), Derived(zero, torch.zeros_like(zero))):
+        assert worst(torch.tensor([0.0, -0.0], dtype=torch.float64), derived, dtype)[0] == 0
+        for planted in (least, 1e-9, 1e-3):
+            if planted >= least:
+                error, where = worst(torch.tensor([0.0, planted], dtype=torch.float64), derived, dtype)
+                assert (error > 1, where) == (True, 1)

@@ -43,7 +43,7 @@ class Derived:
 
 def half_ulp(value: Tensor, dtype: str) -> Tensor:
     """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
-    exponent = torch.frexp(value).exponent - 1
+    exponent = (torch.frexp(value).exponent - 1).masked_fill(value == 0, SMALLEST_EXPONENT[dtype])  # frexp calls the exponent of 0 0
     result: Tensor = torch.exp2(exponent.clamp(min=SMALLEST_EXPONENT[dtype]).double() - MANTISSA_BITS[dtype] - 1)
     return result
 

@@ -1,0 +1,223 @@
+"""Merge methods and initialisers: each is four places, none of them can be forgotten, and a toy that has all four merges and verifies."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import CONFIGS, write_recipe, write_sources
+from safetensors.torch import load_file
+from test_kernels import BY_HAND, DRAWN_BY_HAND
+from toy_methods import INITIALISER, METHOD, package_with, run_in
+
+from bam_merge import expressions
+from bam_merge.merging import kernels
+from bam_merge.planning.fill import CONSTANTS
+from bam_merge.planning.plan import BASE_MEMORY
+from bam_merge.recipe import makes
+from bam_merge.recipe.rules import makes_of
+from bam_merge.recipe.schema import schema
+from bam_merge.records import INITIALISERS, METHODS, About
+from bam_merge.values import streams
+from bam_merge.verifying import rederive
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference" / "recipe.md"
+
+# ---- a toy ---------------------------------------------------------------------------------------------------------------------
+
+RECIPE = "shared: {make: largest, base: seed, scale: 0.5}\nrouter: {init: signs, step: 0.01}"
+
+RUN = """
+import bam_merge.recipe.load
+from bam_merge import MergeOptions, load_recipe, make_plan, merge, verify
+recipe = load_recipe("recipe.yaml")
+plan = make_plan(recipe)
+print(*sorted({step.expression for step in plan.steps if step.role in ("head", "router.ffn")}), plan.peak_memory(1), sep="\\n")
+merge(recipe, options=MergeOptions(verify=False))
+print("merged")
+report = verify("out")
+print(*(f"{check.name}: {check.detail}" for check in report.failures))
+print("verified", report.ok)
+"""
+
+
+def follow(tmp_path: Path, *additions: Mapping[str, str], without: str = "", text: str = RECIPE) -> tuple[str, str]:
+    """What planning, merging and verifying with the toys says, on stdout and stderr."""
+    write_sources(tmp_path, CONFIGS["llama"])
+    write_recipe(tmp_path, text)
+    done = run_in(package_with(tmp_path, *additions, without=without), "-c", RUN)
+    return done.stdout, done.stderr
+
+
+def test_a_method_and_an_initialiser_in_four_places(tmp_path: Path) -> None:
+    out, err = follow(tmp_path, METHOD, INITIALISER)
+    assert out.splitlines()[:2] == ["largest(code, law; base=seed, scale=0.5)", "signs(step=0.01)"]
+    assert int(out.splitlines()[2]) > BASE_MEMORY
+    assert out.splitlines()[3:] == ["merged", "", "verified True"], err
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    base, code, law = (load_file(tmp_path / name / "model.safetensors")["lm_head.weight"] for name in ("seed", "code", "law"))
+    chosen = torch.where((law - base).abs() > (code - base).abs(), law, code)
+    torch.testing.assert_close(found["lm_head.weight"], base + (chosen - base) / 2)
+    routers = [value for name, value in found.items() if "router" in name]
+    assert routers
+    assert all(set(value.abs().flatten().tolist()) == {float(torch.tensor(0.01))} for value in routers)
+
+
+FORGOTTEN = {
+    "recipe/makes.py": ("", "shared.make: 'largest' is none of mean, copy, linear"),
+    "expressions.py": ("", "module 'bam_merge.expressions' has no attribute 'Largest'"),
+    "merging/kernels.py": ("largest(code, law; base=seed, scale=0.5)", "merging/kernels.py merges by no Largest"),
+    "verifying/rederive.py": ("merged", "verifying/rederive.py derives no Largest"),
+}
+"""By the place forgotten: how far it goes, and what is said."""
+
+
+@pytest.mark.parametrize("place", FORGOTTEN)
+def test_no_place_of_a_method_can_be_forgotten(place: str, tmp_path: Path) -> None:
+    reached, said = FORGOTTEN[place]
+    out, err = follow(tmp_path, METHOD, without=place, text=RECIPE.partition("\n")[0])
+    assert said in err
+    assert reached in out
+    assert "verified" not in out
+    assert ("merged" in out) == (reached == "merged") == (tmp_path / "out").exists()
+
+
+FORGOTTEN_OF_INITIALISERS = {
+    "recipe/makes.py": ("", "router.init: 'signs' is none of normal, uniform, zeros, orthogonal"),
+    "expressions.py": ("", "module 'bam_merge.expressions' has no attribute 'Signs'"),
+    "values/streams.py": ("signs(step=0.01)", "values/streams.py draws no Signs"),
+    "verifying/rederive.py": ("merged", "verifying/rederive.py draws no Signs"),
+}
+
+
+@pytest.mark.parametrize("place", FORGOTTEN_OF_INITIALISERS)
+def test_no_place_of_an_initialiser_can_be_forgotten(place: str, tmp_path: Path) -> None:
+    reached, said = FORGOTTEN_OF_INITIALISERS[place]
+    out, err = follow(tmp_path, INITIALISER, without=place, text=RECIPE.partition("\n")[2])
+    assert said in err
+    assert reached in out
+    assert "verified" not in out
+    assert ("merged" in out) == (reached == "merged") == (tmp_path / "out").exists()
+
+
+# ---- what a place must say -----------------------------------------------------------------------------------------------------
+
+PLAIN = About(elementwise=True, base=False, surveyed=False, operand_bytes=8)
+
+
+@pytest.mark.parametrize(("bases", "body", "said"), [
+    ((expressions.Method,), {"about": PLAIN}, "lacks `name"),
+    ((expressions.Method,), {"name": "toy"}, "lacks `about"),
+    ((expressions.Method,), {"name": "toy", "about": dataclasses.replace(PLAIN, operand_bytes=0)}, "operand_bytes of 8 or more"),
+    ((expressions.Method,), {"name": "mean", "about": PLAIN}, "Mean has the name 'mean' already"),
+    ((expressions.Ties,), {"name": "toy", "about": PLAIN}, "must be a Method and nothing else"),
+    ((expressions.Initialiser,), {"size": lambda self: None}, "lacks `name"),
+    ((expressions.Initialiser,), {"name": "toy"}, "lacks `size`"),
+    ((expressions.Initialiser,), {"name": "zeros", "size": lambda self: None}, "Zeros has the name 'zeros' already"),
+    ((expressions.Normal,), {"name": "toy", "size": lambda self: None}, "must be a Initialiser and nothing else"),
+])  # fmt: skip
+def test_a_record_that_says_too_little_is_refused(
+    bases: tuple[type, ...], body: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for records in (METHODS, INITIALISERS):
+        monkeypatch.setitem(records, "toy", None)  # put back what was there: nothing
+        del records["toy"]
+    with pytest.raises(TypeError, match=said):
+        type("Toy", bases, {"__slots__": (), **body})
+
+
+def make_class(base: type, record: Any, **body: Any) -> None:
+    given = {} if record is None else {"record": record}
+    annotations = {**({"record": ClassVar} if given else {}), **body.pop("annotations", {})}
+    type("Toy", (base,), {"__module__": __name__, "__annotations__": annotations, **given, **body})
+
+
+def nothing(self: Any, *_: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize(("base", "record", "keys", "said"), [
+    (makes.Merging, None, {}, "lacks `record"),
+    (makes.Merging, expressions.Mean, {"make": "mean"}, "lacks `method`"),
+    (makes.Merging, expressions.Mean, {"make": "toy", "method": nothing}, "must be called mean in a recipe"),
+    (makes.Merging, expressions.Ties, {"make": "ties", "method": nothing}, "has no key base, Ties has base=True"),
+    (makes.Merging, expressions.Mean, {"make": "mean", "base": str, "method": nothing}, "has a key base, Mean has base=False"),
+    (makes.Initialising, None, {}, "lacks `record"),
+    (makes.Initialising, expressions.Zeros, {}, "lacks `initialiser`"),
+])  # fmt: skip
+def test_a_make_that_says_too_little_is_refused(base: type, record: Any, keys: dict[str, Any], said: str) -> None:
+    annotations = {key: makes.Literal[value] if key == "make" else value for key, value in keys.items() if key != "method"}  # type: ignore[valid-type]
+    with pytest.raises(TypeError, match=said):
+        make_class(base, record, annotations=annotations, **({"method": nothing} if "method" in keys else {}))
+
+
+def test_a_method_that_must_survey_and_does_not_is_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Surveying:
+        about: ClassVar = dataclasses.replace(PLAIN, surveyed=True)
+
+    with pytest.raises(NotImplementedError, match=r"merging/kernels.py surveys no Surveying"):
+        kernels.survey(Surveying(), lambda: iter(()), 1)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match=r"verifying/rederive.py surveys no Surveying"):
+        rederive.survey_anew(Surveying(), None, None)  # type: ignore[arg-type]
+
+
+# ---- every method has everything -----------------------------------------------------------------------------------------------
+
+
+def has(dispatcher: Any, record: type) -> bool:
+    """Whether a function is registered for the record itself."""
+    return record in dispatcher.registry
+
+
+def described(value: type) -> bool:
+    """Whether a class has a docstring of its own, which is not what dataclass gives it."""
+    return bool(value.__doc__) and not str(value.__doc__).startswith(f"{value.__name__}(")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_complete(name: str) -> None:
+    record = METHODS[name]
+    (make,) = [make for make in makes_of(makes.Merging) if make.record is record]
+    assert described(record) and described(make)
+    assert has(kernels.combine, record) and has(rederive.derive, record)
+    assert has(kernels.survey, record) == has(rederive.survey_anew, record) == record.about.surveyed
+    assert record.about.operand_bytes >= 8
+    example = BY_HAND[name].method
+    assert type(example) is record
+    assert (BY_HAND[name].base is not None) == record.about.base
+    shown = ", ".join(example.arguments())
+    drawn = {"seed", "streams"}  # what follows from the recipe's random_seed, which the manifest has
+    for field in dataclasses.fields(example):  # type: ignore[arg-type]
+        assert field.name in drawn or f"{field.name}=" in shown, field.name
+    places = schema()
+    assert places["properties"]["shared"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}"
+    assert places["properties"]["rules"]["items"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}Rule"
+    assert f"\n### {name}\n\n{make.__doc__}\n" in REFERENCE.read_text()
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_every_initialiser_is_complete(name: str) -> None:
+    record = INITIALISERS[name]
+    assert described(record)
+    assert has(streams.drawn, record) and has(rederive.draw, record)
+    assert type(DRAWN_BY_HAND[name].method) is record
+    shown = ", ".join(DRAWN_BY_HAND[name].method.arguments())
+    assert all(f"{field.name}=" in shown for field in dataclasses.fields(record))  # type: ignore[arg-type]
+    found = [make for make in makes_of(makes.Initialising) if make.record is record]
+    if name in CONSTANTS and not found:  # of layouts alone
+        return
+    (make,) = found
+    places = schema()
+    assert places["properties"]["rules"]["items"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}Rule"
+    assert f"Router{make.__name__}" in places["$defs"]
+    assert f"\n### {name}\n" in REFERENCE.read_text()
+
+
+def test_no_make_is_without_a_method() -> None:
+    """But those that copy: expert, and copy itself."""
+    assert {make.__name__ for make in makes_of(makes.Merging) if make.record is None} == {"Copy"}
+    assert {make.record for make in makes_of(makes.Merging)} - {None} == set(METHODS.values())
+    assert set(CONSTANTS) <= set(INITIALISERS)
