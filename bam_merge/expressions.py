@@ -122,7 +122,7 @@ NORMAL_REACH = 12.1
 
 @dataclass(frozen=True, slots=True)
 class Normal(Initialiser):
-    """Independent, of mean 0."""
+    """Normally distributed, of mean 0 and standard deviation `std`."""
 
     std: float
     name: ClassVar = "normal"
@@ -136,7 +136,7 @@ class Normal(Initialiser):
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Initialiser):
-    """Uniform on [-bound, bound]; bound None is 1/sqrt(columns), as torch.nn.Linear starts."""
+    """Uniform on [-bound, bound]; the default bound is 1/sqrt(columns), as torch.nn.Linear starts."""
 
     bound: float | None
     name: ClassVar = "uniform"

@@ -31,9 +31,9 @@ class Method:
     about: ClassVar[About]
 
     def __init_subclass__(cls) -> None:
-        _enter(cls, Method, METHODS)
         if not isinstance(vars(cls).get("about"), About) or cls.about.operand_bytes < 8:
             raise TypeError(f"{cls.__name__} lacks `about: ClassVar = About(...)` with operand_bytes of 8 or more")
+        _enter(cls, Method, METHODS)
 
     def arguments(self) -> Iterator[str]:
         """What its call shows after operands and base, such as density=0.5."""
@@ -54,9 +54,9 @@ class Initialiser:
     name: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
-        _enter(cls, Initialiser, INITIALISERS)
         if "size" not in vars(cls):
             raise TypeError(f"{cls.__name__} lacks `size`, by which a router that cannot hold its values is refused")
+        _enter(cls, Initialiser, INITIALISERS)
 
     def arguments(self) -> Iterator[str]:
         """What a plan shows of it, such as std=0.02."""

@@ -14,7 +14,9 @@ import bam_merge
 from bam_merge.architectures.tables import Architecture, Row, architectures, dense_families, mixture_layouts
 from bam_merge.architectures.vocabulary import ROLES, SYMBOLS
 from bam_merge.cli import cli
+from bam_merge.recipe.makes import Expert
 from bam_merge.recipe.schema import schema
+from bam_merge.records import INITIALISERS
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 MADE = "<!-- Made by scripts/reference.py: change the code, then run it again. -->"
@@ -81,8 +83,13 @@ def recipe() -> str:
         make = item["properties"]["make"]["const"]
         plain = next((other for other in names.values() if _is_make(other, make) and "roles" not in other["properties"]), item)
         keys = [(key, value) for key, value in plain["properties"].items() if key not in ("make", "roles", "layers")]
-        parts += [f"### {make}", plain.get("description", ""), _properties(keys, plain, names) if keys else "No further keys."]
+        parts += [f"### {make}", plain.get("description") or _words(make), _properties(keys, plain, names) if keys else "No further keys."]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _words(make: str) -> str:
+    """What a make does, where the schema does not say it."""
+    return inspect.cleandoc((Expert if make == "expert" else INITIALISERS[make]).__doc__ or "")
 
 
 def _is_make(item: Mapping[str, Any], make: str) -> bool:

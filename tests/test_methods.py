@@ -1,7 +1,8 @@
 """Merge methods and initialisers: each is four places, none of them can be forgotten, and a toy that has all four merges and verifies."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import load_file
-from test_kernels import BY_HAND, DRAWN_BY_HAND
+from test_kernels import BY_HAND, DRAWN_BY_HAND, run
+from torch.profiler import ProfilerActivity, profile
 from toy_methods import INITIALISER, METHOD, package_with, run_in
 
 from bam_merge import expressions
@@ -118,14 +120,10 @@ PLAIN = About(elementwise=True, base=False, surveyed=False, operand_bytes=8)
     ((expressions.Initialiser,), {"name": "zeros", "size": lambda self: None}, "Zeros has the name 'zeros' already"),
     ((expressions.Normal,), {"name": "toy", "size": lambda self: None}, "must be a Initialiser and nothing else"),
 ])  # fmt: skip
-def test_a_record_that_says_too_little_is_refused(
-    bases: tuple[type, ...], body: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for records in (METHODS, INITIALISERS):
-        monkeypatch.setitem(records, "toy", None)  # put back what was there: nothing
-        del records["toy"]
+def test_a_record_that_says_too_little_is_refused(bases: tuple[type, ...], body: dict[str, Any], said: str) -> None:
     with pytest.raises(TypeError, match=said):
         type("Toy", bases, {"__slots__": (), **body})
+    assert not {"toy", "Toy"} & {*METHODS, *INITIALISERS, *(record.__name__ for record in (*METHODS.values(), *INITIALISERS.values()))}
 
 
 def make_class(base: type, record: Any, **body: Any) -> None:
@@ -198,6 +196,38 @@ def test_every_method_is_complete(name: str) -> None:
     assert f"\n### {name}\n\n{make.__doc__}\n" in REFERENCE.read_text()
 
 
+@pytest.mark.parametrize("name", [name for name, record in METHODS.items() if record.about.elementwise])
+def test_an_elementwise_method_merges_parts_as_it_merges_the_whole(name: str) -> None:
+    method, operands, base, expected = BY_HAND[name]
+    parts = [run(method, [x[cut] for x in operands], base and base[cut]) for cut in (slice(0, 1), slice(1, None))]
+    assert [*parts[0], *parts[1]] == expected
+
+
+def most_held(work: Callable[[], Any]) -> int:
+    """The most bytes of torch's that `work` has at one time, beside what there was."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    held = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del kept
+    return max(accumulate(held, initial=0))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_kernel_holds_more_than_the_plan_says(name: str) -> None:
+    """Of a chunk of float32: the operands as stored and as widened, and all that survey and kernel make of them."""
+    method, operands, base, _ = BY_HAND[name]
+    generator, size = torch.Generator().manual_seed(0), 2**17
+    x_KC = [torch.randn(size, generator=generator) for _ in operands]
+    chunk = kernels.Chunk(0, x_KC, torch.randn(size, generator=generator) if base else None)
+    count = len(x_KC) + (base is not None)
+    promised = method.about.operand_bytes * count + 16
+    known = kernels.survey(method, lambda: iter([chunk]), size)
+    surveying = most_held(lambda: kernels.survey(method, lambda: iter([chunk]), size))
+    merging = most_held(lambda: kernels.combine(method, chunk, known))
+    assert merging >= 4 * size  # the result at least: it is measured
+    assert 8 * count + max(surveying, merging) // size <= promised  # a few single numbers apart
+
+
 @pytest.mark.parametrize("name", INITIALISERS)
 def test_every_initialiser_is_complete(name: str) -> None:
     record = INITIALISERS[name]
@@ -213,7 +243,7 @@ def test_every_initialiser_is_complete(name: str) -> None:
     places = schema()
     assert places["properties"]["rules"]["items"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}Rule"
     assert f"Router{make.__name__}" in places["$defs"]
-    assert f"\n### {name}\n" in REFERENCE.read_text()
+    assert f"\n### {name}\n\n{record.__doc__}\n" in REFERENCE.read_text()
 
 
 def test_no_make_is_without_a_method() -> None:
