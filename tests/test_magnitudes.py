@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 from conftest import write_recipe
+from pydantic import create_model
 
 from bam_merge.errors import RecipeError
+from bam_merge.planning.magnitudes import _factors
 from bam_merge.planning.make import plan_file
+from bam_merge.recipe import makes
 
 
 @pytest.mark.parametrize(("key", "text"), [
@@ -35,3 +38,10 @@ def test_a_gate_scale_that_overflows_or_vanishes_is_refused(scale: str, llamas: 
 def test_factors_at_the_edge_are_planned(llamas: Path) -> None:
     shared = "shared: {make: task_arithmetic, base: seed, scale: 0, weights: {code: 1.0e+30, law: -1.0e-30}}"
     plan_file(write_recipe(llamas, f"{shared}\nffn: {{gate_scale: 1.0e+15}}"))
+
+
+def test_the_numbers_of_any_make_are_looked_at() -> None:
+    """Of a method that is still to come too: whatever key it has, unless its limits keep it within 1."""
+    make = create_model("Toy", __base__=makes.Ties, strength=(makes.Finite, 1e39), share=(makes.Density, 1e-39))
+    toy = make.model_validate({"make": "ties", "base": "seed", "density": 1e-39, "weights": {"code": 1e31}})
+    assert dict(_factors(toy)) == {"weights.code": 1e31, "scale": 1.0, "strength": 1e39}

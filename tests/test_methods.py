@@ -17,6 +17,7 @@ from toy_methods import INITIALISER, METHOD, package_with, run_in
 from bam_merge import expressions
 from bam_merge.merging import kernels
 from bam_merge.planning.fill import CONSTANTS
+from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import BASE_MEMORY
 from bam_merge.recipe import makes
 from bam_merge.recipe.rules import makes_of
@@ -149,6 +150,18 @@ def test_a_make_that_says_too_little_is_refused(base: type, record: Any, keys: d
     annotations = {key: makes.Literal[value] if key == "make" else value for key, value in keys.items() if key != "method"}  # type: ignore[valid-type]
     with pytest.raises(TypeError, match=said):
         make_class(base, record, annotations=annotations, **({"method": nothing} if "method" in keys else {}))
+
+
+def of_other_record(self: makes.Merging, *_: Any) -> expressions.Method:
+    return expressions.Linear((1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("method", [nothing, of_other_record])
+def test_a_make_that_makes_another_record_is_refused(method: Any, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensor of the first of several operands, say, in the place of their mean."""
+    monkeypatch.setattr(makes.Mean, "method", method)
+    with pytest.raises(TypeError, match=r"MeanRule\.method makes (None|Linear\(.*\)) of 3 operands, and its record is .*Mean"):
+        plan_file(write_recipe(llamas))
 
 
 def test_a_method_that_must_survey_and_does_not_is_refused() -> None:

@@ -19,7 +19,7 @@ class Largest(Merging):
     base: str
     scale: Finite = 1.0
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Largest:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Largest:
         return expressions.Largest(self.scale)
 ''',
     "expressions.py": '''

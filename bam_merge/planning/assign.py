@@ -110,10 +110,13 @@ def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[st
     if not isinstance(rule, Merging):
         raise AssertionError(f"{rule.make} makes no tensor that sources have")
     names = rule.operands(recipe.distinct)
-    method = rule.method(names, site, recipe.random_seed)
+    role, layer = site
+    method = rule.method(names, f"{role}:{layer}", recipe.random_seed)
     parts = tuple((name, models[name].tensors[site]) for name in names)
-    if method is None:
+    if method is None and len(parts) == 1:
         return Made(label, (parts[0][1],))
+    if method is None or type(method) is not rule.record:
+        raise TypeError(f"{type(rule).__name__}.method makes {method} of {len(parts)} operands, and its record is {rule.record}")
     base = (rule.from_base, models[rule.from_base].tensors[site]) if rule.from_base else None
     dtypes = {expr.dtype for _, expr in (*parts, *((base,) if base else ()))}
     unfit = sorted(dtypes - set(ARITHMETIC_DTYPES))

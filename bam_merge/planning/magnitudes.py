@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from bam_merge.recipe.makes import Merging
+
 if TYPE_CHECKING:
     from bam_merge.recipe.schema import Recipe
 
@@ -29,6 +31,10 @@ def out_of_range(recipe: "Recipe") -> Iterator[str]:
 
 
 def _factors(make: Any) -> Iterator[tuple[str, float]]:
-    yield from ((f"weights.{name}", weight) for name, weight in (getattr(make, "weights", None) or {}).items())
-    if hasattr(make, "scale"):
-        yield "scale", make.scale
+    """What a merge multiplies with: its weights, and every number that nothing limits from above."""
+    if isinstance(make, Merging):
+        yield from ((f"weights.{name}", weight) for name, weight in (getattr(make, "weights", None) or {}).items())
+        for key, info in type(make).model_fields.items():
+            value = getattr(make, key)
+            if isinstance(value, float) and not any(hasattr(limit, "le") for limit in info.metadata):
+                yield key, value

@@ -95,8 +95,13 @@ def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[Doc
     for name in dict.fromkeys(make.named):
         if name not in recipe.sources:
             yield path, f"names the source {printable(name)!r}, which is not among the sources{nearest(name, recipe.sources)}"
-    for key, text in make.problems(recipe.distinct):
-        yield (*path, *([key] if key else [])), text
+    yield from (((*path, key), text) for key, text in make.problems())
+    base = make.from_base
+    if base is not None:
+        if base in (getattr(make, "weights", None) or ()):
+            yield (*path, "weights"), f"{printable(base)} is the base; its difference from itself is zero. Remove it."
+        if not make.operands(recipe.distinct):
+            yield path, f"no source but the base {printable(base)} is left to merge. Name others in experts or weights."
 
 
 def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:

@@ -6,10 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from bam_merge import expressions
-from bam_merge.text import printable
-
-Site = tuple[str, int | None]
-"""Role and layer of a tensor; the layer is None where the model has one of it."""
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -87,8 +83,11 @@ class Merging(Strict):
         """The sources that the recipe names in it: the base, and the operands that it has whatever the experts are."""
         return (*([self.from_base] if self.from_base else []), *self.operands(()))
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Method | None:
-        """The record by which the operands `names` are merged at `site`; None where the one operand is the result as it is."""
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Method | None:
+        """The record by which the operands `names` are merged; None where the one operand is the result as it is.
+
+        `place` is role and layer of the tensor: with `random_seed` what a method that draws numbers has to tell its streams apart.
+        """
         raise NotImplementedError
 
     def weighed(self, names: tuple[str, ...]) -> tuple[float, ...]:
@@ -96,15 +95,9 @@ class Merging(Strict):
         weights = getattr(self, "weights", None) or {}
         return tuple(weights.get(name, 1.0) for name in names)
 
-    def problems(self, distinct: tuple[str, ...]) -> Iterator[tuple[str | None, str]]:
-        """(key, message) of what is wrong with the keys together; key None is the make as a whole."""
-        base = self.from_base
-        if base is None:
-            return
-        if base in (getattr(self, "weights", None) or ()):
-            yield "weights", f"{printable(base)} is the base; its difference from itself is zero. Remove it."
-        if not self.operands(distinct):
-            yield None, f"no source but the base {printable(base)} is left to merge. Name others in experts or weights."
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(key, message) of what is wrong with the values of its own keys together, each being right."""
+        yield from ()
 
 
 class Mean(Merging):
@@ -113,7 +106,7 @@ class Mean(Merging):
     record: ClassVar = expressions.Mean
     make: Literal["mean"]
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Mean | None:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Mean | None:
         return expressions.Mean() if len(names) > 1 else None
 
 
@@ -127,7 +120,7 @@ class Copy(Merging):
     def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
         return (self.from_,)
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> None:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> None:
         return None
 
 
@@ -138,10 +131,10 @@ class Linear(Merging):
     make: Literal["linear"]
     weights: Weights = Field(description="source: weight")
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Linear:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Linear:
         return expressions.Linear(self.weighed(names))
 
-    def problems(self, distinct: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    def problems(self) -> Iterator[tuple[str, str]]:
         total = sum(self.weights.values())
         if abs(total - 1) > 1e-6:
             yield "weights", f"sum to {total:g}, expected 1, or the tensor's scale would change. (task_arithmetic scales differences.)"
@@ -158,10 +151,10 @@ class Slerp(Merging):
     def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
         return self.from_
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Slerp:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Slerp:
         return expressions.Slerp(self.t)
 
-    def problems(self, distinct: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    def problems(self) -> Iterator[tuple[str, str]]:
         if self.from_[0] == self.from_[1]:
             yield "from", "slerp needs two different sources."
 
@@ -175,7 +168,7 @@ class TaskArithmetic(Merging):
     weights: Weights | None = Field(default=None, description="source: weight of its difference; default 1 for every other expert")
     scale: Finite = 1.0
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.TaskArithmetic:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.TaskArithmetic:
         return expressions.TaskArithmetic(self.weighed(names), self.scale)
 
 
@@ -189,7 +182,7 @@ class Ties(Merging):
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
     scale: Finite = 1.0
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.Ties:
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Ties:
         return expressions.Ties(self.density, self.weighed(names), self.scale)
 
 
@@ -203,9 +196,8 @@ class DareTies(Merging):
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
     scale: Finite = 1.0
 
-    def method(self, names: tuple[str, ...], site: Site, random_seed: int) -> expressions.DareTies:
-        role, layer = site
-        streams = tuple(f"dare:{name}:{role}:{layer}" for name in names)
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.DareTies:
+        streams = tuple(f"dare:{name}:{place}" for name in names)
         return expressions.DareTies(self.density, self.weighed(names), self.scale, random_seed, streams)
 
 
