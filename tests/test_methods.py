@@ -68,37 +68,23 @@ def test_a_method_and_an_initialiser_in_four_places(tmp_path: Path) -> None:
     assert all(set(value.abs().flatten().tolist()) == {float(torch.tensor(0.01))} for value in routers)
 
 
-FORGOTTEN = {
-    "recipe/makes.py": ("", "shared.make: 'largest' is none of mean, copy, linear"),
-    "expressions.py": ("", "module 'bam_merge.expressions' has no attribute 'Largest'"),
-    "merging/kernels.py": ("largest(code, law; base=seed, scale=0.5)", "merging/kernels.py merges by no Largest"),
-    "verifying/rederive.py": ("merged", "verifying/rederive.py derives no Largest"),
-}
-"""By the place forgotten: how far it goes, and what is said."""
+FORGOTTEN = [
+    (METHOD, "recipe/makes.py", "", "shared.make: 'largest' is none of mean, copy, linear"),
+    (METHOD, "expressions.py", "", "module 'bam_merge.expressions' has no attribute 'Largest'"),
+    (METHOD, "merging/kernels.py", "largest(code, law; base=seed, scale=0.5)", "merging/kernels.py merges by no Largest"),
+    (METHOD, "verifying/rederive.py", "merged", "verifying/rederive.py derives no Largest"),
+    (INITIALISER, "recipe/makes.py", "", "router.init: 'signs' is none of normal, uniform, zeros, orthogonal"),
+    (INITIALISER, "expressions.py", "", "module 'bam_merge.expressions' has no attribute 'Signs'"),
+    (INITIALISER, "values/streams.py", "signs(step=0.01)", "values/streams.py draws no Signs"),
+    (INITIALISER, "verifying/rederive.py", "merged", "verifying/rederive.py draws no Signs"),
+]
+"""The toy, the place forgotten, how far it goes, and what is said."""
 
 
-@pytest.mark.parametrize("place", FORGOTTEN)
-def test_no_place_of_a_method_can_be_forgotten(place: str, tmp_path: Path) -> None:
-    reached, said = FORGOTTEN[place]
-    out, err = follow(tmp_path, METHOD, without=place, text=RECIPE.partition("\n")[0])
-    assert said in err
-    assert reached in out
-    assert "verified" not in out
-    assert ("merged" in out) == (reached == "merged") == (tmp_path / "out").exists()
-
-
-FORGOTTEN_OF_INITIALISERS = {
-    "recipe/makes.py": ("", "router.init: 'signs' is none of normal, uniform, zeros, orthogonal"),
-    "expressions.py": ("", "module 'bam_merge.expressions' has no attribute 'Signs'"),
-    "values/streams.py": ("signs(step=0.01)", "values/streams.py draws no Signs"),
-    "verifying/rederive.py": ("merged", "verifying/rederive.py draws no Signs"),
-}
-
-
-@pytest.mark.parametrize("place", FORGOTTEN_OF_INITIALISERS)
-def test_no_place_of_an_initialiser_can_be_forgotten(place: str, tmp_path: Path) -> None:
-    reached, said = FORGOTTEN_OF_INITIALISERS[place]
-    out, err = follow(tmp_path, INITIALISER, without=place, text=RECIPE.partition("\n")[2])
+@pytest.mark.parametrize(("toy", "place", "reached", "said"), FORGOTTEN, ids=lambda value: value if isinstance(value, str) else "")
+def test_no_place_can_be_forgotten(toy: Mapping[str, str], place: str, reached: str, said: str, tmp_path: Path) -> None:
+    of_method, _, of_initialiser = RECIPE.partition("\n")
+    out, err = follow(tmp_path, toy, without=place, text=of_method if toy is METHOD else of_initialiser)
     assert said in err
     assert reached in out
     assert "verified" not in out
