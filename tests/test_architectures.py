@@ -7,10 +7,10 @@ from conftest import CONFIGS, write_sources
 
 from bam_merge import expressions
 from bam_merge.architectures.config import describe
+from bam_merge.architectures.locate import family_tensors, rows_of, shape_of
 from bam_merge.architectures.tables import (
     Architecture,
     dense_families,
-    family_tensors,
     find_by_model_type,
     load_architecture,
     mixture_layouts,
@@ -59,6 +59,16 @@ def test_table_is_sound(family: Architecture) -> None:
     for row in family.rows:
         assert (len(row.roles) > 1) == bool(row.parts)
         assert len(row.parts) in (0, len(row.roles))
+        for H, K, D in ((4, 2, 3), (4, 4, 3), (6, 1, 8)):
+            facts = {
+                "vocab_size": 64,
+                "hidden_size": 20,
+                "intermediate_size": 28,
+                "num_attention_heads": H,
+                "num_key_value_heads": K,
+                "head_dim": D,
+            }
+            assert not row.parts or rows_of(row, facts) == shape_of(row, facts)[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

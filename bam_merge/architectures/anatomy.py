@@ -6,26 +6,16 @@ that are stored. Where a config.json is missing, the table that explains the mos
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from bam_merge.architectures.config import dense_layers, facts_of, is_quantised
+from bam_merge.architectures.locate import Cell, Place, applies, cut, in_order, locate, read_name, shape_of, spellings, words
 from bam_merge.architectures.opening import open_folder
-from bam_merge.architectures.tables import (
-    Architecture,
-    Key,
-    Row,
-    architectures,
-    evaluate,
-    family_tensors,
-    find_by_model_type,
-    load_architecture,
-)
+from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint, open_file
-from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
+from bam_merge.checkpoints.pieces import Leaf, Read, stored
 from bam_merge.paths import located
 from bam_merge.text import printable, some
 
@@ -47,8 +37,8 @@ class Anatomy:
     architecture: Architecture | None
     guessed: bool
     facts: Mapping[str, Any]
-    keys: Mapping[str, Key]
-    leaves: Mapping[Key, Leaf]
+    keys: Mapping[str, Place]
+    leaves: Mapping[Place, Leaf]
     dropped: Mapping[str, str]
     unknown: tuple[str, ...]
     missing: tuple[str, ...]
@@ -91,35 +81,15 @@ def guess(names: Iterable[str]) -> Architecture | None:
 
 def alike(names: Iterable[str]) -> list[Architecture]:
     """The architectures whose tables explain the most of `names`, all of one kind, those with fewer rows first."""
-    shapes = {_shape(name)[0] for name in names}
-    explained = {table.name: len(shapes & set(_templates(table.name))) for table in architectures()}
+    stored = set(map(words, names))
+    known = {table.name: spellings(table).keys() for table in architectures()}
+    explained = {name: len(stored & of) for name, of in known.items()}
     most = max(explained.values())
-    best = sorted((table for table in architectures() if most and explained[table.name] == most), key=lambda a: len(_templates(a.name)))
+    best = sorted((table for table in architectures() if most and explained[table.name] == most), key=lambda a: len(known[a.name]))
     return [table for table in best if table.kind == best[0].kind]
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------------
-
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
-
-
-def _shape(name: str) -> tuple[str, list[int]]:
-    """A name with its numbers taken out: 'model.layers.3.x' -> ('model.layers.#.x', [3])."""
-    pieces = _NUMBER.split(name)
-    return "#".join(pieces[::2]), [int(number) for number in pieces[1::2]]
-
-
-@cache
-def _templates(architecture: str) -> Mapping[str, Row | None]:
-    """Every spelling of every row of a table, with "#" for its numbers; None for a buffer that is dropped."""
-    table = load_architecture(architecture)
-    rows: dict[str, Row | None] = {name.replace("{layer}", "#"): None for name in table.dropped}
-    for row in (*table.rows, *table.others):
-        rows.update((name.replace("{layer}", "#").replace("{expert}", "#"), row) for name in row.names)
-    return rows
-
-
-# ---- the walk ------------------------------------------------------------------------------------------------------------
+# ---- every stored tensor ---------------------------------------------------------------------------------------------------
 
 NEEDED = ("norm.attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.kv_a", "attn.kv_b", "ffn.up", "ffn.down", "router.ffn")
 """Roles that every layer of a mixture has, where its table knows them; further ones if another layer has them."""
@@ -134,25 +104,24 @@ class _Walk:
     facts: Mapping[str, Any]
     source: str
     findings: list[str]
-    keys: dict[str, Key] = field(default_factory=dict)
-    leaves: dict[Key, Leaf] = field(default_factory=dict)
+    keys: dict[str, Place] = field(default_factory=dict)
+    leaves: dict[Place, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        templates = _templates(self.architecture.name) if self.architecture else {}
+        known = spellings(self.architecture) if self.architecture else {}
         for name in self.checkpoint.tensors:
-            template, numbers = _shape(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name)
-            if template not in templates:
+            cell = read_name(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name, known)
+            if cell is None:
                 self.unknown.append(name)
-            elif (row := templates[template]) is None:
+            elif not cell.row.roles:
                 self.dropped[name] = "a buffer that loading recomputes"
-            elif row.roles == ("head",) and self.facts and not self.facts["untied"]:
+            elif cell.row.roles == ("head",) and self.facts and not self.facts["untied"]:
                 self.dropped[name] = "config.json ties the head to the embeddings; this copy counts for nothing where it equals them"
             else:
-                layer = numbers.pop(0) if row.per_layer else None
-                self.place(name, row, layer, numbers.pop(0) if row.per_expert else None)
+                self.place(name, cell)
         if self.architecture and self.facts:
             (self.compare if self.architecture.kind == "dense" else self.find_gaps)()
             self.report("missing: {} tensor(s). Is the download complete?", self.missing)
@@ -160,43 +129,30 @@ class _Walk:
             beyond = [name for name, (_, layer, _) in self.keys.items() if layer is not None and layer >= last]
             self.report(f"of layers beyond the {last} of config.json: {{}} tensor(s).", beyond)
 
-    def place(self, name: str, row: Row, layer: int | None, expert: int | None) -> None:
+    def place(self, name: str, cell: Cell) -> None:
+        row, layer, expert = cell
         entry = self.checkpoint.tensors[name]
         read = Read(self.source, name, entry.dtype, entry.shape)
         scale = ".scale" if name.endswith("weight" + SCALE) else ""
         joined = "+".join(role + scale for role in row.roles)
         self.keys[name] = joined, layer, expert
-        pieces = None if scale or len(row.roles) == 1 else self.cut(row, read)
-        for role, leaf in (pieces or {joined: read}).items():
+        can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
+        for role, leaf in ((cut(row, read, self.facts) if can_be_cut else None) or {joined: read}).items():
             first = self.leaves.setdefault((role, layer, expert), leaf)
             if first is not leaf:
                 self.findings.append(f"{printable(stored(first).tensor)} and {printable(name)} are two spellings of one tensor.")
 
-    def cut(self, row: Row, read: Read) -> dict[str, Leaf] | None:
-        """The roles in a fused tensor; None where its rows are not those that config.json implies."""
-        if not self.facts:
-            return None
-        groups, parts = evaluate(row.groups, self.facts), [evaluate(part, self.facts) for part in row.parts]
-        if not read.shape or read.shape[0] != groups * sum(parts):
-            return None
-        starts = [sum(parts[:index]) for index in range(len(parts))]
-        return {
-            role: Slice(read, groups, start, rows, (groups * rows, *read.shape[1:]))
-            for role, start, rows in zip(row.roles, starts, parts, strict=True)
-        }
-
     def compare(self) -> None:
         """A dense model against all that its table and config.json imply: absent, present in vain, of another shape."""
         assert self.architecture is not None
-        tensors = self.checkpoint.tensors
-        first, second = (list(family_tensors(self.architecture, self.facts, spelling)) for spelling in (0, 1))
-        expected = dict(first + second)
-        self.missing += [a for (a, _), (b, _) in zip(first, second, strict=True) if a not in tensors and b not in tensors]
-        layers = self.facts["num_hidden_layers"]
+        tensors, layers = self.checkpoint.tensors, self.facts["num_hidden_layers"]
+        found = locate(tensors, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
+        self.missing += [cell.names[0] for cell in found.missing]
+        expected = {name: shape_of(cell.row, self.facts) for cell, names, wanted in found.met if wanted for name in names}
         vain = [name for name, (_, layer, _) in self.keys.items() if name not in expected and (layer or 0) < layers]
         self.report("present, though config.json does not imply it: {} tensor(s).", [name for name in vain if not name.endswith(SCALE)])
         for name, shape in expected.items():
-            if name in tensors and tensors[name].shape != shape:
+            if tensors[name].shape != shape:
                 self.findings.append(f"{printable(name)} is {list(tensors[name].shape)}, config.json implies {list(shape)}.")
 
     def find_gaps(self) -> None:

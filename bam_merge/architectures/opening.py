@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from bam_merge.architectures.tables import find_by_model_type
+from bam_merge.architectures.tables import find_by_model_type, head_names
 from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
 
 
@@ -18,4 +18,4 @@ def _tied_heads(config: Mapping[str, Any]) -> set[str]:
     table = find_by_model_type(config.get("model_type"))
     if table is None or config.get("tie_word_embeddings", table.defaults.get("tie_word_embeddings")) is not True:
         return set()
-    return {name for row in table.rows if row.roles == ("head",) for name in row.names}
+    return set(head_names(table))

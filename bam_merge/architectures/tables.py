@@ -16,9 +16,6 @@ from typing import Any
 from bam_merge.architectures.strict_tables import check_table
 from bam_merge.architectures.vocabulary import SYMBOLS
 
-Key = tuple[str, int | None, int | None]
-"""A role, its layer and its expert, where it has them."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -193,8 +190,6 @@ def find_by_model_type(model_type: object) -> Architecture | None:
     return next((a for a in architectures() if model_type in a.model_types), None)
 
 
-def family_tensors(family: Architecture, facts: Mapping[str, Any], spelling: int = 0) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor that a model of `family` with these facts has, in the table's order, layer by layer."""
-    for row, layer in natural_order(family, facts["num_hidden_layers"]):
-        if row.when is None or facts[row.when]:
-            yield row.name(layer, spelling=min(spelling, len(row.names) - 1)), tuple(evaluate(size, facts) for size in row.shape)
+def head_names(table: Architecture) -> tuple[str, ...]:
+    """The names under which models of `table` may store a head."""
+    return tuple(name for row in table.rows if row.roles == ("head",) for name in row.names)

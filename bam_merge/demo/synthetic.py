@@ -9,7 +9,8 @@ from typing import Any
 import numpy
 
 from bam_merge.architectures.config import describe
-from bam_merge.architectures.tables import family_tensors, load_architecture
+from bam_merge.architectures.locate import family_tensors
+from bam_merge.architectures.tables import load_architecture
 from bam_merge.checkpoints.folder import INDEX
 from bam_merge.checkpoints.header import encode_header
 

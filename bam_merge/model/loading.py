@@ -8,14 +8,16 @@ headers only; tensors are read when asked for, so that a verifier can hold one b
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from bam_merge.architectures.locate import Cell, cells, cut, locate, rows_of
 from bam_merge.architectures.opening import open_folder
-from bam_merge.architectures.tables import Architecture, Row, evaluate, find_by_model_type, load_architecture
+from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture
 from bam_merge.architectures.vocabulary import SYMBOLS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
@@ -143,28 +145,34 @@ def open_model(path: str | os.PathLike[str], computes: bool = True) -> StoredMod
         raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from None
     architecture = find_by_model_type(checkpoint.config["model_type"])
     assert architecture is not None
-    locator = _Locator(checkpoint, architecture, config, computes)
-    locator.run()
-    if config.tie_word_embeddings and not locator.problems:
-        locator.check_heads()
-    if locator.problems:
-        raise CheckpointError(*(f"{where}: {problem}" for problem in locator.problems))
-    return StoredModel(checkpoint, config, locator.found)
+    parameters = _Parameters(checkpoint, architecture, config, computes)
+    parameters.settle()
+    if config.tie_word_embeddings and not parameters.problems:
+        parameters.check_heads()
+    if parameters.problems:
+        raise CheckpointError(*(f"{where}: {problem}" for problem in parameters.problems))
+    return StoredModel(checkpoint, config, parameters.found)
 
 
 # ---- the tensors -----------------------------------------------------------------------------------------------------------
 
 
-def parameter_name(role: str, row: Row, layer: int | None, expert: int | None) -> str:
-    """The reference model's name for `role`: bam's, less the experts' part where there is one for all. What bam has not keeps `row`'s."""
-    rows = [own for own in load_architecture("bam").rows if role in own.roles] or [row]
-    template = next((own for own in rows if own.per_expert), rows[0])
-    return template.name(layer, expert) if expert is not None else template.name(layer).replace("experts.None.", "")
+@cache
+def _bam_row(role: str) -> Row | None:
+    """The row by which bam names a role; of two, the one that stands per expert."""
+    rows = [row for row in load_architecture("bam").rows if role in row.roles]
+    return next((row for row in rows if row.per_expert), rows[0] if rows else None)
+
+
+def parameter_name(role: str, cell: Cell) -> str:
+    """The reference model's name for `role`: bam's, less the experts' part where there is one for all. What bam has not keeps its row's."""
+    template = _bam_row(role) or cell.row
+    return template.name(cell.layer, cell.expert) if cell.expert is not None else template.name(cell.layer).replace("experts.None.", "")
 
 
 @dataclass
-class _Locator:
-    """Walks a folder's table, collecting what each parameter is read from, and every problem."""
+class _Parameters:
+    """What each parameter of the reference model is read from, and every problem: exactly its parameters are to be there."""
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -173,63 +181,50 @@ class _Locator:
     found: dict[str, Leaf] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: list[TensorEntry] = field(default_factory=list)
-    heads: list[str] = field(default_factory=list)
+    heads: tuple[str, ...] = ()
 
-    def run(self) -> None:
+    def settle(self) -> None:
+        """Every parameter is found, or a problem; so is every tensor that is of none."""
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in Model(self.config).state_dict().items()}
-        tensors, layers = self.checkpoint.tensors, range(self.config.num_hidden_layers)
-        known = {template.replace("{layer}", str(layer)) for template in self.architecture.dropped for layer in layers}
-        missing = []
-        for row, layer, expert in self.places():
-            parameters = [parameter_name(role, row, layer, expert) for role in row.roles]
-            spellings = [row.name(layer, expert, spelling) for spelling in range(len(row.names))]
-            present = [name for name in spellings if name in tensors]
-            if all(parameter in wanted for parameter in parameters):
-                known.update(present)
-                shapes = {parameter: wanted.pop(parameter) for parameter in parameters}
-                if len(present) == 1:
-                    self.cut(row, tensors[present[0]], shapes)
-                elif present:
-                    self.problems.append(f"{' and '.join(present)} are two spellings of one tensor. Keep one.")
-                else:
-                    missing.append(spellings[0])
-            elif row.roles == ("head",):
-                known.update(present)  # tied: a copy that equals the embeddings is ignored, another one refused below
-                self.heads = present
-        self.report("missing: {} tensor(s) that config.json implies. Is the download complete?", [*missing, *wanted])
-        extra = [name for name in tensors if name not in known]
+        tensors, config = self.checkpoint.tensors, self.config
+        walked = cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts))
+        found = locate(tensors, walked, lambda cell: bool(cell.row.roles) and all(name in wanted for name in _parameters(cell)))
+        over = set(found.extra)
+        for cell, names, is_wanted in found.met:
+            if is_wanted and len(names) == 1:
+                self.take(cell, tensors[names[0]], {name: wanted[name] for name in _parameters(cell)})
+            elif is_wanted:
+                self.problems.append(f"{' and '.join(names)} are two spellings of one tensor. Keep one.")
+            elif cell.row.roles == ("head",):  # tied: a copy that equals the embeddings is ignored, another one refused below
+                self.heads = names
+            elif cell.row.roles:
+                over.update(names)
+        homes = {name for cell in (*found.missing, *(item.cell for item in found.met if item.wanted)) for name in _parameters(cell)}
+        missing = [*(cell.names[0] for cell in found.missing), *(name for name in wanted if name not in homes)]
+        self.report("missing: {} tensor(s) that config.json implies. Is the download complete?", missing)
+        extra = [name for name in tensors if name in over]
         self.report("present: {} tensor(s) that config.json does not imply. Correct config.json, or remove them.", extra)
         dtypes = ", ".join(sorted({entry.dtype for entry in self.unreadable}))
         known_dtypes = ", ".join(TORCH_DTYPES)
-        names = [entry.name for entry in self.unreadable]
-        self.report(f"stored as {dtypes}: {{}} tensor(s); the reference model computes with {known_dtypes}. Convert them.", names)
+        unreadable = [entry.name for entry in self.unreadable]
+        self.report(f"stored as {dtypes}: {{}} tensor(s); the reference model computes with {known_dtypes}. Convert them.", unreadable)
 
-    def places(self) -> Iterator[tuple[Row, int | None, int | None]]:
-        """Every row at every layer, for every expert."""
-        experts = range(max(self.config.num_experts, self.config.num_attention_experts))
-        for row in self.architecture.rows:
-            for layer in range(self.config.num_hidden_layers) if row.per_layer else (None,):
-                yield from ((row, layer, expert) for expert in (experts if row.per_expert else (None,)))
-
-    def cut(self, row: Row, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's parts."""
-        config = self.config
-        facts = {name: getattr(config, name, 0) for name in SYMBOLS.values()} | {
-            "num_attention_heads": config.num_attention_heads_per_expert, "num_key_value_heads": config.num_key_value_heads_per_expert,
-        }  # fmt: skip
-        groups, (first, *_) = evaluate(row.groups, facts), shapes.values()
-        parts = [evaluate(part, facts) for part in row.parts] or [first[0]]
-        expected = (groups * sum(parts), *first[1:])
+    def take(self, cell: Cell, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's roles."""
+        row, facts, (first, *_) = cell.row, _facts(self.config), shapes.values()
+        expected = first if len(row.roles) == 1 else (rows_of(row, facts), *first[1:])
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
             return
         if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
-        read, start = Read("model", entry.name, entry.dtype, entry.shape), 0
-        for (parameter, shape), rows in zip(shapes.items(), parts, strict=True):
-            self.found[parameter] = read if len(parts) == 1 else Slice(read, groups, start, rows, shape)
-            start += rows
+        pieces = cut(row, Read("model", entry.name, entry.dtype, entry.shape), facts)
+        assert pieces is not None  # its rows are those of the table
+        for (parameter, shape), (role, leaf) in zip(shapes.items(), pieces.items(), strict=True):
+            if leaf.shape != shape:
+                self.problems.append(f"{entry.name} holds {role} as {list(leaf.shape)}, config.json implies {list(shape)}.")
+            self.found[parameter] = leaf
 
     def check_heads(self) -> None:
         """A tied head that is stored as well must equal the embeddings: where it does not, transformers computes with it."""
@@ -245,3 +240,14 @@ class _Locator:
     def report(self, problem: str, names: list[str]) -> None:
         if names:
             self.problems.append(f"{some(names)} {problem.format(len(names))}")
+
+
+def _parameters(cell: Cell) -> list[str]:
+    return [parameter_name(role, cell) for role in cell.row.roles]
+
+
+def _facts(config: ModelConfig) -> dict[str, Any]:
+    """What the letters of a table's sizes stand for, by the reference model's configuration."""
+    return {name: getattr(config, name, 0) for name in SYMBOLS.values()} | {
+        "num_attention_heads": config.num_attention_heads_per_expert, "num_key_value_heads": config.num_key_value_heads_per_expert,
+    }  # fmt: skip

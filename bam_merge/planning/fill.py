@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bam_merge import expressions
+from bam_merge.architectures.locate import shape_of
 from bam_merge.architectures.tables import Architecture, Row, evaluate
 from bam_merge.planning.assign import Made
 from bam_merge.sources.dense import DenseModel, Site
@@ -16,9 +17,8 @@ def filling(row: Row, layer: int | None, seed: DenseModel, made: Mapping[Site, M
     if row.make is None or (row.roles[0], layer) in made:
         return None
     if row.make in CONSTANTS:
-        shape = tuple(evaluate(size, seed.facts) for size in row.shape)
         like = next(item for (role, _), item in made.items() if role == "router.ffn")  # new as this is, and of one dtype with it
-        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape)
+        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, seed.facts))
     (once_more,) = made[row.make, layer].exprs
     return once_more
 

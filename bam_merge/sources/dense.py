@@ -1,16 +1,17 @@
 """A dense checkpoint read through its family's table: what it computes (facts) and where each role's tensor is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
+from bam_merge.architectures.locate import Cell, applies, cells, cut, locate, shape_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.spellings import conflicts, settled_keys
-from bam_merge.architectures.tables import Architecture, Row, dense_families, evaluate, find_by_model_type
+from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint
-from bam_merge.checkpoints.pieces import Read, Slice
+from bam_merge.checkpoints.pieces import Leaf, Read
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
 from bam_merge.sources.harmless import is_harmless, refusals
@@ -54,86 +55,71 @@ def read_dense(name: str, path: Path) -> DenseModel:
     facts = describe(family, checkpoint.config, problems)
     problems += refusals(checkpoint.config)
     problems += conflicts(family, checkpoint.config)
-    locator = _Locator(name, family, facts, checkpoint, problems)
+    tensors = _Tensors(name, family, facts, checkpoint, problems)
     if facts:
-        locator.run()
+        tensors.settle()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
     known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *settled_keys(family)}
     unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
-    return DenseModel(name, checkpoint, family, facts, locator.found, locator.dropped, unknown)
+    return DenseModel(name, checkpoint, family, facts, tensors.taken, tensors.dropped, unknown)
 
 
 # ---- the tensors ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Locator:
-    """Walks a family's table over one checkpoint, collecting where each role is, what is dropped, and what is wrong."""
+class _Tensors:
+    """What a merge takes of a source, what it drops aloud, and what it refuses."""
 
     source: str
     family: Architecture
     facts: Mapping[str, Any]
     checkpoint: Checkpoint
     problems: list[str]
-    found: dict[Site, Expr] = field(default_factory=dict)
+    taken: dict[Site, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> None:
-        layers = range(self.facts["num_hidden_layers"])
-        used: set[str] = set()
-        missing: list[str] = []
-        for row in self.family.rows:
-            wanted = row.when is None or bool(self.facts[row.when])
-            for layer in layers if row.per_layer else (None,):
-                spellings = [row.name(layer, spelling=s) for s in range(len(row.names))]
-                present = [name for name in spellings if name in self.checkpoint.tensors]
-                used.update(present)
-                if wanted and not present:
-                    missing.append(spellings[0])
-                elif len(present) > 1:
-                    self.problems.append(f"{' and '.join(present)} are two spellings of one tensor. Keep one.")
-                elif present:
-                    (self.cut if wanted else self.refuse)(row, layer, present[0])
-        if missing:
-            self.report_missing(missing)
-        for name in (template.replace("{layer}", str(layer)) for template in self.family.dropped for layer in layers):
-            if name in self.checkpoint.tensors:
-                self.dropped[name] = "a buffer that loading recomputes"
-        extra = [name for name in self.checkpoint.tensors if name not in used and name not in self.dropped]
-        if extra:
+    def settle(self) -> None:
+        """Every cell of the family's table is taken, dropped with a reason, or a problem."""
+        layers = self.facts["num_hidden_layers"]
+        found = locate(self.checkpoint.tensors, cells(self.family, layers), lambda cell: applies(cell, self.facts))
+        for cell, names, wanted in found.met:
+            if not cell.row.roles:
+                self.dropped[names[0]] = "a buffer that loading recomputes"
+            elif len(names) > 1:
+                self.problems.append(f"{' and '.join(names)} are two spellings of one tensor. Keep one.")
+            else:
+                (self.take if wanted else self.refuse)(cell, names[0])
+        if found.missing:
+            self.report_missing(found.missing)
+        if found.extra:
             self.problems.append(
-                f"{some(extra)}: {len(extra)} tensor(s) that {self.family.name} with {len(layers)} layers does not have. "
+                f"{some(found.extra)}: {len(found.extra)} tensor(s) that {self.family.name} with {layers} layers does not have. "
                 "Nothing is dropped silently: remove them, or correct config.json."
             )
 
-    def refuse(self, row: Row, layer: int | None, name: str) -> None:
-        if row.roles == ("head",):
+    def refuse(self, cell: Cell, name: str) -> None:
+        if cell.row.roles == ("head",):
             self.dropped[name] = "config.json ties the head to the embeddings"  # settle_heads sees whether this copy equals them
         else:
             self.problems.append(
-                f"{name} is present, but config.json has {row.when}=false, so that transformers would ignore it. "
+                f"{name} is present, but config.json has {cell.row.when}=false, so that transformers would ignore it. "
                 "Correct config.json or remove the tensor."
             )
 
-    def cut(self, row: Row, layer: int | None, name: str) -> None:
-        entry = self.checkpoint.tensors[name]
-        shape = tuple(evaluate(size, self.facts) for size in row.shape)
+    def take(self, cell: Cell, name: str) -> None:
+        entry, shape = self.checkpoint.tensors[name], shape_of(cell.row, self.facts)
         if entry.shape != shape:
-            sizes = ", ".join(row.shape)
+            sizes = ", ".join(cell.row.shape)
             self.problems.append(f"{name} is {printable(str(list(entry.shape)))}, config.json implies {list(shape)} ({sizes}).")
             return
-        read = Read(self.source, name, entry.dtype, shape)
-        if len(row.roles) == 1:
-            self.found[row.roles[0], layer] = read
-            return
-        groups, start = evaluate(row.groups, self.facts), 0
-        for role, part in zip(row.roles, row.parts, strict=True):
-            rows = evaluate(part, self.facts)
-            self.found[role, layer] = Slice(read, groups, start, rows, (groups * rows, *shape[1:]))
-            start += rows
+        pieces = cut(cell.row, Read(self.source, name, entry.dtype, shape), self.facts)
+        assert pieces is not None, f"{self.family.name}: the parts of {name} are not the rows of its shape"
+        self.taken.update(((role, cell.layer), leaf) for role, leaf in pieces.items())
 
-    def report_missing(self, missing: list[str]) -> None:
-        heads = {name for row in self.family.rows if row.roles == ("head",) for name in row.names}
-        untied = " (config.json has tie_word_embeddings=false, so the head must be there)" if heads & set(missing) else ""
-        self.problems.append(f"{some(missing)} missing: {len(missing)} tensor(s){untied}. Is the download complete?")
+    def report_missing(self, missing: Sequence[Cell]) -> None:
+        headless = any(cell.row.roles == ("head",) for cell in missing)
+        untied = " (config.json has tie_word_embeddings=false, so the head must be there)" if headless else ""
+        names = [cell.names[0] for cell in missing]
+        self.problems.append(f"{some(names)} missing: {len(names)} tensor(s){untied}. Is the download complete?")

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.tables import head_names
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
@@ -66,11 +66,6 @@ def _tied(model: DenseModel, other: str) -> DenseModel:
     facts = {**model.facts, "tie_word_embeddings": True, "untied": False}
     kept = {site: expr for site, expr in model.tensors.items() if site[0] != "head"}
     return replace(model, facts=facts, tensors=kept, dropped={**model.dropped, **dict.fromkeys(names, why)})
-
-
-def head_names(table: Architecture) -> tuple[str, ...]:
-    """The names under which models of `table` may store a head."""
-    return tuple(name for row in table.rows if row.roles == ("head",) for name in row.names)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------------
