@@ -64,7 +64,7 @@ def test_dense_families_as_merges_read_them(name: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIGS[name], random_values(1))
     found = open_anatomy(tmp_path, "x")
     assert {(role, layer): leaf for (role, layer, expert), leaf in found.leaves.items()} == read_dense("x", tmp_path).tensors
-    assert set(found.keys) == set(found.checkpoint.tensors)
+    assert set(found.places) == set(found.checkpoint.tensors)
     assert (found.unknown, found.missing, found.findings, dict(found.dropped)) == ((), (), (), {})
 
 
@@ -92,7 +92,7 @@ def test_mixtures_made_here(way: str, tmp_path: Path) -> None:
 def test_public_mixtures(name: str, tmp_path: Path) -> None:
     found = open_anatomy(save_public(name, tmp_path))
     assert (found.unknown, found.missing, found.findings) == ((), (), ())
-    assert set(found.keys) == set(found.checkpoint.tensors)
+    assert set(found.places) == set(found.checkpoint.tensors)
     assert found.facts["num_experts"] == (4 if name.startswith("deepseek") else 3)
     dense = {layer for role, layer, expert in found.leaves if role == "ffn.up" and expert is None}
     assert dense == (set() if name in ("mixtral", "olmoe") else {0})
@@ -144,6 +144,15 @@ def test_what_a_dense_model_lacks_and_has_in_vain(tmp_path: Path) -> None:
     assert "model.layers.2.mlp.down_proj.weight of layers beyond the 2 of config.json: 1 tensor(s)" in text
 
 
+@pytest.mark.parametrize("odd", ["model.layers.#.mlp.down_proj.weight", "model.layers.{layer}.mlp.down_proj.weight"])
+def test_a_name_that_looks_like_a_template_is_a_name(odd: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIGS["llama"], random_values(1))
+    value = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    found = open_anatomy(edit(tmp_path, add={odd: value}))
+    assert (found.unknown, found.missing) == ((odd,), ())
+    assert open_anatomy(tmp_path / "model.safetensors").unknown == (odd,)  # without a config.json
+
+
 @pytest.mark.parametrize("drop", [
     ("model.layers.1.mlp.experts.2.up_proj.weight",),
     ("model.layers.0.self_attn.experts.1.k_proj.weight", "model.norm.weight"),
@@ -185,7 +194,7 @@ def test_scales_of_quantised_weights_have_roles(tmp_path: Path) -> None:
     values = load_file(tmp_path / "model.safetensors")
     scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
     found = open_anatomy(edit(tmp_path, add={scale: values["model.norm.weight"]}))
-    assert found.keys[scale] == ("ffn.up.scale", 0, None)
+    assert found.places[scale] == ("ffn.up.scale", 0, None)
     assert found.findings == ()
 
 
@@ -209,4 +218,4 @@ def test_a_mixture_alone_and_names_of_no_table(tmp_path: Path) -> None:
     assert found.architecture is not None
     assert found.architecture.name == "bam"
     assert guess({"a": 1, "b.3.c": 2}) is None
-    assert anatomy(found.checkpoint).keys == found.keys
+    assert anatomy(found.checkpoint).places == found.places

@@ -27,7 +27,7 @@ SCALE = "_scale_inv"
 class Anatomy:
     """A checkpoint's tensors by role.
 
-    `keys` gives each explained tensor's key (the roles of a fused one joined by "+"), `leaves` what each role is read from: a whole
+    `places` says where each explained tensor stands (the roles of a fused one joined by "+"), `leaves` what each role is read from: a whole
     tensor or rows of a fused one. A fused tensor that cannot be cut, because its sizes are unknown, stands under its joined roles.
     `dropped` are known and not part of the model, with the reason; `unknown` no row explains; `missing` ought to be there.
     `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
@@ -37,7 +37,7 @@ class Anatomy:
     architecture: Architecture | None
     guessed: bool
     facts: Mapping[str, Any]
-    keys: Mapping[str, Place]
+    places: Mapping[str, Place]
     leaves: Mapping[Place, Leaf]
     dropped: Mapping[str, str]
     unknown: tuple[str, ...]
@@ -66,11 +66,11 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
             findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
     else:
         architecture, guessed = guess(checkpoint.tensors), True
-    walk = _Walk(checkpoint, architecture, facts, source, findings)
-    walk.run()
+    found = _Described(checkpoint, architecture, facts, source, findings)
+    found.run()
     return Anatomy(
-        checkpoint, architecture, guessed, facts, walk.keys, walk.leaves, walk.dropped,
-        tuple(walk.unknown), tuple(walk.missing), tuple(findings),
+        checkpoint, architecture, guessed, facts, found.places, found.leaves, found.dropped,
+        tuple(found.unknown), tuple(found.missing), tuple(findings),
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ NEEDED = ("norm.attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.kv_a", "att
 
 
 @dataclass
-class _Walk:
+class _Described:
     """Places every stored tensor, then looks for what is not there."""
 
     checkpoint: Checkpoint
@@ -104,7 +104,7 @@ class _Walk:
     facts: Mapping[str, Any]
     source: str
     findings: list[str]
-    keys: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
     leaves: dict[Place, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ class _Walk:
             (self.compare if self.architecture.kind == "dense" else self.find_gaps)()
             self.report("missing: {} tensor(s). Is the download complete?", self.missing)
             last = self.facts["num_hidden_layers"]
-            beyond = [name for name, (_, layer, _) in self.keys.items() if layer is not None and layer >= last]
+            beyond = [name for name, (_, layer, _) in self.places.items() if layer is not None and layer >= last]
             self.report(f"of layers beyond the {last} of config.json: {{}} tensor(s).", beyond)
 
     def place(self, name: str, cell: Cell) -> None:
@@ -135,7 +135,7 @@ class _Walk:
         read = Read(self.source, name, entry.dtype, entry.shape)
         scale = ".scale" if name.endswith("weight" + SCALE) else ""
         joined = "+".join(role + scale for role in row.roles)
-        self.keys[name] = joined, layer, expert
+        self.places[name] = joined, layer, expert
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
         for role, leaf in ((cut(row, read, self.facts) if can_be_cut else None) or {joined: read}).items():
             first = self.leaves.setdefault((role, layer, expert), leaf)
@@ -149,7 +149,7 @@ class _Walk:
         found = locate(tensors, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
         self.missing += [cell.names[0] for cell in found.missing]
         expected = {name: shape_of(cell.row, self.facts) for cell, names, wanted in found.met if wanted for name in names}
-        vain = [name for name, (_, layer, _) in self.keys.items() if name not in expected and (layer or 0) < layers]
+        vain = [name for name, (_, layer, _) in self.places.items() if name not in expected and (layer or 0) < layers]
         self.report("present, though config.json does not imply it: {} tensor(s).", [name for name in vain if not name.endswith(SCALE)])
         for name, shape in expected.items():
             if tensors[name].shape != shape:

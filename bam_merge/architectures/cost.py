@@ -203,7 +203,7 @@ def cost_of(anatomy: Anatomy) -> Cost:
     stored_layers = 1 + max((layer for _, layer, _ in anatomy.leaves if layer is not None), default=-1)
     layers = facts.get("num_hidden_layers", stored_layers)
     tied = not facts["untied"] if facts else not any(piece.role == "head" for piece in pieces)
-    explained = set(anatomy.keys)
+    explained = set(anatomy.places)
     unexplained = sum(anatomy.checkpoint.tensors[name].numel for name in kept if name not in explained)
     if anatomy.architecture is None:
         pieces = ()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bam_merge.architectures import locate
 from bam_merge.architectures.anatomy import Anatomy, open_anatomy
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, leaf_runs, stored
@@ -16,8 +17,8 @@ from bam_merge.errors import CheckpointError
 from bam_merge.paths import located
 from bam_merge.text import nearest, printable
 
-Place = tuple[str, int | None, int | None]
-"""Role, layer and expert. A tensor without a role stands under "?" and its name."""
+Place = locate.Place
+"""As everywhere; but here a tensor without a role has a place as well, "?" and its name."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _placed(found: Anatomy) -> dict[Place, Leaf]:
     """Every tensor at its place, those without a role under their names."""
     leaves: dict[Place, Leaf] = dict(found.leaves)
     placed = {stored(leaf).tensor for leaf in leaves.values()}
-    for name in (*found.unknown, *(name for name in found.keys if name not in placed)):
+    for name in (*found.unknown, *(name for name in found.places if name not in placed)):
         entry = found.checkpoint.tensors[name]
         leaves[f"? {name}", None, None] = Read("model", name, entry.dtype, entry.shape)
     position = {name: index for index, name in enumerate(found.checkpoint.tensors)}

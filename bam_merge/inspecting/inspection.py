@@ -131,7 +131,7 @@ class Inspection:
         return document
 
     def _record(self, entry: TensorEntry) -> dict[str, Any]:
-        role, layer, expert = self.anatomy.keys.get(entry.name, (None, None, None))
+        role, layer, expert = self.anatomy.places.get(entry.name, (None, None, None))
         origin = self.origins.get(entry.name)
         record: dict[str, Any] = {
             "name": entry.name, "role": role, "layer": layer, "expert": expert, "dtype": entry.dtype, "shape": list(entry.shape),
@@ -181,7 +181,7 @@ def inspect(
     shown = tuple(
         name
         for name in anatomy.checkpoint.tensors
-        if (tensors is None or fnmatchcase(name, tensors)) and (layer is None or anatomy.keys.get(name, ("", None, None))[1] == layer)
+        if (tensors is None or fnmatchcase(name, tensors)) and (layer is None or anatomy.places.get(name, ("", None, None))[1] == layer)
     )
     mixtures: dict[str, Cost] = {kind: as_mixture(cost, as_bam, kind, top_k) for kind in KINDS} if as_bam else {}
     return Inspection(
@@ -234,7 +234,7 @@ def _values(anatomy: Anatomy, names: tuple[str, ...], workers: int | None) -> Va
 def _clones(anatomy: Anatomy, stats: Mapping[str, "TensorStats"]) -> list[tuple[str, int, int]]:
     """Experts all of whose tensors, in every layer, are byte for byte those of an earlier one: (group, copy, original)."""
     digests: dict[tuple[str, int], dict[tuple[str, int | None], str]] = {}
-    for name, (role, layer, expert) in anatomy.keys.items():
+    for name, (role, layer, expert) in anatomy.places.items():
         if expert is not None and name in stats:
             digests.setdefault((role.partition(".")[0], expert), {})[role, layer] = stats[name].digest
     found: list[tuple[str, int, int]] = []

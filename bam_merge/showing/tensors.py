@@ -95,13 +95,13 @@ def _split(name: str) -> tuple[str, str | None, str]:
 def _role(found: Inspection, entry: TensorEntry) -> str:
     if entry.name in found.anatomy.dropped:
         return "not used: " + found.anatomy.dropped[entry.name]
-    return found.anatomy.keys.get(entry.name, ("unknown", None, None))[0]
+    return found.anatomy.places.get(entry.name, ("unknown", None, None))[0]
 
 
 def details(found: Inspection, terminal: Terminal) -> Iterator[RenderableType]:
     """Every tensor asked for, over several lines."""
     for entry in found.entries:
-        _, layer, expert = found.anatomy.keys.get(entry.name, ("", None, None))
+        _, layer, expert = found.anatomy.places.get(entry.name, ("", None, None))
         names = found.expert_names or []
         who = f" ({printable(names[expert])})" if expert is not None and expert < len(names) else ""
         where = [f"layer {layer}"] * (layer is not None) + [f"expert {expert}{who}"] * (expert is not None)

@@ -18,7 +18,7 @@ from bam_merge.sources.harmless import is_harmless, refusals
 from bam_merge.text import printable, some
 
 Site = tuple[str, int | None]
-"""A role, and its layer where it has one."""
+"""A role, and its layer where it has one: a place of a dense model, before a recipe decides whether experts share it."""
 
 
 @dataclass(frozen=True)
