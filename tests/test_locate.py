@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BASE, CONFIGS, GROUPED
+from conftest import BASE, CONFIGS, GROUPED, write_recipe
 from safetensors import safe_open
 
+from bam_merge import load_recipe, merge
 from bam_merge.architectures.anatomy import open_anatomy
 from bam_merge.architectures.config import facts_of
 from bam_merge.architectures.locate import (
@@ -29,7 +30,7 @@ from bam_merge.architectures.locate import (
     shape_of,
     spellings,
 )
-from bam_merge.architectures.tables import Architecture, Row, architectures, load_architecture, read_table
+from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type, load_architecture, read_table
 from bam_merge.architectures.vocabulary import ROLES
 from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
 from bam_merge.demo.synthetic import random_values, write_checkpoint
@@ -246,3 +247,20 @@ def test_a_table_whose_parts_do_not_add_up_stops_a_merge(tmp_path: Path, monkeyp
     monkeypatch.setattr("bam_merge.sources.dense.find_by_model_type", lambda model_type: wrong)
     with pytest.raises(AssertionError, match=r"phi3: the parts of .*gate_up_proj\.weight are not the rows of its shape"):
         read_dense("x", tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_merge_by_a_wrong_table_is_not_what_transformers_computes(wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up of phi3 exchanged for the merge and for the model that proves it: the mixture in transformers is another function."""
+    transformers = pytest.importorskip("transformers")
+    theirs = logits(build(CONFIGS["phi3"], tmp_path / "seed"))
+    table = load_architecture("phi3")
+    if wrong:
+        table = replace(table, rows=tuple(replace(r, roles=r.roles[::-1]) if "ffn.up" in r.roles else r for r in table.rows))
+    for module in ("bam_merge.sources.dense", "bam_merge.model.loading"):
+        monkeypatch.setattr(f"{module}.find_by_model_type", lambda name: table if name == "phi3" else find_by_model_type(name))
+    text = "experts: [seed, seed]\nffn: {top_k: 2}"
+    out = merge(load_recipe(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: mixtral}")))
+    apart = float((logits(transformers.AutoModelForCausalLM.from_pretrained(out).eval()) - theirs).abs().max())
+    size = float(theirs.abs().max())
+    assert apart > 1e-3 * size if wrong else apart < 1e-5 * size
