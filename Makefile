@@ -27,9 +27,10 @@ test: $(VENV)/ready        ## the test suite (offline)
 fuzz: $(VENV)/ready        ## 100,000 broken headers, indexes, configurations and recipes (some minutes; CASES=, SEED=)
 	$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
 
-lint: $(VENV)/ready        ## ruff: style and formatting; import-linter: who may import whom
+lint: $(VENV)/ready        ## ruff: style and formatting; codespell: spelling; import-linter: who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/ready       ## mypy, strict

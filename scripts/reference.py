@@ -3,6 +3,7 @@ and the docstrings of the public names. `python scripts/reference.py` writes the
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,11 +15,11 @@ import bam_merge
 from bam_merge.architectures.tables import Architecture, Row, architectures, dense_families, mixture_layouts
 from bam_merge.architectures.vocabulary import ROLES, SYMBOLS
 from bam_merge.cli import cli
-from bam_merge.recipe.makes import Expert
+from bam_merge.recipe import makes
 from bam_merge.recipe.schema import schema
-from bam_merge.records import INITIALISERS
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+MAKES = {re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): item for name, item in vars(makes).items() if isinstance(item, type)}
 MADE = "<!-- Made by scripts/reference.py: change the code, then run it again. -->"
 
 
@@ -76,24 +77,28 @@ def recipe() -> str:
     document = schema()
     names = document["$defs"]
     parts = [MADE, "# Recipe", "Unknown keys, duplicate keys and wrong types are errors, with line, column and the nearest valid name."]
-    parts += ["`bam-merge schema` prints the same as a JSON Schema, for editors.", "## Keys", _keys(document, names)]
-    makes = [item for item in names.values() if "make" in item.get("properties", {}) and "roles" in item["properties"]]
-    parts += ["## Makes", "How one tensor is made: under `shared`, or in `rules` with `roles` and `layers`."]
-    for item in sorted(makes, key=lambda item: str(item["properties"]["make"].get("const"))):
+    parts += ["`bam-merge schema` prints the same as a JSON Schema, for editors. [What a table cannot say](../explanation/recipe.md)."]
+    parts += ["## Keys", _keys(document, names)]
+    parts += ["## Routers", "How a router starts: one for both under `router`, or one each under `router.attention` and `router.ffn`."]
+    starts = [item for item in names.values() if "init" in item.get("properties", {})]
+    for item in sorted(starts, key=lambda item: str(item["properties"]["init"]["const"])):
+        start = item["properties"]["init"]["const"]
+        parts += [f"### init: {start}", *_described_make(start, item, names)]
+    rules = [item for item in names.values() if "make" in item.get("properties", {}) and "roles" in item["properties"]]
+    parts += ["## Rules", "A rule is a make with the tensors that it is for.", _properties(("roles", "layers"), rules[0], names)]
+    parts += ["## Makes", "How one tensor is made: in `rules`; and, but for `expert` and those of routers, under `shared`."]
+    for item in sorted(rules, key=lambda item: str(item["properties"]["make"]["const"])):
         make = item["properties"]["make"]["const"]
-        plain = next((other for other in names.values() if _is_make(other, make) and "roles" not in other["properties"]), item)
-        keys = [(key, value) for key, value in plain["properties"].items() if key not in ("make", "roles", "layers")]
-        parts += [f"### {make}", plain.get("description") or _words(make), _properties(keys, plain, names) if keys else "No further keys."]
+        parts += [f"### {make}", *_described_make(make, item, names)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _words(make: str) -> str:
-    """What a make does, where the schema does not say it."""
-    return inspect.cleandoc((Expert if make == "expert" else INITIALISERS[make]).__doc__ or "")
-
-
-def _is_make(item: Mapping[str, Any], make: str) -> bool:
-    return bool(item.get("properties", {}).get("make", {}).get("const") == make)
+def _described_make(name: str, item: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[str]:
+    """What a make, or a router's start of the same name, does, and its keys."""
+    make = MAKES[name]
+    yield inspect.cleandoc(make.__doc__ or make.record.__doc__ or "")
+    keys = [key for key in item["properties"] if key not in ("make", "init", "roles", "layers")]
+    yield _properties(keys, item, names) if keys else "No further keys."
 
 
 def _keys(document: Mapping[str, Any], names: Mapping[str, Any]) -> str:
@@ -108,8 +113,8 @@ def _keys(document: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     return _rows(rows, names)
 
 
-def _properties(keys: Iterable[tuple[str, Mapping[str, Any]]], parent: Mapping[str, Any], names: Mapping[str, Any]) -> str:
-    return _rows([(key, value, parent) for key, value in keys], names)
+def _properties(keys: Iterable[str], parent: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    return _rows([(key, parent["properties"][key], parent) for key in keys], names)
 
 
 def _rows(rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]], names: Mapping[str, Any]) -> str:
@@ -122,29 +127,33 @@ def _rows(rows: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]], name
     return table(("key", "values", "default", "meaning"), cells)
 
 
+def _resolved(value: Mapping[str, Any], names: Mapping[str, Any]) -> Mapping[str, Any]:
+    return names[value["$ref"].rpartition("/")[2]] if "$ref" in value else value
+
+
 def _type(value: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     """What a value may be, in words."""
-    if "$ref" in value:
-        return _type(names[value["$ref"].rpartition("/")[2]], names)
+    value = _resolved(value, names)
     if "const" in value:
         return code(value["const"])
     if "enum" in value:
         return ", ".join(map(code, value["enum"]))
     options = value.get("anyOf") or value.get("oneOf")
+    if options and all("make" in _resolved(item, names).get("properties", {}) for item in options):
+        return "a rule" if "roles" in _resolved(options[0], names)["properties"] else "a make"
     if options:
         return " or ".join(dict.fromkeys(_type(item, names) for item in options if item.get("type") != "null"))
-    if "make" in value.get("properties", {}):
-        return f"`make: {value['properties']['make']['const']}`"
     if "init" in value.get("properties", {}):
         return f"`init: {value['properties']['init'].get('const', value['properties']['init'].get('default'))}`"
     kind = value.get("type", "anything")
     if kind == "array":
-        return f"list of {_type(value.get('items', {}), names)}"
+        of = _type(value.get("items") or value["prefixItems"][0], names)
+        return "list of rules" if of == "a rule" else f"list of {of}"
     if kind == "object":
         inside = value.get("additionalProperties")
-        return f"name: {_type(inside, names)}" if isinstance(inside, dict) else "mapping"
+        return f"name: {_type(inside, names)}" if isinstance(inside, dict) else "`{attention: ..., ffn: ...}`"
     limits = [(">= {}", "minimum"), ("> {}", "exclusiveMinimum"), ("<= {}", "maximum"), ("< {}", "exclusiveMaximum")]
-    bounds = ", ".join(text.format(value[key]) for text, key in limits if key in value)
+    bounds = ", ".join(text.format(value[key]) for text, key in limits if abs(value.get(key, 2**63)) < 2**63)
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     return words.get(kind, str(kind)) + (f" {bounds}" if bounds else "")
 

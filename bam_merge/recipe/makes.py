@@ -42,7 +42,7 @@ class Strict(BaseModel):
 
 
 class Expert(Strict):
-    """One tensor per expert, each a copy of its own source's."""
+    """One tensor per expert, each its own source's, bit for bit."""
 
     make: Literal["expert"]
 
@@ -101,7 +101,7 @@ class Merging(Strict):
 
 
 class Mean(Merging):
-    """Uniform mean over the distinct sources among the experts."""
+    """Uniform mean over the distinct sources among the experts: one that stands twice does not weigh more."""
 
     record: ClassVar = expressions.Mean
     make: Literal["mean"]
@@ -111,7 +111,7 @@ class Mean(Merging):
 
 
 class Copy(Merging):
-    """The tensor of one source."""
+    """The tensor of one source, bit for bit."""
 
     record: ClassVar = None
     make: Literal["copy"]
@@ -125,7 +125,7 @@ class Copy(Merging):
 
 
 class Linear(Merging):
-    """Weighted sum; the weights must sum to one."""
+    """Weighted sum (model soups, arXiv 2203.05482); the weights must sum to one."""
 
     record: ClassVar = expressions.Linear
     make: Literal["linear"]
@@ -146,7 +146,7 @@ class Slerp(Merging):
     record: ClassVar = expressions.Slerp
     make: Literal["slerp"]
     from_: Annotated[tuple[str, str], Field(strict=False)] = Field(alias="from", description="the two sources: t=0 and t=1")
-    t: Fraction
+    t: Fraction = Field(description="where on the arc between them: 0 is the first, 1 the second")
 
     def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
         return self.from_
@@ -160,41 +160,41 @@ class Slerp(Merging):
 
 
 class TaskArithmetic(Merging):
-    """base + scale * sum of weighted differences from base."""
+    """base + scale * sum of weighted differences from base (arXiv 2212.04089)."""
 
     record: ClassVar = expressions.TaskArithmetic
     make: Literal["task_arithmetic"]
-    base: str
+    base: str = Field(description="the source that differences are taken from")
     weights: Weights | None = Field(default=None, description="source: weight of its difference; default 1 for every other expert")
-    scale: Finite = 1.0
+    scale: Finite = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.TaskArithmetic:
         return expressions.TaskArithmetic(self.weighed(names), self.scale)
 
 
 class Ties(Merging):
-    """TIES: trim, elect sign, merge what agrees."""
+    """TIES (arXiv 2306.01708): trim each difference to its largest entries, elect a sign, average what agrees."""
 
     record: ClassVar = expressions.Ties
     make: Literal["ties"]
-    base: str
+    base: str = Field(description="the source that differences are taken from")
     density: Density = Field(description="share of each difference that is kept, the largest entries")
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
-    scale: Finite = 1.0
+    scale: Finite = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Ties:
         return expressions.Ties(self.density, self.weighed(names), self.scale)
 
 
 class DareTies(Merging):
-    """DARE then TIES: drop entries at random, rescale, elect sign, merge what agrees."""
+    """DARE (arXiv 2311.03099): drop entries of each difference at random and rescale; then elect a sign and average as TIES does."""
 
     record: ClassVar = expressions.DareTies
     make: Literal["dare_ties"]
-    base: str
+    base: str = Field(description="the source that differences are taken from")
     density: Density = Field(description="probability that an entry of a difference is kept")
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
-    scale: Finite = 1.0
+    scale: Finite = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.DareTies:
         streams = tuple(f"dare:{name}:{place}" for name in names)
@@ -223,7 +223,7 @@ class Initialising(Strict):
 
 class Normal(Initialising):
     record: ClassVar = expressions.Normal
-    std: Positive = 0.02
+    std: Positive = Field(default=0.02, description="standard deviation; the mean is 0")
 
     def initialiser(self) -> expressions.Normal:
         return expressions.Normal(self.std)

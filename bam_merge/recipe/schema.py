@@ -15,15 +15,23 @@ from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 
 class Attention(Strict):
-    kv: Literal["expert", "shared"] = "expert"
-    routing: Literal["soft", "top_k"] = "soft"
-    top_k: Count | None = None
+    kv: Literal["expert", "shared"] = Field(
+        default="expert", description="keys and values per expert, or averaged, so that the KV cache stays that of one model"
+    )
+    routing: Literal["soft", "top_k"] = Field(
+        default="soft", description="a token's attention is that of all experts, weighted by soft gates, or of the best few"
+    )
+    top_k: Count | None = Field(default=None, description="attention experts per token; needed with routing top_k, and only then")
 
 
 class Ffn(Strict):
     top_k: Count | None = Field(default=None, description="experts per token; default 1 for bam, 2 for btx and sparse_upcycling")
-    gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = None
-    gate_scale: Positive = 1.0
+    gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = Field(
+        default=None,
+        description="gates of the softmax over all experts, not renormalised (default for bam); or over the chosen ones, "
+        "so that they sum to one (default for btx and sparse_upcycling; what Mixtral computes)",
+    )
+    gate_scale: Positive = Field(default=1.0, description="multiplies the combined output of the experts; makes up for gates below one")
 
 
 NORMAL = ROUTER_INITS["normal"].model_validate({"init": "normal"})
@@ -31,8 +39,8 @@ NORMAL = ROUTER_INITS["normal"].model_validate({"init": "normal"})
 
 
 class Routers(Strict):
-    attention: OneInit = NORMAL
-    ffn: OneInit = NORMAL
+    attention: OneInit = Field(default=NORMAL, description="how the routers of attention experts start")
+    ffn: OneInit = Field(default=NORMAL, description="how the routers of FFN experts start")
 
 
 def _init_or_both(value: Any) -> str:
@@ -49,16 +57,20 @@ else:
 
 
 class Output(Strict):
-    path: str = Field(min_length=1)
-    layout: str | None = None
-    dtype: Literal["source", "float32", "float16", "bfloat16"] = "source"
-    max_shard_size: Integer | str = "5GB"
+    path: str = Field(min_length=1, description="the folder where the result appears, relative to the recipe")
+    layout: str | None = Field(default=None, description="names and config of the result; default bam, for method merge the dense family")
+    dtype: Literal["source", "float32", "float16", "bfloat16"] = Field(
+        default="source", description="of every tensor; source: as stored, and sources that disagree are an error"
+    )
+    max_shard_size: Integer | str = Field(default="5GB", description="the most bytes of tensors in one file: 5GB, 500MB, 2GiB, ...")
 
 
 class Recipe(Strict):
     """A recipe as written, with defaults; `resolved` fills in what depends on the method. Paths are relative to `folder`."""
 
-    method: Literal["bam", "btx", "sparse_upcycling", "merge"]
+    method: Literal["bam", "btx", "sparse_upcycling", "merge"] = Field(
+        description="what becomes an expert: attention and FFN; FFN; FFN, of copies of one model; nothing, the result is dense"
+    )
     sources: dict[str, str] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
     experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
     attention: Attention | None = Field(default=None, description="method bam only")
@@ -70,7 +82,9 @@ class Recipe(Strict):
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = Field(
         default=(), description="before the method's own rules; the first rule that matches a tensor makes it"
     )
-    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="with a tensor's name it seeds that tensor's generator, and nothing else does"
+    )
     output: Output
 
     _folder: Path = PrivateAttr(default_factory=Path)
