@@ -50,7 +50,7 @@ lock: $(VENV)/ready        ## constraints.txt anew from pyproject.toml: what is 
 
 check: lint types docs dist paper-smoke test  ## all that CI runs
 
-example: $(VENV)/ready     ## the README's walk-through: a pretrained seed, three branches, every recipe
+example: $(VENV)/ready     ## the walk-through: a pretrained seed, three branches, every recipe
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
 	$(BIN)/python examples/smollm2/run.py
 

@@ -140,7 +140,7 @@ def _experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[s
     order = ("num_experts", "num_local_experts") if table.name in ("mixtral", "qwen2_moe") else ("num_local_experts", "num_experts")
     keys = _keys(table)
     result = {
-        "num_experts": next((config[key] for key in order if config.get(key) is not None), None),
+        "num_experts": next((config[key] for key in (*order, keys.get("num_experts", "")) if config.get(key) is not None), None),
         "num_experts_per_tok": get("num_experts_per_tok"),
         "norm_topk_prob": get("norm_topk_prob") if "norm_topk_prob" in keys else table.accepts.get("norm_topk_prob") is True,
     }

@@ -74,7 +74,7 @@ class Recipe(Strict):
     sources: dict[str, str] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
     experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
     attention: Attention | None = Field(default=None, description="method bam only")
-    ffn: Ffn | None = None
+    ffn: Ffn | None = Field(default=None, description="methods of mixtures only")
     router: RouterSection | None = Field(default=None, description="both routers, or {attention: ..., ffn: ...}")
     shared: AnyMerging = Field(
         default=Mean(make="mean"), description="how a tensor without an expert axis is made; for method merge: every tensor"

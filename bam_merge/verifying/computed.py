@@ -1,7 +1,7 @@
 """Does the mixture compute what it should? Hidden states go through one block at a time; no model is ever held whole.
 
 Every check compares the reference model of the merged folder with the reference models of its dense sources, layer by layer, on the
-same input: an error is found in the layer that makes it. (README, "What a merge preserves at step 0".)
+same input: an error is found in the layer that makes it. (docs/explanation/step-0.md.)
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The README's walk-through: a pretrained dense seed, three experts branched from it, and every recipe in recipes/.
+"""The walk-through of docs/tutorial/smollm2.md: a pretrained dense seed, three experts branched from it, and every recipe in recipes/.
 
 The dense checkpoints land in checkpoints/, where an earlier run's are kept, and the merged ones in out/, as the recipes say.
 """
