@@ -1,13 +1,17 @@
 """The documentation is what the code says: pages that are made are fresh, commands and options are described, names exist."""
 
+import re
 import sys
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 import bam_merge
+from bam_merge.architectures.tables import dense_families, mixture_layouts
 from bam_merge.cli import cli
+from bam_merge.recipe.schema import schema
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -37,3 +41,41 @@ def test_commands_and_options_are_described(command: str) -> None:
 def test_every_public_name_is_documented() -> None:
     text = reference.PAGES["python.md"]()
     assert {name for name in bam_merge.__all__ if f"\n### {name}\n" in text} == set(bam_merge.__all__) - {"__version__"}
+
+
+def test_every_key_of_a_recipe_says_what_it_means() -> None:
+    """In the schema, for editors; the reference page shows the same."""
+    silent = [
+        f"{name}.{key}"
+        for name, item in {"": schema(), **schema()["$defs"]}.items()
+        for key, value in item.get("properties", {}).items()
+        if key not in ("make", "init") and not value.get("description") and "$ref" not in value
+    ]
+    assert silent == []
+
+
+def test_readme_names_every_family_and_layout() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What loads where")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.M)
+    assert sorted(rows) == sorted(layout.name for layout in mixture_layouts())
+    sources = re.sub(r"\([^)]*\)|\*", "", text.partition("Dense sources: ")[2].partition(". ")[0])
+    assert sorted(re.split(r"[,\s]+", sources.strip())) == sorted(family.name for family in dense_families())
+
+
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_contributing_lists_the_parts_of_make_check() -> None:
+    parts = re.search(r"^check: ([^#\n]+)", MAKEFILE, re.M)
+    assert parts is not None
+    listed = re.findall(r"^\| `make ([a-z-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    assert listed == parts[1].split()
+
+
+def test_pre_commit_runs_what_make_lint_does() -> None:
+    """By the same tools in the same versions: those of .venv."""
+    lint = re.findall(r"^\t\$\(BIN\)/(\S+.*)$", MAKEFILE.partition("\nlint: ")[2].partition("\n\n")[0], re.M)
+    document = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --fix") for repo in document["repos"] for hook in repo["hooks"]]
+    assert len(hooks) == 3
+    assert all(any(line.startswith(hook) for line in lint) for hook in hooks), (hooks, lint)
