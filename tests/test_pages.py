@@ -12,7 +12,7 @@ import click
 import pages
 import pytest
 import yaml
-from conftest import CONFIGS, write_sources
+from conftest import CONFIGS, write_recipe, write_sources
 from pages import DOCS, MARK, ROOT, Block, blocks, follow
 
 from bam_merge.cli import cli
@@ -83,6 +83,19 @@ def test_readme_shows_what_the_walk_through_shows() -> None:
     for command, lines in shorter:
         left = iter(whole[command].splitlines())
         assert all(line in left for line in lines.splitlines() if line != "..."), command
+
+
+def test_the_errors_of_readme_come_together(tmp_path: Path, run: Any) -> None:
+    """Those of a vocabulary of 128,256; here of one of 64."""
+    write_sources(tmp_path, CONFIGS["llama"], FOUR)
+    write_sources(tmp_path, {**CONFIGS["llama"], "vocab_size": 65}, ("law",))
+    write_sources(tmp_path, {**CONFIGS["llama"], "tie_word_embeddings": True}, ("math",))
+    config = json.loads((tmp_path / "math" / "config.json").read_text())
+    (tmp_path / "math" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    (block,) = [block for block in blocks(PAGES["README.md"]) if block.text.startswith("error: ")]
+    said = run("plan", write_recipe(tmp_path, names=FOUR)).err.splitlines()
+    wanted = block.text.replace("128260", "65").replace("128256", "64").splitlines()
+    assert sorted(said) == sorted([*wanted, "2 problems; nothing was written."])
 
 
 @pytest.fixture
