@@ -19,10 +19,18 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return Tokenizer.from_buffer(path.read_bytes())  # from_file takes no name that is not UTF-8
     except Exception as error:  # the package raises no narrower one
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the package raises no narrower one, and a panic of its Rust code is no Exception
         raise CheckpointError(f"{printable(str(path))}: {printable(str(error))}.") from None
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of `text`, with whatever the tokenizer puts around it."""
-    ids: list[int] = tokenizer.encode(text).ids
+    """The token ids of `text`, with whatever the tokenizer puts around it. Raises CheckpointError when the tokenizer cannot."""
+    try:
+        ids: list[int] = tokenizer.encode(text).ids
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"the tokenizer cannot encode a text: {printable(str(error))}.") from None
     return ids
