@@ -18,7 +18,6 @@ def open_tokenizer(folder: Path) -> Any:
         raise CheckpointError("reading a text needs the package tokenizers: pip install tokenizers.") from None
     try:
         return Tokenizer.from_buffer(path.read_bytes())  # from_file takes no name that is not UTF-8
-    except Exception as error:  # the package raises no narrower one
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the package raises no narrower one, and a panic of its Rust code is no Exception
