@@ -15,10 +15,13 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
+from meanings import edited_tokenizers, spelled_twice, tokenizers  # noqa: E402
+from properties import Property, companions, staging  # noqa: E402
 from targets import Target, targets  # noqa: E402
 
 SECONDS = 5
@@ -51,11 +54,11 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + MEMORY,) * 2)
 
 
-def hunt(target: Target, cases: int, first_seed: int, counts: Counter[str]) -> str | None:
+def hunt(target: Target | Property, cases: int, first_seed: int, counts: Counter[str]) -> str | None:
     """Run one batch; the report of its failure, if any."""
-    failing: list[bytes] = []
+    failing: list[Any] = []
 
-    def case(data: bytes) -> None:
+    def case(data: Any) -> None:
         if not failing:
             counts["cases"] += 1
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -77,9 +80,19 @@ def hunt(target: Target, cases: int, first_seed: int, counts: Counter[str]) -> s
         seed(first_seed)(how(given(target.inputs)(case)))()
     except Exception:
         shown = repr(failing[0]) if failing else "?"
-        more = f" ... ({len(failing[0])} bytes)" if failing and len(shown) > 1000 else ""
+        more = f" ... ({len(shown)} characters)" if len(shown) > 1000 else ""
         return f"{target.name}, seed {first_seed}: {shown[:1000]}{more}\n{traceback.format_exc(limit=-6)}"
     return None
+
+
+def all_targets(home: Path) -> list[Target | Property]:
+    """Those that read one edited file, and those that make a result; each in a folder of its own below `home`."""
+    found: list[Target | Property] = []
+    for make in (targets, companions, staging, tokenizers, edited_tokenizers, spelled_twice):
+        (home / make.__name__).mkdir()
+        made = make(home / make.__name__)
+        found += made if isinstance(made, list) else [made]
+    return found
 
 
 def main() -> None:
@@ -92,7 +105,7 @@ def main() -> None:
     watch()
     in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="bam-merge-fuzz-", dir=in_memory) as home:
-        aims = [target for target in targets(Path(home)) if options.target in target.name]
+        aims = [target for target in all_targets(Path(home)) if options.target in target.name]
         for target in aims:
             assert target.run(target.good), f"{target.name}: the good input is refused"
         limit_memory()

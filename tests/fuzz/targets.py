@@ -74,14 +74,19 @@ class Target:
             for reader in self.readers if data == self.good else (self.readers[chance % len(self.readers)],):
                 reader(data == self.good or chance // 8 % DRAWN == 0)
         except BamMergeError as error:
-            assert error.problems and all(problem.strip() for problem in error.problems), "an error without a message"
-            for problem in error.problems:
-                assert problem.isprintable(), f"a message with control characters: {problem!r}"
-                assert len(problem) < LONGEST, f"a message of {len(problem)} characters"
+            check_error(error)
             return False
         finally:
             self.path.write_bytes(self.good)
         return True
+
+
+def check_error(error: BamMergeError) -> None:
+    """An error says something, in words that can be printed and read."""
+    assert error.problems and all(problem.strip() for problem in error.problems), "an error without a message"
+    for problem in error.problems:
+        assert problem.isprintable(), f"a message with control characters: {problem!r}"
+        assert len(problem) < LONGEST, f"a message of {len(problem)} characters"
 
 
 def check_text(text: str) -> None:

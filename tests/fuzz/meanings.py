@@ -1,0 +1,222 @@
+"""Files that say one thing in two ways: what contradicts itself or another source is refused, and the rest is read as its readers do."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+from mutations import inputs, text_of
+from planting import clear
+from properties import Property, two_sources
+from test_spellings import KINDS as FAMILIES
+from test_spellings import base, their_windows, theirs
+from test_tokenizers import FORMS, write
+
+from bam_merge.architectures.config import describe, mixture_values
+from bam_merge.architectures.spellings import conflicts
+from bam_merge.architectures.tables import load_architecture
+from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.model.config import model_config
+from bam_merge.planning.make import make_plan
+from bam_merge.recipe.load import load_recipe
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------------
+
+words = st.text("abcdefgh", min_size=1, max_size=3)
+vocabularies = st.lists(st.tuples(st.booleans(), words).map(lambda item: "Ġ" * item[0] + item[1]), min_size=2, max_size=7, unique=True)
+edits = st.tuples(st.sampled_from(("nothing", "swap", "replace", "rotate", "drop", "add")), st.integers(0, 9), st.integers(0, 9), words)
+
+
+def edited(tokens: list[str], edit: tuple[str, int, int, str]) -> list[str]:
+    """The tokens in another order, or with one that is new."""
+    kind, a, b, word = edit
+    tokens = list(tokens)
+    a, b = a % len(tokens), b % len(tokens)
+    match kind:
+        case "swap":
+            tokens[a], tokens[b] = tokens[b], tokens[a]
+        case "replace":
+            tokens[a] = f"{word}z"
+        case "rotate":
+            tokens = tokens[a:] + tokens[:a]
+        case "drop":
+            tokens = tokens[:-1]
+        case "add":
+            tokens = [*tokens, f"{word}y"]
+    return tokens
+
+
+def contradict(mine: list[str], theirs: list[str]) -> bool:
+    """Whether an id means two tokens, or a token has two ids."""
+    places = {token: index for index, token in enumerate(mine)}
+    return any(a != b for a, b in zip(mine, theirs, strict=False)) or any(places.get(t, i) != i for i, t in enumerate(theirs))
+
+
+def tokenizers(home: Path) -> Property:
+    """Two sources with a tokenizer each, in any two forms: contradicting ones are refused, equal ones accepted."""
+    recipe = load_recipe(two_sources(home))
+
+    def check(data: tuple[str, str, list[str], tuple[str, int, int, str]]) -> None:
+        mine, other, tokens, edit = data
+        first, second = ["<s>", *tokens], ["<s>", *edited(tokens, edit)]
+        written = {"seed": FORMS[mine](first), "code": FORMS[other](second)}
+        try:
+            for source, files in written.items():
+                write(home / source, files)
+            try:
+                make_plan(recipe)
+            except BamMergeError:
+                assert first != second, f"{mine} and {other} of one tokenizer are refused"
+                raise
+            assert not contradict(first, second), f"{first} as {mine} and {second} as {other} pass"
+        finally:
+            for source, files in written.items():
+                for name in files:
+                    clear(home / source / name)
+
+    strategy = st.tuples(st.sampled_from(list(FORMS)), st.sampled_from(list(FORMS)), vocabularies, edits)
+    return Property("tokenizers in two forms", ("tokenizer.json", "tekken.json", ["a", "Ġb"], ("nothing", 0, 0, "a")), strategy, check)
+
+
+GOOD_TOKENIZERS: dict[str, Any] = {
+    "tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []}, "added_tokens": [{"id": 3, "content": "d"}]},
+    "vocab.json": {"a": 0, "b": 1, "c": 2, "d": 3},
+    "added_tokens.json": {"c": 2, "d": 3},
+}  # fmt: skip
+
+
+def edited_tokenizers(home: Path) -> Property:
+    """A good tokenizer and an edited one, or its other form: where both name tokens plainly and pass, no id means two of them."""
+    recipe = load_recipe(two_sources(home))
+
+    def check(data: tuple[str, str, bytes]) -> None:
+        mine, other, content = data
+        files = {"seed": {mine: json.dumps(GOOD_TOKENIZERS[mine]).encode()}, "code": {other: content}}
+        try:
+            for source, written in files.items():
+                write(home / source, written)
+            make_plan(recipe)
+            first = plain_ids(mine, json.loads(files["seed"][mine]))
+            second = plain_ids(other, json.loads(content))
+            for number in first.keys() & second.keys():
+                assert first[number] & second[number], f"id {number} is {first[number]} in {mine} and {second[number]} in {other}"
+        finally:
+            clear(home / "seed" / mine)
+            clear(home / "code" / other)
+
+    name = st.sampled_from(list(GOOD_TOKENIZERS))
+    strategy = st.tuples(name, name).flatmap(
+        lambda pair: st.tuples(
+            st.just(pair[0]), st.just(pair[1]), inputs(GOOD_TOKENIZERS[pair[1]], lambda d: text_of(d).encode("utf-8", "surrogatepass"))
+        )
+    )
+    good = ("vocab.json", "tokenizer.json", json.dumps(GOOD_TOKENIZERS["tokenizer.json"]).encode())
+    return Property("edited tokenizers", good, strategy, check)
+
+
+def plain_ids(name: str, document: Any) -> dict[int, set[str]]:
+    """id -> tokens, as the file says them, without any other reading of it than JSON's."""
+    pairs: list[tuple[Any, Any]] = []
+    if name == "tokenizer.json":
+        model = document.get("model") if isinstance(document, dict) else None
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        pairs += vocab.items() if isinstance(vocab, dict) else []
+        added = document.get("added_tokens") if isinstance(document, dict) else None
+        for item in added if isinstance(added, list) else []:
+            if isinstance(item, dict):
+                number = item.get("id")
+                pairs = [pair for pair in pairs if pair[1] != number]  # which is renamed by it
+                pairs.append((item.get("content"), number))
+    elif isinstance(document, dict):
+        pairs += document.items()
+    found: dict[int, set[str]] = {}
+    for token, number in pairs:
+        if type(number) is int and isinstance(token, str):
+            found.setdefault(number, set()).add(token)
+    return found
+
+
+# ---- configurations with two spellings -------------------------------------------------------------------------------------
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+ROPES: tuple[Any, ...] = (
+    None, {}, {"rope_type": "default"}, {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "linear", "factor": 2.0},
+    {"type": "linear", "factor": 2.0}, {"type": "linear", "rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, {"rope_theta": 1e4},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+)  # fmt: skip
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "rope_scaling": ROPES, "rope_parameters": ROPES, "rope_theta": (1e4, 10000, 5e5, None), "rotary_emb_base": (1e4, 5e5, 10000),
+    "partial_rotary_factor": (0.5, 1.0, 1, 0.25), "rotary_pct": (0.5, 0.25, 1.0), "original_max_position_embeddings": (32, 128, 4096, None),
+    "dtype": ("float32", "bfloat16", "torch.float32"), "torch_dtype": ("float32", "bfloat16", None), "hidden_act": ("silu", "swish", "gelu"),
+    "hidden_activation": ("silu", "gelu"), "activation_function": ("silu", "gelu_new"), "num_experts": (4, 6), "num_local_experts": (4, 6),
+    "n_routed_experts": (4, 8), "n_embd": (32, 64), "d_model": (32, 64), "n_layer": (2, 3), "num_layers": (2, 3), "n_head": (4, 2),
+    "num_heads": (4, 8), "num_key_value_heads": (4, 2, 1, None), "head_dim": (8, 16, None), "use_sliding_window": (False, True, None),
+    "sliding_window": (None, 8), "max_window_layers": (0, 1, 2, 28), "tie_word_embeddings": (True, False),
+    "layer_types": ([FULL, FULL], [FULL, SLIDING], [SLIDING, SLIDING], None), "max_position_embeddings": (128, 64),
+}  # fmt: skip
+"""Every key that a fact may stand under, and values for it, some of which say the same."""
+
+
+def spelled_twice(home: Path) -> Property:
+    """A configuration with up to six more keys: refused, or both readings here are transformers' own reading."""
+
+    def check(data: tuple[str, dict[str, Any]]) -> None:
+        family, keys = data
+        config = json.loads(json.dumps({**base(family), **keys}))
+        table, problems = load_architecture(family), list[str]()
+        facts = (describe if table.kind == "dense" else mixture_values)(table, config, problems)
+        problems += conflicts(table, config)
+        if problems:
+            raise CheckpointError(*dict.fromkeys(problems))
+        found = model_config(config)
+        try:
+            expected = dict(meant(config))
+        except Exception:  # of any kind: it validates in many ways
+            return  # transformers makes no model of it
+        for key, value in expected.items():
+            assert facts_of(facts, key) == value, f"{key} is {facts_of(facts, key)!r}, transformers takes {value!r}"
+            assert facts_of(vars(found), key) == value, f"the reference model's {key} is {facts_of(vars(found), key)!r}, not {value!r}"
+
+    more = st.lists(st.sampled_from(list(CHOICES)), min_size=1, max_size=6, unique=True).flatmap(
+        lambda keys: st.fixed_dictionaries({key: st.sampled_from(CHOICES[key]) for key in keys})
+    )
+    return Property("configurations with two spellings", ("llama", {}), st.tuples(st.sampled_from(FAMILIES), more), check)
+
+
+def meant(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What transformers' configuration class takes, by our word for it."""
+    found = theirs(config)
+    rope = found.rope_parameters
+    yield from ((f"rope.{key}", rope.get(key)) for key in ("rope_type", "rope_theta", "factor", "original_max_position_embeddings"))
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings"):
+        yield key, getattr(found, key)
+    heads = found.num_attention_heads
+    yield "heads", heads
+    if config["model_type"] != "gpt_neox":
+        yield "kv heads", found.num_key_value_heads or heads
+        yield "head_dim", getattr(found, "head_dim", None) or found.hidden_size // heads
+    yield "hidden_act", {"swish": "silu"}.get(found.hidden_act, found.hidden_act)
+    windows = their_windows(config)
+    if windows is not None:
+        yield "windows", windows
+
+
+def facts_of(facts: Any, key: str) -> Any:
+    """The same word in the plan's facts, or in the reference model's configuration."""
+    if key.startswith("rope."):
+        return facts["rope_parameters"].get(key.removeprefix("rope."))
+    match key:
+        case "heads" | "kv heads":
+            name = "num_attention_heads" if key == "heads" else "num_key_value_heads"
+            return facts.get(f"{name}_per_expert") or facts[name]
+        case "windows":
+            types = facts.get("layer_types") or [FULL] * facts["num_hidden_layers"]
+            return [facts.get("sliding_window") if kind == SLIDING else None for kind in types]
+        case "hidden_act":
+            return {"swish": "silu"}.get(facts[key], facts[key])
+        case _:
+            return facts[key]
