@@ -24,8 +24,8 @@ demo: $(VENV)/ready        ## four small checkpoints, planned, merged into a BAM
 test: $(VENV)/ready        ## the test suite (offline)
 	$(BIN)/python -m pytest
 
-fuzz: $(VENV)/ready        ## 100,000 broken headers, indexes, configurations and recipes (some minutes; CASES=, SEED=)
-	$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
+fuzz: $(VENV)/ready        ## 100,000 broken or hostile files and folders, 200 random merges and as many faults (minutes; CASES=, MERGES=, SEED=)
+	$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),100000) --merges $(or $(MERGES),200) --seed $(or $(SEED),0)
 
 lint: $(VENV)/ready        ## ruff: style and formatting; codespell: spelling; import-linter: who may import whom
 	$(BIN)/ruff check .

@@ -187,11 +187,16 @@ def spelled_twice(home: Path) -> Property:
     return Property("configurations with two spellings", ("llama", {}), st.tuples(st.sampled_from(FAMILIES), more), check)
 
 
+STRETCHED = ("yarn", "longrope", "llama3")
+"""Types of rotary scaling in whose formulas the original context stands."""
+
+
 def meant(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What transformers' configuration class takes, by our word for it."""
     found = theirs(config)
     rope = found.rope_parameters
-    yield from ((f"rope.{key}", rope.get(key)) for key in ("rope_type", "rope_theta", "factor", "original_max_position_embeddings"))
+    keys = ("rope_type", "rope_theta", "factor", *(["original_max_position_embeddings"] if rope["rope_type"] in STRETCHED else []))
+    yield from ((f"rope.{key}", rope.get(key)) for key in keys)
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings"):
         yield key, getattr(found, key)
     heads = found.num_attention_heads

@@ -237,7 +237,8 @@ class Drawing:
             {key: "normal", "std": chance.choice((0.02, 0.5))}, {key: "normal"}, {key: "uniform"}, {key: "uniform", "bound": 0.3},
             {key: "zeros"}, {key: "orthogonal", "gain": chance.choice((0.5, 1.0))},
         )  # fmt: skip
-        return chance.choice(kinds)
+        many = self.config["hidden_size"] < 8  # no more rows than columns can be orthogonal
+        return chance.choice(kinds[:-1] if many else kinds)
 
     def attention(self, count: int) -> dict[str, Any]:
         chance = self.chance

@@ -376,10 +376,13 @@ def companion(scene: Scene) -> str | None:
         name = chance.choice(("tokenizer.model", "chat_template.jinja", "vocab.json", "merges.txt", "custom.py", "added_tokens.json"))
         return scene.replace(name, b"{}") and f"{name} is added"
     data = (scene.folder / name).read_bytes()
-    if name.endswith(".json") and name != "model.safetensors.index.json" and kind == 2:
-        document = json.loads(data)
-        return scene.replace(name, json.dumps(_other(document, chance)).encode())
-    return scene.replace(name, data + b"\n# one line more\n" if not name.endswith(".json") else data.replace(b" ", b"  ", 1))
+    if not name.endswith(".json"):
+        return scene.replace(name, data + b"\n# one line more\n")
+    if (
+        kind == 2 and name != "model.safetensors.index.json"
+    ):  # a file of the seed is copied byte for byte; an index says the same in any form
+        return scene.replace(name, data.replace(b" ", b"  ", 1))
+    return scene.replace(name, json.dumps(_other(json.loads(data), chance)).encode())
 
 
 FOREIGN = (

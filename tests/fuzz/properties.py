@@ -60,7 +60,12 @@ RUNS_CODE = ("auto_map", "trust_remote_code", "custom_generate", "custom_pipelin
 """Keys that must not reach an output but as a token of a vocabulary."""
 
 WRITTEN = ("config.json", "bam_merge.json", "model.safetensors.index.json", "README.md", "configuration_bam.py", "modeling_bam.py")
-OTHERS = {"tokenizer.model": b"\x0a\x07\x0a\x01a\x15\0\0\0\0", "merges.txt": b"a b\n", "vocab.txt": b"a\nb\n", "chat_template.jinja": b"{{ x }}"}
+OTHERS = {
+    "tokenizer.model": b"\x0a\x07\x0a\x01a\x15\0\0\0\0",
+    "merges.txt": b"a b\n",
+    "vocab.txt": b"a\nb\n",
+    "chat_template.jinja": b"{{ x }}",
+}
 LINKS = ("secret", "secret by a link", "secret's folder", "inside", "missing", "itself", "folder", "/dev/zero", "FIFO")
 """What may stand in a companion's place instead of a file."""
 
@@ -129,7 +134,9 @@ def contents(name: str) -> st.SearchStrategy[bytes | str]:
     if name not in GOOD:
         edited = st.lists(byte_edits, max_size=2).map(lambda edits: _edited(OTHERS[name], edits))
         return st.one_of(edited, links)
-    planted = st.tuples(st.sampled_from(RUNS_CODE), spellings, st.integers(0, 499), st.integers(0, 60), values, st.lists(byte_edits, max_size=1))
+    planted = st.tuples(
+        st.sampled_from(RUNS_CODE), spellings, st.integers(0, 499), st.integers(0, 60), values, st.lists(byte_edits, max_size=1)
+    )
     with_code = planted.map(lambda item: with_key(GOOD[name], *item))
     plain = inputs(GOOD[name], lambda document: text_of(document).encode("utf-8", "surrogatepass"))
     return st.one_of(with_code, with_code, plain, links)

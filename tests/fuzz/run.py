@@ -1,13 +1,14 @@
 """Fuzzing of everything that reads what others wrote: `python tests/fuzz/run.py --cases 100000 --seed 0`.
 
 Every case must end in a result or in one of our errors, within SECONDS of processor time and MEMORY bytes. Exit status 1 when one did not;
-the smallest input that shows it is printed.
+the smallest input that shows it is printed. Then, with `--merges 200`, so many random merges (merges.py).
 """
 
 import argparse
 import faulthandler
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", default="", help="only targets whose name holds this")
+    parser.add_argument("--merges", type=int, default=0, help="random merges, each verified and spoilt, after the cases")
     options = parser.parse_args()
     began, failures, counts = time.monotonic(), 0, Counter[str]()
     watch()
@@ -125,6 +127,10 @@ def main() -> None:
         f"fuzz: {counts['cases']:,} cases from seed {options.seed}, {counts['accepted']:,} accepted, {failures} failures; "
         f"{time.monotonic() - began:.0f} s, {peak:.0f} MB at most"
     )
+    if options.merges:  # in processes of their own: here memory is limited
+        command = [sys.executable, str(Path(__file__).with_name("merges.py")), "--merges", str(options.merges), "--seed", str(options.seed)]
+        sys.stdout.flush()
+        failures += subprocess.run(command, check=False).returncode
     sys.exit(1 if failures else 0)
 
 
