@@ -111,8 +111,7 @@ def companions(home: Path) -> Property:
             for name in files:
                 clear(seed / name)
 
-    names = st.sampled_from((*GOOD, *OTHERS))
-    mutated = names.flatmap(lambda name: st.tuples(st.just(name), contents(name)))
+    mutated = st.one_of(*(st.tuples(st.just(name), contents(name)) for name in (*GOOD, *OTHERS)))
     some = st.lists(mutated, min_size=1, max_size=3).map(dict)
     with_good = st.tuples(some, st.booleans()).map(lambda pair: {**(written_good() if pair[1] else {}), **pair[0]})
     return Property("companions", written_good(), with_good, check)
