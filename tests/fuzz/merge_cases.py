@@ -30,12 +30,15 @@ COMPANIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Source:
-    """One dense model: the dtype of its matrices, that of its vectors, its number of files, and how its weights differ from the seed's."""
+    """One dense model: the dtype of its matrices, that of its vectors, its number of files, how its weights differ from the seed's, which
+    of the family's names it uses, and whether a tied head is stored all the same."""
 
     dtype: str
     vectors: str
     shards: int
     drift: str
+    spelling: int = 0
+    stored_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def draw_sources(chance: Random) -> dict[str, Source]:
     for name in names:
         own = chance.choice(list(DTYPES)) if spread < 0.15 else dtype
         vectors = "F32" if 0.15 < spread < 0.3 else own
-        result[name] = Source(own, vectors, chance.randint(1, 3), "seed" if name in ("seed", "base") else chance.choice(DRIFTS))
+        drift = "seed" if name in ("seed", "base") else chance.choice(DRIFTS)
+        result[name] = Source(own, vectors, chance.randint(1, 3), drift, chance.randrange(2), chance.random() < 0.3)
     return result
 
 
@@ -293,6 +297,10 @@ class Drawing:
         return rules
 
 
+HEADS = {"gpt_neox": "embed_out.weight"}
+"""The head's name where it is another one than lm_head.weight."""
+
+
 # ---- writing -----------------------------------------------------------------------------------------------------------------
 
 
@@ -300,11 +308,13 @@ def write_case(case: Case, home: Path) -> Path:
     """The sources and recipe.yaml of a case, below `home`. Returns the recipe's path."""
     family = load_architecture(case.config["model_type"])
     facts = describe(family, case.config, [])
-    tensors = list(family_tensors(family, facts, 0))
     for branch, (name, source) in enumerate(case.sources.items()):
         folder = home / name
         folder.mkdir()
+        tensors = family_tensors(family, facts, source.spelling)
         stored = {tensor: values(case, source, branch, tensor, shape) for tensor, shape in tensors}
+        if source.stored_head and not facts["untied"]:
+            stored[HEADS.get(family.name, "lm_head.weight")] = stored[next(iter(stored))].clone()
         _write_files(folder, stored, source.shards)
         config = {"architectures": [family.class_name], "dtype": DTYPES[source.dtype], **case.config}
         (folder / "config.json").write_text(json.dumps(config))

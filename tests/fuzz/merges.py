@@ -1,7 +1,8 @@
 """Random merges, each verified, and each once more with one fault planted: `python tests/fuzz/merges.py --merges 200 --seed 0`.
 
 A sound merge that verification refuses is a false alarm, a fault that it lets pass is a miss: exit status 1, with what to make it again
-by. `--only 17` runs the merge with that number alone, `--keep FOLDER` leaves its folders there.
+by. `--only 17` runs the merge with that number alone, `--keep FOLDER` leaves its folders there, `--fault manifest` plants the first kind
+whose name holds that word wherever it can, instead of one kind after the other.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from random import Random
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from merge_cases import Case, draw, write_case  # noqa: E402
-from planted import Scene, plant  # noqa: E402
+from planted import FAULTS, Scene, plant  # noqa: E402
 
 from bam_merge import BamMergeError, MergeOptions, verify  # noqa: E402
 from bam_merge.planning.make import plan_file  # noqa: E402
@@ -39,22 +40,23 @@ class Outcome:
     findings: list[str] = field(default_factory=list)
 
 
-def run_case(seed: int, number: int, home: Path) -> Outcome:
-    """Make, verify and spoil the merge with this number, in the empty folder `home`."""
+def run_case(seed: int, number: int, home: Path, first: int | None = None) -> Outcome:
+    """Make, verify and spoil the merge with this number, in the empty folder `home`; by the kind of fault `first`, or its own."""
     case, outcome = draw(seed, number), Outcome(number)
     outcome.line = f"{number:4} {case.summary()}"
     try:
-        _merge(case, seed, outcome, home)
+        _merge(case, seed, outcome, home, number if first is None else first)
     except Exception as error:
         kind = "refused" if isinstance(error, BamMergeError) else "failed"
         outcome.findings.append(f"{kind}: {error}" if kind == "refused" else f"{kind}: {traceback.format_exc(limit=-4)}")
     if outcome.findings:
-        again = f"again: python tests/fuzz/merges.py --seed {seed} --only {number}"
+        kind = "" if first is None else f" --fault '{list(FAULTS)[first]}'"
+        again = f"again: python tests/fuzz/merges.py --seed {seed} --only {number}{kind}"
         outcome.findings = [f"{finding}\n" for finding in outcome.findings] + [f"{again}\n{case.text()}\n"]
     return outcome
 
 
-def _merge(case: Case, seed: int, outcome: Outcome, home: Path) -> None:
+def _merge(case: Case, seed: int, outcome: Outcome, home: Path, first: int) -> None:
     plan = plan_file(write_case(case, home))
     folder = publish(plan, None, MergeOptions(workers=case.workers, verify=False))
     bytes_before = _bytes(folder)
@@ -71,7 +73,7 @@ def _merge(case: Case, seed: int, outcome: Outcome, home: Path) -> None:
         if _bytes(again) != bytes_before:
             outcome.findings.append("OTHER BYTES with another number of workers")
     scene = Scene(case, plan, folder, chance)
-    kind, said = plant(scene, outcome.number)
+    kind, said = plant(scene, first)
     outcome.fault = kind
     found = _found(folder, plan if with_plan or kind in PLAN_NEEDED else None)
     outcome.line += f"; {kind}: {said}: {found or 'MISSED'}"
@@ -103,12 +105,12 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 # ---- many ------------------------------------------------------------------------------------------------------------------
 
 
-def one(seed: int, number: int, keep: str | None) -> Outcome:
+def one(seed: int, number: int, keep: str | None, first: int | None) -> Outcome:
     """run_case in a folder of its own."""
     in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     home = Path(tempfile.mkdtemp(prefix="bam-merge-merges-", dir=keep or in_memory))
     try:
-        return run_case(seed, number, home)
+        return run_case(seed, number, home, first)
     finally:
         if not keep:
             shutil.rmtree(home)
@@ -120,13 +122,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one merge's number")
     parser.add_argument("--keep", help="a folder for the merges' folders, which are otherwise deleted")
+    parser.add_argument("--fault", help="a word of the name of a kind of fault")
     options = parser.parse_args()
+    first = next(number for number, kind in enumerate(FAULTS) if options.fault in kind) if options.fault else None
     numbers = range(options.merges) if options.only is None else [options.only]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that follow
     began, kinds, failed = time.monotonic(), Counter[str](), 0
     processes = min(len(os.sched_getaffinity(0)), len(numbers)) or 1
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for outcome in pool.map(one, *zip(*((options.seed, number, options.keep) for number in numbers), strict=True)):
+        for outcome in pool.map(one, *zip(*((options.seed, number, options.keep, first) for number in numbers), strict=True)):
             print(outcome.line, flush=True)
             kinds[outcome.fault] += 1
             failed += bool(outcome.findings)
