@@ -31,5 +31,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise CheckpointError(f"the model's tokenizer.json cannot encode a text: {printable(str(error))}. Mend it, or use token ids.") from None
+        why = printable(str(error))
+        raise CheckpointError(f"the model's tokenizer.json cannot encode a text: {why}. Mend it, or use token ids.") from None
     return ids

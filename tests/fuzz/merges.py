@@ -20,8 +20,10 @@ from pathlib import Path
 from random import Random
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from merge_cases import Case, draw, write_case  # noqa: E402
-from planted import FAULTS, Scene, plant  # noqa: E402
+from merge_cases import Case, draw  # noqa: E402
+from merge_sources import write_case  # noqa: E402
+from planted import FAULTS, plant  # noqa: E402
+from scene import Scene  # noqa: E402
 
 from bam_merge import BamMergeError, MergeOptions, verify  # noqa: E402
 from bam_merge.planning.make import plan_file  # noqa: E402
