@@ -191,6 +191,10 @@ def spelled_twice(home: Path) -> Property:
     Where there are just two keys of one fact with two values, the refusal names both values, and a key that is wrong.
     """
 
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it warns of what is tried here
+
     def check(data: tuple[str, dict[str, Any]]) -> None:
         family, keys = data
         config = json.loads(json.dumps({**base(family), **keys}))
