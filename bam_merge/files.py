@@ -37,6 +37,7 @@ def write_file(path: Path, data: bytes, folder: int) -> None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
+    """Which file or folder stands at `path` on this host, now; None when nothing does, or the system will not say."""
     try:
         status = os.stat(path)
     except OSError:

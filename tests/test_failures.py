@@ -24,25 +24,45 @@ from bam_merge.publishing.publish import publish
 __all__ = ["plan"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "rewrite", "replace"])
+@pytest.mark.parametrize("damage", ["truncate", "rewrite", "replace", "rewrite, with its times", "replace, with its times"])
 def test_input_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Path, damage: str) -> None:
     path = llamas / "law" / "model.safetensors"
-    data = path.read_bytes()
+    data, before = path.read_bytes(), path.stat()
 
     def change(count: int) -> None:
         if count and path.exists() and not (llamas / "changed").exists():
             (llamas / "changed").touch()
             if damage == "truncate":
                 os.truncate(path, 5000)
-            elif damage == "rewrite":
+            elif damage.startswith("rewrite"):
                 path.write_bytes(data[:-4] + b"abcd")
             else:
                 (llamas / "new").write_bytes(data)
                 os.replace(llamas / "new", path)
+            if damage.endswith("times"):
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
         publish(plan, None, MergeOptions(workers=1, progress=change))
     assert not (llamas / "out").exists()
+
+
+def test_the_same_files_seen_from_another_host(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file system that both have mounted: device numbers and inodes are a host's own, and the plan was made by another one."""
+    other = {call: getattr(os, call) for call in ("stat", "fstat", "lstat")}
+
+    def elsewhere(call: str) -> Any:
+        def status(*args: Any, **options: Any) -> os.stat_result:
+            found = other[call](*args, **options)
+            values = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+            return os.stat_result((found[0], found.st_ino + 1, found.st_dev + 1, *found[3:]), values)
+
+        return status
+
+    for call in other:
+        monkeypatch.setattr(os, call, elsewhere(call))
+    assert os.stat(llamas).st_dev == other["stat"](llamas).st_dev + 1
+    publish(plan, None, MergeOptions())
 
 
 @pytest.mark.parametrize("damage", ["rewrite", "replace", "delete", "appear"])

@@ -193,6 +193,11 @@ def test_resume_of_a_finished_run_that_says_otherwise(plan: Plan, llamas: Path) 
     write_recipe(llamas, "random_seed: 5", output="{path: out, max_shard_size: 60kB}")
     refused("another recipe")
     write_recipe(llamas, output="{path: out, max_shard_size: 60kB}")
+    for name in ("seed/vocab.txt", "seed/generation_config.json", "law/vocab.txt"):  # which no tensor depends on
+        (llamas / name).write_text("{}")
+        refused(f"another {name}")
+        (llamas / name).unlink()
+    assert publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True)) == target
     source = llamas / "law" / "model.safetensors"
     data = source.read_bytes()
     source.write_bytes(data[:-1] + b"x")

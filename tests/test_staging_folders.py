@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,27 @@ def test_links_to_big_files_are_no_room(plan: Plan, llamas: Path) -> None:
     (output / "big").symlink_to(llamas / "seed" / "model.safetensors")
     (output / "nowhere").symlink_to(llamas / "none")
     assert staged_bytes(llamas / "out") == held
+
+
+def test_what_a_run_that_ends_takes_away_is_no_room(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It publishes, or deletes, its files while they are added up: no error, and the others count."""
+    from bam_merge.publishing.staging import staged_bytes
+
+    output = interrupted(plan, llamas) / "output"
+    files = sorted(output.glob("*.safetensors"))
+    rest = sum(path.stat().st_blocks * 512 for path in files[:-1])
+    real = os.scandir
+
+    def listed(path: Any) -> Any:
+        entries = list(real(path))
+        files[-1].unlink()
+        return nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    assert staged_bytes(llamas / "out") == rest > 0
+    monkeypatch.undo()
+    output.rename(llamas / "elsewhere")
+    assert staged_bytes(llamas / "out") == 0
 
 
 def test_the_holder_is_not_read_through_a_link(llamas: Path, victim: Victim) -> None:

@@ -48,16 +48,22 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells that a file is still the one that was planned with: device, inode, size in bytes, mtime in ns."""
+    """What tells that a file is still the one that was planned with: size in bytes, mtime and ctime in ns.
 
-    device: int
-    inode: int
+    All three are the file system's own, so that they are the same on every host that has it mounted; a device number is the host's,
+    and some clients make up their inodes. No program can set a file's ctime: it is the moment of the last change to content, times,
+    mode, owner or names. So a file that was rewritten, or replaced by another one, is noticed though its size and mtime are the old
+    ones; but not within one tick of the file system's clock (some ms) after the change that was planned with. A change of mode or of
+    hard links alone is noticed too, and called a change: nobody can tell it from a rewriting.
+    """
+
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileIdentity":
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,10 @@ def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, 
 
 
 def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any]) -> str:
-    """What a finished tensor of an earlier run must have been made from to be worth keeping."""
+    """What a finished tensor of an earlier run must have been made from to be worth keeping.
+
+    Tokenizer and generation files are not part of it: no tensor depends on them, and they are written anew at the end of every run.
+    """
     sources = {
         name: [model.checkpoint.config_digest]
         + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in model.checkpoint.files.items()]

@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bam_merge._version import __version__
-from bam_merge.checkpoints.header import FileIdentity
-from bam_merge.checkpoints.provenance import MANIFEST, read_manifest
+from bam_merge.checkpoints.provenance import MANIFEST, companion_digests, read_manifest
 from bam_merge.checkpoints.reading import changed, check_unchanged
 from bam_merge.errors import BamMergeError, CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed
 from bam_merge.merging.execute import execute
@@ -23,7 +22,7 @@ from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.durable import sync_descriptor
 from bam_merge.publishing.options import MergeOptions
 from bam_merge.publishing.preflight import check_target
-from bam_merge.publishing.replacing import why_kept
+from bam_merge.publishing.replacing import Which, why_kept
 from bam_merge.publishing.staging import Staging, free_names
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
@@ -88,7 +87,7 @@ def _deleted(staging: Staging) -> OutputError:
     return OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
 
 
-def _checked(target: Path, options: MergeOptions) -> Mapping[str, FileIdentity] | None:
+def _checked(target: Path, options: MergeOptions) -> Mapping[str, Which] | None:
     """The files of what --force is about to replace, which may be deleted then; None when it replaces nothing. Raises OutputError."""
     if not options.force or not os.path.lexists(target):
         return None
@@ -135,7 +134,8 @@ def _make_durable(staging: Staging, target: Path) -> None:
 def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
     """Whether `target` is complete and was made by this version from the plan's recipe and its sources as they are now.
 
-    As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since.
+    As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since; and its
+    tokenizer and generation files, which no tensor depends on, must be those that were merged.
     """
     try:
         document = read_manifest(target)
@@ -146,7 +146,8 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
             files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
             found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
             changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]
-            if known["config"] != checkpoint.config_digest or files != found:
+            companions = companion_digests(checkpoint.path, checkpoint.companions())
+            if (known["config"], known["companions"], files) != (checkpoint.config_digest, companions, found):
                 return False
             if any(max(status.st_ctime_ns, status.st_mtime_ns) >= made for status in changes):
                 return False

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bam_merge.checkpoints.folder import INDEX, SINGLE, TOKENIZER_FILES
-from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.documents import load_json
 from bam_merge.own_folder import FOLDER, kind, opened_folder, read_file, who
@@ -55,11 +54,19 @@ LISTED = 20
 """Foreign entries that a message names."""
 
 
+Which = tuple[int, int, int, int]
+"""A file on this host and its state: device, inode, size in bytes, mtime in ns. What is deleted is what this process looked at."""
+
+
+def _which(status: os.stat_result) -> Which:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Contents:
     """A folder's entries: what savers wrote (path: which file that is), and the names of all else, a folder's with a slash."""
 
-    saved: Mapping[str, FileIdentity]
+    saved: Mapping[str, Which]
     foreign: tuple[str, ...]
 
 
@@ -68,7 +75,7 @@ def contents(folder: int) -> Contents:
     saved, foreign = {}, []
     for where, name, path, status in _entries(folder):
         if _is_saved(where, name, path, status):
-            saved[path] = FileIdentity.of(status)
+            saved[path] = _which(status)
         else:
             foreign.append(path + "/" * stat.S_ISDIR(status.st_mode))
     return Contents(saved, tuple(foreign))
@@ -152,9 +159,7 @@ def why_kept(target: Path) -> tuple[str | None, Contents]:
     return None, found
 
 
-def delete_saved(
-    folder: int, checked: Mapping[str, FileIdentity] | None, keep: frozenset[str] = frozenset()
-) -> tuple[list[str], OSError | None]:
+def delete_saved(folder: int, checked: Mapping[str, Which] | None, keep: frozenset[str] = frozenset()) -> tuple[list[str], OSError | None]:
     """Delete from the folder of that descriptor the files `checked`, if they are still the same (None: all that savers write), but `keep`.
 
     Returns the names of the foreign entries that are left, and why a file could not be deleted.
@@ -164,7 +169,7 @@ def delete_saved(
     for where, name, path, status in _entries(folder):
         if path in keep:
             continue
-        if _is_saved(where, name, path, status) if checked is None else checked.get(path) == FileIdentity.of(status):
+        if _is_saved(where, name, path, status) if checked is None else checked.get(path) == _which(status):
             try:
                 os.unlink(name, dir_fd=where)
             except OSError as error:

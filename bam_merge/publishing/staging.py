@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from bam_merge._version import __version__
-from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import BamMergeError, OutputError
 from bam_merge.files import writing
@@ -35,7 +34,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.publishing.durable import make_durably
 from bam_merge.publishing.journal import line, read_journal
 from bam_merge.publishing.renaming import Place, give_name
-from bam_merge.publishing.replacing import delete_saved
+from bam_merge.publishing.replacing import Which, delete_saved
 from bam_merge.text import printable, some
 
 OUTPUT, REPLACED, JOURNAL, PID = "output", "replaced", "journal", "pid"
@@ -55,11 +54,13 @@ def staging_folder(target: Path) -> Path:
 
 def staged_bytes(target: Path) -> int:
     """Disk space that an unfinished run of `target` holds, which the next run uses or frees."""
-    try:
-        with os.scandir(staging_folder(target) / OUTPUT) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries if entry.is_file(follow_symlinks=False))
-    except OSError:
-        return 0
+    held = 0
+    with suppress(OSError), os.scandir(staging_folder(target) / OUTPUT) as entries:
+        for entry in entries:
+            with suppress(OSError):  # the run that is about to end moves its files away, one by one or all at once
+                status = entry.stat(follow_symlinks=False)
+                held += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return held
 
 
 @dataclass
@@ -196,7 +197,7 @@ class Staging:
                 self.discard(REPLACED)  # of a run that was killed there
         give_name(Place(self.lock, OUTPUT, self.output), Place(self.parent, target.name, target), replace_existing, REPLACED, self.notify)
 
-    def discard(self, name: str, checked: Mapping[str, FileIdentity] | None = None) -> None:
+    def discard(self, name: str, checked: Mapping[str, Which] | None = None) -> None:
         """Delete the folder `name` in this one: the files `checked` (None: what savers write); all else is kept, aloud. Raises OSError."""
         try:
             with opened_folder(name, self.lock) as folder:
@@ -205,7 +206,7 @@ class Staging:
             return
         os.rmdir(name, dir_fd=self.lock)
 
-    def _delete(self, folder: int, checked: Mapping[str, FileIdentity] | None, keep: frozenset[str] = frozenset()) -> None:
+    def _delete(self, folder: int, checked: Mapping[str, Which] | None, keep: frozenset[str] = frozenset()) -> None:
         foreign, failure = delete_saved(folder, checked, keep)
         self._keep(foreign, folder)
         if failure is not None:
@@ -223,7 +224,7 @@ class Staging:
         what = "not a saved model's, or not there when the folder that was replaced was checked"
         self.notify(f"{some(names, 10)}: {what}; kept in {shown}.")
 
-    def remove(self, checked: Mapping[str, FileIdentity] | None = None) -> None:
+    def remove(self, checked: Mapping[str, Which] | None = None) -> None:
         """Delete the folder and what is in it; of a replaced one only the files `checked`.
 
         The journal goes first: what is left after a kill in the middle must not be resumed from.

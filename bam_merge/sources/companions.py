@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.checkpoints.folder import MAX_JSON
-from bam_merge.checkpoints.header import FileIdentity, lookalike, open_regular
+from bam_merge.checkpoints.header import lookalike, open_regular
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable, some
@@ -306,7 +306,7 @@ def _real_path(descriptor: int, path: Path) -> str | None:
     except OSError:
         real = os.path.realpath(path)
     try:
-        same = FileIdentity.of(os.lstat(real)) == FileIdentity.of(os.fstat(descriptor))
+        same = os.path.samestat(os.lstat(real), os.fstat(descriptor))
     except OSError:
         return None
     return real if same else None

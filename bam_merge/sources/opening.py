@@ -1,10 +1,10 @@
 """Opening all sources of a recipe."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.files import identity
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, read_dense
 
@@ -29,10 +29,10 @@ def same_folder(models: list[DenseModel]) -> list[str]:
     seen: dict[tuple[str, Any], str] = {}
     problems = []
     for model in models:
-        status = os.stat(model.checkpoint.path)
-        files = frozenset((identity.device, identity.inode) for identity in model.checkpoint.identities.values())
-        for what, key in (("folder", (status.st_dev, status.st_ino)), ("weight files", files)):
-            other = seen.setdefault((what, key), model.name)
+        folder = model.checkpoint.path
+        files = {identity(folder / file) for file in model.checkpoint.files}
+        for what, key in (("folder", identity(folder)), ("weight files", None if None in files else frozenset(files))):
+            other = model.name if key is None else seen.setdefault((what, key), model.name)
             if other != model.name:
                 problems.append(
                     f"sources.{model.name}: the same {what} as sources.{other}. Name it once; it may stand several times in experts."

@@ -13,14 +13,18 @@ T = TypeVar("T")
 def by_size(items: Sequence[K], work: Callable[[K], T], size: Callable[[K], int], workers: int | None) -> list[T]:
     """What `work` makes of every item, in their order; threads begin with the largest."""
     largest_first = sorted(items, key=size, reverse=True)
-    with ThreadPoolExecutor(workers or min(8, available_processors())) as pool:
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
         found = dict(zip(largest_first, pool.map(work, largest_first), strict=True))
     return [found[item] for item in items]
 
 
+MOST_WORKERS = 8
+"""Threads that are started unless a user asks for more: more only compete for the disk."""
+
+
 def default_workers() -> int:
-    """As many workers as this process may use processors, at most 8: more only compete for the disk."""
-    return min(8, available_processors())
+    """As many workers as this process may use processors, at most MOST_WORKERS."""
+    return min(MOST_WORKERS, available_processors())
 
 
 def available_processors() -> int:

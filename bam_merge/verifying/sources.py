@@ -21,11 +21,11 @@ from bam_merge.checkpoints.provenance import key_digests, name_digest
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
-from bam_merge.planning.plan import Plan
+from bam_merge.planning.plan import Plan, moves_bytes
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.tokenizer import companion
 from bam_merge.text import count, printable, some
-from bam_merge.values.threads import available_processors
+from bam_merge.values.threads import default_workers
 from bam_merge.verifying.report import Check
 
 MOST_NAMES = 8
@@ -176,7 +176,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
     copies = {}
     if proved:
         for step in plan.steps:
-            if isinstance(step.expr, Read) and step.expr.dtype == step.dtype and step.name in manifest["tensors"]:
+            if isinstance(step.expr, Read) and moves_bytes(step) and step.name in manifest["tensors"]:
                 copies[step.expr.source, step.expr.tensor] = manifest["tensors"][step.name]["digest"]
     jobs = [
         (source, tensor, digest)
@@ -196,7 +196,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
         except BamMergeError:
             return False
 
-    with ThreadPoolExecutor(min(8, available_processors())) as pool:
+    with ThreadPoolExecutor(default_workers()) as pool:
         results = list(pool.map(same, jobs))
     other: dict[str, list[str]] = {}
     for (source, tensor, _), is_same in zip(jobs, results, strict=True):

@@ -19,10 +19,10 @@ from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import BamMergeError
 from bam_merge.model.loading import open_model
 from bam_merge.model.model import Model, ModelConfig
-from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.plan import Plan, Step, moves_bytes
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import TORCH_DTYPES
-from bam_merge.values.threads import available_processors
+from bam_merge.values.threads import default_workers
 from bam_merge.values.torch_threads import one_torch_thread
 from bam_merge.verifying.rederive import rederive, survey_all
 from bam_merge.verifying.report import Check
@@ -108,10 +108,6 @@ def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
     yield Check("digests", not wrong, detail)
 
 
-MOST_WORKERS = 8
-"""Threads that compare tensors; each holds some blocks of ROWS_BYTES in float64."""
-
-
 KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
 
 
@@ -129,8 +125,10 @@ def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Itera
     def compare(step: Step) -> tuple[float, int, int]:
         return _compare(folder / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
 
-    workers = min(MOST_WORKERS, available_processors())
-    with one_torch_thread() as single_threaded, ThreadPoolExecutor(workers, initializer=single_threaded) as pool:
+    with (  # each worker holds some blocks of ROWS_BYTES in float64
+        one_torch_thread() as single_threaded,
+        ThreadPoolExecutor(default_workers(), initializer=single_threaded) as pool,
+    ):
         found = dict(zip((step.name for step in there), pool.map(compare, there), strict=True))
     for step in plan.steps:
         kind = _kind(step)
@@ -172,8 +170,7 @@ def _changed(read: Read, plan: Plan, manifest: dict[str, Any]) -> bool:
 def _kind(step: Step) -> str:
     if isinstance(step.expr, expressions.Init):
         return "routers"
-    stored = {leaf.dtype for leaf in expressions.leaves(step.expr)}
-    return "copies" if expressions.is_copy(step.expr) and stored == {step.dtype} else "merges"
+    return "copies" if moves_bytes(step) else "merges"
 
 
 def _compare(path: Path, step: Step, plan: Plan, exact: bool) -> tuple[float, int, int]:
