@@ -11,6 +11,7 @@ from bam_merge.architectures.anatomy import open_anatomy
 from bam_merge.architectures.cost import Cost, Flops, Kind, as_mixture, cost_of
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
+from bam_merge.planning.card import model_card
 from bam_merge.planning.make import plan_file
 
 METHODS: dict[Kind, tuple[str, str]] = {
@@ -102,6 +103,19 @@ def test_as_mixture_is_what_a_merge_makes(name: str, kind: Kind, tmp_path: Path)
     plan = plan_file(write_recipe(tmp_path, text, method))
     made = as_mixture(cost_at(tmp_path / "seed"), 3, kind)
     assert (made.parameters, made.active) == (plan.parameters, plan.active_parameters)
+    assert made.kv_cache_bytes_per_token == plan.cost.kv_cache_bytes_per_token
+
+
+@pytest.mark.parametrize(("dtype", "kv", "row"), [  # 2 layers of 3 experts with 2 heads of 8 each for keys and values
+    ("float32", "expert", "768 bytes per token in float32, 3 times a dense model's 256"),
+    ("bfloat16", "expert", "384 bytes per token in bfloat16, 3 times a dense model's 128"),
+    ("float16", "shared", "128 bytes per token in float16, 1 times a dense model's 128"),
+])  # fmt: skip
+def test_the_card_says_what_a_token_leaves_in_the_cache(dtype: str, kv: str, row: str, tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["llama"])
+    text = f"attention: {{kv: {kv}}}"
+    card = model_card(plan_file(write_recipe(tmp_path, text, output=f"{{path: out, dtype: {dtype}}}")))
+    assert f"| KV cache | {row} |" in card
 
 
 @pytest.mark.parametrize("kind", METHODS)

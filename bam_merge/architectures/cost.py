@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, Literal
 
 from bam_merge.architectures.anatomy import Anatomy
+from bam_merge.architectures.locate import Place
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.errors import CheckpointError
 
@@ -192,22 +193,26 @@ def cost_of(anatomy: Anatomy) -> Cost:
     """The cost of what a checkpoint holds, as it is stored."""
     facts = anatomy.facts
     kept = [name for name in anatomy.checkpoint.tensors if name not in anatomy.dropped]
+    tied = not facts["untied"] if facts else not any(role == "head" for role, _, _ in anatomy.leaves)
+    cost = cost_of_tensors(((place, leaf.shape, leaf.dtype) for place, leaf in anatomy.leaves.items()), facts, tied)
+    explained = set(anatomy.places)
+    unexplained = sum(anatomy.checkpoint.tensors[name].numel for name in kept if name not in explained)
+    return replace(cost, pieces=() if anatomy.architecture is None else cost.pieces, unexplained=unexplained)
+
+
+def cost_of_tensors(tensors: Iterable[tuple[Place, tuple[int, ...], str]], facts: Mapping[str, Any], tied: bool) -> Cost:
+    """The cost of (place, shape, dtype) of every tensor of a model that `facts` describe. `tied`: the embeddings are the head."""
     grouped: dict[tuple[str, int | None, bool], list[tuple[tuple[int, ...], str]]] = {}
-    for (role, layer, expert), leaf in anatomy.leaves.items():
-        grouped.setdefault((role, layer, expert is not None), []).append((leaf.shape, leaf.dtype))
+    for (role, layer, expert), shape, dtype in tensors:
+        grouped.setdefault((role, layer, expert is not None), []).append((shape, dtype))
     pieces = tuple(
         Piece(role, layer, shape, dtype, count, _used(role, count, facts, split), split)
         for (role, layer, split), members in grouped.items()
         for (shape, dtype), count in Counter(members).items()
     )
-    stored_layers = 1 + max((layer for _, layer, _ in anatomy.leaves if layer is not None), default=-1)
+    stored_layers = 1 + max((layer for _, layer, _ in grouped if layer is not None), default=-1)
     layers = facts.get("num_hidden_layers", stored_layers)
-    tied = not facts["untied"] if facts else not any(piece.role == "head" for piece in pieces)
-    explained = set(anatomy.places)
-    unexplained = sum(anatomy.checkpoint.tensors[name].numel for name in kept if name not in explained)
-    if anatomy.architecture is None:
-        pieces = ()
-    return Cost(pieces, tuple(_window(facts, layer) for layer in range(layers)), tied, unexplained)
+    return Cost(pieces, tuple(_window(facts, layer) for layer in range(layers)), tied)
 
 
 def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1) -> Cost:

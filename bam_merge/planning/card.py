@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from math import prod
 
 from bam_merge._version import __version__
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.architectures.cost import CACHE_DTYPES, Cost, cost_of_tensors
+from bam_merge.checkpoints.dtypes import TORCH_NAMES
+from bam_merge.planning.assign import DTYPE_NAMES
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
 
@@ -108,8 +110,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{plan.parameters:,}"
         return
     yield "parameters", f"{plan.parameters:,} total, {plan.active_parameters:,} active per token; a dense model has {dense:,}"
-    cache, dense_cache = cache_bytes(plan)
-    yield "KV cache", f"{cache:,} bytes per token in {config['dtype']}, {cache / dense_cache:.3g} times a dense model's {dense_cache:,}"
+    cache, dense_cache = plan.cost.kv_cache_bytes_per_token, _dense_cost(plan).kv_cache_bytes_per_token
+    if cache and dense_cache:
+        times = f"{cache / dense_cache:.3g} times a dense model's {dense_cache:,}"
+        yield "KV cache", f"{cache:,} bytes per token in {_cached_in(plan)}, {times}"
     top_k, renormalised = recipe.gates
     gates = "softmax over the chosen experts" if renormalised else "softmax over all experts, not renormalised"
     yield "FFN experts", f"{', '.join(names)} (expert 0 to {len(names) - 1}); {top_k} per token; {gates}"
@@ -127,11 +131,14 @@ def _literal(path: str) -> str:
     return "".join(c if c.isalnum() or c in "/.-_ ," else f"&#{ord(c)};" for c in printable(path))
 
 
-def cache_bytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of keys and values that one token leaves in the cache: of the result, and of one of its dense models."""
-    config, facts = plan.config, plan.models[plan.recipe.seed_name].facts
-    layers, heads = facts["num_hidden_layers"], facts["num_key_value_heads"]
-    of_one_head = 2 * facts["head_dim"] * DTYPE_BITS[plan.steps[0].dtype] // 8
-    own = layers - len(config.get("shared_kv_layers") or ()) if config.get("attention_kv") == "expert" else 0
-    experts = config.get("num_attention_experts", 0)
-    return (own * experts + layers - own) * heads * of_one_head, layers * heads * of_one_head
+def _dense_cost(plan: Plan) -> Cost:
+    """What the seed would cost in the dtype of the result."""
+    seed, dtype = plan.models[plan.recipe.seed_name], DTYPE_NAMES.get(plan.recipe.output.dtype)
+    tensors = (((role, layer, None), expr.shape, dtype or expr.dtype) for (role, layer), expr in seed.tensors.items())
+    return cost_of_tensors(tensors, seed.facts, seed.facts["tie_word_embeddings"])
+
+
+def _cached_in(plan: Plan) -> str:
+    """The dtypes that keys and values are cached in: those of their weights, but for weights that nothing is computed in."""
+    dtypes = dict.fromkeys(step.dtype for step in plan.steps if step.role in ("attn.k", "attn.v"))
+    return " and ".join(dict.fromkeys(TORCH_NAMES[dtype] if dtype in CACHE_DTYPES else "16 bits" for dtype in dtypes))

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import xxhash
 from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.architectures.computable import uncomputable
+from bam_merge.architectures.cost import cost_of_tensors
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.assign import DTYPE_NAMES, Made, assign, check_axes
@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe) -> Plan:
         config=config,
         unused=_unused(models, placed, made),
         notes=(*_notes(layout, ordered, values, made), *copied_only_note(placed), *tokenizers.notes),
-        active_parameters=_active(placed, values),
+        cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config),
     )
 
@@ -123,22 +123,6 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
                 if (name, read.tensor) not in used:
                     unused[name][read.tensor] = f"{made[site].by} makes {site[0]} without {name}"
     return unused
-
-
-def _active(steps: tuple[Step, ...], values: Mapping[str, Any]) -> int:
-    """Parameters that one token's forward multiplies with (formats.md): all shared ones, and the chosen share of each expert axis."""
-    count = values.get("num_experts", 1)
-    total = 0
-    for step in steps:
-        size = prod(step.shape)
-        if step.expert is None:
-            total += size
-        elif step.role.startswith("ffn."):
-            total += size * values["num_experts_per_tok"] if step.expert == 0 else 0
-        else:
-            chosen = values["num_attention_experts_per_tok"] if values["attention_routing"] == "top_k" else count
-            total += size * chosen if step.expert == 0 else 0
-    return total
 
 
 def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:

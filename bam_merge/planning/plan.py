@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from bam_merge import expressions
+from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
@@ -61,7 +62,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason."""
+    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's."""
 
     recipe: Recipe
     layout: Architecture
@@ -71,7 +72,7 @@ class Plan:
     config: Mapping[str, Any]
     unused: Mapping[str, Mapping[str, str]]
     notes: tuple[str, ...]
-    active_parameters: int
+    cost: Cost
     fingerprint: str
 
     @property
@@ -82,6 +83,13 @@ class Plan:
     @property
     def parameters(self) -> int:
         return sum(prod(step.shape) for step in self.steps)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token's forward multiplies with: all shared ones, and the chosen share of each expert axis."""
+        active = self.cost.active
+        assert active is not None, "a plan decides the routing"
+        return active
 
     @property
     def bytes_written(self) -> int:
