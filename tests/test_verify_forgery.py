@@ -82,6 +82,11 @@ def first(manifest: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def copied(manifest: dict[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = next(item for item in manifest["tensors"].values() if item["expression"].startswith("seed:"))
+    return record
+
+
 def weights(manifest: dict[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = manifest["sources"]["law"]["files"]["model.safetensors"]
     return record
@@ -89,6 +94,13 @@ def weights(manifest: dict[str, Any]) -> dict[str, Any]:
 
 ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an expression": (lambda m: first(m).update(expression="mean(seed, code)"), "expression is"),
+    "what was read": (lambda m: first(m)["reads"].pop(), "reads is"),
+    "what was read more": (
+        lambda m: first(m)["reads"].append({"source": "law", "tensor": "x"}),
+        "reads law:x, of which no source's record",
+    ),
+    "what was read before": (lambda m: m.update(format=1), "reads is"),
+    "what a copy read": (lambda m: copied(m)["reads"][0].update(source="code"), "is a copy of seed:"),
     "a source's path": (lambda m: m["sources"]["law"].update(path="elsewhere"), "but in the manifest's own recipe"),
     "a source's header": (lambda m: weights(m).update(header="0" * 32), "sources.law: "),
     "a source's size": (lambda m: weights(m).update(bytes=7), "saved again since the merge"),

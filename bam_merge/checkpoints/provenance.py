@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +11,7 @@ from typing import Any
 import xxhash
 
 from bam_merge.checkpoints.folder import is_plain_name, read_small_file
+from bam_merge.checkpoints.format_1 import FORMAT_1, reads_in
 from bam_merge.documents import load_json
 from bam_merge.errors import VerifyError
 from bam_merge.text import nearest, printable, some
@@ -19,7 +19,12 @@ from bam_merge.text import nearest, printable, some
 MANIFEST = "bam_merge.json"
 
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+"""Version of the manifest's form, which is raised when what is read of it changes. 2: `reads` of every tensor; 1 has none."""
+
+
+FORMATS = (FORMAT_1, MANIFEST_FORMAT)
+"""Those that can be read."""
 
 
 REMEDY = "copy the file again from where the merge was published, or merge again"
@@ -75,15 +80,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         document = load_json(data)
     except ValueError as error:
         raise VerifyError(f"{printable(str(path))}: {error}. The manifest is damaged: {REMEDY}.") from None
-    if not isinstance(document, dict) or document.get("format") != MANIFEST_FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise VerifyError(f"{printable(str(path))}: format {printable(repr(found))}, this version reads {MANIFEST_FORMAT}.")
+    if not isinstance(document, dict):
+        raise VerifyError(f"{printable(str(path))}: {_unreadable(type(document).__name__)}")
+    if type(document.get("format")) is not int or document["format"] not in FORMATS:
+        raise VerifyError(f"{printable(str(path))}: {_unreadable(document.get('format'))}")
     wrong = list(_damaged(document))
     if wrong:
         raise VerifyError(f"{printable(str(path))}: {some(wrong)} missing or damaged: {REMEDY}.")
     if not _is_sealed(document, data):
         raise VerifyError(f"{printable(str(path))}: not as it was written: its {SEAL} is not that of its own bytes: {REMEDY}.")
     return document
+
+
+def _unreadable(found: object) -> str:
+    """What is said of a format that is not known here."""
+    newer = type(found) is int and found > MANIFEST_FORMAT
+    way_out = ": it was written by a newer bam-merge, which can read it" if newer else ""
+    return f"format {printable(repr(found))}, this version reads {' and '.join(map(str, FORMATS))}{way_out}."
 
 
 def _damaged(document: dict[str, Any]) -> Iterator[str]:
@@ -93,7 +106,7 @@ def _damaged(document: dict[str, Any]) -> Iterator[str]:
         "sources": lambda _, value: _has(value, {"files": dict}) and all(_has(f, SOURCE_FILE) for f in value["files"].values()),
         "files": lambda name, value: is_plain_name(name) and isinstance(value, str),
         "shards": lambda name, value: is_plain_name(name) and _has(value, {"bytes": int, "header": str}),
-        "tensors": lambda _, value: _has(value, TENSOR) and isinstance(value.get("nonfinite", 0), int),
+        "tensors": lambda _, value: _is_tensor(value, document["format"]),
     }
     for section, is_right in entries.items():
         found = document.get(section)
@@ -106,6 +119,16 @@ def _damaged(document: dict[str, Any]) -> Iterator[str]:
 TENSOR = {"expression": str, "file": str, "dtype": str, "shape": list, "digest": str}
 
 
+def _is_tensor(value: Any, form: int) -> bool:
+    reads = [] if form == FORMAT_1 else value.get("reads") if isinstance(value, dict) else None
+    return (
+        _has(value, TENSOR)
+        and isinstance(value.get("nonfinite", 0), int)
+        and isinstance(reads, list)
+        and all(_has(read, {"source": str, "tensor": str}) for read in reads)
+    )
+
+
 SOURCE_FILE = {"bytes": int, "header": str, "tensors": dict}
 
 
@@ -116,7 +139,7 @@ def _has(value: object, kinds: Mapping[str, type]) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """How one tensor was made: the manifest's expression, and the (source, tensor) pairs that it reads, in order."""
+    """How one tensor was made: the manifest's expression, and the (source, tensor) pairs that it reads, each once, in order."""
 
     expression: str
     reads: tuple[tuple[str, str], ...]
@@ -125,10 +148,21 @@ class Origin:
 def origins(manifest: Mapping[str, Any]) -> dict[str, Origin]:
     """The origin of every tensor in a manifest."""
     sources = _source_tensors(manifest)
-    return {
-        name: Origin(record["expression"], tuple(dict.fromkeys(_reads(record["expression"], name, sources))))
-        for name, record in manifest["tensors"].items()
-    }
+
+    def reads(name: str, record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+        if manifest["format"] == FORMAT_1:
+            return reads_in(record["expression"], name, sources)
+        return ((read["source"], read["tensor"]) for read in record["reads"])
+
+    return {name: Origin(record["expression"], tuple(dict.fromkeys(reads(name, record)))) for name, record in manifest["tensors"].items()}
+
+
+def format_note(manifest: Mapping[str, Any]) -> str | None:
+    """What a manifest of an older format lacks, in words; None for one of this version's."""
+    if manifest["format"] == MANIFEST_FORMAT:
+        return None
+    lacks = "which records no reads: what each tensor was made of is read from its expression"
+    return f"{MANIFEST} is of format {manifest['format']}, {lacks}. A new merge writes format {MANIFEST_FORMAT}"
 
 
 def fates(manifest: Mapping[str, Any], pattern: str) -> list[dict[str, Any]]:
@@ -170,24 +204,3 @@ def _source_tensors(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
     """The tensors that were read of every source."""
     files = {name: [_mapping(file) for file in record["files"].values()] for name, record in manifest["sources"].items()}
     return {name: [tensor for file in found for tensor in _mapping(file.get("tensors"))] for name, found in files.items()}
-
-
-_METHOD = re.compile(r"\b(?:mean|linear|slerp|task_arithmetic|ties|dare_ties)\(([^()]*)\)(?:: ([^\s,()]+))?")
-
-
-def _reads(expression: str, name: str, sources: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """The stored tensors in an expression as ops.py writes it. Names of sources and of dense families' tensors have no blanks or commas."""
-    words = "|".join(re.escape(source) for source in sorted(sources, key=len, reverse=True))
-    leaf = re.compile(rf"(?<![^\s(,])({words}):([^\s,()\[\]]+)")
-    yield from leaf.findall(expression)
-    for method in _METHOD.finditer(expression):
-        operands, _, arguments = method[1].partition("; ")
-        after = method[2] or name
-        common = None if leaf.match(after) else after.partition("[")[0]
-        base = re.match(r"base=([^,]+)", arguments)
-        if common:
-            yield from ((operand, common) for operand in operands.split(", ") if operand in sources)
-        if base and base[1] in sources:
-            tensor = common or next((found for _, found in leaf.findall(expression) if found in sources[base[1]]), None)
-            if tensor:
-                yield base[1], tensor

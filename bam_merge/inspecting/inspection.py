@@ -12,7 +12,7 @@ from bam_merge.architectures.anatomy import Anatomy, open_anatomy
 from bam_merge.architectures.cost import CONTEXT, Cost, Kind, as_mixture, cost_of
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, origins, read_manifest
+from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, format_note, origins, read_manifest
 from bam_merge.errors import CheckpointError, VerifyError
 
 if TYPE_CHECKING:
@@ -219,6 +219,8 @@ def _provenance(
     lacking = sum(name not in there for name in recorded)
     added = sum(name not in recorded for name in there)
     odd = [f"{MANIFEST} names {lacking} tensor(s) that are not here, and not {added} that are."] if lacking or added else []
+    if note := format_note(manifest):
+        odd.append(f"{note}.")
     return origins(manifest), fates(manifest, where) if where is not None else None, odd
 
 

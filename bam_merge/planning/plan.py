@@ -45,6 +45,11 @@ class Step:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
+    def reads(self) -> list[dict[str, str]]:
+        """The stored tensors that it is made of, in order of appearance, as plans and manifests list them."""
+        return [{"source": read.source, "tensor": read.tensor} for read in expressions.reads(self.expr)]
+
+    @property
     def expression(self) -> str:
         """How the tensor is made, as plans and manifests show it."""
         cast = f" as {self.dtype}" if self.expr.dtype != self.dtype and not isinstance(self.expr, expressions.Init) else ""
@@ -123,7 +128,7 @@ class Plan:
                 {
                     "name": step.name, "role": step.role, "layer": step.layer, "expert": step.expert, "dtype": step.dtype,
                     "shape": list(step.shape), "expression": step.expression,
-                    "reads": [{"source": read.source, "tensor": read.tensor} for read in expressions.reads(step.expr)],
+                    "reads": step.reads,
                 }
                 for step in self.steps
             ],

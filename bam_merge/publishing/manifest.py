@@ -20,7 +20,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
     tensors: dict[str, dict[str, Any]] = {}
     for step in plan.steps:
         record: dict[str, Any] = {
-            "expression": step.expression, "file": step.file, "dtype": step.dtype, "shape": list(step.shape),
+            "expression": step.expression, "reads": step.reads, "file": step.file, "dtype": step.dtype, "shape": list(step.shape),
             "digest": finished[step.name].digest,
         }  # fmt: skip
         if finished[step.name].nonfinite:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bam_merge._version import __version__
-from bam_merge.checkpoints.provenance import MANIFEST, companion_digests, read_manifest
+from bam_merge.checkpoints.provenance import MANIFEST, MANIFEST_FORMAT, companion_digests, read_manifest
 from bam_merge.checkpoints.reading import changed, check_unchanged
 from bam_merge.errors import BamMergeError, CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed
 from bam_merge.merging.execute import execute
@@ -135,7 +135,7 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
     """Whether `target` is complete and was made by this version from the plan's recipe and its sources as they are now.
 
     As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since; and its
-    tokenizer and generation files, which no tensor depends on, must be those that were merged.
+    tokenizer and generation files, which no tensor depends on, must be those that were merged. Its manifest is of today's format.
     """
     try:
         document = read_manifest(target)
@@ -154,7 +154,8 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
     except (BamMergeError, OSError, KeyError, TypeError):
         return False
     finite = allow_nonfinite or not any(record.get("nonfinite") for record in document["tensors"].values())
-    return complete and finite and (document.get("version"), document["recipe"]) == (__version__, plan.recipe.resolved())
+    made_by = document["format"], document.get("version"), document["recipe"]
+    return complete and finite and made_by == (MANIFEST_FORMAT, __version__, plan.recipe.resolved())
 
 
 def _settle(target: Path, notify: Callable[[str], None]) -> None:

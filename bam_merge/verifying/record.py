@@ -19,8 +19,9 @@ from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
+from bam_merge.checkpoints.format_1 import FORMAT_1
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.provenance import MANIFEST_FORMAT, SEAL
+from bam_merge.checkpoints.provenance import SEAL
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
@@ -64,7 +65,7 @@ def contradictions(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Where the manifest contradicts itself, the headers of the folder, or the index."""
     recipe, sources = manifest["recipe"], manifest["sources"]
     problems = []
-    if (manifest["format"], manifest.get("tool")) != (MANIFEST_FORMAT, "bam-merge") or not isinstance(manifest.get("version"), str):
+    if manifest.get("tool") != "bam-merge" or not isinstance(manifest.get("version"), str):
         problems.append(f"tool and version are {_shown(manifest.get('tool'))} and {_shown(manifest.get('version'))}")
     if unknown := sorted(manifest.keys() - KEYS):
         problems.append(f"{some(unknown)}: no manifest has such entries")
@@ -73,16 +74,7 @@ def contradictions(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     if places != recorded:
         problems.append(f"sources are {_shown(recorded)}, but in the manifest's own recipe {_shown(places)}")
     problems += _source_contradictions(sources)
-    copies = {
-        f"{name}:{tensor}": digest
-        for name, record in sources.items()
-        for file in record["files"].values()
-        for tensor, digest in file["tensors"].items()
-    }
-    for name, record in manifest["tensors"].items():
-        source = record["expression"]
-        if source in copies and copies[source] != record["digest"]:
-            problems.append(f"{printable(name)} is a copy of {printable(source)}, but their digests differ")
+    problems += _tensor_contradictions(manifest)
     if not _leads_back(recipe, manifest.get("recipe_folder")):
         problems.append(f"recipe_folder {_shown(manifest.get('recipe_folder'))} is not the way back from its output path")
     checkpoint = open_folder(folder)
@@ -101,6 +93,27 @@ def _source_contradictions(sources: Mapping[str, Any]) -> Iterator[str]:
             whole = "".join([known["header"], *map(str, known["tensors"].values())])
             if known.keys() != FILE_KEYS or known["digest"] != xxhash.xxh3_128_hexdigest(whole.encode()):
                 yield f"sources.{printable(name)}: the digest of {printable(file)} is not that of its header and tensors"
+
+
+def _tensor_contradictions(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Copies have the digest of what they copy, and nothing was read of which no source's record has a digest."""
+    digests = {
+        f"{name}:{tensor}": digest
+        for name, record in manifest["sources"].items()
+        for file in record["files"].values()
+        for tensor, digest in file["tensors"].items()
+    }
+    for name, record in manifest["tensors"].items():
+        source = record["expression"]
+        if source in digests and digests[source] != record["digest"]:
+            yield f"{printable(name)} is a copy of {printable(source)}, but their digests differ"
+        if manifest["format"] == FORMAT_1:
+            continue
+        reads = [f"{read['source']}:{read['tensor']}" for read in record["reads"]]
+        if unknown := [read for read in reads if read not in digests]:
+            yield f"{printable(name)} reads {some(unknown)}, of which no source's record has a digest"
+        elif source in digests and reads != [source]:
+            yield f"{printable(name)} is a copy of {printable(source)}, but reads {some(reads)}"
 
 
 def _leads_back(recipe: Mapping[str, Any], back: object) -> bool:
@@ -175,6 +188,7 @@ def record_problems(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
     for name in manifest["tensors"].keys() & steps.keys():
         step, record = steps[name], manifest["tensors"][name]
         known = {"expression": step.expression, "file": step.file, "dtype": step.dtype, "shape": list(step.shape)}
+        known |= {} if manifest["format"] == FORMAT_1 else {"reads": step.reads}
         found = {key: value for key, value in record.items() if key not in ("digest", "nonfinite")}
         for key in sorted(known.keys() | found.keys()):
             if _canonical(known.get(key)) != _canonical(found.get(key)):

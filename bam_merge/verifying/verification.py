@@ -13,7 +13,7 @@ from torch import Tensor
 from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.checkpoints.folder import read_small_file
-from bam_merge.checkpoints.provenance import MANIFEST, read_manifest
+from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
 from bam_merge.model.loading import open_model
@@ -194,6 +194,8 @@ class _Sources:
         else:
             check = Check("provenance", True, "recipe, expressions and digests follow from the sources")
         self.report.add([check])
+        if note := format_note(self.manifest):
+            self.report.add([Check("reads", None, note)])
 
 
 NEED_SOURCES = "tensors, config.json, tokenizer and generation files, model card, expressions"
