@@ -14,6 +14,9 @@ from bam_merge.errors import CheckpointError
 from bam_merge.paths import located
 from bam_merge.text import printable, some
 
+CONFIG = "config.json"
+
+
 INDEX = "model.safetensors.index.json"
 
 

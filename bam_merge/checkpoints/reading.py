@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -76,18 +76,21 @@ def changed(source: str, path: Path) -> str:
 
 def check_unchanged(checkpoints: Mapping[str, Checkpoint]) -> None:
     """Raise CheckpointError if a source file is no longer the one that was planned with."""
-    problems = []
-    for name, checkpoint in checkpoints.items():
-        for file, identity in checkpoint.identities.items():
-            path = checkpoint.path / file
-            try:
-                same = FileIdentity.of(os.stat(path)) == identity
-            except OSError:
-                same = False
-            if not same:
-                problems.append(changed(name, path))
+    problems = [changed(name, path) for name, checkpoint in checkpoints.items() for path in changed_files(checkpoint)]
     if problems:
         raise CheckpointError(*problems)
+
+
+def changed_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The weight files that are no longer those that were opened."""
+    for file, identity in checkpoint.identities.items():
+        path = checkpoint.path / file
+        try:
+            same = FileIdentity.of(os.stat(path)) == identity
+        except OSError:
+            same = False
+        if not same:
+            yield path
 
 
 def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[int, int]], view: memoryview) -> None:

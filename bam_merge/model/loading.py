@@ -137,7 +137,11 @@ def open_model(path: str | os.PathLike[str], computes: bool = True) -> StoredMod
 
     Without `computes` tensors may have dtypes that nothing is computed with.
     """
-    checkpoint = open_folder(path)
+    return stored_model(open_folder(path), computes)
+
+
+def stored_model(checkpoint: Checkpoint, computes: bool = True) -> StoredModel:
+    """`open_model` of a folder that is open already: its headers and its config.json are not read again."""
     where = printable(str(checkpoint.path))
     try:
         config = model_config(checkpoint.config)

@@ -8,20 +8,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bam_merge.model.loading import StoredModel, open_model
+from bam_merge.model.loading import StoredModel
 from bam_merge.model.model import Block, FfnMixture
 from bam_merge.model.positions import Cache
-from bam_merge.planning.assign import DTYPE_NAMES
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Ffn, Recipe
 from bam_merge.text import some
-from bam_merge.verifying.conversion import Converted
 from bam_merge.verifying.decodable import decodable, first_part
 from bam_merge.verifying.report import Check, Report
 
@@ -337,12 +334,3 @@ def _router_check(routing: list[dict[str, Any]], sample: str) -> Check:
     ]
     detail = f"degenerate: {some(names, 6)}" if names else "none sends nearly all tokens to one expert"
     return Check("router load", True, f"on {sample}: {detail}", max((max(row["share"]) for row in routing), default=0.0), None)
-
-
-def open_all(folder: Path, plan: Plan) -> tuple[StoredModel, dict[str, StoredModel]]:
-    """The merged folder and every dense source, by their headers; the sources as the merge's output.dtype makes them."""
-    dense = {name: open_model(model.checkpoint.path) for name, model in plan.models.items()}
-    dtype = DTYPE_NAMES.get(plan.recipe.output.dtype)
-    if dtype is not None:
-        dense = {name: Converted(stored.checkpoint, stored.config, stored.leaves, dtype) for name, stored in dense.items()}
-    return open_model(folder), dense

@@ -1,4 +1,4 @@
-"""Dense models as a merge's output.dtype makes them, for comparison with what was written."""
+"""The dense models that a result is compared with: as they are stored, and as the merge's output.dtype makes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bam_merge.model.loading import StoredModel
+from bam_merge.checkpoints.reading import changed_files
+from bam_merge.model.loading import StoredModel, open_model, stored_model
+from bam_merge.planning.assign import DTYPE_NAMES
+from bam_merge.planning.plan import Plan
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.rounding import nearest
 
@@ -27,3 +30,20 @@ class Converted(StoredModel):
     def _rounded(self, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
         wide = stored if stored.dtype == torch.float64 else stored.float()
         return nearest(wide, self.dtype).to(TORCH_DTYPES[self.dtype] if dtype is None else dtype)
+
+
+def open_dense(plan: Plan) -> dict[str, StoredModel]:
+    """The reference model of every source. The plan's headers serve once more while the files are those that were planned with; what
+    config.json means is read by the reference model's own reading."""
+    return {
+        name: open_model(model.checkpoint.path) if any(changed_files(model.checkpoint)) else stored_model(model.checkpoint)
+        for name, model in plan.models.items()
+    }
+
+
+def as_written(dense: dict[str, StoredModel], plan: Plan) -> dict[str, StoredModel]:
+    """Dense models as the merge's output.dtype makes them."""
+    dtype = DTYPE_NAMES.get(plan.recipe.output.dtype)
+    if dtype is None:
+        return dense
+    return {name: Converted(stored.checkpoint, stored.config, stored.leaves, dtype) for name, stored in dense.items()}

@@ -1,10 +1,8 @@
 """Will engines beside transformers compute what the folder says? From the folder alone, by what its layout's table knows of them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from bam_merge.architectures.config import facts_of
-from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Row, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
@@ -19,12 +17,11 @@ PIECE = 2**20
 """Bytes of a tensor that are read at a time."""
 
 
-def engines(folder: Path) -> Iterator[Check]:
+def engines(checkpoint: Checkpoint) -> Iterator[Check]:
     """Every tensor without which an engine computes something else is there, and none has zeros that it cannot compute with.
 
-    Nothing is yielded for a layout of which no such tensor is known, or a folder whose config.json cannot be read.
+    Nothing is yielded for a layout of which no such tensor is known, or where config.json does not describe a model.
     """
-    checkpoint = open_folder(folder)
     layout = find_by_model_type(checkpoint.config.get("model_type"))
     needed = [row for row in layout.rows if row.without] if layout else []
     facts = facts_of(layout, checkpoint.config, []) if layout and needed else {}

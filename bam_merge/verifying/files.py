@@ -17,7 +17,7 @@ import xxhash
 
 from bam_merge._version import __version__
 from bam_merge.architectures.tables import find_by_model_type
-from bam_merge.checkpoints.folder import INDEX, SINGLE, TOKENIZER_FILES, read_small_file
+from bam_merge.checkpoints.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, Checkpoint, read_small_file
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
 from bam_merge.documents import load_json
@@ -62,27 +62,31 @@ VOCABULARIES = {"tokenizer.json": ("model", "vocab"), "vocab.json": (), "added_t
 """Where the keys of a file are tokens, which may have any name: their values are then numbers."""
 
 
-def file_checks(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Check]:
-    """The files of the manifest are there, as they were written and of this folder, and nothing else is; code is the package's."""
-    problems, harmless = [*_written_problems(folder, manifest), *_unwritten(manifest)], dict[str, str]()
+def file_checks(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None) -> Iterator[Check]:
+    """The files of the manifest are there, as they were written and of this folder, and nothing else is; code is the package's.
+
+    What `checkpoint` holds, the folder as it was opened, is not read again. It is None where the folder could not be opened.
+    """
+    problems, harmless = [*_written_problems(folder, manifest, checkpoint), *_unwritten(manifest)], dict[str, str]()
     problems += _foreign(folder, {*manifest["files"], *manifest["shards"], MANIFEST}, harmless)
     yield Check("files", not problems, "; ".join(problems))
     if harmless:
         named = ", ".join(f"{printable(name)} ({why})" for name, why in harmless.items())
         yield Check("other files", None, f"{named}: not of this merge, and read by no loader; not looked into")
-    yield code_check(folder, manifest)
+    yield code_check(folder, manifest, checkpoint)
 
 
 # ---- what the manifest names -----------------------------------------------------------------------------------------------
 
 
-def _written_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _written_problems(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None) -> Iterator[str]:
     for name in (*manifest["files"], *manifest["shards"], MANIFEST):
         if (link := _leads_away(folder, name)) is not None:
             yield f"{printable(name)} is a link to {printable(link)}, which is not of this folder: put the file itself here"
     for name, digest in manifest["files"].items():
         try:
-            found = xxhash.xxh3_128_hexdigest(read_small_file(folder / name))
+            known = checkpoint.config_digest if checkpoint is not None and name == CONFIG else None
+            found = known or xxhash.xxh3_128_hexdigest(read_small_file(folder / name))
         except BamMergeError as error:
             yield from error.problems
             continue
@@ -90,7 +94,7 @@ def _written_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str
             yield f"{name} is not as it was written: {REMEDY}"
     for name, shard in manifest["shards"].items():
         try:
-            header = read_header(str(folder / name))
+            header = (checkpoint and checkpoint.files.get(name)) or read_header(str(folder / name))
         except BamMergeError as error:
             yield from error.problems
             continue
@@ -197,11 +201,11 @@ def _plain(name: str) -> str:
 # ---- what would run --------------------------------------------------------------------------------------------------------
 
 
-def code_check(folder: Path, manifest: Mapping[str, Any]) -> Check:
+def code_check(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:
     """The folder's model code is the installed package's, and no key of its small files names any other."""
     problems: list[str] = []
-    documents = dict(_documents(folder, manifest, problems))
-    config = documents.pop("config.json", None)
+    documents = dict(_documents(folder, manifest, checkpoint, problems))
+    config = documents.pop(CONFIG, None)
     for name, document in documents.items():
         keys = sorted(key for key in _keys(document, VOCABULARIES.get(name)) if key in RUNS_CODE)
         if keys:
@@ -243,10 +247,12 @@ def _other_code(folder: Path, names: Iterable[str], problems: list[str], same_ve
     return other
 
 
-def _documents(folder: Path, manifest: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _documents(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None, problems: list[str]) -> Iterator[tuple[str, Any]]:
     """Every JSON document of the manifest, parsed: a key may be spelled with escapes, so bytes are not searched."""
     for name in sorted(manifest["files"]):
-        if name.lower().endswith(".json") and name != INDEX:
+        if checkpoint is not None and name == CONFIG:
+            yield name, checkpoint.config
+        elif name.lower().endswith(".json") and name != INDEX:
             try:
                 yield name, load_json(read_small_file(folder / name))
             except BamMergeError as error:

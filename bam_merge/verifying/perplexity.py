@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.errors import CheckpointError
-from bam_merge.model.loading import HEAD_ROWS, StoredModel, open_model
+from bam_merge.model.loading import HEAD_ROWS, StoredModel, stored_model
 from bam_merge.model.model import head
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.paths import located
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
+from bam_merge.verifying.conversion import open_dense
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,10 +63,9 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
 
 
 @torch.no_grad()
-def perplexities(folder: Path, plan: Plan | None, ids: dict[Path, Tensor]) -> list[dict[str, Any]]:
+def perplexities(checkpoint: Checkpoint, plan: Plan | None, ids: dict[Path, Tensor]) -> list[dict[str, Any]]:
     """One row per text of `read_texts`: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone."""
-    mixture = open_model(folder)
-    dense = {} if plan is None else {name: open_model(model.checkpoint.path) for name, model in plan.models.items()}
+    mixture, dense = stored_model(checkpoint), {} if plan is None else open_dense(plan)
     averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None else []
     models: dict[str, list[StoredModel]] = {name: [model] for name, model in dense.items()}
     if len(averaged) > 1:

@@ -17,7 +17,6 @@ import xxhash
 
 from bam_merge import expressions
 from bam_merge._version import __version__
-from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1
 from bam_merge.checkpoints.header import TensorEntry
@@ -61,7 +60,7 @@ def listed(problems: Sequence[str]) -> str:
 # ---- what needs the folder alone ---------------------------------------------------------------------------------------------
 
 
-def contradictions(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def contradictions(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[str]:
     """Where the manifest contradicts itself, the headers of the folder, or the index."""
     recipe, sources = manifest["recipe"], manifest["sources"]
     problems = []
@@ -77,7 +76,6 @@ def contradictions(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     problems += _tensor_contradictions(manifest)
     if not _leads_back(recipe, manifest.get("recipe_folder")):
         problems.append(f"recipe_folder {_shown(manifest.get('recipe_folder'))} is not the way back from its output path")
-    checkpoint = open_folder(folder)
     total = sum(prod(entry.shape) for entry in checkpoint.tensors.values())
     parameters = manifest.get("parameters")
     if not isinstance(parameters, dict) or parameters.keys() != {"total", "active"} or parameters["total"] != total:
@@ -140,9 +138,9 @@ def _index_problems(checkpoint: Checkpoint) -> list[str]:
     return [f"{INDEX}: expected metadata {metadata} and weight_map, found {_shown({**found, 'weight_map': '...'})}"]
 
 
-def nonfinite_problems(folder: Path, manifest: Mapping[str, Any]) -> tuple[list[str], bool]:
+def nonfinite_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> tuple[list[str], bool]:
     """What is wrong in the manifest's counts of NaN and infinity, and whether any such value is where it says."""
-    checkpoint, problems, there = open_folder(folder), [], False
+    problems, there = [], False
     for name, record in manifest["tensors"].items():
         if (claimed := record.get("nonfinite", 0)) and name in checkpoint.tensors:
             found = _count_nonfinite(checkpoint, checkpoint.tensors[name])

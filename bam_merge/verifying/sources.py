@@ -14,7 +14,7 @@ import xxhash
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.tables import dense_families
-from bam_merge.checkpoints.folder import TOKENIZER_FILES, is_plain_name, read_small_file
+from bam_merge.checkpoints.folder import CONFIG, TOKENIZER_FILES, Checkpoint, is_plain_name, read_small_file
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import key_digests, name_digest
@@ -56,8 +56,9 @@ def _keys(keys: Sequence[str] | None) -> str:
     return f" ({some(keys, MOST_NAMES)})" if keys else ""
 
 
-def changes(recipe: Recipe, manifest: Mapping[str, Any]) -> Changes:
-    """What changed of every source that both the recipe and the manifest name."""
+def changes(recipe: Recipe, manifest: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> Changes:
+    """What changed of every source that both the recipe and the manifest name. Those in `opened` were opened just now: their headers and
+    configurations are not read again."""
     found = Changes()
     for name, record in manifest["sources"].items():
         if name not in recipe.sources:
@@ -66,22 +67,23 @@ def changes(recipe: Recipe, manifest: Mapping[str, Any]) -> Changes:
         if not folder.is_dir():
             found.absent.append(name)
             continue
-        if (keys := _config_changes(folder, record)) is not None:
+        checkpoint = opened.get(name)
+        if (keys := _config_changes(folder, record, checkpoint)) is not None:
             found.configs[name] = keys or (None if "config_keys" not in record else [])
-        if weights := [file for file, known in record["files"].items() if not _same_header(folder, file, known)]:
+        if weights := [file for file, known in record["files"].items() if not _same_header(folder, file, known, checkpoint)]:
             found.weights[name] = weights
         if others := sorted(_companion_changes(folder, record)):
             found.companions[name] = others
     return found
 
 
-def _config_changes(folder: Path, record: Mapping[str, Any]) -> list[str] | None:
+def _config_changes(folder: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> list[str] | None:
     """The keys of config.json whose values are not those that were merged; None when it is the same file."""
     try:
-        data = read_small_file(folder / "config.json")
-        if xxhash.xxh3_128_hexdigest(data) == record.get("config"):
+        data = b"" if checkpoint is not None else read_small_file(folder / CONFIG)
+        if (xxhash.xxh3_128_hexdigest(data) if checkpoint is None else checkpoint.config_digest) == record.get("config"):
             return None
-        config = load_json(data)
+        config = load_json(data) if checkpoint is None else checkpoint.config
     except (BamMergeError, ValueError) as error:
         return [printable(str(error))]
     config = config if isinstance(config, dict) else {}
@@ -100,9 +102,11 @@ def _known_keys() -> Iterator[str]:
         yield from (*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *family.defaults)
 
 
-def _same_header(folder: Path, file: str, known: Mapping[str, Any]) -> bool:
+def _same_header(folder: Path, file: str, known: Mapping[str, Any], checkpoint: Checkpoint | None) -> bool:
+    header = checkpoint.files.get(file) if checkpoint is not None else None
     try:
-        header = read_header(str(folder / file)) if is_plain_name(file) else None
+        if header is None and is_plain_name(file):
+            header = read_header(str(folder / file))
     except BamMergeError:
         return False
     return header is not None and (header.digest, header.identity.size) == (known["header"], known["bytes"])

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bam_merge import expressions
-from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
@@ -17,7 +16,7 @@ from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import REMEDY
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import BamMergeError
-from bam_merge.model.loading import open_model
+from bam_merge.model.loading import stored_model
 from bam_merge.model.model import Model, ModelConfig
 from bam_merge.planning.plan import Plan, Step, moves_bytes
 from bam_merge.text import printable, some
@@ -30,13 +29,8 @@ from bam_merge.verifying.rounding import worst
 from bam_merge.verifying.rows import RowReader, SourceTensors, row_blocks
 
 
-def structure(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+def structure(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Check]:
     """Headers, index and config agree with the manifest, and the layout has every tensor it wants and none more."""
-    try:
-        checkpoint = open_folder(folder)
-    except BamMergeError as error:
-        yield Check("headers", False, "; ".join(error.problems))
-        return
     yield _check("headers", _header_problems(checkpoint, manifest))
     yield _check("layout", _layout_problems(checkpoint, manifest))
 
@@ -67,7 +61,7 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
     """For layout bam: the tensors that a model of this config.json has, worked out by building one without memory."""
     if checkpoint.config.get("model_type") != "bam":
         try:
-            open_model(checkpoint.path, computes=False)
+            stored_model(checkpoint, computes=False)
         except BamMergeError as error:
             return list(error.problems)
         return []
@@ -95,13 +89,12 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 # ---- tensors -----------------------------------------------------------------------------------------------------------------
 
 
-def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
+def digests(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Check]:
     """Every tensor's bytes still have the digest that was taken when they were made."""
-    checkpoint = open_folder(folder)
     wrong: dict[str, list[str]] = {}
     for name, record in manifest["tensors"].items():
         entry = checkpoint.tensors.get(name)
-        if entry is None or digest_range(folder / entry.file, entry.offset, entry.nbytes) != record["digest"]:
+        if entry is None or digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) != record["digest"]:
             wrong.setdefault(printable(entry.file if entry else record["file"]), []).append(name)
     changed = "; ".join(f"{some(names)} in {file}" for file, names in wrong.items())
     detail = f"{changed}: bytes changed since the merge: {REMEDY}" if wrong else f"{len(manifest['tensors'])} tensors"
@@ -111,19 +104,18 @@ def digests(folder: Path, manifest: dict[str, Any]) -> Iterator[Check]:
 KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
 
 
-def against_sources(folder: Path, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
+def against_sources(checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
     """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
     but what --allow-nonfinite recorded."""
     wrong: dict[str, list[str]] = {kind: [] for kind in KINDS}
     largest = dict.fromkeys(KINDS, 0.0)
     counts = dict.fromkeys(KINDS, 0)
     nonfinite: list[str] = []
-    checkpoint = open_folder(folder)
     entries = checkpoint.tensors
     there = [step for step in plan.steps if step.name in entries and _form(entries[step.name]) == _form(step)]
 
     def compare(step: Step) -> tuple[float, int, int]:
-        return _compare(folder / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
+        return _compare(checkpoint.path / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
 
     with (  # each worker holds some blocks of ROWS_BYTES in float64
         one_torch_thread() as single_threaded,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge._version import __version__
-from bam_merge.checkpoints.folder import read_small_file
+from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
-from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
-from bam_merge.model.loading import open_model
+from bam_merge.model.loading import stored_model
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.paths import located
 from bam_merge.planning.make import make_plan
@@ -24,8 +24,9 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
-from bam_merge.verifying.computed import against_dense, as_it_is, open_all
+from bam_merge.verifying.computed import against_dense, as_it_is
 from bam_merge.verifying.config import same_function, same_head
+from bam_merge.verifying.conversion import as_written, open_dense
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import file_checks
 from bam_merge.verifying.perplexity import perplexities, read_texts
@@ -50,30 +51,34 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     """Verify the merged folder; with `texts`, also measure perplexities.
 
     The sources are those of `plan`, or are found from the manifest; without them only digests and the model itself are checked, and
-    the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read.
+    the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read, or a folder
+    that changes meanwhile.
     """
     path = located(folder, error=VerifyError)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
     report = Report(experts=tuple(map(printable, manifest["recipe"].get("experts", ()))))
-    report.add(file_checks(path, manifest))
-    report.add(structure(path, manifest))
-    if not any(check.name == "layout" for check in report.checks):  # the headers cannot be read: nothing more can be
+    try:
+        checkpoint = open_folder(path)
+    except BamMergeError as error:  # nothing more can be read
+        report.add([*file_checks(path, manifest, None), Check("headers", False, "; ".join(error.problems))])
         return report
-    report.add(engines(path))
-    report.add(digests(path, manifest))
-    wrong_counts, nonfinite = nonfinite_problems(path, manifest)
-    sources = _Sources(path, manifest, report, [*contradictions(path, manifest), *wrong_counts])
+    report.add(file_checks(path, manifest, checkpoint))
+    report.add(structure(checkpoint, manifest))
+    report.add(engines(checkpoint))
+    report.add(digests(checkpoint, manifest))
+    wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
+    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts])
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
         return report
     try:
-        report.add(_function(path, plan, report))
+        report.add(_function(checkpoint, plan, report))
     except CheckpointError as error:
         report.add([Check("model", False, "; ".join(error.problems))])
         return report
-    report.perplexity = perplexities(path, plan, ids) if ids else []
+    report.perplexity = perplexities(checkpoint, plan, ids) if ids else []
     return report
 
 
@@ -87,10 +92,14 @@ class _Sources:
     `wrong` collects what the manifest says wrongly.
     """
 
-    folder: Path
+    checkpoint: Checkpoint
     manifest: dict[str, Any]
     report: Report
     wrong: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.path
 
     def compare(self, given: Plan | None) -> Plan | None:
         """Add every check that needs sources; the plan whose models the output can be compared with, if there is one."""
@@ -100,15 +109,18 @@ class _Sources:
         if recipe is None:
             self._record(None, same_version)
             return None
-        found = changes(recipe, self.manifest)
+        plan, why = (given, None) if given is not None else _planned(recipe)
+        opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
+        found = changes(recipe, self.manifest, opened)
         if (recipe.folder / recipe.sources[recipe.seed_name]).is_dir():
             changed = found.companions.get(recipe.seed_name, [])
             self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
-        plan = given if given is not None else self._plan(recipe, found, same_version)
+        if why is not None:
+            self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)
         if plan is not None and compared is not None:
             changed_seed = found.configs.get(recipe.seed_name, []) != []
-            config = _config_check(self.folder, plan, changed_seed)
+            config = _config_check(self.checkpoint.config, plan, changed_seed)
             card = card_check(self.folder, plan, self.manifest, recorded or recipe)
             if changed_seed and card.ok is False:
                 card = Check("card", None, f"sources.{printable(recipe.seed_name)}: config.json changed since the merge; {card.detail}")
@@ -135,18 +147,14 @@ class _Sources:
         what = f"not at hand, so digests only: {error.problems[0]} (--recipe names them). Not compared: {NEED_SOURCES}"
         self.report.add([Check("sources", None, what)])
 
-    def _plan(self, recipe: Recipe, found: Changes, same_version: bool) -> Plan | None:
-        try:
-            return make_plan(recipe)
-        except BamMergeError as error:
-            if names := found.names():
-                why = f"changed since the merge, so digests only: {names}. {error.problems[0]}"
-                self.report.add([Check("sources", None, why)])
-            elif found.absent or not same_version:
-                self._not_at_hand(error)
-            else:
-                self.wrong.append(f"its recipe gives no plan, though its sources are there as it records them: {error.problems[0]}")
-            return None
+    def _unplanned(self, error: BamMergeError, found: Changes, same_version: bool) -> None:
+        if names := found.names():
+            why = f"changed since the merge, so digests only: {names}. {error.problems[0]}"
+            self.report.add([Check("sources", None, why)])
+        elif found.absent or not same_version:
+            self._not_at_hand(error)
+        else:
+            self.wrong.append(f"its recipe gives no plan, though its sources are there as it records them: {error.problems[0]}")
 
     def _tensors(self, plan: Plan, found: Changes) -> list[Check] | None:
         """The checks of all tensors against the sources. None where the weights changed, and what can be compared was added."""
@@ -154,7 +162,7 @@ class _Sources:
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
-        checks = list(against_sources(self.folder, plan, self.manifest))
+        checks = list(against_sources(self.checkpoint, plan, self.manifest))
         if not other or all(check.ok for check in checks):
             for name, tensors in other.items():
                 self.wrong.append(
@@ -168,7 +176,7 @@ class _Sources:
             return checks
         self.report.add([Check("sources", None, f"changed since the merge, so digests only: {found.names()}")])
         rest = tuple(step for step in plan.steps if not any(read.source in other for read in expressions.reads(step.expr)))
-        self.report.add(against_sources(self.folder, replace(plan, steps=rest), self.manifest))
+        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest))
         return None
 
     def _unchanged(self, plan: Plan, found: Changes, follows: bool) -> None:
@@ -198,6 +206,14 @@ class _Sources:
             self.report.add([Check("reads", None, note)])
 
 
+def _planned(recipe: Recipe) -> tuple[Plan | None, BamMergeError | None]:
+    """The plan, or why there is none."""
+    try:
+        return make_plan(recipe), None
+    except BamMergeError as error:
+        return None, error
+
+
 NEED_SOURCES = "tensors, config.json, tokenizer and generation files, model card, expressions"
 """What nothing but the sources can prove."""
 
@@ -209,12 +225,8 @@ def _folders(plan: Plan) -> str:
     return f"{len(plan.models)} folders, as they were merged"
 
 
-def _config_check(folder: Path, plan: Plan, changed_seed: bool) -> Check:
+def _config_check(found: Mapping[str, Any], plan: Plan, changed_seed: bool) -> Check:
     """config.json against the one that the sources and the recipe lead to, key by key. Not where the seed's changed since the merge."""
-    try:
-        found = load_json(read_small_file(folder / "config.json"))
-    except (ValueError, BamMergeError) as error:
-        return Check("config", False, printable(str(error)))
     wrong = [
         f"{key} is {_shown(found, key)}, the sources and the recipe give {_shown(plan.config, key)}"
         for key in sorted({*found, *plan.config})
@@ -237,11 +249,11 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 # ---- what it computes ----------------------------------------------------------------------------------------------------------
 
 
-def _function(folder: Path, plan: Plan | None, report: Report) -> Iterator[Check]:
-    mixture = open_model(folder)
-    ids_BT, sample = sample_tokens(folder, mixture.config.vocab_size)
+def _function(checkpoint: Checkpoint, plan: Plan | None, report: Report) -> Iterator[Check]:
+    mixture = stored_model(checkpoint)
+    ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size)
     if plan is not None:
-        _, dense = open_all(folder, plan)
+        dense = as_written(open_dense(plan), plan)
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT)
     if plan is not None and plan.layout.kind == "mixture":

@@ -15,7 +15,7 @@ from mutations import inputs, text_of
 import bam_merge.sources.opening
 from bam_merge.checkpoints.folder import INDEX
 from bam_merge.checkpoints.header import read_header
-from bam_merge.checkpoints.provenance import read_manifest, sealed
+from bam_merge.checkpoints.provenance import MANIFEST_FORMAT, read_manifest, sealed
 from bam_merge.demo.synthetic import write_checkpoint
 from bam_merge.errors import BamMergeError
 from bam_merge.inspecting.inspection import inspect
@@ -210,9 +210,12 @@ def merged_folder(home: Path) -> Path:
             stream.truncate(file.nbytes)
     (folder / "config.json").write_text(json.dumps(made.config))
     tensors = {
-        step.name: {"expression": step.expression, "file": step.file, "dtype": step.dtype, "shape": list(step.shape), "digest": "0" * 32}
+        step.name: {
+            "expression": step.expression, "reads": step.reads, "file": step.file, "dtype": step.dtype, "shape": list(step.shape),
+            "digest": "0" * 32,
+        }
         for step in made.steps
-    }
+    }  # fmt: skip
     sources = {
         name: {
             "path": name, "config": "0" * 32,
@@ -225,7 +228,7 @@ def merged_folder(home: Path) -> Path:
     }  # fmt: skip
     shards = {file.file: {"bytes": file.nbytes, "header": "0" * 32} for file in made.shards}
     document = {
-        "format": 1, "tool": "bam-merge", "version": "0", "recipe": made.recipe.resolved(), "recipe_folder": "..", "sources": sources,
+        "format": MANIFEST_FORMAT, "tool": "bam-merge", "version": "0", "recipe": made.recipe.resolved(), "recipe_folder": "..", "sources": sources,
         "files": {"config.json": "0" * 32}, "shards": shards, "tensors": tensors, "unused": {"seed": {"x": "not needed"}},
     }  # fmt: skip
     (folder / "bam_merge.json").write_bytes(sealed(document))
