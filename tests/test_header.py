@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.header import encode_header, read_header
 from bam_merge.errors import CheckpointError
 
@@ -164,7 +163,3 @@ def test_random_bytes_give_our_error_or_a_header_that_the_library_accepts_too(
             pass
     except SafetensorError as error:
         pytest.fail(f"accepted what the library refuses: {error}")
-
-
-def test_dtypes_are_the_formats() -> None:
-    assert len(DTYPE_BITS) == 22

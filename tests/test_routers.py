@@ -1,5 +1,6 @@
 """How routers start: what a recipe can ask for, what is refused before anything is written, and that what is planned passes verification."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ from conftest import CONFIGS, write_recipe, write_sources
 from verifying import UNPROVED, failed
 
 from bam_merge.errors import RecipeError
-from bam_merge.expressions import NORMAL_REACH, Normal, Orthogonal
+from bam_merge.expressions import NORMAL_REACH, Init, Normal, Orthogonal
 from bam_merge.planning.make import plan_file
-from bam_merge.planning.router_check import RANGES
+from bam_merge.planning.router_check import LARGEST_SUM, router_problem
 from bam_merge.publishing.publish import publish
 from bam_merge.values.streams import initialise
 from bam_merge.verifying.verification import verify
@@ -102,7 +103,18 @@ def test_the_reach_of_normal_numbers_covers_what_is_drawn() -> None:
     assert 4 < float(values.abs().max()) < NORMAL_REACH
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"),
+    [("F64", torch.float32), ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+)
 def test_the_range_of_every_dtype_is_torchs(dtype: str, torch_dtype: torch.dtype) -> None:
+    """float64 ones are drawn in float32."""
     info = torch.finfo(torch_dtype)
-    assert RANGES[dtype] == (info.smallest_normal * info.eps, info.max)
+    least, largest = info.smallest_normal * info.eps, min(info.max, LARGEST_SUM)
+
+    def problem(gain: float) -> str | None:
+        return router_problem(Init(Orthogonal(gain), "router", 0, dtype, (2, 4)), dtype)
+
+    assert problem(least) is None is problem(largest)
+    assert "values would be 0" in (problem(math.nextafter(least, 0)) or "")
+    assert "Use a smaller gain" in (problem(math.nextafter(largest, math.inf)) or "")

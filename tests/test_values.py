@@ -4,19 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from bam_merge.values.arrays import COMPUTED, dot, is_float, largest_of, steps_apart, stored_integers, widen
-
-TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
-    TORCH["F8_E8M0"] = torch.float8_e8m0fnu
+from bam_merge.checkpoints.dtypes import MEASURED
+from bam_merge.values.arrays import dot, is_float, steps_apart, stored_integers, widen
+from bam_merge.values.tensors import STORED_DTYPES as TORCH
 
 
-@pytest.mark.parametrize("dtype", sorted(COMPUTED & TORCH.keys()))
+@pytest.mark.parametrize("dtype", sorted(MEASURED & TORCH.keys()))
 def test_every_bit_pattern_has_torchs_value(dtype: str) -> None:
     kind = TORCH[dtype]
     data = bytearray(range(256)) if kind.itemsize == 1 else bytearray(np.arange(2**16, dtype="<u2").tobytes())
@@ -35,7 +28,7 @@ def test_every_bit_pattern_has_torchs_value(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", sorted(TORCH))
 def test_the_largest_number_is_torchs(dtype: str) -> None:
     if is_float(dtype):
-        assert largest_of(dtype) == torch.finfo(TORCH[dtype]).max
+        assert DTYPES[dtype].largest == torch.finfo(TORCH[dtype]).max
 
 
 @pytest.mark.parametrize(

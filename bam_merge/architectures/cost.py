@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.architectures.locate import Place
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.errors import CheckpointError
 
 CONTEXT = 256
@@ -25,10 +25,6 @@ QKV = ("attn.q", "attn.k", "attn.v", "attn.q+attn.k+attn.v", "attn.q_a", "attn.q
 
 
 FFN = tuple(f"ffn.{shared}{part}" for shared in ("", "shared.") for part in ("gate", "up", "down", "router")) + ("ffn.gate+ffn.up",)
-
-
-CACHE_DTYPES = ("F16", "BF16", "F32", "F64")
-"""Dtypes that keys and values are cached in as the weights are stored; for others 16 bits are taken."""
 
 
 Kind = Literal["expert_kv", "shared_kv", "btx"]
@@ -289,7 +285,8 @@ def _block_flops(block: Mapping[str, list[Piece]], seen: int) -> Flops:
 
 
 def _cache_bytes(dtype: str) -> int:
-    return DTYPE_BITS[dtype] // 8 if dtype in CACHE_DTYPES else 2
+    """Of one number of a key or value: cached as the weights are stored where that is computed with; for others 16 bits are taken."""
+    return DTYPE_BITS[dtype] // 8 if dtype in ARITHMETIC_DTYPES else 2
 
 
 def _exact(total: int, count: int) -> int | float:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bam_merge.checkpoints.dtypes import MEASURED
 from bam_merge.checkpoints.pieces import numel
 from bam_merge.comparing.advice import readings
 from bam_merge.comparing.drift import Drift
@@ -13,7 +14,6 @@ from bam_merge.comparing.sides import Place, Side, check_comparable, in_common, 
 from bam_merge.comparing.tensor_difference import digest
 from bam_merge.errors import CheckpointError
 from bam_merge.text import count, printable, some
-from bam_merge.values.arrays import COMPUTED
 from bam_merge.values.threads import by_size
 
 SEED = "the seed", "it"
@@ -60,7 +60,7 @@ def _comparable(sides: Sequence[Side]) -> tuple[list[Place], dict[str, str], lis
             problems.append(
                 f"{printable(odd.label)}: {printable(odd.name(place))} is {list(odd.leaves[place].shape)}, the seed has {list(shapes[0])}"
             )
-        elif any(side.leaves[place].dtype not in COMPUTED for side in sides):
+        elif any(side.leaves[place].dtype not in MEASURED for side in sides):
             left_out[sides[0].name(place)] = "a dtype that no arithmetic is done with"
             uncomputed.append(place)
         else:

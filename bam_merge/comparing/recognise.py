@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import xxhash
 
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import DTYPE_BITS, MEASURED
 from bam_merge.comparing.sides import Place, Side
 from bam_merge.comparing.tensor_difference import BLOCK, DIFFERENT, Change, Difference
 from bam_merge.text import count, in_percent, ranges
-from bam_merge.values.arrays import COMPUTED, Array, is_float, stored_integers, widen
+from bam_merge.values.arrays import Array, is_float, stored_integers, widen
 from bam_merge.values.wide import Wide
 
 ALONG = 0.98
@@ -44,7 +44,7 @@ ENOUGH = 1024
 def named(a: Side, b: Side, found: Difference) -> Difference:
     """`found` with its change, where that has a name, and without its sample. Raises CheckpointError when a file cannot be read."""
     change = None
-    if found.changed and set(found.dtypes) <= COMPUTED:
+    if found.changed and set(found.dtypes) <= MEASURED:
         change = next(_names(a, b, found), None)
     return replace(found, change=change, sample_PQ=None)
 

@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPES
 from bam_merge.comparing.gram import Gram, total
 from bam_merge.comparing.sides import Place
 from bam_merge.text import folded, listed, printable, ranges, some
-from bam_merge.values.arrays import STEPS
 
 if TYPE_CHECKING:
     from bam_merge.comparing.drift import Drift
@@ -98,11 +98,12 @@ def only_rounded(found: "Drift", expert: int) -> str | None:
     """The coarser dtype that an expert is stored in, where rounding to it explains all that its matrices drifted."""
     chosen = inner(found)
     pairs = {(found.seed.leaves[place].dtype, found.experts[expert].leaves[place].dtype) for place in chosen}
-    coarser = {there for here, there in pairs if here in STEPS and there in STEPS and STEPS[there][0] > STEPS[here][0]}
+    floats = {pair for pair in pairs if set(pair) <= set(ARITHMETIC_DTYPES)}
+    coarser = {there for here, there in floats if DTYPES[there].step > DTYPES[here].step}
     if len(pairs) != 1 or not coarser:
         return None
     (dtype,), gram = coarser, of_places(found, chosen)
-    return dtype if gram is not None and 0 < (gram.drift(expert) or 0.0) <= ROUNDED * STEPS[dtype][0] else None
+    return dtype if gram is not None and 0 < (gram.drift(expert) or 0.0) <= ROUNDED * DTYPES[dtype].step else None
 
 
 def moved_places(found: "Drift", expert: int, among: Iterable[Place]) -> list[Place]:

@@ -5,11 +5,9 @@ from bisect import bisect_left, bisect_right
 
 import numpy as np
 
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS, DTYPES
 from bam_merge.values.arrays import (
-    FLOAT8,
     INTEGERS64,
-    STEPS,
     Array,
     in_order,
     in_pairs,
@@ -85,8 +83,8 @@ class Tally:
         self.at: int | None = None
         self.first: int | None = None
         self.nan, self.inf = [0, 0], [0, 0]
-        floats = [dtype for dtype in dtypes if is_float(dtype) and dtype not in FLOAT8]
-        self.coarse = max(floats, key=lambda dtype: STEPS[dtype][0]) if len(floats) == 2 else None
+        floats = [dtype for dtype in dtypes if dtype in ARITHMETIC_DTYPES]
+        self.coarse = max(floats, key=lambda dtype: DTYPES[dtype].step) if len(floats) == 2 else None
         self.ulps: int | None = None if self.coarse is None else 0
         # 64-bit integers need more than float64; sums of float64, and of integers that float32 does not hold, need that; the others are
         # exact enough in float32, chunk by chunk.

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import DTYPE_BITS, MEASURED
 from bam_merge.checkpoints.pieces import Read, numel, stored
 from bam_merge.comparing.sides import Place, Side
 from bam_merge.comparing.tally import CHUNK, Tally
-from bam_merge.values.arrays import COMPUTED, Array
+from bam_merge.values.arrays import Array
 from bam_merge.values.threads import scratch
 from bam_merge.values.wide import ABOVE, BELOW, LEAST, ZERO, Wide, cosine, figure, ratio
 
@@ -112,7 +112,7 @@ def difference(a: Side, b: Side, place: Place) -> Difference:
     names = a.name(place), b.name(place)
     if shapes[0] != shapes[1]:
         return Difference(place, *names, SHAPE, dtypes, shapes, relative_l2=None, cosine=None)
-    if not set(dtypes) <= COMPUTED:
+    if not set(dtypes) <= MEASURED:
         return _bytes_only(a, b, place, names, dtypes, shapes)
     tally, count = Tally(dtypes, shapes[0]), numel(leaves[0])
     sizes = [DTYPE_BITS[dtype] // 8 for dtype in dtypes]
@@ -147,7 +147,7 @@ def digest(side: Side, place: Place) -> str:
     """XXH3-128 of the bytes of what stands there. Raises CheckpointError when they cannot be read."""
     leaf = side.leaves[place]
     found, entry = xxhash.xxh3_128(), side.checkpoint.tensors[stored(leaf).tensor]
-    if leaf.dtype in COMPUTED:
+    if leaf.dtype in MEASURED:
         count, size = numel(leaf), DTYPE_BITS[leaf.dtype] // 8
     else:  # below a byte: no part of it stands alone
         whole = Read(stored(leaf).source, entry.name, "U8", (entry.nbytes,))

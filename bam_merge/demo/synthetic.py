@@ -11,8 +11,10 @@ import numpy
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.locate import family_tensors
 from bam_merge.architectures.tables import load_architecture
+from bam_merge.checkpoints.dtypes import config_name
 from bam_merge.checkpoints.folder import INDEX
 from bam_merge.checkpoints.header import encode_header
+from bam_merge.values.arrays import bfloat16_bits
 
 Values = Callable[[str, tuple[int, ...]], "numpy.ndarray[Any, Any] | None"]
 """Gives the float32 values of a tensor by name and shape; None leaves them zero, as a hole in the file."""
@@ -48,18 +50,12 @@ def write_checkpoint(
                 os.truncate(stream.fileno(), offset + nbytes)
     if shards > 1:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    torch_name = {"F32": "float32", "BF16": "bfloat16"}[dtype]
-    (folder / "config.json").write_text(json.dumps({"architectures": [family.class_name], "dtype": torch_name, **config}, indent=2))
+    (folder / "config.json").write_text(json.dumps({"architectures": [family.class_name], "dtype": config_name(dtype), **config}, indent=2))
     return folder
 
 
 def _encode(array: "numpy.ndarray[Any, Any]", dtype: str) -> bytes:
-    bits = numpy.ascontiguousarray(array, dtype="<f4")
-    if dtype == "F32":
-        return bits.tobytes()
-    patterns = bits.view("<u4")  # bfloat16 is the upper half of float32, rounded to nearest, ties to even
-    rounded = (patterns + 0x7FFF + ((patterns >> 16) & 1)) >> 16
-    return bytes(rounded.astype("<u2").tobytes())
+    return array.astype("<f4", copy=False).tobytes() if dtype == "F32" else bfloat16_bits(array).tobytes()
 
 
 Dense = Callable[[str, tuple[int, ...]], "numpy.ndarray[Any, Any]"]

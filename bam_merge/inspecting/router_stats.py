@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from bam_merge.architectures.anatomy import Anatomy
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel, stored
 from bam_merge.checkpoints.reading import read_runs
-from bam_merge.values.arrays import STEPS, Array, widen
+from bam_merge.values.arrays import Array, widen
 from bam_merge.values.wide import LEAST
 
 TOKENS = 2048
@@ -50,7 +50,7 @@ def router_stats(anatomy: Anatomy) -> list[RouterStats]:
     inputs: dict[int, Array] = {}
     found = []
     for (role, layer, _), leaf in anatomy.leaves.items():
-        if role in ("router.attn", "router.ffn") and len(leaf.shape) == 2 and min(leaf.shape) > 0 and leaf.dtype in STEPS:
+        if role in ("router.attn", "router.ffn") and len(leaf.shape) == 2 and min(leaf.shape) > 0 and leaf.dtype in ARITHMETIC_DTYPES:
             w_ND = _read(anatomy, leaf)
             if np.isfinite(w_ND).all():
                 D = leaf.shape[1]

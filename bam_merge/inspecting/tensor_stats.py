@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import DTYPE_BITS, DTYPES, MEASURED
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.reading import read_runs
-from bam_merge.values.arrays import BITS, COMPUTED, INTEGERS64, Array, is_float, largest_of, widen
+from bam_merge.values.arrays import INTEGERS64, Array, is_float, widen
 from bam_merge.values.threads import by_size, scratch
 from bam_merge.values.wide import ABOVE, LARGEST, ZERO, Wide, figure
 
@@ -89,7 +89,7 @@ def duplicates(stats: Mapping[str, TensorStats], checkpoint: Checkpoint) -> list
 
 
 def _stats(checkpoint: Checkpoint, entry: TensorEntry) -> TensorStats:
-    if entry.dtype not in COMPUTED:
+    if entry.dtype not in MEASURED:
         digest = xxhash.xxh3_128()
         for first in range(0, entry.nbytes, CHUNK):
             (view,) = scratch([min(CHUNK, entry.nbytes - first)])
@@ -160,7 +160,7 @@ class _Moments:
             self.inf += int(np.count_nonzero(np.isinf(values_C)))
             finite_C = values_C[np.isfinite(values_C)]
         if len(finite_C):
-            exact_C = np.frombuffer(chunk.data, BITS[self.entry.dtype]) if self.entry.dtype in INTEGERS64 else finite_C
+            exact_C = np.frombuffer(chunk.data, DTYPES[self.entry.dtype].numpy) if self.entry.dtype in INTEGERS64 else finite_C
             low, high = exact_C.min().item() + 0, exact_C.max().item() + 0  # + 0: no -0.0
             self.min, self.max = min(self.min, low), max(self.max, high)
             largest = max(abs(low), abs(high))
@@ -223,7 +223,7 @@ class _Moments:
             mean=float(self.mean) if some else None,
             std=float(self.std) if some else None,
             norm=float(np.sqrt(self.squares)) if some else None,
-            limit=largest / largest_of(entry.dtype) if is_float(entry.dtype) and some else None,
+            limit=largest / DTYPES[entry.dtype].largest if is_float(entry.dtype) and some else None,
             constant=some and self.min == self.max and self.finite == entry.numel,
             edges=edges,
             histogram=histogram,

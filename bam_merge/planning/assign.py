@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pydantic import TypeAdapter
 
 from bam_merge import expressions
-from bam_merge.planning.dtype_check import ARITHMETIC_DTYPES, dtype_of_new_tensors
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES
+from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
 from bam_merge.recipe.makes import Expert, Initialising, Merging
@@ -15,9 +16,6 @@ from bam_merge.recipe.rules import Rule, covers, parse_layers
 from bam_merge.recipe.schema import Attention, Recipe, Routers
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
-
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
 
 KV_ROLES = ("attn.k", "attn.v", "attn.k_norm")
 

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from math import prod
 
 from bam_merge._version import __version__
-from bam_merge.architectures.cost import CACHE_DTYPES, Cost, cost_of_tensors
-from bam_merge.checkpoints.dtypes import TORCH_NAMES
-from bam_merge.planning.assign import DTYPE_NAMES
+from bam_merge.architectures.cost import Cost, cost_of_tensors
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_name
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
 
@@ -141,4 +140,4 @@ def _dense_cost(plan: Plan) -> Cost:
 def _cached_in(plan: Plan) -> str:
     """The dtypes that keys and values are cached in: those of their weights, but for weights that nothing is computed in."""
     dtypes = dict.fromkeys(step.dtype for step in plan.steps if step.role in ("attn.k", "attn.v"))
-    return " and ".join(dict.fromkeys(TORCH_NAMES[dtype] if dtype in CACHE_DTYPES else "16 bits" for dtype in dtypes))
+    return " and ".join(dict.fromkeys(config_name(dtype) if dtype in ARITHMETIC_DTYPES else "16 bits" for dtype in dtypes))

@@ -6,16 +6,13 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from bam_merge import expressions
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.pieces import Slice
 from bam_merge.sources.dense import DenseModel
 from bam_merge.text import some
 
 if TYPE_CHECKING:
     from bam_merge.planning.plan import Step
-
-ARITHMETIC_DTYPES = ("F64", "F32", "F16", "BF16")
-"""The dtypes that are computed with. Others are only ever copied, byte for byte."""
 
 
 def dtype_of_new_tensors(model: DenseModel) -> str:

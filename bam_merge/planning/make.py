@@ -14,8 +14,9 @@ from bam_merge._version import __version__
 from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.cost import cost_of_tensors
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
+from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
-from bam_merge.planning.assign import DTYPE_NAMES, Made, assign, check_axes
+from bam_merge.planning.assign import Made, assign, check_axes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.output_config import merge_values, output_config, refusals

@@ -6,7 +6,7 @@ from typing import Any
 from bam_merge.architectures.config import COMMON_FUNCTION, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.nulls import KEPT
 from bam_merge.architectures.tables import Architecture
-from bam_merge.checkpoints.dtypes import TORCH_NAMES
+from bam_merge.checkpoints.dtypes import config_name
 from bam_merge.planning.assign import Made
 from bam_merge.recipe.schema import Attention, Ffn, Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -82,7 +82,7 @@ def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, A
     config: dict[str, Any] = {
         "architectures": [layout.class_name],
         "model_type": layout.model_types[0],
-        "dtype": TORCH_NAMES.get(dtype, dtype.lower()),
+        "dtype": config_name(dtype),
     }
     if layout.kind == "dense":
         keys = (*COMMON_FUNCTION, *ROPE_KEYS, *layout.function, *layout.neutral, *NEUTRAL)

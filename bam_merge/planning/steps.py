@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from bam_merge import expressions
 from bam_merge.architectures.tables import Architecture, evaluate, load_architecture, natural_order
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS, DTYPE_NAMES
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import Slice
-from bam_merge.planning.assign import DTYPE_NAMES, Made
-from bam_merge.planning.dtype_check import ARITHMETIC_DTYPES
+from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe

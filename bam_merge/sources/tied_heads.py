@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bam_merge.architectures.tables import head_names
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.reading import read_runs
@@ -19,10 +19,6 @@ from bam_merge.text import printable
 
 PIECE = 2**20
 """Elements that are compared at a time: a multiple of eight, so that pieces of the smallest dtypes begin at a byte."""
-
-
-WIDENED = ("BF16", "F16", "F32", "F64")
-"""Dtypes in rising order of what they hold exactly, but that neither BF16 nor F16 holds the other."""
 
 
 def settle_heads(models: list[DenseModel]) -> tuple[list[DenseModel], list[str]]:
@@ -79,7 +75,7 @@ def difference(checkpoint: Checkpoint, a: TensorEntry, b: TensorEntry) -> str:
     """
     if a.shape != b.shape:
         return f"{printable(str(list(b.shape)))} and {printable(str(list(a.shape)))}"
-    if a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(WIDENED):
+    if a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(ARITHMETIC_DTYPES):
         return f"{b.dtype} and {a.dtype}"
     for start, piece_a, piece_b in _pieces(checkpoint, a, b):
         if piece_a != piece_b:

@@ -1,51 +1,26 @@
 """The values of stored tensors as numpy arrays, which start in a tenth of the time that torch takes."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from bam_merge.checkpoints.dtypes import DTYPES
+
 Array = np.ndarray[Any, Any]
-
-
-BITS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8",
-        "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}  # fmt: skip
-
-
-FLOAT8 = {
-    "F8_E4M3": (4, 7, "fn"),
-    "F8_E5M2": (5, 15, "ieee"),
-    "F8_E4M3FNUZ": (4, 8, "fnuz"),
-    "F8_E5M2FNUZ": (5, 16, "fnuz"),
-    "F8_E8M0": (8, 127, "scale"),
-}
-"""Exponent bits, bias, and what is no number: OCP 8-bit floating point specification 1.0, microscaling 1.0, and arXiv 2206.02915."""
 
 
 INTEGERS64 = {"I64", "U64"}
 """What float64 does not hold exactly; numpy's longdouble does."""
 
 
-COMPUTED = {*BITS, *FLOAT8}
-"""The dtypes that there are values of; the others (below a byte, complex) are compared as bytes."""
-
-
 def is_float(dtype: str) -> bool:
-    return dtype in FLOAT8 or dtype in ("F64", "F32", "F16", "BF16")
+    return DTYPES[dtype].kind == "float"
 
 
 def stored_integers(data: memoryview | bytearray, dtype: str) -> Array:
     """The stored bits of each element as an unsigned integer."""
-    size = 1 if dtype in FLOAT8 else np.dtype(BITS[dtype]).itemsize
-    return np.frombuffer(data, f"<u{size}")
-
-
-def largest_of(dtype: str) -> float:
-    """The largest finite number of a dtype of floats."""
-    if dtype in FLOAT8:
-        return float(_table(dtype)[np.isfinite(_table(dtype))].max())
-    return 2.0**128 - 2.0**120 if dtype == "BF16" else float(np.finfo(BITS[dtype]).max)
+    return np.frombuffer(data, f"<u{DTYPES[dtype].bits // 8}")
 
 
 def widen(data: memoryview | bytearray, dtype: str, out: Array) -> Array:
@@ -61,8 +36,9 @@ def widen(data: memoryview | bytearray, dtype: str, out: Array) -> Array:
         else:
             _fill(view, (bits.astype(np.uint32) << 16).view(np.float32))
         return view
-    values = _table(dtype)[np.frombuffer(data, np.uint8)] if dtype in FLOAT8 else np.frombuffer(data, BITS[dtype])
-    if values.dtype == out.dtype and dtype not in FLOAT8:
+    native = DTYPES[dtype].numpy
+    values = np.frombuffer(data, native) if native else _table(dtype)[np.frombuffer(data, np.uint8)]
+    if values.dtype == out.dtype and native:
         return values
     view = out[: len(values)]
     _fill(view, values)
@@ -117,12 +93,11 @@ def dot(a: Array, b: Array) -> Any:
 @cache
 def _table(dtype: str) -> Array:
     """The 256 values of an 8-bit float."""
-    exponent_bits, bias, kind = FLOAT8[dtype]
-    codes = np.arange(256)
+    found, codes = DTYPES[dtype], np.arange(256)
+    mantissa_bits, exponent_bits, bias, kind = found.mantissa_bits, found.exponent_bits, found.bias, found.special
     if kind == "scale":
         powers: Array = np.where(codes == 255, np.nan, np.exp2(codes - float(bias))).astype(np.float32)
         return powers
-    mantissa_bits = 7 - exponent_bits
     exponents, mantissas = (codes >> mantissa_bits) & (2**exponent_bits - 1), (codes & (2**mantissa_bits - 1)) / 2**mantissa_bits
     values = np.where(exponents == 0, mantissas * 2.0 ** (1 - bias), (1 + mantissas) * np.exp2(exponents - float(bias)))
     values = np.where(codes >= 128, -values, values)
@@ -137,25 +112,25 @@ def _table(dtype: str) -> Array:
     return table
 
 
-def _bfloat16(x: Array) -> Array:
-    bits = x.astype("<f4").view("<u4")
-    rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.int16).astype(np.int64)
+def bfloat16_bits(x: Array) -> Array:
+    """The bits, unsigned, of float32 numbers that are rounded to bfloat16, its upper half: to nearest, ties to even."""
+    bits = x.astype("<f4", copy=False).view("<u4")
+    rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     return rounded
 
 
-STEPS: dict[str, tuple[float, Callable[[Array], Array]]] = {
-    "BF16": (2.0**-7, lambda x: _bfloat16(x)),
-    "F16": (2.0**-10, lambda x: x.astype("<f2").view("<i2").astype(np.int64)),
-    "F32": (2.0**-23, lambda x: x.astype("<f4").view("<i4").astype(np.int64)),
-    "F64": (2.0**-52, lambda x: x.astype("<f8").view("<i8")),
-}
-"""Of each float: the distance from 1 to the next, and the bits of values that are rounded to it, as signed integers."""
+def _bits(x: Array, dtype: str) -> Array:
+    """The bits of values that are rounded to a dtype that is computed with, as signed integers."""
+    native = DTYPES[dtype].numpy
+    rounded = x.astype(native, copy=False) if native else bfloat16_bits(x)
+    signed: Array = rounded.view(f"<i{rounded.itemsize}").astype(np.int64, copy=False)
+    return signed
 
 
 def steps_apart(a: Array, b: Array, dtype: str) -> int:
     """The largest distance of two arrays' elements, counted in values of `dtype` between them after rounding to it."""
-    lowest = {"BF16": -(2**15), "F16": -(2**15), "F32": -(2**31), "F64": -(2**63)}[dtype]
+    lowest = -(2 ** (DTYPES[dtype].bits - 1))
     with np.errstate(over="ignore"):
-        places = [np.where(bits < 0, lowest - bits, bits) for bits in (STEPS[dtype][1](x) for x in (a, b))]  # in the order of the values
+        places = [np.where(bits < 0, lowest - bits, bits) for bits in (_bits(x, dtype) for x in (a, b))]  # in the order of the values
         high, low = np.maximum(*places), np.minimum(*places)
         return int((high - low).view(np.uint64).max(initial=0))  # float64 of unlike signs are further apart than int64 reaches

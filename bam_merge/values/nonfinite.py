@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 
-LOWEST = {"F64": 0x7FF0 << 48, "C64": 0x7F80 << 16, "F32": 0x7F80 << 16, "BF16": 0x7F80, "F16": 0x7C00, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
+from bam_merge.checkpoints.dtypes import DTYPES, Dtype
+
+
+def _lowest(dtype: Dtype) -> int:
+    highest = (1 << (dtype.exponent_bits + dtype.mantissa_bits)) - 1
+    return highest if dtype.special == "fn" else highest >> dtype.mantissa_bits << dtype.mantissa_bits
+
+
+LOWEST = {name: _lowest(dtype) for name, dtype in DTYPES.items() if dtype.special in ("ieee", "fn")}
 """The lowest pattern that is no finite number, its sign bit aside. The numbers of C64 are pairs of float32."""
 
 
-ONE_PATTERN = {"F8_E8M0": 0xFF, "F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80}
+ONE_PATTERN = {name: 0xFF if dtype.special == "scale" else 0x80 for name, dtype in DTYPES.items() if dtype.special in ("scale", "fnuz")}
 
 
-BYTES = {"F64": 8, "C64": 4, "F32": 4, "BF16": 2, "F16": 2}
-"""Bytes of a pattern, where it is more than one."""
+BYTES = {name: (1 + DTYPES[name].exponent_bits + DTYPES[name].mantissa_bits) // 8 for name in LOWEST}
+"""Bytes of a pattern."""
 
 
 def nonfinite_places(data: memoryview, dtype: str) -> "np.ndarray[Any, Any]":
@@ -27,7 +35,7 @@ def nonfinite_places(data: memoryview, dtype: str) -> "np.ndarray[Any, Any]":
         return np.flatnonzero(np.frombuffer(data, np.uint8) == ONE_PATTERN[dtype])
     if dtype not in LOWEST:
         return np.empty(0, np.int64)
-    size = BYTES.get(dtype, 1)
+    size = BYTES[dtype]
     lowest, sign = LOWEST[dtype], 1 << (8 * size - 1)
     patterns, signed = np.frombuffer(data, f"<u{size}"), np.frombuffer(data, f"<i{size}")
     if not len(patterns) or (int(patterns.max()) < lowest | sign and int(signed.max()) < lowest):

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPES
+
+STORED_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype.torch) for name, dtype in DTYPES.items() if dtype.torch and hasattr(torch, dtype.torch)
+}
+"""What this torch has, which may be too old for the newest 8-bit floats."""
+
+
+TORCH_DTYPES = {name: STORED_DTYPES[name] for name in ARITHMETIC_DTYPES}
 """The dtypes that arithmetic is done with. Others are only ever copied."""
 
 

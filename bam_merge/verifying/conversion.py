@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.reading import changed_files
 from bam_merge.model.loading import StoredModel, open_model, stored_model
-from bam_merge.planning.assign import DTYPE_NAMES
 from bam_merge.planning.plan import Plan
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.rounding import nearest

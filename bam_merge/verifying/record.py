@@ -17,6 +17,7 @@ import xxhash
 
 from bam_merge import expressions
 from bam_merge._version import __version__
+from bam_merge.checkpoints.dtypes import DTYPES
 from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1
 from bam_merge.checkpoints.header import TensorEntry
@@ -28,7 +29,7 @@ from bam_merge.planning.card import model_card
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
-from bam_merge.values.tensors import TORCH_DTYPES, buffer
+from bam_merge.values.tensors import STORED_DTYPES, buffer
 from bam_merge.verifying.report import Check
 
 KEYS = {
@@ -150,16 +151,9 @@ def nonfinite_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> t
     return problems, there
 
 
-COPIED = {
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
-}  # fmt: skip
-"""Dtypes that are only copied, and have values that are no finite numbers."""
-
-
 def _count_nonfinite(checkpoint: Checkpoint, entry: TensorEntry) -> int:
-    dtype = {**COPIED, **TORCH_DTYPES}.get(entry.dtype)
-    if dtype is None:
+    dtype = STORED_DTYPES.get(entry.dtype)
+    if dtype is None or DTYPES[entry.dtype].special == "none":  # every pattern is a finite number
         return 0
     bytes_B, view = buffer(min(COUNT_BYTES, entry.nbytes))
     count = 0
@@ -167,7 +161,7 @@ def _count_nonfinite(checkpoint: Checkpoint, entry: TensorEntry) -> int:
         size = min(COUNT_BYTES, entry.nbytes - first)
         read_runs(checkpoint, entry, [(first, size)], view[:size])
         values = bytes_B[:size].view(dtype)
-        count += int((~torch.isfinite(values if entry.dtype in ("C64", *TORCH_DTYPES) else values.float())).sum())
+        count += int((~torch.isfinite(values.float() if dtype.itemsize == 1 else values)).sum())
     return count
 
 

@@ -1,6 +1,6 @@
 """How far a written number may be from the one that it stands for: rounding to a dtype by this module's own arithmetic, on bit patterns.
 
-What wrote the number rounded with torch; what proves it does not.
+What wrote the number rounded with torch; what proves it does not. How many bits a dtype has is a fact, taken from the one table.
 """
 
 from dataclasses import dataclass, field
@@ -8,14 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
-
-
-SMALLEST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
-
-
-LARGEST = {"F64": 2.0**1023 * (2 - 2.0**-52), "F32": 2.0**127 * (2 - 2.0**-23), "F16": 65504.0, "BF16": 2.0**127 * (2 - 2.0**-7)}
-
+from bam_merge.checkpoints.dtypes import DTYPES
 
 _PATTERNS = {torch.float32: ("F32", torch.int32), torch.float64: ("F64", torch.int64)}
 
@@ -43,24 +36,25 @@ class Derived:
 
 def half_ulp(value: Tensor, dtype: str) -> Tensor:
     """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
-    exponent = (torch.frexp(value).exponent - 1).masked_fill(value == 0, SMALLEST_EXPONENT[dtype])  # frexp calls the exponent of 0 0
-    result: Tensor = torch.exp2(exponent.clamp(min=SMALLEST_EXPONENT[dtype]).double() - MANTISSA_BITS[dtype] - 1)
+    of = DTYPES[dtype]
+    exponent = (torch.frexp(value).exponent - 1).masked_fill(value == 0, of.smallest_exponent)  # frexp calls the exponent of 0 0
+    result: Tensor = torch.exp2(exponent.clamp(min=of.smallest_exponent).double() - of.mantissa_bits - 1)
     return result
 
 
 def nearest(value: Tensor, dtype: str) -> Tensor:
     """The numbers of `dtype` nearest to `value` (float32 or float64), ties to even, as numbers of value's own dtype."""
-    wide, integer = _PATTERNS[value.dtype]
-    cut = MANTISSA_BITS[wide] - MANTISSA_BITS[dtype]
+    (name, integer), of = _PATTERNS[value.dtype], DTYPES[dtype]
+    wide = DTYPES[name]
+    cut = wide.mantissa_bits - of.mantissa_bits
     if cut <= 0:
         return value
     patterns = value.contiguous().view(integer)
     last = (patterns >> cut) & 1  # of the bits that stay
     near = ((patterns + (last + ((1 << (cut - 1)) - 1))) >> cut << cut).view(value.dtype)
-    if SMALLEST_EXPONENT[dtype] > SMALLEST_EXPONENT[wide]:
-        step = 2.0 ** (SMALLEST_EXPONENT[dtype] - MANTISSA_BITS[dtype])
-        near = torch.where(value.abs() < 2.0 ** SMALLEST_EXPONENT[dtype], (value / step).round() * step, near)
-    near = torch.where(near.abs() > LARGEST[dtype], value.sign() * torch.inf, near)
+    if of.smallest_exponent > wide.smallest_exponent:
+        near = torch.where(value.abs() < 2.0**of.smallest_exponent, (value / of.least).round() * of.least, near)
+    near = torch.where(near.abs() > of.largest, value.sign() * torch.inf, near)
     return torch.where(value.isfinite(), near, value)
 
 
