@@ -101,6 +101,22 @@ def test_source_that_changes_while_the_manifest_is_made(plan: Plan, llamas: Path
     assert not (llamas / "out").exists()
 
 
+def test_a_system_without_preadv(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pread takes its place, and may do less than asked as well."""
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    pread, calls = os.pread, 0
+
+    def short(descriptor: int, count: int, offset: int) -> bytes:
+        nonlocal calls
+        calls += 1
+        return pread(descriptor, max(1, count // 3), offset)
+
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.setattr(os, "pread", short)
+    assert folder_bytes(publish(plan, None, MergeOptions())) == whole
+    assert calls > 100
+
+
 def test_short_reads_and_writes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system may do less than asked at every call."""
     whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bam_merge.checkpoints.dtypes import MEASURED
+from bam_merge.checkpoints.dtypes import DTYPES, MEASURED
 from bam_merge.values.arrays import dot, is_float, steps_apart, stored_integers, widen
 from bam_merge.values.tensors import STORED_DTYPES as TORCH
 

@@ -14,6 +14,7 @@ from math import prod
 import xxhash
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.positional import FileEnds, beginning, fill
 from bam_merge.documents import parse_json
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
@@ -104,8 +105,10 @@ def read_header(path: str, file: str | None = None) -> Header:
     descriptor = open_regular(path)
     try:
         identity = FileIdentity.of(os.fstat(descriptor))
-        start = os.pread(descriptor, 8, 0)
+        start = beginning(descriptor, 32)
         raw = _header_bytes(descriptor, path, identity.size, start)
+    except OSError as error:
+        raise CheckpointError(f"{printable(path)}: reading its header: {error.strerror}.") from error
     finally:
         os.close(descriptor)
     try:
@@ -114,11 +117,11 @@ def read_header(path: str, file: str | None = None) -> Header:
         metadata, tensors = _parse(parse_json(raw), file or os.path.basename(path), 8 + len(raw), identity.size)
     except ValueError as error:
         raise CheckpointError(f"{printable(path)}: {error}. The file is damaged: download or write it again.") from None
-    return Header(path, identity, xxhash.xxh3_128_hexdigest(start + raw), metadata, tensors)
+    return Header(path, identity, xxhash.xxh3_128_hexdigest(start[:8] + raw), metadata, tensors)
 
 
 def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
-    what = lookalike(os.pread(descriptor, 32, 0))
+    what, start = lookalike(start), start[:8]
     if what and not _plausible(start):
         raise CheckpointError(f"{printable(path)}: this is {what}.")
     if len(start) < 8:
@@ -129,13 +132,12 @@ def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
             f"{printable(path)}: its first 8 bytes promise a header of {length:,} bytes; the file has {size:,} bytes and "
             f"a header at most {MAX_HEADER:,}. It is truncated, or not a safetensors file."
         )
-    raw = os.pread(descriptor, length, 8)
-    while len(raw) < length:
-        more = os.pread(descriptor, length - len(raw), 8 + len(raw))
-        if not more:
-            raise CheckpointError(f"{printable(path)}: the file ends inside its header. Is the download complete?")
-        raw += more
-    return raw
+    raw = bytearray(length)
+    try:
+        fill(descriptor, [(8, length)], memoryview(raw))
+    except FileEnds:
+        raise CheckpointError(f"{printable(path)}: the file ends inside its header. Is the download complete?") from None
+    return bytes(raw)
 
 
 def lookalike(start: bytes) -> str | None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
+
 Shape = tuple[int, ...]
 
 
@@ -79,3 +81,10 @@ def leaf_runs(leaf: Read | Slice, start: int, stop: int) -> Iterator[tuple[int, 
         count = min(size - inside, stop - start)
         yield group * block + first + inside, count
         start += count
+
+
+def byte_runs(leaf: Leaf, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The same in bytes: (first byte in the stored tensor, count). Elements smaller than a byte must begin and end with one."""
+    bits = DTYPE_BITS[leaf.dtype]
+    for first, count in leaf_runs(leaf, start, stop):
+        yield first * bits // 8, count * bits // 8

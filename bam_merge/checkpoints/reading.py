@@ -1,4 +1,4 @@
-"""Reading the sources: positional reads of planned files, and where in them an expression's elements are."""
+"""Reading stored tensors: pieces of files that are still the ones that were opened."""
 
 import os
 from collections import OrderedDict
@@ -9,7 +9,8 @@ import xxhash
 
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import FileIdentity, TensorEntry, open_regular
-from bam_merge.checkpoints.pieces import Read
+from bam_merge.checkpoints.pieces import Leaf, Read, byte_runs, numel, stored
+from bam_merge.checkpoints.positional import FileEnds, fill
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.text import printable
 
@@ -54,19 +55,19 @@ class SourceFiles:
         self.open[key] = descriptor
         return descriptor
 
-    def read_into(self, read: Read, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` bytes into the tensor."""
-        descriptor, start = self.descriptor(read), self.entry(read).offset + offset
-        path = self.checkpoints[read.source].path / self.entry(read).file
-        position = 0
-        while position < len(view):
-            try:
-                count = os.preadv(descriptor, [view[position:]], start + position)
-            except OSError as error:
-                raise CheckpointError(f"sources.{read.source}: {printable(str(path))}: reading {read.tensor}: {error.strerror}.") from error
-            if count == 0:
-                raise CheckpointError(changed(read.source, path))
-            position += count
+    def read(self, read: Read, runs: Iterable[tuple[int, int]], view: memoryview) -> None:
+        """Fill `view` with the runs (first byte in the tensor, count) of a stored tensor, one after the other."""
+        descriptor, entry = self.descriptor(read), self.entry(read)
+        try:
+            fill(descriptor, runs, view, entry.offset)
+        except FileEnds:
+            raise CheckpointError(changed(read.source, self._path(read))) from None
+        except OSError as error:
+            where = f"sources.{read.source}: {printable(str(self._path(read)))}"
+            raise CheckpointError(f"{where}: reading {read.tensor}: {error.strerror}.") from error
+
+    def _path(self, read: Read) -> Path:
+        return self.checkpoints[read.source].path / self.entry(read).file
 
 
 def changed(source: str, path: Path) -> str:
@@ -99,21 +100,26 @@ def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[i
     Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
     """
     path = os.path.join(checkpoint.path, entry.file)
-    descriptor, position = open_regular(path), 0
+    descriptor = open_regular(path)
     try:
         if FileIdentity.of(os.fstat(descriptor)) != checkpoint.files[entry.file].identity:
             raise _reopen(path)
-        for first, count in runs:
-            done = 0
-            while done < count:
-                got = os.preadv(descriptor, [view[position : position + count - done]], entry.offset + first + done)
-                if got == 0:
-                    raise _reopen(path)
-                done, position = done + got, position + got
+        fill(descriptor, runs, view, entry.offset)
+    except FileEnds:
+        raise _reopen(path) from None
     except OSError as error:
         raise CheckpointError(f"{printable(path)}: reading {printable(entry.name)}: {error.strerror}.") from error
     finally:
         os.close(descriptor)
+
+
+def read_piece(checkpoint: Checkpoint, leaf: Leaf, view: memoryview, start: int = 0, stop: int | None = None) -> None:
+    """Fill `view` with the bytes of elements [start, stop) of a stored piece, to its end if no `stop` is given.
+
+    Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
+    """
+    runs = byte_runs(leaf, start, numel(leaf) if stop is None else stop)
+    read_runs(checkpoint, checkpoint.tensors[stored(leaf).tensor], runs, view)
 
 
 def _reopen(path: str) -> CheckpointError:
@@ -134,15 +140,14 @@ def digest_range(path: Path, offset: int, nbytes: int, folder: int | None = None
         else:
             descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         try:
-            position = 0
-            while position < nbytes:
-                count = os.preadv(descriptor, [view[: min(len(view), nbytes - position)]], offset + position)
-                if count == 0:
-                    raise BamMergeError(f"{printable(str(path))}: ends at byte {offset + position}, expected {offset + nbytes}.")
-                digest.update(view[:count])
-                position += count
+            for position in range(0, nbytes, len(view)):
+                piece = view[: nbytes - position]
+                fill(descriptor, [(position, len(piece))], piece, offset)
+                digest.update(piece)
         finally:
             os.close(descriptor)
+    except FileEnds as end:
+        raise BamMergeError(f"{printable(str(path))}: ends at byte {end.at}, expected {offset + nbytes}.") from None
     except OSError as error:
         raise BamMergeError(f"{printable(str(path))}: {error.strerror}.") from error
     return digest.hexdigest()

@@ -117,8 +117,8 @@ def gram(sides: Sequence[Side], place: Place) -> Gram:
         for start in range(0, elements, BLOCK):
             stop = min(elements, start + BLOCK)
             blocks = scratch([(stop - start) * size for size in sizes])
-            for side, block, size in zip(sides, blocks, sizes, strict=True):
-                side.read(place, start, stop, block, size)
+            for side, block in zip(sides, blocks, strict=True):
+                side.read(place, start, stop, block)
             for first in range(0, stop - start, CHUNK):
                 last = min(stop - start, first + CHUNK)
                 parts = [block[first * size : last * size] for block, size in zip(blocks, sizes, strict=True)]

@@ -68,9 +68,8 @@ def _single_element(a: Side, b: Side, found: Difference, at: int) -> Change:
     """The only element that differs, and whether a single bit of it does."""
     stored: list[tuple[int, float | int]] = []
     for side, dtype in zip((a, b), found.dtypes, strict=True):
-        size = DTYPE_BITS[dtype] // 8
-        data = bytearray(size)
-        side.read(found.place, at, at + 1, memoryview(data), size)
+        data = bytearray(DTYPE_BITS[dtype] // 8)
+        side.read(found.place, at, at + 1, memoryview(data))
         value = widen(memoryview(data), dtype, np.empty(1, Wide))[0]
         stored.append((int(stored_integers(data, dtype)[0]), float(value) if is_float(dtype) else int(value)))
     (bits_a, value_a), (bits_b, value_b) = stored
@@ -129,7 +128,7 @@ def _blocks_of_rows(a: Side, b: Side, found: Difference) -> Iterator[tuple[int, 
 def _stored_bytes(side: Side, place: Place, start: int, stop: int, size: int) -> memoryview:
     """Elements [start, stop) of what stands there, of `size` bytes each."""
     data = memoryview(bytearray((stop - start) * size))
-    side.read(place, start, stop, data, size)
+    side.read(place, start, stop, data)
     return data
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from bam_merge.architectures import locate
 from bam_merge.architectures.anatomy import Anatomy, open_anatomy
 from bam_merge.checkpoints.folder import Checkpoint
-from bam_merge.checkpoints.pieces import Leaf, Read, Slice, leaf_runs, stored
-from bam_merge.checkpoints.reading import read_runs
+from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
+from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError
 from bam_merge.paths import located
 from bam_merge.text import nearest, printable
@@ -40,12 +40,9 @@ class Side:
         leaf = self.leaves[place]
         return stored(leaf).tensor + (f" ({place[0]})" if isinstance(leaf, Slice) else "")
 
-    def read(self, place: Place, start: int, stop: int, view: memoryview, itemsize: int) -> None:
+    def read(self, place: Place, start: int, stop: int, view: memoryview) -> None:
         """Fill `view` with the bytes of elements [start, stop) of what stands there. Raises CheckpointError."""
-        leaf = self.leaves[place]
-        entry = self.checkpoint.tensors[stored(leaf).tensor]
-        runs = ((first * itemsize, count * itemsize) for first, count in leaf_runs(leaf, start, stop))
-        read_runs(self.checkpoint, entry, runs, view)
+        read_piece(self.checkpoint, self.leaves[place], view, start, stop)
 
 
 def open_side(address: str | os.PathLike[str]) -> Side:

@@ -120,8 +120,8 @@ def difference(a: Side, b: Side, place: Place) -> Difference:
         for start in range(0, count, BLOCK):
             stop = min(count, start + BLOCK)
             blocks = scratch([(stop - start) * size for size in sizes])
-            for side, block, size in zip((a, b), blocks, sizes, strict=True):
-                side.read(place, start, stop, block, size)
+            for side, block in zip((a, b), blocks, strict=True):
+                side.read(place, start, stop, block)
             tally.add(blocks[0], blocks[1], start)
     return _result(tally, place, names, shapes, count, all(isinstance(leaf, Read) for leaf in leaves))
 
@@ -155,7 +155,7 @@ def digest(side: Side, place: Place) -> str:
     for start in range(0, count, BLOCK):
         stop = min(count, start + BLOCK)
         (block,) = scratch([(stop - start) * size])
-        side.read(place, start, stop, block, size)
+        side.read(place, start, stop, block)
         found.update(block)
     return found.hexdigest()
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel, stored
-from bam_merge.checkpoints.reading import read_runs
+from bam_merge.checkpoints.pieces import Read, Slice, numel, stored
+from bam_merge.checkpoints.reading import read_piece
 from bam_merge.values.arrays import Array, widen
 from bam_merge.values.wide import LEAST
 
@@ -71,8 +71,7 @@ def _read(anatomy: Anatomy, leaf: Read | Slice) -> Array:
     """The router in float64 [N, D]."""
     size, count = DTYPE_BITS[leaf.dtype] // 8, numel(leaf)
     data = memoryview(bytearray(count * size))
-    runs = ((first * size, length * size) for first, length in leaf_runs(leaf, 0, count))
-    read_runs(anatomy.checkpoint, anatomy.checkpoint.tensors[stored(leaf).tensor], runs, data)
+    read_piece(anatomy.checkpoint, leaf, data)
     return widen(data, leaf.dtype, np.empty(count)).reshape(leaf.shape)
 
 

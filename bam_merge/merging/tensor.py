@@ -10,7 +10,7 @@ import xxhash
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
+from bam_merge.checkpoints.pieces import Read, Slice, byte_runs, numel, stored
 from bam_merge.checkpoints.reading import COPY_BUFFER, SourceFiles
 from bam_merge.errors import NonFiniteError
 from bam_merge.expressions import concat_runs, copy_runs
@@ -97,7 +97,7 @@ class TensorWriter:
                 if self.stop.is_set():
                     return False
                 piece = view[: min(len(view), end - position)]
-                self.sources.read_into(read, position, piece)
+                self.sources.read(read, [(position, len(piece))], piece)
                 self._check_copied(piece)
                 self._emit(piece)
                 position += len(piece)
@@ -158,13 +158,9 @@ class TensorWriter:
             case expressions.Concat():
                 return torch.cat([self._load(part, first, last, known) for part, first, last in concat_runs(expr, start, stop)])
             case Read() | Slice():
-                read = expr.of if isinstance(expr, Slice) else expr
-                itemsize = DTYPE_BITS[read.dtype] // 8
-                bytes_B, view = buffer((stop - start) * itemsize)
-                position = 0
-                for first, count in leaf_runs(expr, start, stop):
-                    self.sources.read_into(read, first * itemsize, view[position : position + count * itemsize])
-                    position += count * itemsize
+                read = stored(expr)
+                bytes_B, view = buffer((stop - start) * DTYPE_BITS[read.dtype] // 8)
+                self.sources.read(read, byte_runs(expr, start, stop), view)
                 if read in self.read_digests:
                     self.read_digests[read].update(view)
                 return decode(bytes_B, read.dtype).to(torch.float64 if read.dtype == "F64" else torch.float32)

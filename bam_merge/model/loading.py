@@ -21,19 +21,16 @@ from bam_merge.architectures.tables import Architecture, Row, find_by_model_type
 from bam_merge.architectures.vocabulary import SYMBOLS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
+from bam_merge.checkpoints.pieces import Leaf, Read, numel
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
 from bam_merge.model.model import Block, Model, ModelConfig, Norm, head
 from bam_merge.text import printable, some
-from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode
+from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode, read_tensor
 
 HEAD_ROWS = 2**13
 """Vocabulary rows of the head that are in memory at a time, where a model is run block by block."""
-
-
-Leaf = Read | Slice
 
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -52,13 +49,7 @@ class StoredModel:
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
         """The values of a parameter, by its name in a bam checkpoint; in `dtype`, or as stored."""
-        leaf = self.leaves[parameter]
-        entry = self.checkpoint.tensors[(leaf.of if isinstance(leaf, Slice) else leaf).tensor]
-        itemsize = TORCH_DTYPES[leaf.dtype].itemsize
-        bytes_B, view = buffer(numel(leaf) * itemsize)
-        runs = ((first * itemsize, count * itemsize) for first, count in leaf_runs(leaf, 0, numel(leaf)))
-        read_runs(self.checkpoint, entry, runs, view)
-        return decode(bytes_B, leaf.dtype).reshape(leaf.shape).to(dtype)
+        return read_tensor(self.checkpoint, self.leaves[parameter]).to(dtype)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """(parameter, values as stored) of all parameters whose name begins with `prefix`, one at a time."""

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPES
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.pieces import Leaf, numel
+from bam_merge.checkpoints.reading import read_piece
 
 STORED_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtype.torch) for name, dtype in DTYPES.items() if dtype.torch and hasattr(torch, dtype.torch)
@@ -24,6 +27,13 @@ def buffer(nbytes: int) -> tuple[Tensor, memoryview]:
 def decode(bytes_B: Tensor, dtype: str) -> Tensor:
     """The elements that the bytes hold, sharing their memory: [nbytes] -> [nbytes / itemsize]."""
     return bytes_B.view(TORCH_DTYPES[dtype])
+
+
+def read_tensor(checkpoint: Checkpoint, leaf: Leaf) -> Tensor:
+    """A stored piece [*leaf.shape], in its own dtype. Raises CheckpointError when it cannot be read."""
+    bytes_B, view = buffer(numel(leaf) * TORCH_DTYPES[leaf.dtype].itemsize)
+    read_piece(checkpoint, leaf, view)
+    return decode(bytes_B, leaf.dtype).reshape(leaf.shape)
 
 
 def rounded(values: Tensor, dtype: str) -> Tensor:
