@@ -1,5 +1,9 @@
 """The slow second way to a tensor, where it has an algorithm of its own."""
 
+import ast
+import inspect
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +11,13 @@ from hypothesis import strategies as st
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
+from bam_merge.verifying import election, rederive, rounding
 from bam_merge.verifying.rederive import kth_largest
 from bam_merge.verifying.rounding import Derived, half_ulp, worst
 from bam_merge.verifying.rows import concat_runs
+
+SHARED = {"parts", "in_float64", "proportion"}
+"""The functions of expressions.py that both ways to a tensor call: rederive.py says why."""
 
 magnitudes = st.lists(
     st.sampled_from([0.0, 1e-45, 1e-8, 0.25, 0.5, 0.5000001, 3.0, 3e38]) | st.floats(0, 1e4, width=32), min_size=1, max_size=60
@@ -48,3 +56,16 @@ def test_where_zero_is_right_nothing_else_is(dtype: str, least: float) -> None:
             if planted >= least:
                 error, where = worst(torch.tensor([0.0, planted], dtype=torch.float64), derived, dtype)
                 assert (error > 1, where) == (True, 1)
+
+
+@pytest.mark.parametrize("module", [rederive, election, rounding])
+def test_only_what_a_plan_says_is_shared_with_execution(module: ModuleType) -> None:
+    """Records, and the functions that are named; import-linter forbids the modules that carry a plan out."""
+    tree = ast.parse(inspect.getsource(module))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "expressions"}
+    imported = {(node.module or "", alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    functions = {name for name in used if inspect.isfunction(getattr(expressions, name))}
+    assert functions <= SHARED
+    assert {name for source, name in imported if source.startswith("bam_merge.expressions")} == set()
+    assert {name for source, name in imported if source == "bam_merge.checkpoints.pieces"} <= {"Read", "Slice", "Shape", "numel"}
+    assert {name for source, name in imported if source == "bam_merge.values.streams"} <= {"generator", "uniforms"}

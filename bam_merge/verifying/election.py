@@ -2,9 +2,11 @@
 
 The formula (arXiv 2306.01708, section 4): the elected sign of an entry is that of the weighted sum of its differences, and the result
 base + scale * mean of the differences that have it. Where the sum is 0 no difference has its sign, and the result is the base: a tie
-is an outcome like any other. The sum is of float64 products with whole-numbered weights (ops.proportion), whose rounding IEEE 754
+is an outcome like any other. The sum is of float64 products with whole-numbered weights (expressions.proportion), whose rounding IEEE 754
 fixes; only the order in which they are summed is free. So the sign is in doubt only where three or more products cancel to within
 the rounding of their sum, and not even there if they lie on a grid on which every partial sum is exact.
+
+On purpose apart from merging/kernels.py, which makes such tensors: only the whole-numbered weights are of one function.
 """
 
 import torch

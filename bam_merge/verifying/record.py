@@ -152,6 +152,7 @@ def nonfinite_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> t
 
 
 def _count_nonfinite(checkpoint: Checkpoint, entry: TensorEntry) -> int:
+    """By torch's values, on purpose: the merge counted bit patterns (values/nonfinite.py)."""
     dtype = STORED_DTYPES.get(entry.dtype)
     if dtype is None or DTYPES[entry.dtype].special == "none":  # every pattern is a finite number
         return 0

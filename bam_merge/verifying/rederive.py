@@ -1,7 +1,15 @@
 """A second, slow way to the same tensors: whole blocks of rows in float64, read with the safetensors library. One function per record.
 
-verify compares what a merge wrote with this. It shares no code with the way a merge is executed, the generators of random numbers
-apart: another reader, another arithmetic, another precision. Formulas are those of the records in expressions.py.
+verify compares what a merge wrote with this. Nothing that carries out a plan is imported: reading, cutting, thresholds, arithmetic,
+elections (election.py) and rounding (rounding.py) are written a second time, from the formulas of expressions.py's records, and where
+a function here does what one of the merge does, that is its purpose: a mistake must be made twice to pass. A contract of import-linter
+holds it. What both have is what a plan says, not how it is carried out:
+
+* the plan, its expressions and stored pieces as records; `in_float64`, which says what a merge is computed in, and `proportion`, which
+  says by which whole weights an election is held;
+* the generator of values/streams.py: a plan names a draw by seed and stream, and only the generator itself turns these into numbers. Its
+  own tests have a second one;
+* how many bits a dtype has (checkpoints/dtypes.py), which its tests compare with torch.
 """
 
 import math
@@ -15,9 +23,9 @@ import torch
 from torch import Tensor
 
 from bam_merge import expressions
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Shape, numel
 from bam_merge.values.streams import generator, uniforms
-from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.election import elect
 from bam_merge.verifying.rounding import Derived, Other
 from bam_merge.verifying.rows import SourceTensors, concat_runs, row_blocks
@@ -251,7 +259,7 @@ def _thresholds(method: expressions.Ties, node: expressions.Merge, sources: Sour
 
 
 def _blocks(node: expressions.Merge) -> Iterator[tuple[int, int]]:
-    return row_blocks(node.shape, TORCH_DTYPES[node.dtype].itemsize)
+    return row_blocks(node.shape, DTYPE_BITS[node.dtype] // 8)
 
 
 ANGLE_ERROR = 2.0**-50
@@ -299,7 +307,7 @@ def kth_largest(blocks: Callable[[], Iterator[Tensor]], k: int) -> float:
     """The k-th largest of all elements of the blocks, none of them negative.
 
     Exact in bounded memory: the range that holds it is cut into equal bins again and again, until what is left in it can be sorted
-    or is all the same.
+    or is all the same. (The merge counts bit patterns.)
     """
     low, high = 0.0, max(float(block.max()) for block in blocks())
     while low < high:

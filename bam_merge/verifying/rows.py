@@ -47,7 +47,7 @@ class RowReader:
 
 
 def _stored_bytes(path: Path, tensor: str, start: int, stop: int, bits: int) -> Tensor:
-    """The bytes in which rows [start, stop) of a tensor with elements of so many bits lie."""
+    """The bytes in which rows [start, stop) of a tensor with elements of so many bits lie. On purpose not by checkpoints/reading.py."""
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         entry = json.loads(stream.read(length))[tensor]
@@ -94,7 +94,10 @@ class SourceTensors:
 
 
 def _runs(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """Where rows [start, stop) of a fused tensor come from, whose blocks hold `rows[i]` rows of part i: (block, part, first, last)."""
+    """Where rows [start, stop) of a fused tensor come from, whose blocks hold `rows[i]` rows of part i: (block, part, first, last).
+
+    On purpose a second time, by rows: the merge cuts by elements (pieces.leaf_runs, expressions.concat_runs).
+    """
     block = sum(rows)
     while start < stop:
         group, offset = divmod(start, block)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bam_merge import expressions
-from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Read
@@ -20,7 +20,6 @@ from bam_merge.model.loading import stored_model
 from bam_merge.model.model import Model, ModelConfig
 from bam_merge.planning.plan import Plan, Step, moves_bytes
 from bam_merge.text import printable, some
-from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.values.threads import default_workers
 from bam_merge.values.torch_threads import one_torch_thread
 from bam_merge.verifying.rederive import rederive, survey_all
@@ -188,7 +187,10 @@ def _compare(path: Path, step: Step, plan: Plan, exact: bool) -> tuple[float, in
 
 
 def _nonfinite(values: torch.Tensor) -> int:
-    """How many elements are NaN or infinite. The extremes tell whether any is, at a fraction of the time."""
+    """How many elements are NaN or infinite. The extremes tell whether any is, at a fraction of the time.
+
+    By torch's values, on purpose: the merge counts bit patterns (values/nonfinite.py) and values before they are stored.
+    """
     if not values.numel() or not (values.is_floating_point() or values.is_complex()):
         return 0
     if values.element_size() == 1:
@@ -206,7 +208,7 @@ def not_computed(manifest: dict[str, Any], nonfinite: bool) -> str | None:
     tensors = manifest["tensors"]
     if nonfinite:
         return "not run: the merge was allowed to write NaN or infinity"
-    names = [name for name, record in tensors.items() if record["dtype"] not in TORCH_DTYPES]
+    names = [name for name, record in tensors.items() if record["dtype"] not in ARITHMETIC_DTYPES]
     if not names:
         return None
     dtypes = ", ".join(sorted({printable(tensors[name]["dtype"]) for name in names}))
