@@ -10,7 +10,7 @@ from fractions import Fraction
 from math import gcd, lcm
 from typing import ClassVar
 
-from bam_merge.checkpoints.pieces import Read, Shape, Slice, leaf_runs, numel
+from bam_merge.checkpoints.pieces import Read, Shape, Slice, leaf_runs, numel, stored
 from bam_merge.records import About
 from bam_merge.records import Initialiser as Initialiser
 from bam_merge.records import Method as Method
@@ -267,7 +267,7 @@ def leaves(expr: Expr) -> Iterator[Read | Slice]:
 
 def reads(expr: Expr) -> Iterator[Read]:
     """The stored tensors that `expr` reads, in order of appearance."""
-    return (leaf.of if isinstance(leaf, Slice) else leaf for leaf in leaves(expr))
+    return map(stored, leaves(expr))
 
 
 def is_copy(expr: Expr) -> bool:
@@ -360,4 +360,4 @@ def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read, int, in
             yield from copy_runs(part, first, last)
     elif isinstance(expr, Read | Slice):
         for first, count in leaf_runs(expr, start, stop):
-            yield (expr.of if isinstance(expr, Slice) else expr), first, count
+            yield stored(expr), first, count

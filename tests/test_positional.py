@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from bam_merge.checkpoints import positional
+from bam_merge.checkpoints.folder import open_checkpoint
 from bam_merge.checkpoints.header import encode_header, read_header
 from bam_merge.checkpoints.pieces import Read, Slice, byte_runs
 from bam_merge.checkpoints.positional import FileEnds, beginning, fill
-from bam_merge.checkpoints.reading import digest_range
+from bam_merge.checkpoints.reading import blocks, digest_range, read_piece
 from bam_merge.errors import BamMergeError, CheckpointError
 
 DATA = bytes(range(100))
@@ -133,3 +134,17 @@ def test_the_bytes_of_a_piece(dtype: str, scale: float) -> None:
     assert list(byte_runs(read, 8, 24)) == [(8 * scale, 16 * scale)]
     assert list(byte_runs(Slice(read, 2, 2, 3, (6, 4)), 0, 24)) == [(8 * scale, 12 * scale), (32 * scale, 12 * scale)]
     assert list(byte_runs(Slice(read, 2, 2, 3, (6, 4)), 10, 14)) == [(18 * scale, 2 * scale), (32 * scale, 2 * scale)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 95, 200])
+def test_blocks_are_the_whole_tensor(way: None, tmp_path: Path, size: int) -> None:
+    header, _ = encode_header([("x", "U8", (95,)), ("none", "U8", (0,))])
+    (tmp_path / "model.safetensors").write_bytes(header + DATA[5:])
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    view = memoryview(bytearray(size))
+    assert b"".join(bytes(block) for block in blocks(checkpoint, checkpoint.tensors["x"], view)) == DATA[5:]
+    assert list(blocks(checkpoint, checkpoint.tensors["none"], memoryview(b""))) == []
+    data = bytearray(4)
+    read_piece(checkpoint, Slice(Read("model", "x", "U8", (95,)), 5, 17, 2, (10,)), memoryview(data), 1, 5)
+    assert bytes(data) == bytes([DATA[5:][index] for index in (18, 36, 37, 55)])

@@ -136,16 +136,21 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
-    data = read_small_file(path)
+def json_object(path: Path, data: bytes, load: Callable[[bytes], Any] = load_json, way_out: str = "") -> dict[str, Any]:
+    """The JSON object that the file at `path` is, by its bytes. Raises CheckpointError, with the way out, when it is none."""
     try:
-        document = load_json(data)
+        document = load(data)
         if not isinstance(document, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
         what = lookalike(data)
-        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else f'{error}. {DAMAGED}'}.") from None
-    return document, data
+        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else f'{error}{way_out}'}.") from None
+    return document
+
+
+def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = read_small_file(path)
+    return json_object(path, data, way_out=f". {DAMAGED}"), data
 
 
 def _read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str]:

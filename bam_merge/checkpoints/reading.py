@@ -122,6 +122,14 @@ def read_piece(checkpoint: Checkpoint, leaf: Leaf, view: memoryview, start: int 
     read_runs(checkpoint, checkpoint.tensors[stored(leaf).tensor], runs, view)
 
 
+def blocks(checkpoint: Checkpoint, entry: TensorEntry, view: memoryview) -> Iterator[memoryview]:
+    """The bytes of a whole stored tensor in order, as many at a time as `view` holds, in which they are. Raises as read_runs does."""
+    for first in range(0, entry.nbytes, max(1, len(view))):
+        piece = view[: entry.nbytes - first]
+        read_runs(checkpoint, entry, [(first, len(piece))], piece)
+        yield piece
+
+
 def _reopen(path: str) -> CheckpointError:
     return CheckpointError(f"{printable(path)} changed since it was opened. Open it again when nothing writes to it.")
 

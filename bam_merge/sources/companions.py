@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bam_merge.checkpoints.folder import MAX_JSON
-from bam_merge.checkpoints.header import lookalike, open_regular
+from bam_merge.checkpoints.folder import MAX_JSON, json_object
+from bam_merge.checkpoints.header import open_regular
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable, some
@@ -66,13 +66,7 @@ def _prepared(path: Path, load: Callable[[bytes], Any] = load_json) -> tuple[byt
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{printable(str(path))}: not UTF-8 text (byte {error.start}).") from None
         return data, []
-    try:
-        document = load(data)
-        if not isinstance(document, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        what = lookalike(data)
-        raise CheckpointError(f"{printable(str(path))}: {f'this is {what}' if what else error}.") from None
+    document = json_object(path, data, load)
     dropped: list[str] = []
     kept = _without_code(document, (), VOCABULARY.get(path.name), dropped) if _has_code(document) else document
     if allowed := ALLOWED.get(path.name):

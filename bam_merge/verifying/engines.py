@@ -6,7 +6,7 @@ from bam_merge.architectures.config import facts_of
 from bam_merge.architectures.tables import Row, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.reading import read_runs
+from bam_merge.checkpoints.reading import blocks
 from bam_merge.text import some
 from bam_merge.verifying.report import Check
 
@@ -46,10 +46,4 @@ def _fault(checkpoint: Checkpoint, row: Row, name: str) -> str | None:
 
 def _all_zeros(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
     """Whether every byte of a stored tensor, of whatever dtype and shape, is zero."""
-    view = memoryview(bytearray(min(entry.nbytes, PIECE)))
-    for start in range(0, entry.nbytes, PIECE):
-        piece = view[: min(PIECE, entry.nbytes - start)]
-        read_runs(checkpoint, entry, [(start, len(piece))], piece)
-        if any(piece):
-            return False
-    return True
+    return not any(map(any, blocks(checkpoint, entry, memoryview(bytearray(min(entry.nbytes, PIECE))))))

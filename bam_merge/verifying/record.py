@@ -22,7 +22,7 @@ from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.provenance import SEAL
-from bam_merge.checkpoints.reading import read_runs
+from bam_merge.checkpoints.reading import blocks
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
 from bam_merge.planning.card import model_card
@@ -158,10 +158,8 @@ def _count_nonfinite(checkpoint: Checkpoint, entry: TensorEntry) -> int:
         return 0
     bytes_B, view = buffer(min(COUNT_BYTES, entry.nbytes))
     count = 0
-    for first in range(0, entry.nbytes, COUNT_BYTES):
-        size = min(COUNT_BYTES, entry.nbytes - first)
-        read_runs(checkpoint, entry, [(first, size)], view[:size])
-        values = bytes_B[:size].view(dtype)
+    for block in blocks(checkpoint, entry, view):
+        values = bytes_B[: len(block)].view(dtype)
         count += int((~torch.isfinite(values.float() if dtype.itemsize == 1 else values)).sum())
     return count
 
