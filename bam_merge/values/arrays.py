@@ -10,7 +10,7 @@ from bam_merge.checkpoints.dtypes import DTYPES
 Array = np.ndarray[Any, Any]
 
 
-INTEGERS64 = {"I64", "U64"}
+INTEGERS64 = {name for name, dtype in DTYPES.items() if dtype.bits == 64 and dtype.kind in ("signed", "unsigned")}
 """What float64 does not hold exactly; numpy's longdouble does."""
 
 

@@ -41,4 +41,4 @@ def nonfinite_places(data: memoryview, dtype: str) -> "np.ndarray[Any, Any]":
     if not len(patterns) or (int(patterns.max()) < lowest | sign and int(signed.max()) < lowest):
         return np.empty(0, np.int64)
     places = np.flatnonzero(patterns & patterns.dtype.type(sign - 1) >= lowest)
-    return np.unique(places // 2) if dtype == "C64" else places
+    return np.unique(places // 2) if DTYPES[dtype].kind == "complex" else places

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bam_merge.checkpoints.dtypes import DTYPES
 from bam_merge.values.arrays import Array, dot
 
 Wide = np.longdouble
@@ -18,7 +19,7 @@ Wide = np.longdouble
 ZERO = Wide(0)
 
 
-LARGEST, LEAST = math.ldexp(2 - 2**-52, 1023), math.ldexp(1, -1074)
+LARGEST, LEAST = DTYPES["F64"].largest, DTYPES["F64"].least
 """The largest float64, and the least above zero."""
 
 
