@@ -41,13 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_MODULES_CACHE"] = folder.name
 
 
-@pytest.fixture(autouse=True)
-def unproved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification of every merge is tested in test_verify.py; elsewhere merges in this process go without, to be quick."""
-    if request.path.name != "test_verify.py":
-        monkeypatch.setattr("bam_merge.publishing.publish._prove", lambda *args: None)
-
-
 @dataclass
 class Result:
     """What a command gave: exit status, stdout, stderr."""

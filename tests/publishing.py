@@ -16,9 +16,10 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def options(**settings: Any) -> tuple[MergeOptions, list[str]]:
+def options(verify: bool = False, **settings: Any) -> tuple[MergeOptions, list[str]]:
+    """Options of a merge, which is not verified unless the test is about that; and what the run said."""
     said: list[str] = []
-    return MergeOptions(**settings, notify=said.append), said
+    return MergeOptions(**settings, notify=said.append, verify=verify), said
 
 
 @pytest.fixture
@@ -45,5 +46,5 @@ def stop_after(steps: int) -> Any:
 
 def interrupted(plan: Plan, llamas: Path, steps: int = 20) -> Path:
     with pytest.raises(Stop):
-        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps)))
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps), verify=False))
     return llamas / ".out.bam-merge"

@@ -13,7 +13,7 @@ import torch
 from conftest import CONFIGS, Result, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
-from bam_merge import load_recipe, merge
+from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge.comparing import two_models
 from bam_merge.comparing.tensor_difference import Difference
 from bam_merge.comparing.two_models import Comparison, diff
@@ -250,7 +250,7 @@ def test_a_cast_is_within_rounding_and_casting_up_is_equal(tmp_path: Path) -> No
 
 def test_an_expert_is_its_dense_model(tmp_path: Path, run: Any) -> None:
     write_sources(tmp_path, CONFIGS["llama"])
-    merge(load_recipe(write_recipe(tmp_path)))
+    merge(load_recipe(write_recipe(tmp_path)), options=MergeOptions(verify=False))
     for address in ("out#experts.code", "out#code", "out#1"):
         found = diff(tmp_path / address, tmp_path / "code")
         changed = {d.place[0] for d in found.changed}
@@ -266,7 +266,7 @@ def test_an_expert_is_its_dense_model(tmp_path: Path, run: Any) -> None:
 @pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
 def test_fused_and_split_tensors_match_by_role(family: str, tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS[family])
-    merge(load_recipe(write_recipe(tmp_path)))
+    merge(load_recipe(write_recipe(tmp_path)), options=MergeOptions(verify=False))
     found = diff(tmp_path / "out#law", tmp_path / "law", only=["attn.*"])
     assert found.equal and {"attn.q", "attn.k", "attn.v"} <= {d.place[0] for d in found.compared}
     assert [finding.kind for finding in found.findings if finding.kind == "names"] == ["names"]

@@ -10,7 +10,7 @@ from conftest import CONFIGS, Result, write_recipe, write_sources
 from safetensors.torch import load_file
 from test_model import VARIANTS, build, distance, ids, write_three
 
-from bam_merge import load_model, load_recipe, merge, verify
+from bam_merge import MergeOptions, load_model, load_recipe, merge, verify
 from bam_merge.publishing.companions import model_code
 
 transformers = pytest.importorskip("transformers")
@@ -106,7 +106,7 @@ def test_saving_gives_the_same_tensors_back(name: str, kind: str, tmp_path: Path
 
 def test_bfloat16_is_loaded_and_saved_as_stored(tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS["qwen3"], dtype="BF16")
-    folder = merge(load_recipe(write_recipe(tmp_path)))
+    folder = merge(load_recipe(write_recipe(tmp_path)), options=MergeOptions(verify=False))
     model = load(folder)
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "saved")
@@ -115,7 +115,7 @@ def test_bfloat16_is_loaded_and_saved_as_stored(tmp_path: Path) -> None:
 
 def test_a_model_made_from_its_configuration_saves_a_checkpoint(tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS["cohere_qk_norm"])
-    made = load(merge(load_recipe(write_recipe(tmp_path, MIXED))))
+    made = load(merge(load_recipe(write_recipe(tmp_path, MIXED)), options=MergeOptions(verify=False)))
     fresh = type(made)(made.config).eval()
     fresh.save_pretrained(tmp_path / "fresh")
     with torch.no_grad():
@@ -143,18 +143,20 @@ def test_base_model_loads_by_automodel(tmp_path: Path) -> None:
 
 
 def test_code_is_written_as_it_is_and_only_for_layout_bam(llamas: Path) -> None:
-    folder = merge(load_recipe(write_recipe(llamas)))
+    folder = merge(load_recipe(write_recipe(llamas)), options=MergeOptions(verify=False))
     config = json.loads((folder / "config.json").read_text())
     code = model_code(config)
     assert set(code) == {"configuration_bam.py", "modeling_bam.py"}
     assert all((folder / name).read_bytes() == data for name, data in code.items())
-    public = merge(load_recipe(write_recipe(llamas, method="btx", output="{path: public, layout: mixtral}")))
+    public = merge(
+        load_recipe(write_recipe(llamas, method="btx", output="{path: public, layout: mixtral}")), options=MergeOptions(verify=False)
+    )
     assert not list(public.glob("*.py"))
 
 
 @pytest.mark.parametrize("change", ["altered", "added", "removed"])
 def test_verify_names_code_that_is_not_as_written(change: str, llamas: Path) -> None:
-    folder = merge(load_recipe(write_recipe(llamas)))
+    folder = merge(load_recipe(write_recipe(llamas)), options=MergeOptions(verify=False))
     assert verify(folder).ok
     path = folder / ("extra_module.py" if change == "added" else "modeling_bam.py")
     if change == "removed":
@@ -167,7 +169,7 @@ def test_verify_names_code_that_is_not_as_written(change: str, llamas: Path) -> 
 
 
 def test_reference_model_runs_no_code_of_the_folder(llamas: Path) -> None:
-    folder = merge(load_recipe(write_recipe(llamas)))
+    folder = merge(load_recipe(write_recipe(llamas)), options=MergeOptions(verify=False))
     for path in folder.glob("*.py"):
         path.write_text("raise SystemExit('run')")
     assert load_model(folder)(ids()).shape == (2, 40, 64)
@@ -175,7 +177,7 @@ def test_reference_model_runs_no_code_of_the_folder(llamas: Path) -> None:
 
 def test_card_says_how_to_load_and_train(tmp_path: Path, run: Any) -> None:
     write_sources(tmp_path, CONFIGS["llama"])
-    done: Result = run("merge", write_recipe(tmp_path))
+    done: Result = run("merge", write_recipe(tmp_path), "--no-verify")
     assert done.status == 0, done.err
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("trust_remote_code=True", "bam_merge.load_model", "transformers 5.", "router_aux_loss_coef", "seed", "code", "law"):
@@ -192,7 +194,7 @@ def test_card_says_how_to_load_and_train(tmp_path: Path, run: Any) -> None:
     ({"head_dim": "8"}, "head_dim"),
 ])  # fmt: skip
 def test_configuration_refuses_what_cannot_be(changes: dict[str, Any], problem: str, llamas: Path) -> None:
-    folder = merge(load_recipe(write_recipe(llamas)))
+    folder = merge(load_recipe(write_recipe(llamas)), options=MergeOptions(verify=False))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(Exception, match=problem):
@@ -200,6 +202,6 @@ def test_configuration_refuses_what_cannot_be(changes: dict[str, Any], problem: 
 
 
 def test_totals_that_caches_read_stand_beside_the_sizes_of_one_expert(llamas: Path) -> None:
-    config = load(merge(load_recipe(write_recipe(llamas)))).config
+    config = load(merge(load_recipe(write_recipe(llamas)), options=MergeOptions(verify=False))).config
     assert (config.num_attention_heads, config.num_key_value_heads) == (12, 6)
     assert (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim) == (4, 2, 8)

@@ -43,7 +43,7 @@ def test_input_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Path, 
                 os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
-        publish(plan, None, MergeOptions(workers=1, progress=change))
+        publish(plan, None, MergeOptions(workers=1, progress=change, verify=False))
     assert not (llamas / "out").exists()
 
 
@@ -83,7 +83,7 @@ def test_tokenizer_that_changes_during_the_run_is_noticed(plan: Plan, llamas: Pa
                 path.write_text("two")
 
     with pytest.raises(CheckpointError, match=r"sources\.seed: .*vocab\.txt changed while it was being merged"):
-        publish(plan, None, MergeOptions(workers=1, progress=change))
+        publish(plan, None, MergeOptions(workers=1, progress=change, verify=False))
     assert not (llamas / "out").exists()
 
 
@@ -97,7 +97,7 @@ def test_source_that_changes_while_the_manifest_is_made(plan: Plan, llamas: Path
 
     monkeypatch.setattr(companions_module, "manifest", slow)
     with pytest.raises(CheckpointError, match=r"sources\.law: .*model\.safetensors changed while it was being merged"):
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
     assert not (llamas / "out").exists()
 
 
@@ -119,18 +119,18 @@ def test_a_system_without_preadv(plan: Plan, llamas: Path, monkeypatch: pytest.M
 
 def test_short_reads_and_writes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system may do less than asked at every call."""
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     preadv, pwrite = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][: max(1, len(views[0]) // 3)]], offset))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: max(1, len(data) // 3)], offset))
-    assert folder_bytes(publish(plan, None, MergeOptions())) == whole
+    assert folder_bytes(publish(plan, None, MergeOptions(verify=False))) == whole
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_failing_system_calls(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
     """The third call fails: our error with the file's name, no target, and a resumed run gives the same bytes."""
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     real, count = getattr(os, call), 0
 
     def fail(*args: Any) -> Any:
@@ -142,16 +142,16 @@ def test_failing_system_calls(plan: Plan, llamas: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(BamMergeError, match=os.strerror(code)) as caught:
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
     assert ".out.bam-merge/output" in str(caught.value)
     assert not (llamas / "out").exists()
     monkeypatch.undo()
-    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True, verify=False))) == whole
 
 
 def test_a_failed_sync_behind_the_workers_is_fatal(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not tried again, the workers stop, and the target stays absent."""
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     calls, failed = 0, threading.Event()
 
     def fail(descriptor: int) -> None:
@@ -163,16 +163,16 @@ def test_a_failed_sync_behind_the_workers_is_fatal(plan: Plan, llamas: Path, mon
     monkeypatch.setattr(os, "fdatasync", fail)
     monkeypatch.setattr("bam_merge.merging.outputs.FLUSH_SECONDS", 0)
     with pytest.raises(OutputError, match=r"\.out\.bam-merge/output/model.*Input/output error"):
-        publish(plan, None, MergeOptions(workers=1, progress=lambda count: count and failed.wait(60)))
+        publish(plan, None, MergeOptions(workers=1, progress=lambda count: count and failed.wait(60), verify=False))
     assert calls == 1
     assert not (llamas / "out").exists()
     monkeypatch.undo()
-    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True, verify=False))) == whole
 
 
 def test_nothing_is_resumed_after_a_failed_sync(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page cache may still show, and digest to, what never reached the disk, and a second fsync would say nothing: all is written again."""
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     real, written = os.pwrite, 0
 
     def fail(descriptor: int) -> None:
@@ -180,7 +180,7 @@ def test_nothing_is_resumed_after_a_failed_sync(plan: Plan, llamas: Path, monkey
 
     with monkeypatch.context() as patch, pytest.raises(SyncFailed):
         patch.setattr(os, "fsync", fail)
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
 
     def pwrite(descriptor: int, data: Any, offset: int) -> int:
         nonlocal written
@@ -200,7 +200,7 @@ def test_chunk_of_an_unreadable_source(plan: Plan, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(CheckpointError, match=r"sources\.\w+: .*: reading .*: Input/output error"):
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
 
 
 def test_few_open_files_are_enough(llamas: Path) -> None:

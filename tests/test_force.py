@@ -99,7 +99,7 @@ def test_what_is_foreign_is_named_and_refused(plan: Plan, llamas: Path, name: st
     put(target, name)
     before = tree(target)
     with pytest.raises(OutputError) as caught:
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     said = str(caught.value)
     assert said.startswith(f"{target} exists and holds what neither bam-merge nor save_pretrained writes: {name}. --force would delete")
     assert "move it elsewhere, or choose another --output" in said
@@ -108,11 +108,11 @@ def test_what_is_foreign_is_named_and_refused(plan: Plan, llamas: Path, name: st
 
 
 def test_all_that_is_foreign_is_named_shortened(plan: Plan, llamas: Path) -> None:
-    target = publish(plan, None, MergeOptions())
+    target = publish(plan, None, MergeOptions(verify=False))
     for name in (".git/", "thesis.tex", "x" * 200, "esc\x1b[31m", *(f"note-{n:02}.md" for n in range(30))):
         put(target, name)
     with pytest.raises(OutputError) as caught:
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     said = str(caught.value)
     assert "writes: .git/, esc\\x1b[31m, note-00.md, " in said
     assert "and 14 more. " in said
@@ -137,10 +137,10 @@ def test_another_programs_config_json_is_no_models(plan: Plan, llamas: Path, con
     (llamas / "out").mkdir()
     (llamas / "out" / "config.json").write_text(config)
     if not foreign:
-        assert publish(plan, None, MergeOptions(force=True)).is_dir()
+        assert publish(plan, None, MergeOptions(force=True, verify=False)).is_dir()
         return
     with pytest.raises(OutputError, match=r"is not a checkpoint folder.*It holds what .* writes: config\.json\."):
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert (llamas / "out" / "config.json").read_text() == config
 
 
@@ -155,7 +155,7 @@ def test_what_bam_merge_writes_is_in_the_table(llamas: Path, layout: str) -> Non
     recipe = write_recipe(
         llamas, method="bam" if layout == "bam" else "btx", output=f"{{path: out, layout: {layout}, max_shard_size: 60kB}}"
     )
-    target = publish(plan_file(recipe), None, MergeOptions())
+    target = publish(plan_file(recipe), None, MergeOptions(verify=False))
     why, found = why_kept(target)
     assert (why, found.foreign) == (None, ())
     assert found.saved.keys() == {path.name for path in target.iterdir()}
@@ -171,7 +171,7 @@ def test_only_a_folder_is_replaced(plan: Plan, llamas: Path, kind: str) -> None:
     else:
         target.symlink_to(old_model(llamas / "real"))
     with pytest.raises(OutputError, match=rf"out exists and is {kind}, and --force replaces nothing but a folder"):
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert os.path.lexists(target)
 
 
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_written_in_is_refused_before_the_merge(plan: Pl
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != target and real(path, mode))  # as for who is not root
     with pytest.raises(OutputError, match=r"out exists and is not yours to write in \(mode 0555, of .*\), so --force will not delete it"):
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert len(tree(target)) == 2
 
 
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_deleted_is_said(plan: Plan, llamas: Path, monkeyp
         publish(plan, None, settings)
     assert said == [f"{llamas}/.out.bam-merge could not be deleted whole (Permission denied). Nothing uses what is left of it."]
     assert os.listdir(llamas / ".out.bam-merge" / "output") == ["config.json"]
-    publish(plan, None, MergeOptions(force=True))
+    publish(plan, None, MergeOptions(force=True, verify=False))
     assert not (llamas / ".out.bam-merge").exists()
 
 
@@ -261,7 +261,7 @@ def test_a_folder_exchanged_for_another_after_the_check_is_kept_whole(plan: Plan
         old_model(target)
 
     before_the_exchange(monkeypatch, act)
-    publish(plan, None, MergeOptions(force=True))
+    publish(plan, None, MergeOptions(force=True, verify=False))
     assert tree(llamas / "out.kept") == tree(llamas / "moved") == {"config.json": MODEL.encode(), "model.safetensors": b"old weights"}
 
 
@@ -269,7 +269,7 @@ def test_a_target_that_appears_after_the_check_is_not_replaced(plan: Plan, llama
     """There was nothing to replace when it was looked at."""
     before_the_exchange(monkeypatch, lambda: old_model(llamas / "out"))
     with pytest.raises(OutputError, match=r"out appeared while the merge ran\. Nothing was replaced"):
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert tree(llamas / "out") == {"config.json": MODEL.encode(), "model.safetensors": b"old weights"}
 
 
@@ -286,7 +286,7 @@ def test_what_is_foreign_in_a_killed_runs_leftovers_is_kept(
     before_the_exchange(monkeypatch, lambda: put(target, "thesis.tex"))
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(publish_module, "_make_durable", killed)
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert (llamas / ".out.bam-merge" / "output" / "thesis.tex").exists()
     settings, said = options(force=True, resume=resume)
     publish(plan, None, settings)
@@ -311,7 +311,7 @@ def test_links_in_the_old_folder_lead_to_no_deletion(plan: Plan, llamas: Path, m
         (target / "additional_chat_templates").symlink_to(victim.folder / "inside")
 
     before_the_exchange(monkeypatch, act)
-    publish(plan, None, MergeOptions(force=True))
+    publish(plan, None, MergeOptions(force=True, verify=False))
     assert victim.state() == before
     assert (llamas / "out.kept" / "additional_chat_templates").is_symlink()
 
@@ -351,7 +351,7 @@ def test_places_that_are_never_replaced(plan: Plan, llamas: Path, monkeypatch: p
 
 def test_a_folder_above_a_source_is_refused(plan: Plan, llamas: Path, run: Any) -> None:
     with pytest.raises(OutputError, match=r"is, or holds, sources\.seed"):
-        publish(plan, llamas, MergeOptions(force=True))
+        publish(plan, llamas, MergeOptions(force=True, verify=False))
     recipe = write_recipe(llamas, output="{path: seed/out}")
     for arguments in ((recipe,), ("plan", recipe), ("plan", recipe, "--json")):
         result = run(*arguments)
@@ -378,7 +378,7 @@ def test_empty_paths_are_usage_errors(arguments: tuple[str, ...], llamas: Path, 
 
 def test_an_empty_output_of_the_python_interface(plan: Plan) -> None:
     with pytest.raises(OutputError, match="'': an empty path"):
-        publish(plan, "", MergeOptions(force=True))
+        publish(plan, "", MergeOptions(force=True, verify=False))
 
 
 def test_home_is_where_the_tilde_leads(llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,14 +390,14 @@ def test_home_is_where_the_tilde_leads(llamas: Path, run: Any, monkeypatch: pyte
     recipe = write_recipe(llamas).rename(llamas / "home" / "recipe.yaml")
     recipe.write_text(recipe.read_text().replace("{seed: seed, code: code, law: law}", "{seed: ../seed, code: ../code, law: ../law}"))
     assert run("plan", "~/recipe.yaml").status == 0
-    assert run("~/recipe.yaml").out.startswith(f"{home}/out: ")
-    assert run("~/recipe.yaml", "--output=~/b").out.startswith(f"{home}/b: ")
+    assert run("~/recipe.yaml", "--no-verify").out.startswith(f"{home}/out: ")
+    assert run("~/recipe.yaml", "--output=~/b", "--no-verify").out.startswith(f"{home}/b: ")
     assert run("inspect", "~/out").status == run("diff", "~/out", "~/b", "--html=~/page.html").status == 0
     assert (home / "page.html").exists()
     assert run("diff", "--seed", "~/../seed", "~/../law").status == 1
     assert run("verify", "~/out", "--recipe", "~/recipe.yaml").status == 0
     assert not any(path.name == "~" for path in llamas.rglob("*"))
-    assert run("~/recipe.yaml", "--output", "./~").status == run("inspect", "./~").status == 0
+    assert run("~/recipe.yaml", "--output", "./~", "--no-verify").status == run("inspect", "./~").status == 0
     assert (llamas / "~" / "config.json").exists()
     result = run("~/recipe.yaml", "--output", "~nobody-of-that-name/out")
     assert (result.status, "~nobody-of-that-name" in result.err) == (2, True)

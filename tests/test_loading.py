@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
-from bam_merge import load_recipe, merge
+from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
 from bam_merge.model.__main__ import run as generate
@@ -37,7 +37,10 @@ WAYS = {
 def merged(folder: Path, config: dict[str, Any], method: str = "bam", text: str = "", layout: str | None = None) -> Path:
     names = ("seed",) if method == "sparse_upcycling" else ("seed", "code", "law")
     write_sources(folder, config, names)
-    return merge(load_recipe(write_recipe(folder, text, method, names, f"{{path: out{f', layout: {layout}' if layout else ''}}}")))
+    return merge(
+        load_recipe(write_recipe(folder, text, method, names, f"{{path: out{f', layout: {layout}' if layout else ''}}}")),
+        options=MergeOptions(verify=False),
+    )
 
 
 def edit(folder: Path, **keys: Any) -> Path:

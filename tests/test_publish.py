@@ -24,7 +24,7 @@ __all__ = ["plan"]
 def test_a_finished_merge_leaves_the_folder_and_nothing_else(plan: Plan, llamas: Path) -> None:
     umask = os.umask(0o027)
     try:
-        target = publish(plan, None, MergeOptions())
+        target = publish(plan, None, MergeOptions(verify=False))
     finally:
         os.umask(umask)
     assert sorted(path.name for path in llamas.iterdir()) == ["code", "law", "out", "recipe.yaml", "seed"]
@@ -37,15 +37,15 @@ def test_a_finished_merge_leaves_the_folder_and_nothing_else(plan: Plan, llamas:
 def test_existing_target_is_refused(plan: Plan, llamas: Path) -> None:
     (llamas / "out").mkdir()
     with pytest.raises(OutputError, match=r"out already exists\. Choose another --output, or replace it as a whole with --force"):
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
     assert list((llamas / "out").iterdir()) == []
 
 
 def test_force_replaces_the_whole_folder(plan: Plan, llamas: Path) -> None:
     """An older, differently sharded model leaves nothing behind."""
-    target = publish(plan, None, MergeOptions())
+    target = publish(plan, None, MergeOptions(verify=False))
     (target / "model-00009-of-00009.safetensors").write_bytes(b"stale")
-    publish(plan, None, MergeOptions(force=True))
+    publish(plan, None, MergeOptions(force=True, verify=False))
     assert "model-00009-of-00009.safetensors" not in folder_bytes(target)
     assert not (llamas / ".out.bam-merge").exists()
 
@@ -54,7 +54,7 @@ def test_force_does_not_delete_what_is_no_checkpoint(plan: Plan, llamas: Path) -
     (llamas / "out").mkdir()
     (llamas / "out" / "thesis.tex").write_text("years")
     with pytest.raises(OutputError, match="is not a checkpoint folder, so --force will not delete it"):
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert (llamas / "out" / "thesis.tex").exists()
 
 
@@ -75,7 +75,7 @@ def test_a_failed_result_takes_nobodys_place(plan: Plan, llamas: Path, failing: 
     (llamas / "out.failed" / "bam_merge.json").write_text("{}")
     for name in ("out.failed-2", "out.failed-3"):
         with pytest.raises(VerificationFailed, match=rf"not published; the result is kept for inspection in {llamas}/{name}"):
-            publish(plan, None, MergeOptions())
+            publish(plan, None, MergeOptions(verify=False))
         assert (llamas / name / "config.json").exists()
     assert (llamas / "out.failed" / "bam_merge.json").read_text() == "{}"
     assert not (llamas / "out").exists()
@@ -83,7 +83,7 @@ def test_a_failed_result_takes_nobodys_place(plan: Plan, llamas: Path, failing: 
 
 
 def test_target_that_appears_during_the_run_is_not_replaced(plan: Plan, llamas: Path) -> None:
-    settings = MergeOptions(progress=lambda count: (llamas / "out").mkdir(exist_ok=True))
+    settings = MergeOptions(progress=lambda count: (llamas / "out").mkdir(exist_ok=True), verify=False)
     with pytest.raises(OutputError, match=r"appeared while the merge ran. Nothing was replaced"):
         publish(plan, None, settings)
     assert list((llamas / "out").iterdir()) == []
@@ -91,7 +91,7 @@ def test_target_that_appears_during_the_run_is_not_replaced(plan: Plan, llamas: 
 
 def test_force_does_not_delete_what_became_something_else(plan: Plan, llamas: Path) -> None:
     """The folder to replace was swapped for somebody's own while the merge ran."""
-    target = publish(plan, None, MergeOptions())
+    target = publish(plan, None, MergeOptions(verify=False))
 
     def swap(count: int) -> None:
         if count and not (llamas / "moved").exists():
@@ -100,7 +100,7 @@ def test_force_does_not_delete_what_became_something_else(plan: Plan, llamas: Pa
             (target / "thesis.tex").write_text("years")
 
     with pytest.raises(OutputError, match=r"out became what is not a checkpoint folder while the merge ran. Nothing was replaced"):
-        publish(plan, None, MergeOptions(force=True, workers=1, progress=swap))
+        publish(plan, None, MergeOptions(force=True, workers=1, progress=swap, verify=False))
     assert (target / "thesis.tex").read_text() == "years"
 
 
@@ -116,7 +116,7 @@ def test_staging_folder_deleted_and_made_anew_during_the_run(plan: Plan, llamas:
             (others[0].output / "half").write_text("")
 
     with pytest.raises(OutputError, match=r"\.out\.bam-merge was deleted while the merge ran"):
-        publish(plan, None, MergeOptions(workers=1, progress=delete))
+        publish(plan, None, MergeOptions(workers=1, progress=delete, verify=False))
     assert others[0].is_ours()
     others[0].close()
     assert (llamas / ".out.bam-merge" / "output" / "half").exists()
@@ -128,13 +128,13 @@ def test_run_that_waited_at_the_lock_of_one_that_published(plan: Plan, llamas: P
 
     def late(target: Path, notify: Any) -> Staging:
         monkeypatch.setattr(Staging, "open", real)
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
         return real(target, notify)
 
     monkeypatch.setattr(Staging, "open", late)
     written: list[int] = []
     with pytest.raises(OutputError, match=r"out already exists"):
-        publish(plan, None, MergeOptions(progress=written.append))
+        publish(plan, None, MergeOptions(progress=written.append, verify=False))
     assert written == []
     assert not (llamas / ".out.bam-merge").exists()
 
@@ -158,14 +158,14 @@ def test_plain_rename_is_said(plan: Plan, llamas: Path, without_flags: None) -> 
 
 def test_plain_rename_replaces_nothing(plan: Plan, llamas: Path, without_flags: None) -> None:
     with pytest.raises(OutputError, match=r"appeared while the merge ran"):
-        publish(plan, None, MergeOptions(progress=lambda count: (llamas / "out").mkdir(exist_ok=True)))
+        publish(plan, None, MergeOptions(progress=lambda count: (llamas / "out").mkdir(exist_ok=True), verify=False))
     assert list((llamas / "out").iterdir()) == []
 
 
 def test_plain_rename_that_fails_half_way_puts_the_old_model_back(
     plan: Plan, llamas: Path, without_flags: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = publish(plan, None, MergeOptions())
+    target = publish(plan, None, MergeOptions(verify=False))
     (target / "pytorch_model.bin").write_text("old")
     real = os.rename
 
@@ -176,7 +176,7 @@ def test_plain_rename_that_fails_half_way_puts_the_old_model_back(
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OutputError, match="Input/output error when renaming the finished folder"):
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert (target / "pytorch_model.bin").exists()
 
 
@@ -189,7 +189,7 @@ def test_new_parent_folders_are_made_durable(plan: Plan, llamas: Path, monkeypat
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    publish(plan, llamas / "a" / "b" / "out", MergeOptions())
+    publish(plan, llamas / "a" / "b" / "out", MergeOptions(verify=False))
     assert synced[:2] == [str(llamas), str(llamas / "a")]
 
 
@@ -197,7 +197,7 @@ def test_new_parent_folders_are_made_durable(plan: Plan, llamas: Path, monkeypat
 def test_published_but_not_known_to_be_durable(plan: Plan, llamas: Path, run: Any, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
     """The folder's last sync fails: the result is there, the exit status is neither success nor that of nothing published."""
     recipe = llamas / "recipe.yaml"
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     if force:
         (llamas / "out").mkdir()
         (llamas / "out" / "config.json").write_text("old")
@@ -210,7 +210,7 @@ def test_published_but_not_known_to_be_durable(plan: Plan, llamas: Path, run: An
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        result = run(recipe, *(["--force"] if force else []))
+        result = run(recipe, *(["--force"] if force else []), "--no-verify")
     assert result.status == 3
     assert f"{llamas}/out is published and complete, but may not survive a power cut: " in result.err
     assert folder_bytes(llamas / "out") == whole
@@ -220,7 +220,7 @@ def test_published_but_not_known_to_be_durable(plan: Plan, llamas: Path, run: An
 
 
 def test_the_old_model_is_deleted_after_the_new_one_is_durable(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(plan, None, MergeOptions())
+    publish(plan, None, MergeOptions(verify=False))
     done: list[str] = []
     real_fsync, real_unlink = os.fsync, os.unlink
 
@@ -234,5 +234,5 @@ def test_the_old_model_is_deleted_after_the_new_one_is_durable(plan: Plan, llama
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "unlink", unlink)
-    publish(plan, None, MergeOptions(force=True))
+    publish(plan, None, MergeOptions(force=True, verify=False))
     assert done.index("delete config.json") > done.index(f"sync {llamas}")

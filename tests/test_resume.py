@@ -26,9 +26,9 @@ __all__ = ["plan"]
 
 @pytest.mark.parametrize("steps", range(0, 45, 4))
 def test_resume_after_any_number_of_tensors_gives_the_same_bytes(plan: Plan, llamas: Path, steps: int) -> None:
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     with pytest.raises(Stop):
-        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps)))
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps), verify=False))
     assert not (llamas / "out").exists()
     again, said = options(resume=True)
     assert folder_bytes(publish(plan, None, again)) == whole
@@ -44,19 +44,19 @@ def test_without_resume_an_unfinished_run_is_discarded_aloud(plan: Plan, llamas:
 
 
 def test_resume_does_not_trust_damaged_tensors(plan: Plan, llamas: Path) -> None:
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     staging = interrupted(plan, llamas)
     for shard in (staging / "output").glob("*.safetensors"):
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(data)
-    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True, verify=False))) == whole
 
 
 def test_resume_loses_nothing_of_the_journal_when_it_is_killed_at_once(plan: Plan, llamas: Path) -> None:
     staging = interrupted(plan, llamas)
     with pytest.raises(Stop):
-        publish(plan, None, MergeOptions(resume=True, workers=1, progress=stop_after(0)))
+        publish(plan, None, MergeOptions(resume=True, workers=1, progress=stop_after(0), verify=False))
     again = Staging.open(llamas / "out")
     try:
         journal = (staging / "journal").read_bytes()
@@ -68,14 +68,14 @@ def test_resume_loses_nothing_of_the_journal_when_it_is_killed_at_once(plan: Pla
 
 def test_resume_lets_nothing_into_the_result_that_is_not_of_it(plan: Plan, llamas: Path) -> None:
     """Files of a model that --force replaced, whose deletion was cut short; a tokenizer that the seed no longer has."""
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     staging = interrupted(plan, llamas)
     (staging / "output" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     (staging / "output" / "tokenizer.model").write_bytes(b"stale")
     (staging / "output" / "original").mkdir()
     (staging / "output" / "original" / "params.json").write_text("{}")
     (staging / "output" / "link").symlink_to(llamas / "seed")
-    assert folder_bytes(publish(plan, None, MergeOptions(resume=True))) == whole
+    assert folder_bytes(publish(plan, None, MergeOptions(resume=True, verify=False))) == whole
     assert (llamas / "seed" / "config.json").exists()
 
 
@@ -92,7 +92,7 @@ def test_deleting_the_staging_folder_begins_with_its_journal(plan: Plan, llamas:
 
 def test_resume_with_a_torn_journal(plan: Plan, llamas: Path) -> None:
     """The journal cut at every byte: whatever is left is used or not, the bytes are the same."""
-    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
     staging = interrupted(plan, llamas, steps=3)
     journal = (staging / "journal").read_bytes()
     shutil.copytree(staging, llamas / "kept")
@@ -100,7 +100,7 @@ def test_resume_with_a_torn_journal(plan: Plan, llamas: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.copytree(llamas / "kept", staging)
         (staging / "journal").write_bytes(journal[:cut])
-        assert folder_bytes(publish(plan, llamas / "out", MergeOptions(resume=True))) == whole
+        assert folder_bytes(publish(plan, llamas / "out", MergeOptions(resume=True, verify=False))) == whole
         shutil.rmtree(llamas / "out")
 
 
@@ -136,7 +136,7 @@ def test_resume_starts_over_when_the_inputs_are_others(plan: Plan, llamas: Path,
     settings, said = options(resume=True)
     result = folder_bytes(publish(other, None, settings))
     assert said == ["the unfinished run was of another recipe, version or set of sources: starting from the beginning."]
-    assert result == folder_bytes(publish(other, llamas / "whole", MergeOptions()))
+    assert result == folder_bytes(publish(other, llamas / "whole", MergeOptions(verify=False)))
 
 
 def test_nothing_to_resume(plan: Plan) -> None:
@@ -147,7 +147,7 @@ def test_nothing_to_resume(plan: Plan) -> None:
 
 def test_resume_of_a_run_that_was_killed_after_its_rename(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --force: the old model waits in the staging folder to be deleted. There is nothing else to do."""
-    publish(plan, None, MergeOptions())
+    publish(plan, None, MergeOptions(verify=False))
     (llamas / "out" / "pytorch_model.bin").write_text("old")
 
     def killed(staging: Staging, target: Path) -> None:
@@ -155,7 +155,7 @@ def test_resume_of_a_run_that_was_killed_after_its_rename(plan: Plan, llamas: Pa
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(publish_module, "_make_durable", killed)
-        publish(plan, None, MergeOptions(force=True))
+        publish(plan, None, MergeOptions(force=True, verify=False))
     assert (llamas / ".out.bam-merge" / "output" / "pytorch_model.bin").exists()
     whole = folder_bytes(llamas / "out")
     written: list[int] = []
@@ -168,13 +168,13 @@ def test_resume_of_a_run_that_was_killed_after_its_rename(plan: Plan, llamas: Pa
 
 def test_resume_of_a_finished_run_that_says_otherwise(plan: Plan, llamas: Path) -> None:
     """Not what this plan gives: a changed source or recipe, a file that is missing or cut, another version."""
-    target = publish(plan, None, MergeOptions())
+    target = publish(plan, None, MergeOptions(verify=False))
     kept = folder_bytes(target)
     manifest = kept["bam_merge.json"]
 
     def refused(why: str) -> None:
         try:
-            publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True))
+            publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True, verify=False))
         except OutputError as error:
             assert "out already exists" in str(error), why
         else:
@@ -189,7 +189,7 @@ def test_resume_of_a_finished_run_that_says_otherwise(plan: Plan, llamas: Path) 
     (target / "bam_merge.json").write_bytes(b"{}")
     refused("a damaged manifest")
     (target / "bam_merge.json").write_bytes(manifest)
-    assert publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True)) == target
+    assert publish(plan_file(llamas / "recipe.yaml"), None, MergeOptions(resume=True, verify=False)) == target
     write_recipe(llamas, "random_seed: 5", output="{path: out, max_shard_size: 60kB}")
     refused("another recipe")
     write_recipe(llamas, output="{path: out, max_shard_size: 60kB}")
@@ -208,10 +208,10 @@ def test_second_run_of_the_same_target_is_refused(plan: Plan, llamas: Path) -> N
     staging = Staging.open(llamas / "out")
     try:
         with pytest.raises(OutputError, match=rf"out is being written by another run \(process {os.getpid()}\)\. Wait for it\."):
-            publish(plan, None, MergeOptions())
+            publish(plan, None, MergeOptions(verify=False))
     finally:
         staging.close()
-    publish(plan, None, MergeOptions())
+    publish(plan, None, MergeOptions(verify=False))
 
 
 def test_a_run_that_ends_while_another_begins(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,5 +256,5 @@ def test_staging_folder_without_anything_in_it_goes(llamas: Path) -> None:
 def test_staging_folder_is_no_symlink(plan: Plan, llamas: Path) -> None:
     (llamas / ".out.bam-merge").symlink_to(llamas / "seed")
     with pytest.raises(OutputError, match=r"\.out\.bam-merge is a symbolic link of .*, expected a folder that bam-merge made"):
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
     assert (llamas / "seed" / "config.json").exists()

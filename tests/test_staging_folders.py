@@ -29,7 +29,7 @@ def victim(llamas: Path) -> Victim:
 
 @pytest.fixture
 def expected(plan: Plan, llamas: Path) -> dict[str, bytes]:
-    return folder_bytes(publish(plan, llamas / "whole", MergeOptions()))
+    return folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
 
 
 def made_anew(staging: Path, unfinished: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_folder_that_others_can_write_in_is_refused(plan: Plan, llamas: Path, 
     before = folder_bytes(staging / "output")
     staging.chmod(mode)
     with pytest.raises(OutputError, match=rf"\.out\.bam-merge can be written by others \(mode {mode:04o}\).*delete it, and run again; or"):
-        publish(plan, None, MergeOptions(resume=resume))
+        publish(plan, None, MergeOptions(resume=resume, verify=False))
     assert folder_bytes(staging / "output") == before
     assert stat.S_IMODE(staging.stat().st_mode) == mode
 
@@ -139,7 +139,7 @@ def test_a_folder_of_somebody_else_is_refused(plan: Plan, llamas: Path, monkeypa
     with pytest.raises(
         OutputError, match=r"\.out\.bam-merge belongs to .*user id \d+.*Choose another --output, or have its owner delete it"
     ):
-        publish(plan, None, MergeOptions(resume=resume))
+        publish(plan, None, MergeOptions(resume=resume, verify=False))
     assert sorted(os.listdir(staging)) == entries
     assert not (llamas / "out").exists()
 
@@ -158,12 +158,12 @@ def test_files_of_somebody_else_are_not_resumed_from(plan: Plan, llamas: Path, e
     shutil.rmtree(target)
     staging = interrupted(plan, llamas)
     os.chown(staging / "output", NOBODY, NOBODY)
-    assert publish(plan, None, MergeOptions(resume=True)).stat().st_uid == 0
+    assert publish(plan, None, MergeOptions(resume=True, verify=False)).stat().st_uid == 0
     shutil.rmtree(target)
     staging = interrupted(plan, llamas)
     os.chown(staging / "journal", NOBODY, NOBODY)
     with pytest.raises(OutputError, match=r"holds what bam-merge did not put there: journal \(of .*65534\)"):
-        publish(plan, None, MergeOptions(resume=True))
+        publish(plan, None, MergeOptions(resume=True, verify=False))
 
 
 def test_a_network_file_system_that_maps_all_users_to_one(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_network_file_system_that_maps_all_users_to_one(plan: Plan, llamas: Pa
     real = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: real + 1)
     interrupted(plan, llamas)
-    assert publish(plan, None, MergeOptions(resume=True)).is_dir()
+    assert publish(plan, None, MergeOptions(resume=True, verify=False)).is_dir()
     assert not (llamas / ".out.bam-merge").exists()
 
 
@@ -198,7 +198,7 @@ def test_closed_while_it_is_made_and_by_the_umask_when_published(plan: Plan, lla
 
     before = os.umask(umask)
     try:
-        target = publish(plan, None, MergeOptions(progress=look))
+        target = publish(plan, None, MergeOptions(progress=look, verify=False))
     finally:
         os.umask(before)
     assert seen == {0o700}
@@ -237,7 +237,7 @@ def test_a_link_that_appears_inside_while_the_merge_runs(plan: Plan, llamas: Pat
             place.symlink_to(victim.folder / "file")
 
     with pytest.raises(OutputError, match=r"output/config\.json: (is a symbolic link, expected a file|File exists)"):
-        publish(plan, None, MergeOptions(workers=1, progress=link))
+        publish(plan, None, MergeOptions(workers=1, progress=link, verify=False))
     assert victim.state() == before
     assert not (llamas / "out").exists()
 
@@ -302,7 +302,7 @@ def test_a_failed_result_goes_through_no_planted_name(plan: Plan, llamas: Path, 
     (llamas / "out.failed-2").symlink_to(victim.folder / "nowhere")
     (llamas / "out.failed-3").write_text("mine")
     with pytest.raises(VerificationFailed, match=r"kept for inspection in .*/out\.failed-4"):
-        publish(plan, None, MergeOptions())
+        publish(plan, None, MergeOptions(verify=False))
     assert victim.state() == before
     assert (llamas / "out.failed-4" / "config.json").is_file()
     assert (llamas / "out.failed-3").read_text() == "mine"
@@ -314,14 +314,14 @@ def test_descriptors_are_given_back(plan: Plan, llamas: Path, victim: Victim) ->
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    publish(plan, llamas / "first", MergeOptions())
+    publish(plan, llamas / "first", MergeOptions(verify=False))
     before = count()
-    publish(plan, llamas / "second", MergeOptions())
+    publish(plan, llamas / "second", MergeOptions(verify=False))
     interrupted(plan, llamas)
-    publish(plan, None, MergeOptions(resume=True))
+    publish(plan, None, MergeOptions(resume=True, verify=False))
     plant(llamas / ".third.bam-merge", "pid", "link to a file", victim)
     with pytest.raises(OutputError):
-        publish(plan, llamas / "third", MergeOptions())
+        publish(plan, llamas / "third", MergeOptions(verify=False))
     assert count() == before
 
 
@@ -329,11 +329,11 @@ def test_names_that_network_file_systems_leave_are_no_strangers(plan: Plan, llam
     """Unless they are links: then somebody planted them."""
     staging = interrupted(plan, llamas)
     plant(staging, ".nfs000000000123", "file", victim)
-    assert publish(plan, None, MergeOptions(resume=True)).is_dir()
+    assert publish(plan, None, MergeOptions(resume=True, verify=False)).is_dir()
     assert not staging.exists()
     plant(llamas / ".other.bam-merge", ".nfs000000000123", "link to a file", victim)
     with pytest.raises(OutputError, match=r"did not put there: \.nfs000000000123 \(a symbolic link\)"):
-        publish(plan, llamas / "other", MergeOptions())
+        publish(plan, llamas / "other", MergeOptions(verify=False))
 
 
 def test_errors_say_the_whole_name(plan: Plan, llamas: Path, run: Any, victim: Victim) -> None:
