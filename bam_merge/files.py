@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bam_merge.errors import OutputError, SyncFailed
 from bam_merge.own_folder import open_file
+from bam_merge.system import sync
 from bam_merge.text import printable
 
 _REMEDIES = {
@@ -33,7 +34,7 @@ def write_file(path: Path, data: bytes, folder: int) -> None:
         stream.write(data)
         stream.flush()
         with writing(path, SyncFailed):
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
 
 
 def identity(path: Path) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from bam_merge.merging.outputs import prepare, written_behind
 from bam_merge.merging.tensor import Finished, Settings, TensorWriter
 from bam_merge.merging.workers import Steps, quick_switching, run_all
 from bam_merge.planning.plan import Plan, Step, moves_bytes
+from bam_merge.system import sync
 from bam_merge.values.torch_threads import one_torch_thread
 
 
@@ -57,7 +58,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
         check_unchanged(plan.checkpoints)
         for file, descriptor in outputs.items():
             with writing(folder / file, SyncFailed):
-                os.fsync(descriptor)
+                sync(descriptor)
     finally:
         for descriptor in outputs.values():
             os.close(descriptor)

@@ -1,6 +1,5 @@
 """The output files of a merge: made at full size, written at planned places, brought to the disk while it runs."""
 
-import errno
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from bam_merge.errors import SyncFailed
 from bam_merge.files import writing
 from bam_merge.own_folder import open_file
+from bam_merge.system import MOST_BYTES, reserve, start_sync
 
 FLUSH_SECONDS = 0.05
 """Pause between two syncs of what the workers have written."""
@@ -28,22 +28,12 @@ def prepare(path: Path, header: bytes, nbytes: int, folder: int | None = None) -
         try:
             if os.fstat(descriptor).st_size != nbytes:
                 os.ftruncate(descriptor, nbytes)
-            _reserve(descriptor, nbytes)
+            reserve(descriptor, nbytes)
             write_all(descriptor, memoryview(header), 0)
         except BaseException:
             os.close(descriptor)
             raise
     return descriptor
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Have the file system set the space aside, so that a full disk shows now and not at the last tensor."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot
-                raise
 
 
 @contextmanager
@@ -58,7 +48,7 @@ def written_behind(outputs: Mapping[Path, int], stop: threading.Event) -> Iterat
         while not ended.wait(FLUSH_SECONDS):
             for path, descriptor in outputs.items():
                 try:
-                    getattr(os, "fdatasync", os.fsync)(descriptor)
+                    start_sync(descriptor)
                 except OSError as error:
                     failures.append((path, error))
                     stop.set()
@@ -79,4 +69,4 @@ def written_behind(outputs: Mapping[Path, int], stop: threading.Event) -> Iterat
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+        done += os.pwrite(descriptor, data[done : done + MOST_BYTES], offset + done)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bam_merge.errors import OutputError
 from bam_merge.files import identity
-from bam_merge.paths import located
+from bam_merge.paths import located, within
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.manifest import recipe_folder
 from bam_merge.publishing.replacing import why_kept
@@ -34,13 +34,13 @@ def misplaced(plan: Plan, target: Path) -> list[str]:
     if os.path.lexists(target) and (why := _senseless(target)):
         return [f"{shown} {why}."]
     problems = []
-    here = identity(target)
+    here, path = identity(target), Path(os.path.realpath(target))
     above = {identity(parent) for parent in target.parents} - {None}
     for name, model in plan.models.items():
         source = model.checkpoint.path.resolve()
-        if here is not None and here in {identity(source), *map(identity, source.parents)}:
+        if (here is not None and here in {identity(source), *map(identity, source.parents)}) or within(source, path):
             problems.append(f"output.path: {shown} is, or holds, sources.{name} ({printable(str(source))}). Choose another folder.")
-        elif identity(source) in above:
+        elif identity(source) in above or within(path, source):
             problems.append(f"output.path: {shown} is inside sources.{name} ({printable(str(source))}). Choose another folder.")
     return problems or list(_unrecorded(plan))
 

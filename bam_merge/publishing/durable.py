@@ -6,6 +6,7 @@ from pathlib import Path
 from bam_merge.errors import SyncFailed
 from bam_merge.files import writing
 from bam_merge.own_folder import FOLDER
+from bam_merge.system import sync
 
 
 def make_durably(folder: Path) -> None:
@@ -21,7 +22,7 @@ def sync_folder(folder: Path) -> None:
     with writing(folder, SyncFailed):
         descriptor = os.open(folder, FOLDER & ~os.O_NOFOLLOW)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -29,4 +30,4 @@ def sync_folder(folder: Path) -> None:
 def sync_descriptor(folder: int, path: Path) -> None:
     """The same for a folder that is open; `path` is its name."""
     with writing(path, SyncFailed):
-        os.fsync(folder)
+        sync(folder)

@@ -108,7 +108,7 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
     report = verify(staging.output, plan)
     options.on_report(report)
     if not report.ok:
-        failed = next(path for path in map(target.with_name, free_names(f"{target.name}.failed")) if not os.path.lexists(path))
+        failed = next(path for path in map(target.with_name, free_names(target.name, ".failed")) if not os.path.lexists(path))
         staging.appear(failed, replace_existing=False)
         with suppress(SyncFailed):  # it is only for looking at
             sync_descriptor(staging.parent, target.parent)

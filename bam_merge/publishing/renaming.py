@@ -1,16 +1,14 @@
 """The rename that makes a folder appear in one step, between folders that are open, replacing nothing or all of the target."""
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from bam_merge import system
 from bam_merge.errors import OutputError
 from bam_merge.text import printable
-
-_NOREPLACE, _EXCHANGE = 1, 2
 
 
 class Place(NamedTuple):
@@ -31,7 +29,7 @@ def give_name(
     shown = printable(str(target.path))
     exchange = replace_existing and _is_there(target)
     try:
-        if not _rename(staged, target, _EXCHANGE if exchange else _NOREPLACE):
+        if not _rename(staged, target, exchange):
             what = "exchange two folders" if exchange else "rename without replacing"
             notify(f"{printable(str(target.path.parent))}: this file system cannot {what}, so a plain rename.")
             _plain_rename(staged, target, aside if exchange else None)
@@ -50,20 +48,9 @@ def _is_there(place: Place) -> bool:
     return True
 
 
-def _rename(old: Place, new: Place, flags: int) -> bool:
-    """renameat2(2), which os.rename lacks: plain rename silently replaces an empty folder, and cannot exchange two.
-
-    False where the kernel or the file system does not have it. Raises OSError.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(old.folder, os.fsencode(old.name), new.folder, os.fsencode(new.name), flags) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code))
+def _rename(old: Place, new: Place, exchange: bool) -> bool:
+    """In one step: exchange the two, or replace nothing. False where the system or the file system cannot. Raises OSError."""
+    return system.rename((old.folder, old.name), (new.folder, new.name), exchange)
 
 
 def _plain_rename(old: Place, new: Place, aside: str | None) -> None:

@@ -3,10 +3,8 @@
 The folder is ours alone and is reached by its descriptor (own_folder.py); what is deleted from it is what savers write (replacing.py).
 """
 
-import fcntl
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,14 +28,16 @@ from bam_merge.own_folder import (
     read_file,
     unlike_own,
 )
+from bam_merge.paths import beside
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.durable import make_durably
+from bam_merge.publishing.holder import PID, take, write_pid
 from bam_merge.publishing.journal import line, read_journal
 from bam_merge.publishing.renaming import Place, give_name
 from bam_merge.publishing.replacing import Which, delete_saved
 from bam_merge.text import printable, some
 
-OUTPUT, REPLACED, JOURNAL, PID = "output", "replaced", "journal", "pid"
+OUTPUT, REPLACED, JOURNAL = "output", "replaced", "journal"
 
 
 EXPECTED = {OUTPUT: stat.S_IFDIR, REPLACED: stat.S_IFDIR, JOURNAL: stat.S_IFREG, PID: stat.S_IFREG, PROBE: stat.S_IFREG}
@@ -49,7 +49,7 @@ Notify = Callable[[str], None]
 
 def staging_folder(target: Path) -> Path:
     """Where a merge into `target` works until it is finished."""
-    return target.parent / f".{target.name}.bam-merge"
+    return target.parent / beside(target.name, ".", ".bam-merge")
 
 
 def staged_bytes(target: Path) -> int:
@@ -91,10 +91,12 @@ class Staging:
             make_durably(target.parent)
             parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
+                with suppress(FileNotFoundError):
+                    os.stat(target.name, dir_fd=parent, follow_symlinks=False)  # a name that is too long is told now, not at the end
                 while (lock := _lock(parent, folder, target, notify)) is None:
                     pass
                 try:
-                    _write_pid(lock)
+                    write_pid(lock)
                 except BaseException:
                     os.close(lock)
                     raise
@@ -216,7 +218,7 @@ class Staging:
         """Move what is not ours to delete out of the folder of that descriptor, to a new one beside the target."""
         if not names:
             return
-        kept = next(kept for kept in free_names(f"{self.target.name}.kept") if _make(kept, self.parent))
+        kept = next(kept for kept in free_names(self.target.name, ".kept") if _make(kept, self.parent))
         with opened_folder(kept, self.parent) as new:
             for name in names:
                 os.rename(name, name, src_dir_fd=folder, dst_dir_fd=new)
@@ -265,9 +267,9 @@ class Staging:
             self.files = -1
 
 
-def free_names(name: str) -> Iterator[str]:
-    """`name`, then NAME-2, NAME-3, ... What stands under one of them may be somebody's."""
-    return (name if n == 1 else f"{name}-{n}" for n in count(1))
+def free_names(name: str, after: str) -> Iterator[str]:
+    """NAME and `after`, then with -2, -3, ... at the end. What stands under one of them may be somebody's."""
+    return (beside(name, after=after if n == 1 else f"{after}-{n}") for n in count(1))
 
 
 def _make(name: str, parent: int) -> bool:
@@ -295,10 +297,7 @@ def _lock(parent: int, folder: Path, target: Path, notify: Notify) -> int | None
         raise
     try:
         remark = check_own(lock, shown, made)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{printable(str(target))} is being written by another run{_holder(lock)}. Wait for it.") from None
+        take(lock, folder, target, made)
         if not _stands_there(folder.name, parent, lock):
             os.close(lock)
             return None
@@ -317,33 +316,3 @@ def _stands_there(name: str, parent: int, folder: int) -> bool:
     except OSError:
         return False
     return os.path.samestat(there, os.fstat(folder))
-
-
-def _write_pid(lock: int) -> None:
-    descriptor = open_file(PID, lock, os.O_WRONLY | os.O_CREAT)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-    finally:
-        os.close(descriptor)
-
-
-def _holder(lock: int) -> str:
-    """Who has the lock. It writes its number right after it got the lock, and may be about to."""
-    for _ in range(20):
-        with suppress(OSError, ValueError):
-            process = int(read_file(PID, lock, 20))
-            if _is_alive(process):  # or else it is of a run that died earlier
-                return f" (process {process})"
-        time.sleep(0.01)
-    return ""
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

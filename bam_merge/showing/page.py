@@ -22,6 +22,7 @@ from bam_merge.files import mode_of_new_files
 from bam_merge.showing.comparison import comparison_rows, remarks, verdict_counts
 from bam_merge.showing.drift import drift_rows, grams_by_role
 from bam_merge.showing.heatmap import Row, scale
+from bam_merge.system import name_new, sync
 from bam_merge.text import in_percent, percent, printable
 
 LEVELS = 16
@@ -52,16 +53,16 @@ def write_report(found: Comparison | Drift, path: Path, force: bool = False) -> 
     page = report_page(found).encode()
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".bam-merge.", delete=False) as file:
             temporary = file.name
             file.write(page)
             file.flush()
             os.fchmod(file.fileno(), mode_of_new_files())
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if force:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)  # unlike a rename, it replaces nothing
+            name_new(temporary, path)
     except OSError as error:
         raise OutputError(f"--html {printable(str(path))}: {error.strerror}.") from error
     finally:

@@ -15,6 +15,7 @@ from bam_merge.checkpoints.folder import MAX_JSON, json_object
 from bam_merge.checkpoints.header import open_regular
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
+from bam_merge.system import path_of
 from bam_merge.text import printable, some
 
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_generate", "custom_pipelines", "code_revision"})
@@ -295,15 +296,24 @@ def read_companion(path: Path, limit: int = MAX_JSON) -> bytes:
 
 def _real_path(descriptor: int, path: Path) -> str | None:
     """The path, without links, of the file that was opened; None when it cannot be told."""
-    try:
-        real = os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        real = os.path.realpath(path)
+    real = path_of(descriptor) or os.path.realpath(path)
     try:
         same = os.path.samestat(os.lstat(real), os.fstat(descriptor))
     except OSError:
         return None
     return real if same else None
+
+
+def _real_folder(folder: Path) -> str:
+    """The path of a folder without links, spelled as it is on the disk: on macOS what a user types may differ in case."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return os.path.realpath(folder)
+    try:
+        return path_of(descriptor) or os.path.realpath(folder)
+    finally:
+        os.close(descriptor)
 
 
 def _belongs(real: str, folder: Path) -> bool:
@@ -312,7 +322,7 @@ def _belongs(real: str, folder: Path) -> bool:
     The hub's layout is models--ORG--NAME/{snapshots/REVISION/[FOLDER/]FILE, blobs/DIGEST}; older clients link a file of a local folder
     to such a blob, too. Who makes a link to a blob by its digest knows what is in it.
     """
-    home = os.path.realpath(folder)
+    home = _real_folder(folder)
     if _inside(real, home):
         return True
     file = Path(real)
@@ -322,7 +332,7 @@ def _belongs(real: str, folder: Path) -> bool:
     for above in Path(home).parents:
         if above.name == "snapshots" and above.parent.name.startswith("models--"):
             blobs = above.parent / "blobs"  # which may be a link to another disk, or to anybody's folder: there only digests count
-            return _inside(real, os.path.realpath(blobs)) and (digest or not blobs.is_symlink())
+            return _inside(real, _real_folder(blobs)) and (digest or not blobs.is_symlink())
     return False
 
 

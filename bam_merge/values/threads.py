@@ -1,10 +1,11 @@
 """Threads: how many to start, and the memory that each has for itself."""
 
-import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from bam_merge.system import available_processors
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -25,11 +26,6 @@ MOST_WORKERS = 8
 def default_workers() -> int:
     """As many workers as this process may use processors, at most MOST_WORKERS."""
     return min(MOST_WORKERS, available_processors())
-
-
-def available_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _of_thread = threading.local()

@@ -15,6 +15,7 @@ from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Read, Shape, Slice
 from bam_merge.planning.plan import Plan
+from bam_merge.system import name_of
 
 ROWS_BYTES = 2**20
 """Bytes of one source tensor, as stored, that are compared at a time."""
@@ -63,7 +64,7 @@ def _opened(path: Path) -> Any:
         return safe_open(path, "pt")
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return safe_open(f"/proc/self/fd/{descriptor}", "pt")
+        return safe_open(name_of(descriptor), "pt")
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,59 @@
+"""Who has a staging folder: its lock, and the number of the process in it."""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from bam_merge import system
+from bam_merge.errors import OutputError
+from bam_merge.own_folder import open_file, read_file
+from bam_merge.text import printable
+
+PID = "pid"
+
+
+def take(lock: int, folder: Path, target: Path, made: bool) -> None:
+    """Lock the staging folder `folder`, whose descriptor is `lock`, until that is closed. Raises OutputError when another run has it.
+
+    Where there are no locks, a folder is its maker's: `made` says that this run has just made it, which only one run can.
+    """
+    try:
+        locked = system.lock(lock)
+    except BlockingIOError:
+        raise OutputError(f"{printable(str(target))} is being written by another run{_holder(lock)}. Wait for it.") from None
+    if not locked and not made:
+        raise OutputError(
+            f"{printable(str(folder))} is there{_holder(lock)}, and this file system has no locks to tell whether a run writes in it. "
+            "When none does, delete that folder and run again; or choose another --output."
+        )
+
+
+def write_pid(lock: int) -> None:
+    descriptor = open_file(PID, lock, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+def _holder(lock: int) -> str:
+    """Who has the lock. It writes its number right after it got the lock, and may be about to."""
+    for _ in range(20):
+        with suppress(OSError, ValueError):
+            process = int(read_file(PID, lock, 20))
+            if _is_alive(process):  # or else it is of a run that died earlier
+                return f" (process {process})"
+        time.sleep(0.01)
+    return ""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -1,0 +1,123 @@
+"""What operating systems do differently: every call that one of them lacks, and what takes its place, chosen here and nowhere else.
+
+Which calls there are is looked up at every use, so that a test can take one away. Everything here raises OSError.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
+"""What a kernel or a file system says that lacks a call. On macOS the last two differ."""
+
+
+MOST_BYTES = 1 << 30
+"""Bytes that one read or write is asked for: Linux moves at most 2**31 - 4096 and says so, macOS refuses more than 2**31 - 1."""
+
+
+# ---- reaching the disk -----------------------------------------------------------------------------------------------------
+
+
+def sync(descriptor: int) -> None:
+    """fsync(2) as Linux means it: down to the medium. macOS leaves the bytes in the drive's cache, unless F_FULLFSYNC asks for more."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+            return
+        except OSError as error:
+            if error.errno not in _CANNOT | {errno.ENOTTY}:  # network file systems have fsync alone
+                raise
+    os.fsync(descriptor)
+
+
+def start_sync(descriptor: int) -> None:
+    """fdatasync(2): what was written goes to the disk now, so that a `sync` to come is short. macOS has fsync alone."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:
+        os.fsync(descriptor)
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Have the file system set the space aside, so that a full disk shows now and not at the last tensor. Not on macOS."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+
+
+# ---- locks and names -------------------------------------------------------------------------------------------------------
+
+
+def lock(descriptor: int) -> bool:
+    """Lock the open file or folder against others until it is closed. False where there are no locks.
+
+    Raises BlockingIOError when another has it.
+    """
+    if not hasattr(fcntl, "flock"):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        return False
+    return True
+
+
+def rename(old: tuple[int, str], new: tuple[int, str], exchange: bool) -> bool:
+    """Rename between open folders, (descriptor, name) each: exchange the two, or replace nothing. False where neither can be had.
+
+    os.rename lacks both, and silently replaces an empty folder: this is renameat2(2) on Linux, renameatx_np(2) on macOS.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    for name, exchanging, without_replacing in (("renameat2", 2, 1), ("renameatx_np", 2, 4)):
+        call = getattr(library, name, None)
+        if call is not None:
+            flags = exchanging if exchange else without_replacing
+            if call(old[0], os.fsencode(old[1]), new[0], os.fsencode(new[1]), flags) == 0:
+                return True
+            code = ctypes.get_errno()
+            if code not in _CANNOT:
+                raise OSError(code, os.strerror(code))
+    return False
+
+
+def name_new(old: str, new: str | os.PathLike[str]) -> None:
+    """Give the file `old` the name `new`, replacing nothing. Where there are no hard links, another process may come in between."""
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno not in _CANNOT | {errno.EPERM}:
+            raise
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.rename(old, new)
+
+
+def path_of(descriptor: int) -> str | None:
+    """The path, without links and as it is spelled on the disk, of an open file or folder; None where the system does not tell."""
+    try:
+        if hasattr(fcntl, "F_GETPATH"):
+            return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return None
+
+
+def name_of(descriptor: int) -> str:
+    """A path that opens the open file again, for libraries that take nothing but a name."""
+    linux = f"/proc/self/fd/{descriptor}"
+    return linux if os.path.lexists(linux) else f"/dev/fd/{descriptor}"
+
+
+# ---- processors ------------------------------------------------------------------------------------------------------------
+
+
+def available_processors() -> int:
+    """Processors that this process may use. macOS knows only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
