@@ -1,6 +1,6 @@
-"""One of the processes of test_exported_parallel.py: `tensor_parallel.py FOLDER WORK`, run by torch.distributed.run on the CPU.
+"""One of the processes of test_exported_parallel.py: `tensor_parallel.py WORK ...`, run by torch.distributed.run on the CPU.
 
-Loads FOLDER cut over all processes, and writes to WORK how far the loss and every gradient are from those of one process
+Loads the model WORK/bam cut over all processes, and writes to each WORK how far the loss and every gradient are from those of one process
 (WORK/expected.pt), once by the model's plan and once without its rule for the gates, and the tensors as saved.
 """
 
@@ -30,10 +30,10 @@ def errors(folder: Path, expected: dict[str, Any], save: Path | None, **plan: An
 
 
 if __name__ == "__main__":
-    folder, work = map(Path, sys.argv[1:])
     dist.init_process_group("gloo")
-    expected = torch.load(work / "expected.pt")
-    by_plan = errors(folder, expected, work / "saved")
-    without_gates = errors(folder, expected, None, tp_plan={"model.layers.*.self_attn.gates": "replicate"})
-    (work / f"errors-{dist.get_rank()}.json").write_text(json.dumps([by_plan, without_gates]))
+    for work in map(Path, sys.argv[1:]):
+        expected = torch.load(work / "expected.pt")
+        by_plan = errors(work / "bam", expected, work / "saved")
+        without_gates = errors(work / "bam", expected, None, tp_plan={"model.layers.*.self_attn.gates": "replicate"})
+        (work / f"errors-{dist.get_rank()}.json").write_text(json.dumps([by_plan, without_gates]))
     dist.destroy_process_group()

@@ -27,27 +27,36 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, set[str]]]:
+    """Of every case its folder of work and the names of its gradients, after two processes, started once, have gone through all cases."""
+    made = {}
+    for case, (family, text) in CASES.items():
+        work = tmp_path_factory.mktemp("cut")
+        write_three(work, CONFIGS[family])
+        model, tokens = load(build(work, text)).train(), ids()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save({"tokens": tokens, "loss": loss.detach(), **gradients}, work / "expected.pt")
+        made[case] = work, set(gradients)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER]
+    done = subprocess.run([*launch, *(work for work, _ in made.values())], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made
+
+
 @needs_styles
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_have_the_gradients_of_one(case: str, tmp_path: Path) -> None:
+def test_two_processes_have_the_gradients_of_one(case: str, cut: dict[str, tuple[Path, set[str]]]) -> None:
     """And without the plan's rule for the gates they have not: each process knows its own heads' part only."""
-    family, text = CASES[case]
-    write_three(tmp_path, CONFIGS[family])
-    folder = build(tmp_path, text)
-    model, tokens = load(folder).train(), ids()
-    loss = model(tokens, labels=tokens).loss
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.save({"tokens": tokens, "loss": loss.detach(), **gradients}, tmp_path / "expected.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, folder, tmp_path]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    work, gradients = cut[case]
     for rank in range(2):
-        by_plan, without_gates = json.loads((tmp_path / f"errors-{rank}.json").read_text())
+        by_plan, without_gates = json.loads((work / f"errors-{rank}.json").read_text())
         assert by_plan.keys() == {"loss", *gradients}
         assert {name: error for name, error in by_plan.items() if error > 1e-4} == {}
         assert without_gates["model.layers.0.self_attn.router.weight"] > 0.01
-    assert_same_tensors(folder, tmp_path / "saved")
+    assert_same_tensors(work / "bam", work / "saved")
 
 
 def test_heads_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
