@@ -291,6 +291,33 @@ def test_a_page_where_there_are_no_hard_links(code: int, llamas: Path, run: Any,
     assert set(os.listdir(llamas)) == before | {"page.html"}
 
 
+def test_what_is_told_of_an_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to("file")
+    descriptor = os.open(tmp_path / "link", os.O_RDONLY)
+    try:
+        assert system.path_of(descriptor) == os.path.realpath(tmp_path / "file")
+        assert Path(system.name_of(descriptor)).read_text() == "text"
+        with monkeypatch.context() as patch:
+            Mac(patch)
+            assert system.path_of(descriptor) == os.path.realpath(tmp_path / "file")
+        posix_alone(monkeypatch)
+        monkeypatch.setattr(os.path, "lexists", lambda path: not str(path).startswith("/proc"))
+        assert system.path_of(descriptor) is None
+        assert system.name_of(descriptor) == f"/dev/fd/{descriptor}" and Path(system.name_of(descriptor)).read_text() == "text"
+    finally:
+        os.close(descriptor)
+
+
+def test_processors_that_a_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = system.available_processors()
+    assert allowed == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert system.available_processors() == os.cpu_count() >= allowed
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert system.available_processors() == 1
+
+
 def test_more_bytes_than_one_call_takes(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS refuses a write of 2 GiB that Linux cuts short."""
     whole = folder_bytes(publish(plan, llamas / "whole", MergeOptions(verify=False)))
