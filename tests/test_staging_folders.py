@@ -295,14 +295,13 @@ def test_a_failed_result_goes_through_no_planted_name(plan: Plan, llamas: Path, 
     from bam_merge.errors import VerificationFailed
     from bam_merge.verifying.report import Check, Report
 
-    monkeypatch.undo()  # the fixture that leaves verification out
     monkeypatch.setattr(bam_merge.verifying.verification, "verify", lambda folder, plan: Report(checks=[Check("digests", False, "wrong")]))
     before = victim.state()
     (llamas / "out.failed").symlink_to(victim.folder / "inside")
     (llamas / "out.failed-2").symlink_to(victim.folder / "nowhere")
     (llamas / "out.failed-3").write_text("mine")
     with pytest.raises(VerificationFailed, match=r"kept for inspection in .*/out\.failed-4"):
-        publish(plan, None, MergeOptions(verify=False))
+        publish(plan, None, MergeOptions())
     assert victim.state() == before
     assert (llamas / "out.failed-4" / "config.json").is_file()
     assert (llamas / "out.failed-3").read_text() == "mine"

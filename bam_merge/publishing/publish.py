@@ -77,7 +77,7 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
         raise CheckpointError(*dict.fromkeys(changes))
     sync_descriptor(staging.files, staging.output)
-    if options.verify:
+    if options.verify and staging.is_ours():  # verification looks where the name leads
         _prove(plan, staging, target, options)
     if not staging.is_ours():
         raise _deleted(staging)
