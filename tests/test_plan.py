@@ -258,3 +258,10 @@ def test_no_advice_to_use_the_layout_that_is_used(role: str, advice: str, llamas
     with pytest.raises(BamMergeError) as error:
         plan_file(write_recipe(llamas, f"rules: [{{roles: [{role}], make: expert}}]"))
     assert [problem.split("stores it shared. ")[1] for problem in error.value.problems] == [advice]
+
+
+def test_a_layout_of_any_length_is_named_in_few_words(llamas: Path) -> None:
+    recipe = write_recipe(llamas, output="{path: out, layout: " + "x" * 20_000 + "}")
+    with pytest.raises(BamMergeError, match=r"output.layout: 'xxx.* is no layout") as error:
+        plan_file(recipe)
+    assert len(str(error.value)) < 1000

@@ -29,7 +29,7 @@ from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
 from bam_merge.sources.tied_heads import settle_heads
 from bam_merge.sources.tokenizer import compare_tokenizers
-from bam_merge.text import nearest, some
+from bam_merge.text import nearest, printable, some
 
 # ---- making the plan -------------------------------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def make_plan(recipe: Recipe) -> Plan:
     elif layout is None and not problems:
         problems.append(
             f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, "
-            f"not {recipe.output.layout}."
+            f"not {printable(str(recipe.output.layout), 60)}."
         )
     made = assign(recipe, models, problems)
     if layout is None or problems:
@@ -100,7 +100,7 @@ def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:
     if name is None:
         return (None if recipe.method == "merge" else load_architecture("bam")), []
     if name not in architecture_names():
-        return None, [f"{recipe.file}: output.layout: {name!r} is no layout{nearest(name, architecture_names())}"]
+        return None, [f"{recipe.file}: output.layout: {printable(repr(name), 60)} is no layout{nearest(name, architecture_names())}"]
     layout = load_architecture(name)
     if recipe.method == "merge":
         return None, []
