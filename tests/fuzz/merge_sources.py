@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bam_merge.architectures.config import describe
-from bam_merge.architectures.tables import family_tensors, load_architecture
+from bam_merge.architectures.locate import family_tensors
+from bam_merge.architectures.tables import load_architecture
 from bam_merge.values.tensors import TORCH_DTYPES
 
 HEADS = {"gpt_neox": "embed_out.weight"}
