@@ -4,8 +4,6 @@ import os
 import unicodedata
 from pathlib import Path
 
-import xxhash
-
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.text import printable
 
@@ -74,6 +72,8 @@ def beside(name: str, before: str = "", after: str = "") -> str:
     whole = f"{before}{name}{after}"
     if len(os.fsencode(whole)) <= NAME_BYTES:
         return whole
+    import xxhash  # only here: every command needs paths, and few this
+
     after = f"~{xxhash.xxh3_64_hexdigest(os.fsencode(name))}{after}"
     while len(os.fsencode(f"{before}{name}{after}")) > NAME_BYTES:
         name = name[:-1]

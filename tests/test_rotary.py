@@ -170,14 +170,3 @@ def test_a_cache_that_forgets_is_still_found(config: dict[str, Any], tmp_path: P
 
     monkeypatch.setattr(Cache, "extend", forgets)
     assert set(failed(verify(folder, plan))) == {"cached decoding"}
-
-
-def test_each_source_with_a_problem_of_its_own_is_named(tmp_path: Path) -> None:
-    for name, factor in (("seed", 2.0), ("code", 0.0), ("law", -1.0)):
-        write_sources(tmp_path / name, {**CONFIGS["llama"], "rope_parameters": {"rope_type": "linear", "factor": factor, **THETA}})
-        (tmp_path / name / "seed").rename(tmp_path / f"{name}_model")
-    recipe = write_recipe(tmp_path, names=("seed_model", "code_model", "law_model"))
-    with pytest.raises(CheckpointError) as error:
-        plan_file(recipe)
-    said = "sources.{}: config.json: rope_parameters.factor must be above 0 for rope_type linear, found {}."
-    assert {said.format("code_model", "0.0"), said.format("law_model", "-1.0")} <= set(error.value.problems)

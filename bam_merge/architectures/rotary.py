@@ -20,7 +20,7 @@ OPTIONAL = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "m
 POSITIVE = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
 )  # fmt: skip
-"""Keys that must be above 0 where they stand: they are divided by, or their logarithm is taken."""
+"""Keys that must be above 0 where they stand: they are divided by, or their logarithm is taken. A beta of 0 is transformers' default."""
 
 
 def rotary_problems(rope: Mapping[str, Any], head_dim: int, max_positions: int | None) -> Iterator[str]:
@@ -74,7 +74,7 @@ def _unusable(rope: Mapping[str, Any], head_dim: int, most: int | None) -> Itera
         bounds = [("rope_theta", theta, 0)]
     else:
         bounds = [("rope_theta", theta, 1 if kind == "yarn" else 0)]
-        bounds += [(key, rope[key], 0) for key in POSITIVE if rope.get(key) is not None]
+        bounds += [(key, rope[key], 0) for key in POSITIVE if rope.get(key) or (rope.get(key) == 0 and not key.startswith("beta_"))]
         bounds += [(key, value, 0) for key in ("short_factor", "long_factor") if kind == "longrope" for value in rope[key]]
     if kind == "llama3":
         bounds.append(("high_freq_factor", rope["high_freq_factor"], rope["low_freq_factor"]))

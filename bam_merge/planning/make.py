@@ -47,8 +47,8 @@ def make_plan(recipe: Recipe) -> Plan:
     tokenizers = compare_tokenizers(ordered)
     if ordered:
         broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
-        first_with = {problem: model.name for model in reversed(ordered) for problem in uncomputable(model.facts)}
-        broken += [f"sources.{name}: {problem}" for problem, name in reversed(first_with.items())]  # one problem of all is said once
+        first = ordered[0]  # of the others it is said where they differ from it
+        broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
     comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
     if broken:
         if comparable:  # the rules can be tried all the same

@@ -89,7 +89,7 @@ def test_a_staging_folder_that_is_not_looked_at_fails(tmp_path: Path, monkeypatc
     planted: properties.Planted = ([("pid", "link to a file")], 0o700, [], False, 1)
     assert target.run(target.good) and not target.run(planted)
     monkeypatch.setattr("bam_merge.publishing.staging.check_contents", lambda *args: None)
-    monkeypatch.setattr("bam_merge.publishing.staging.open_file", lambda name, folder, flags: os.open(name, flags, 0o600, dir_fd=folder))
+    monkeypatch.setattr("bam_merge.publishing.holder.open_file", lambda name, folder, flags: os.open(name, flags, 0o600, dir_fd=folder))
     with pytest.raises(AssertionError, match="was touched"):
         target.run(planted)
 
