@@ -21,8 +21,8 @@ demo: $(VENV)/ready        ## four small checkpoints, planned, merged into a BAM
 	rm -rf demo
 	$(BIN)/bam-merge demo demo
 
-test: $(VENV)/ready        ## the test suite (offline)
-	$(BIN)/python -m pytest
+test: $(VENV)/ready        ## the test suite (offline, a process a processor)
+	$(BIN)/python -m pytest -n auto
 
 fuzz: $(VENV)/ready        ## 100,000 broken or hostile files and folders, 200 random merges and as many faults (minutes; CASES=, MERGES=, SEED=)
 	$(BIN)/python tests/fuzz/run.py --cases $(or $(CASES),100000) --merges $(or $(MERGES),200) --seed $(or $(SEED),0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from publishing import Stop, folder_bytes, interrupted, options, plan, stop_after
+from runs import Stop, folder_bytes, interrupted, options, plan, stop_after
 
 import bam_merge
 from bam_merge import MergeOptions, paths, system

@@ -3,7 +3,7 @@
 Merges, the reference model and `inspect` all ask here, and nothing here judges: it gives records, and each of them says in its own words
 what it refuses, drops or remarks on. A merge and the model that proves it share this walk and the tables, so a mistake in them would not
 show between the two: names, shapes and values are compared with transformers' own models, for every family and layout, in
-tests/test_locate.py. What a configuration means, and how bytes become numbers, each of them reads by code of its own.
+tests/architectures/test_locate.py. What a configuration means, and how bytes become numbers, each of them reads by code of its own.
 """
 
 import re

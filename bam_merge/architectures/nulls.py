@@ -1,6 +1,6 @@
 """Keys of a config.json that are null: which mean the default, which something of their own, and which nothing at all.
 
-What transformers 5.23 does with a null was tried for every key of every family (tests/test_config_nulls.py tries it again).
+What transformers 5.23 does with a null was tried for every key of every family (tests/architectures/test_config_nulls.py tries it again).
 """
 
 from collections.abc import Mapping

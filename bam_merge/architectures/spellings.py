@@ -2,7 +2,7 @@
 
 A file that spells a fact twice means one thing to transformers and may mean another to the next engine, or to who edited it: so two
 values are refused, and two equal ones are fine. The tables are transformers' configuration classes (version 5) as data, and
-tests/test_spellings.py holds every line of them against those classes.
+tests/architectures/test_spellings.py holds every line of them against those classes.
 """
 
 from collections.abc import Iterator, Mapping

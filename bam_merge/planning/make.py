@@ -40,20 +40,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
-    models, broken = open_sources(recipe)
-    ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
-    ordered, heads = settle_heads(ordered)
-    models = {name: next(model for model in ordered if model.name == name) for name in models}
-    tokenizers = compare_tokenizers(ordered)
-    if ordered:
-        broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
-        first = ordered[0]  # of the others it is said where they differ from it
-        broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
-    comparable = len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
-    if broken:
-        if comparable:  # the rules can be tried all the same
-            assign(recipe, models, problems)
-        raise CheckpointError(*problems, *broken)
+    models, notes = _sources(recipe, problems)
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -88,10 +75,35 @@ def make_plan(recipe: Recipe) -> Plan:
         shards=shards,
         config=config,
         unused=_unused(models, placed, made),
-        notes=(*_notes(layout, ordered, values, made), *copied_only_note(placed), *tokenizers.notes),
+        notes=(
+            *_notes(layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
+            *copied_only_note(placed),
+            *notes,
+        ),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config),
     )
+
+
+def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], tuple[str, ...]]:
+    """The sources by name, opened and found to agree, and what is to be said of their tokenizers.
+
+    Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
+    """
+    models, broken = open_sources(recipe)
+    ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
+    ordered, heads = settle_heads(ordered)
+    models = {name: next(model for model in ordered if model.name == name) for name in models}
+    tokenizers = compare_tokenizers(ordered)
+    if ordered:
+        broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
+        first = ordered[0]  # of the others it is said where they differ from it
+        broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
+    if broken:
+        if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
+            assign(recipe, models, problems)  # the rules can be tried all the same
+        raise CheckpointError(*problems, *broken)
+    return models, tuple(tokenizers.notes)
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:

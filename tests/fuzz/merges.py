@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from merge_cases import Case, draw  # noqa: E402
 from merge_sources import write_case  # noqa: E402
 from planted import FAULTS, plant  # noqa: E402

@@ -5,9 +5,9 @@ import shutil
 from typing import Any
 
 import torch
+from proofs import Forger
 from safetensors.torch import load_file
 from scene import Scene, certain, computes
-from verifying import Forger
 
 from bam_merge import MergeOptions, expressions
 from bam_merge.errors import RecipeError

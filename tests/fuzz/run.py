@@ -20,7 +20,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / station) for station in (".", "architectures", "sources")]
 from meanings import edited_tokenizers, spelled_twice, tokenizers  # noqa: E402
 from properties import Property, companions, staging  # noqa: E402
 from targets import Target, targets  # noqa: E402

@@ -12,9 +12,9 @@ from random import Random
 import torch
 import xxhash
 from merge_cases import Case
+from proofs import Forger
 from safetensors import safe_open
 from torch import Tensor
-from verifying import Forger
 
 from bam_merge import expressions
 from bam_merge.checkpoints.provenance import sealed

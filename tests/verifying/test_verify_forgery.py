@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import xxhash
 from conftest import write_recipe, write_sources
-from verifying import SQUARE, UNPROVED, failed
+from proofs import SQUARE, UNPROVED, failed
 
 from bam_merge import MergeOptions
 from bam_merge.checkpoints.provenance import sealed

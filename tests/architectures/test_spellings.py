@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
-from verifying import UNPROVED, failed
+from proofs import UNPROVED, failed
 
 from bam_merge.architectures import config
 from bam_merge.architectures.anatomy import open_anatomy

@@ -13,8 +13,8 @@ import numpy
 import pytest
 import torch
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from proofs import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 from safetensors.torch import load_file, save_file
-from verifying import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 
 from bam_merge import MergeOptions
 from bam_merge.demo.synthetic import Dense, branched_values, random_values, write_checkpoint
@@ -151,7 +151,7 @@ def test_float64_sources_in_every_narrower_dtype(tmp_path: Path) -> None:
         assert report.ok, failed(report)
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
-from verifying import UNPROVED, failed
+from proofs import UNPROVED, failed
 
 from bam_merge.architectures.computable import ACTIVATION_NAMES
 from bam_merge.errors import CheckpointError

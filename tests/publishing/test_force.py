@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
 from planting import Victim
-from publishing import Stop, folder_bytes, options
-from publishing import plan as plan  # a fixture
+from runs import Stop, folder_bytes, options
+from runs import plan as plan  # a fixture
 
 from bam_merge import MergeOptions
 from bam_merge.errors import OutputError

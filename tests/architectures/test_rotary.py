@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
+from proofs import UNPROVED, failed
 from torch import Tensor
-from verifying import UNPROVED, failed
 
 from bam_merge.architectures.rotary import rotary_problems
 from bam_merge.errors import CheckpointError

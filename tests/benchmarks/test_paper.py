@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parents[1] / "benchmarks" / "paper"
+HERE = Path(__file__).parents[2] / "benchmarks" / "paper"
 sys.path.insert(0, str(HERE))
 import run  # noqa: E402
 import settings  # noqa: E402

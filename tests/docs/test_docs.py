@@ -13,7 +13,7 @@ from bam_merge.architectures.tables import dense_families, mixture_layouts
 from bam_merge.cli import cli
 from bam_merge.recipe.schema import schema
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import reference  # noqa: E402
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
-from verifying import UNPROVED, failed
+from proofs import UNPROVED, failed
 
 from bam_merge.errors import RecipeError
 from bam_merge.expressions import NORMAL_REACH, Init, Normal, Orthogonal

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
+from proofs import UNPROVED, failed
 from safetensors.torch import load_file, save_file
-from verifying import UNPROVED, failed
 
 from bam_merge.demo.synthetic import branched_values, random_values, write_checkpoint
 from bam_merge.errors import CheckpointError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
-from verifying import UNPROVED
+from proofs import UNPROVED
 
 from bam_merge import merge, verify
 from bam_merge.errors import CheckpointError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
-from publishing import folder_bytes, options, plan
+from runs import folder_bytes, options, plan
 
 from bam_merge import MergeOptions
 from bam_merge.errors import BamMergeError, CheckpointError, OutputError, SyncFailed

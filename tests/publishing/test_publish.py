@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from publishing import folder_bytes, options, plan
+from runs import folder_bytes, options, plan
 
 from bam_merge import MergeOptions
 from bam_merge.errors import OutputError, VerificationFailed

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from planting import KINDS, MODES, PLACES, Victim, attacked, begun, clear, in_time, plant, plant_any
-from publishing import folder_bytes, interrupted, options
-from publishing import plan as plan  # a fixture
+from runs import folder_bytes, interrupted, options
+from runs import plan as plan  # a fixture
 
 from bam_merge import MergeOptions, own_folder
 from bam_merge.errors import OutputError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import CONFIGS, write_sources
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 FOUR = ("seed", "code", "law", "math")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
-from publishing import Stop, folder_bytes, interrupted, options, plan, stop_after
+from runs import Stop, folder_bytes, interrupted, options, plan, stop_after
 
 from bam_merge import MergeOptions
 from bam_merge.checkpoints.provenance import SEAL, sealed

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
+from proofs import UNPROVED, failed
 from safetensors.torch import load_file, save_file
-from verifying import UNPROVED, failed
 
 from bam_merge.architectures.tables import load_architecture
 from bam_merge.model.loading import load_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HERE = ROOT / "benchmarks" / "paper"
 sys.path.insert(0, str(HERE))
 import report  # noqa: E402

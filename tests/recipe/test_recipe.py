@@ -176,7 +176,7 @@ def test_sizes(text: int | str, size: int) -> None:
 def test_schema_accepts_the_recipes_and_refuses_a_typo() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     checker = jsonschema.Draft202012Validator(schema())
-    for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"):
+    for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"):
         checker.validate(yaml.safe_load(path.read_text()))
     assert not checker.is_valid({**yaml.safe_load(GOOD), "fnn": {}})
     assert not checker.is_valid({**yaml.safe_load(GOOD), "rules": [{"roles": ["head"], "make": "copy", "form": "seed"}]})

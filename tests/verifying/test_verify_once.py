@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_recipe, write_sources
-from verifying import SQUARE, UNPROVED, failed
+from proofs import SQUARE, UNPROVED, failed
 
 from bam_merge.checkpoints import header
 from bam_merge.errors import CheckpointError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MARK = "<!-- run on what make example makes -->"
 TITLE = re.compile(r"# (?P<file>[\w./-]+\.\w+)(?:, (?P<how>at the end|above|below|instead of)(?: \"(?P<text>.+)\")?)?\n")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from proofs import UNPROVED, failed
 from safetensors.torch import load_file, save_file
-from verifying import UNPROVED, failed
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.header import encode_header, read_header

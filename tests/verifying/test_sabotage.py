@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from proofs import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 from safetensors.torch import load_file, save_file
-from verifying import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
