@@ -294,47 +294,6 @@ def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
     return weights if max(whole) // least >= 2**28 else tuple(float(number // least) for number in whole)
 
 
-def fuse(pieces: tuple[Expr, ...], groups: int) -> Expr:
-    """Concat of `pieces`, simplified: slices that make up a whole tensor again become that tensor, and an element-wise
-    merge of such slices becomes the merge of the whole tensors."""
-    first = pieces[0]
-    shape = (sum(part.shape[0] for part in pieces), *first.shape[1:])
-    if all(isinstance(part, Slice) for part in pieces):
-        slices = [part for part in pieces if isinstance(part, Slice)]
-        if len({part.of for part in slices}) == 1 and _tiles(slices, groups):
-            return slices[0].of
-    merges = [part for part in pieces if isinstance(part, Merge)]
-    if len(merges) == len(pieces) and _same_elementwise(merges):
-        operands = tuple(
-            (name, fuse(tuple(merge.operands[i][1] for merge in merges), groups)) for i, (name, _) in enumerate(merges[0].operands)
-        )
-        bases = [merge.base for merge in merges if merge.base]
-        base = (bases[0][0], fuse(tuple(expr for _, expr in bases), groups)) if bases else None
-        return Merge(merges[0].method, operands, base, first.dtype, shape)
-    return Concat(pieces, groups, first.dtype, shape)
-
-
-def _tiles(slices: list[Slice], groups: int) -> bool:
-    position = 0
-    for part in slices:
-        if part.groups != groups or part.start != position:
-            return False
-        position += part.rows
-    return position * groups == slices[0].of.shape[0]
-
-
-def _same_elementwise(merges: list[Merge]) -> bool:
-    first = merges[0]
-    names = [name for name, _ in first.operands]
-    return first.method.about.elementwise and all(
-        merge.method == first.method
-        and [name for name, _ in merge.operands] == names
-        and (merge.base is None) == (first.base is None)
-        and (merge.base is None or first.base is None or merge.base[0] == first.base[0])
-        for merge in merges
-    )
-
-
 def concat_runs(concat: Concat, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
     """(part, first, last) of the stretches of the parts that make up elements [start, stop) of `concat`."""
     sizes = [numel(part) // concat.groups for part in concat.parts]

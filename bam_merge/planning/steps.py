@@ -10,6 +10,7 @@ from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import stored
 from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
+from bam_merge.planning.fuse import fuse
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -34,7 +35,7 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
         for index in range(len(parts[0].exprs)):
             expert = index if row.per_expert else None
             exprs = tuple(part.exprs[index] for part in parts)
-            expr = expressions.fuse(exprs, evaluate(row.groups, seed.facts)) if len(exprs) > 1 else exprs[0]
+            expr = fuse(exprs, evaluate(row.groups, seed.facts)) if len(exprs) > 1 else exprs[0]
             if isinstance(expr, expressions.Init):
                 expr = replace(expr, name=row.name(layer, expert, spelling))
             role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
