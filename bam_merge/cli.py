@@ -163,12 +163,12 @@ def diff(
     Exit status: 0 the same, 1 different, 2 could not be compared.
     """
     if html is not None:
-        from bam_merge.showing.page import check_free, write_report
+        from bam_merge.showing.page import check_free, write_page
 
         check_free(Path(html), force)
     found, text = _compared(models, seed, tol, only, ignore)
     if html is not None:
-        write_report(found, Path(html), force)
+        write_page(found, Path(html), force)
     if as_json:
         print_result(json.dumps(found.document(), indent=2, allow_nan=False))
     else:

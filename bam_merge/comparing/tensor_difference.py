@@ -182,7 +182,7 @@ class Change:
         return {"kind": self.kind, "text": self.text}
 
 
-def drift(members: Iterable[Difference]) -> float | None:
+def relative_difference(members: Iterable[Difference]) -> float | None:
     """|b - a| / |a| of several tensors as one vector; None where a is zero or of a dtype without arithmetic, and
     never 0 where something differs."""
     found = list(members)

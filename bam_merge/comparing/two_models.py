@@ -16,7 +16,7 @@ from bam_merge.checkpoints.pieces import numel, stored
 from bam_merge.comparing.findings import Finding, config_findings, moves, places, storage, tokenizer_findings
 from bam_merge.comparing.recognise import named
 from bam_merge.comparing.sides import Place, Side, check_comparable, in_common, open_side
-from bam_merge.comparing.tensor_difference import SHAPE, Difference, difference, drift
+from bam_merge.comparing.tensor_difference import SHAPE, Difference, difference, relative_difference
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
 from bam_merge.values.threads import by_size
@@ -69,7 +69,11 @@ class Comparison:
         for found in self.compared:
             groups.setdefault(key(found), []).append(found)
         return {
-            name: {"tensors": len(members), "changed": sum(not d.same for d in members), "relative_l2": figure(drift(members))}
+            name: {
+                "tensors": len(members),
+                "changed": sum(not d.same for d in members),
+                "relative_l2": figure(relative_difference(members)),
+            }
             for name, members in groups.items()
         }
 

@@ -11,7 +11,7 @@ from bam_merge.errors import OutputError
 from bam_merge.text import printable
 
 
-class Place(NamedTuple):
+class Entry(NamedTuple):
     """An entry: the descriptor of the folder that it is in, its name there, and what messages call it."""
 
     folder: int
@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
 
 def give_name(
-    staged: Place, target: Place, replace_existing: bool, aside: str = "replaced", notify: Callable[[str], None] = lambda text: None
+    staged: Entry, target: Entry, replace_existing: bool, aside: str = "replaced", notify: Callable[[str], None] = lambda text: None
 ) -> None:
     """Give the finished folder its final name in one step. An existing target is exchanged, and so lands where the finished one was.
 
@@ -40,7 +40,7 @@ def give_name(
         raise OutputError(f"{shown}: {error.strerror} when renaming the finished folder {where} to it.") from error
 
 
-def _is_there(place: Place) -> bool:
+def _is_there(place: Entry) -> bool:
     try:
         os.stat(place.name, dir_fd=place.folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -48,12 +48,12 @@ def _is_there(place: Place) -> bool:
     return True
 
 
-def _rename(old: Place, new: Place, exchange: bool) -> bool:
+def _rename(old: Entry, new: Entry, exchange: bool) -> bool:
     """In one step: exchange the two, or replace nothing. False where the system or the file system cannot. Raises OSError."""
     return system.rename((old.folder, old.name), (new.folder, new.name), exchange)
 
 
-def _plain_rename(old: Place, new: Place, aside: str | None) -> None:
+def _plain_rename(old: Entry, new: Entry, aside: str | None) -> None:
     """The same in steps: another process may come between them, and the target is absent for a moment when it is replaced."""
     if aside is None:
         if _is_there(new):

@@ -33,7 +33,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.publishing.durable import make_durably
 from bam_merge.publishing.holder import PID, take, write_pid
 from bam_merge.publishing.journal import line, read_journal
-from bam_merge.publishing.renaming import Place, give_name
+from bam_merge.publishing.renaming import Entry, give_name
 from bam_merge.publishing.replacing import Which, delete_saved
 from bam_merge.text import printable, some
 
@@ -197,7 +197,7 @@ class Staging:
         if replace_existing:
             with writing(self.folder / REPLACED):
                 self.discard(REPLACED)  # of a run that was killed there
-        give_name(Place(self.lock, OUTPUT, self.output), Place(self.parent, target.name, target), replace_existing, REPLACED, self.notify)
+        give_name(Entry(self.lock, OUTPUT, self.output), Entry(self.parent, target.name, target), replace_existing, REPLACED, self.notify)
 
     def discard(self, name: str, checked: Mapping[str, Which] | None = None) -> None:
         """Delete the folder `name` in this one: the files `checked` (None: what savers write); all else is kept, aloud. Raises OSError."""

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from bam_merge.comparing.tensor_difference import DIFFERENT, EQUAL, IDENTICAL, ROUNDING, SHAPE, Difference, drift
+from bam_merge.comparing.tensor_difference import DIFFERENT, EQUAL, IDENTICAL, ROUNDING, SHAPE, Difference, relative_difference
 from bam_merge.comparing.two_models import Comparison
 from bam_merge.showing.findings import SHOWN, apart, ignored
-from bam_merge.showing.heatmap import Row, heatmaps, rank
+from bam_merge.showing.heatmap import HeatmapRow, heatmaps, rank
 from bam_merge.showing.terminal import Terminal, grid, heading, line, padded
 from bam_merge.text import cosine_text, count, folded, percent, printable, short
 from bam_merge.values.wide import BELOW, LARGEST
@@ -64,7 +64,7 @@ def _verdicts(found: Comparison) -> RenderableType:
 # ---- heatmaps ----------------------------------------------------------------------------------------------------------------
 
 
-def comparison_rows(found: Comparison) -> list[Row]:
+def comparison_rows(found: Comparison) -> list[HeatmapRow]:
     """The heatmap of |B - A| / |A|: roles in the layers, then what has no layer."""
     groups: dict[str, dict[int | None, list[Difference]]] = {}
     for d in found.compared:
@@ -74,13 +74,13 @@ def comparison_rows(found: Comparison) -> list[Row]:
     rows = []
     for role, at in sorted(groups.items(), key=lambda item: rank(item[0], set(item[1]) == {None})):
         each = [_shade(at[layer]) if layer in at else None for layer in layers] if set(at) - {None} else [_shade(at[None])]
-        rows.append(Row(role, each, drift([d for members in at.values() for d in members])))
+        rows.append(HeatmapRow(role, each, relative_difference([d for members in at.values() for d in members])))
     return rows
 
 
 def _shade(members: Sequence[Difference]) -> float | None:
     """The drift of tensors; infinity where some has NaN or infinity that the other does not have."""
-    found = drift(members)
+    found = relative_difference(members)
     return math.inf if any(d.odd for d in members) else found if found is None else min(found, LARGEST)
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from bam_merge.comparing.drift import Drift
 from bam_merge.comparing.gram import Gram
 from bam_merge.showing.findings import apart, ignored
-from bam_merge.showing.heatmap import Row, heatmaps, rank
+from bam_merge.showing.heatmap import HeatmapRow, heatmaps, rank
 from bam_merge.showing.terminal import Terminal, grid, heading, line, padded
 from bam_merge.text import percent, printable, thousandths
 
@@ -36,14 +36,14 @@ def _readings(found: Drift) -> RenderableType:
     return padded(table)
 
 
-def drift_rows(found: Drift, expert: int) -> list[Row]:
+def drift_rows(found: Drift, expert: int) -> list[HeatmapRow]:
     """A heatmap's rows: roles in the layers, then what has no layer."""
     _, roles, values = found.table(expert)
     rows = []
     for index, role in sorted(enumerate(roles), key=lambda item: rank(item[1], False)):
         overall = found.part(role)
-        rows.append(Row(role, [row[index] for row in values], overall.drift(expert) if overall else None))
-    return rows + [Row(printable(role.removeprefix("? "), 40), [value], value) for role, value in found.alone(expert)]
+        rows.append(HeatmapRow(role, [row[index] for row in values], overall.drift(expert) if overall else None))
+    return rows + [HeatmapRow(printable(role.removeprefix("? "), 40), [value], value) for role, value in found.alone(expert)]
 
 
 def grams_by_role(found: Drift) -> list[tuple[str, Gram]]:

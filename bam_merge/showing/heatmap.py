@@ -19,7 +19,7 @@ LABEL, FIGURE = 16, 11
 
 
 @dataclass(frozen=True)
-class Row:
+class HeatmapRow:
     """A role: its value in each layer (None where there is none, infinity for what is no number), or one value, and over all of them."""
 
     name: str
@@ -35,7 +35,7 @@ def scale(values: Sequence[float]) -> tuple[float, float]:
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))] or ordered[-1], ordered[-1]
 
 
-def heatmap(rows: Sequence[Row], top: float, terminal: Terminal) -> RenderableType:
+def heatmap(rows: Sequence[HeatmapRow], top: float, terminal: Terminal) -> RenderableType:
     """The rows; `top` is the largest value of the scale. Layers beyond the width share a character, which shows the largest of them."""
     width = max(8, terminal.width - LABEL - FIGURE - 8)
     layers = max((len(row.values) for row in rows), default=0)
@@ -84,7 +84,7 @@ def rank(role: str, alone: bool) -> tuple[bool, int, str]:
     return alone, ROLES.index(role) if role in ROLES else len(ROLES), role
 
 
-def heatmaps(maps: Sequence[tuple[str, str, Sequence[Row]]], terminal: Terminal) -> Iterator[RenderableType]:
+def heatmaps(maps: Sequence[tuple[str, str, Sequence[HeatmapRow]]], terminal: Terminal) -> Iterator[RenderableType]:
     """Heatmaps on one scale, with one legend."""
     values = [value for _, _, rows in maps for row in rows for value in row.values if value is not None]
     top, largest = scale(values)

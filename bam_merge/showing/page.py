@@ -21,7 +21,7 @@ from bam_merge.errors import OutputError
 from bam_merge.files import mode_of_new_files
 from bam_merge.showing.comparison import comparison_rows, remarks, verdict_counts
 from bam_merge.showing.drift import drift_rows, grams_by_role
-from bam_merge.showing.heatmap import Row, scale
+from bam_merge.showing.heatmap import HeatmapRow, scale
 from bam_merge.system import name_new, sync
 from bam_merge.text import in_percent, percent, printable
 
@@ -47,10 +47,10 @@ def check_free(path: Path, force: bool) -> None:
         raise OutputError(f"--html {printable(str(path))}: exists. Choose another name, or replace it with --force.")
 
 
-def write_report(found: Comparison | Drift, path: Path, force: bool = False) -> None:
+def write_page(found: Comparison | Drift, path: Path, force: bool = False) -> None:
     """Write the page, whole or not at all. Raises OutputError."""
     check_free(path, force)
-    page = report_page(found).encode()
+    page = page_of(found).encode()
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".bam-merge.", delete=False) as file:
@@ -70,7 +70,7 @@ def write_report(found: Comparison | Drift, path: Path, force: bool = False) -> 
             os.unlink(temporary)
 
 
-def report_page(found: Comparison | Drift) -> str:
+def page_of(found: Comparison | Drift) -> str:
     """The page as HTML."""
     title, parts = (_drift(found)) if isinstance(found, Drift) else _comparison(found)
     template = (resources.files("bam_merge.showing") / "page.html").read_text(encoding="utf-8")
@@ -163,7 +163,7 @@ def _left_out(left_out: object) -> str:
 # ---- heatmaps ----------------------------------------------------------------------------------------------------------------
 
 
-def _maps(maps: Sequence[tuple[str, str, Sequence[Row]]]) -> Iterator[str]:
+def _maps(maps: Sequence[tuple[str, str, Sequence[HeatmapRow]]]) -> Iterator[str]:
     """Heatmaps on one scale, with one legend."""
     top, largest = scale([value for _, _, rows in maps for row in rows for value in row.values if value is not None])
     for name, aside, rows in maps:
@@ -178,7 +178,7 @@ def _maps(maps: Sequence[tuple[str, str, Sequence[Row]]]) -> Iterator[str]:
     )
 
 
-def _map(name: str, rows: Sequence[Row], top: float) -> str:
+def _map(name: str, rows: Sequence[HeatmapRow], top: float) -> str:
     """One heatmap: roles in layers above the layers' numbers, what has no layer below; a path per shade."""
     width = max((len(row.values) for row in rows), default=0)
     side = max(4, min(26, 840 // max(1, width)))

@@ -52,7 +52,7 @@ COUNT_BYTES = 2**24
 """Bytes of a tensor that are looked at together for NaN and infinity."""
 
 
-def listed(problems: Sequence[str]) -> str:
+def first_problems(problems: Sequence[str]) -> str:
     """The first problems, and how many more there are."""
     more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
     return "; ".join([*problems[:MOST_PROBLEMS], *more])

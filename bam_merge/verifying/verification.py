@@ -30,7 +30,7 @@ from bam_merge.verifying.conversion import as_written, open_dense
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import file_checks
 from bam_merge.verifying.perplexity import perplexities, read_texts
-from bam_merge.verifying.record import card_check, contradictions, listed, nonfinite_problems, places, record_problems
+from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report
 from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
@@ -193,10 +193,12 @@ class _Sources:
     def _record(self, plan: Plan | None, same_version: bool) -> None:
         derived = record_problems(plan, self.manifest) if plan is not None else []
         if self.wrong or (derived and same_version):
-            check = Check("provenance", False, listed([*self.wrong, *derived]))
+            check = Check("provenance", False, first_problems([*self.wrong, *derived]))
         elif derived:
             version = printable(str(self.manifest["version"]))
-            check = Check("provenance", None, f"written by bam-merge {version}, this is {__version__}, which records: {listed(derived)}")
+            check = Check(
+                "provenance", None, f"written by bam-merge {version}, this is {__version__}, which records: {first_problems(derived)}"
+            )
         elif plan is None:
             check = Check("provenance", True, "does not contradict itself; what follows from the sources was not compared")
         else:

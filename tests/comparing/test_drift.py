@@ -23,7 +23,7 @@ from bam_merge.comparing.drift import Drift
 from bam_merge.comparing.sides import Side
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError, OutputError
-from bam_merge.showing.page import report_page, write_report
+from bam_merge.showing.page import page_of, write_page
 
 CONFIG = {**CONFIGS["llama"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 NAMES = ("code", "law", "math")
@@ -229,7 +229,7 @@ def test_a_large_models_page_stays_small(noisy: tuple[Path, list[Path]]) -> None
     grams = {(role, layer, None): gram for layer in range(126) for role, gram in roles}
     leaves = {place: found.seed.leaves[place[0], 0, None] for place in grams}
     seed = Side("seed", found.seed.anatomy, None, leaves, {})
-    assert 100_000 < len(report_page(replace(found, seed=seed, grams=grams))) < 500_000
+    assert 100_000 < len(page_of(replace(found, seed=seed, grams=grams))) < 500_000
 
 
 def test_a_page_is_written_whole_or_not_at_all(
@@ -243,10 +243,10 @@ def test_a_page_is_written_whole_or_not_at_all(
     found = drift(noisy[0], noisy[1])
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match="No space left on device"):
-        write_report(found, page, force=True)
+        write_page(found, page, force=True)
     assert page.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["code", "law", "math", "page.html", "seed"]
     monkeypatch.undo()
-    write_report(found, page, force=True)
+    write_page(found, page, force=True)
     assert page.read_text().startswith("<!doctype html>")
 
 
@@ -270,10 +270,13 @@ def test_tensors_longer_than_a_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [2, 31, 126])
 def test_a_heatmap_is_as_high_as_its_rows(layers: int) -> None:
     """The picture, and the words to its left and right, end with the last row: below it nothing is cut."""
-    from bam_merge.showing.heatmap import Row
+    from bam_merge.showing.heatmap import HeatmapRow
     from bam_merge.showing.page import AXIS, _map
 
-    rows = [Row(f"role {index}", [0.1] * layers, 0.1) for index in range(9)] + [Row("embed", [0.2], 0.2), Row("head", [None], None)]
+    rows = [HeatmapRow(f"role {index}", [0.1] * layers, 0.1) for index in range(9)] + [
+        HeatmapRow("embed", [0.2], 0.2),
+        HeatmapRow("head", [None], None),
+    ]
     drawn = _map("x", rows, 0.2)
     (width, height) = map(int, re.findall(r'<svg width="(\d+)" height="(\d+)"', drawn)[0])
     cells = [(int(x) + int(w), int(y) + int(h)) for x, y, w, h in re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)", drawn)]
@@ -300,7 +303,7 @@ def test_no_row_of_the_page_is_cut(width: int, noisy: tuple[Path, list[Path]], t
     roles = [(role, gram) for (role, layer, _), gram in found.grams.items() if layer == 0]
     grams = {(role, layer, None): gram for layer in range(60) for role, gram in roles}
     seed = Side("seed", found.seed.anatomy, None, {place: found.seed.leaves[place[0], 0, None] for place in grams}, {})
-    page = report_page(replace(found, seed=seed, grams=grams)).replace("</body>", PROBE)
+    page = page_of(replace(found, seed=seed, grams=grams)).replace("</body>", PROBE)
     (tmp_path / "page.html").write_text(page)
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-features=OverlayScrollbar", f"--window-size={width},900"]
     address = (tmp_path / "page.html").as_uri()
@@ -312,7 +315,7 @@ def test_no_row_of_the_page_is_cut(width: int, noisy: tuple[Path, list[Path]], t
 def test_the_page_has_the_mode_that_the_umask_leaves(noisy: tuple[Path, list[Path]], tmp_path: Path, mask: int) -> None:
     found, before = drift(noisy[0], noisy[1]), os.umask(mask)
     try:
-        write_report(found, tmp_path / "page.html")
+        write_page(found, tmp_path / "page.html")
     finally:
         assert os.umask(before) == mask
     assert stat.S_IMODE((tmp_path / "page.html").stat().st_mode) == 0o666 & ~mask

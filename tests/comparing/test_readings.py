@@ -16,7 +16,7 @@ from bam_merge.comparing.drift import Drift
 from bam_merge.demo.synthetic import write_checkpoint
 from bam_merge.errors import CheckpointError
 from bam_merge.showing.drift import drift_text
-from bam_merge.showing.page import report_page
+from bam_merge.showing.page import page_of
 from bam_merge.showing.terminal import Terminal
 
 CONFIG: dict[str, Any] = {
@@ -354,7 +354,7 @@ def test_tensors_without_arithmetic_count_too(tmp_path: Path, run: Any) -> None:
 def test_the_page_and_the_terminal_say_who_drifted(tmp_path: Path) -> None:
     """One expert of two that moved has no cosine with the other: that is not "no drift"."""
     found = compared(tmp_path, {"code": noise(0.01, 1, *LORA), "law": noise(0.1, 2, "mlp")})
-    page = report_page(found)
+    page = page_of(found)
     assert (
         "only code drifted" in page and "only law drifted" in page and page.count("no drift<") == 7
     )  # embed, head, the norms, keys and attention's output
