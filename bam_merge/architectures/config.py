@@ -213,10 +213,9 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
         problems.append(f"config.json: {some(odd)} in rope_parameters must be a number, text or a list of numbers.")
         return {}
     rope = {key: value for key, value in raw.items() if key != "type" and value is not None}
-    rope["rope_type"] = raw.get("rope_type") or raw.get("type") or "default"
-    if family.name == "phi3" and rope["rope_type"] in ("su", "yarn"):
-        rope["rope_type"] = "longrope"  # as transformers' Phi3Config reads older files
-    base, share = ("rotary_emb_base", "rotary_pct") if family.name == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
+    stated = raw.get("rope_type") or raw.get("type") or "default"
+    rope["rope_type"] = next((new for old, new in family.quirks.rope_types.items() if old == stated), stated)
+    base, share = family.quirks.rotary_base, family.quirks.rotary_share or "partial_rotary_factor"
     rope.setdefault("rope_theta", config.get(base, family.defaults.get("rope_theta", 10000.0)))
     rope.setdefault("partial_rotary_factor", config.get(share, family.defaults.get("partial_rotary_factor", 1.0)))
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -226,8 +225,8 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
         rope[key] = float(rope[key])
     if rope["rope_type"] in ("dynamic", "yarn", "longrope"):
         inner, outer = rope.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
-        if family.name == "phi3":  # the one family whose configuration class has the outer key, with a default
-            inner = outer or family.defaults["original_max_position_embeddings"]
+        if family.quirks.context == "outer":
+            inner = outer or family.defaults.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = inner or config.get("max_position_embeddings")
     return dict(sorted(rope.items()))
 

@@ -35,7 +35,7 @@ def without_nulls(family: Architecture, config: Mapping[str, Any], problems: lis
     inner = known.get("rope_scaling") or known.get("rope_parameters")
     for key, word in ROPE_SPELLINGS.items():
         if key in known and known[key] is None:
-            needed = key in family.defaults or (key == "rope_theta") != (family.name == "gpt_neox")
+            needed = key in (*family.defaults, family.quirks.rotary_base, family.quirks.rotary_share)
             if needed and not (isinstance(inner, dict) and inner.get(word) is not None):
                 problems.append(_meaningless(family, key))
             del known[key]

@@ -1,30 +1,17 @@
 """Facts that a config.json can spell in two places: which place transformers takes, and where a file contradicts itself.
 
 A file that spells a fact twice means one thing to transformers and may mean another to the next engine, or to who edited it: so two
-values are refused, and two equal ones are fine. The tables are transformers' configuration classes (version 5) as data, and
-tests/architectures/test_spellings.py holds every line of them against those classes.
+values are refused, and two equal ones are fine. What transformers' configuration classes (version 5) do stands here, and where they are
+unlike in the [quirks] of an architecture's table; tests/architectures/test_spellings.py holds every line of it against those classes.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.tables import Architecture, Quirks
+from bam_merge.architectures.vocabulary import EXPERT_COUNTS, ROTARY_BASES, ROTARY_SHARES, WORKED_OUT
 from bam_merge.text import printable
-
-WHOLE_HEADS = ("llama", "mistral", "qwen2", "qwen3", "cohere", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Model types whose attention turns every channel of a head, whatever share config.json asks for."""
-
-
-PLAIN = (*WHOLE_HEADS, "phi3", "bam")
-
-
-LOW_BASE = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "bam")
-
-
-READ = (*PLAIN, "gpt_neox")
-"""Every model type that is read here to be merged or run."""
-
 
 STRETCHED = ("yarn", "longrope", "llama3")
 """Types of rotary scaling that start from an original context."""
@@ -32,16 +19,15 @@ STRETCHED = ("yarn", "longrope", "llama3")
 
 @dataclass(frozen=True)
 class Spelling:
-    """One fact of some model types, under all keys that mean it.
+    """One fact of a model type, under all keys that mean it.
 
-    `read` are the keys that transformers takes, the first that is there before the next; `ignored` those that it passes over for these
-    model types, though other types or other programs read them. "rope.KEY" is KEY inside rope_scaling or rope_parameters. `default` is
+    `read` are the keys that transformers takes, the first that is there before the next; `ignored` those that it passes over for this
+    model type, though other types or other programs read them. "rope.KEY" is KEY inside rope_scaling or rope_parameters. `default` is
     the value where no key of `read` is there: a literal, "$KEY" for the value of another key, or None where there is none to compare
     with. `only` limits the fact to some types of rotary scaling.
     """
 
     fact: str
-    model_types: tuple[str, ...]
     read: tuple[str, ...]
     ignored: tuple[str, ...] = ()
     default: Any = None
@@ -54,42 +40,49 @@ BASE, SHARE, CONTEXT = "the rotary base", "the share of a head that turns", "the
 ORIGINAL = "original_max_position_embeddings"
 
 
-SPELLINGS = (
-    Spelling("the type of the rotary scaling", READ, ("rope.rope_type", "rope.type")),
-    Spelling(BASE, LOW_BASE, ("rope.rope_theta", "rope_theta"), ("rotary_emb_base",), 10000.0),
-    Spelling(BASE, ("cohere",), ("rope.rope_theta", "rope_theta"), ("rotary_emb_base",), 500000.0),
-    Spelling(BASE, ("mixtral",), ("rope.rope_theta", "rope_theta"), ("rotary_emb_base",), 1000000.0),
-    Spelling(BASE, ("gpt_neox",), ("rope.rope_theta", "rotary_emb_base"), ("rope_theta",), 10000.0),
-    Spelling(SHARE, ("phi3", "bam"), ("rope.partial_rotary_factor", "partial_rotary_factor"), ("rotary_pct",), 1.0),
-    Spelling(SHARE, ("gpt_neox",), ("rope.partial_rotary_factor", "rotary_pct"), ("partial_rotary_factor",), 0.25),
-    Spelling(SHARE, WHOLE_HEADS, (), ("rope.partial_rotary_factor", "partial_rotary_factor", "rotary_pct"), 1.0),
-    Spelling(CONTEXT, ("phi3",), (ORIGINAL,), (f"rope.{ORIGINAL}",), 4096, STRETCHED),
-    Spelling(CONTEXT, (*WHOLE_HEADS, "bam", "gpt_neox"), (f"rope.{ORIGINAL}",), (ORIGINAL,), "$max_position_embeddings", STRETCHED),
-    Spelling("the dtype", (*READ, "olmoe"), ("dtype", "torch_dtype")),
-    Spelling("the activation", PLAIN, ("hidden_act",), ("hidden_activation", "activation_function"), "silu"),
-    Spelling("the activation", ("gpt_neox",), ("hidden_act",), ("hidden_activation", "activation_function"), "gelu"),
-    Spelling("the number of experts", ("mixtral",), ("num_experts", "num_local_experts"), ("n_routed_experts",)),
-    Spelling("the number of experts", ("qwen3_moe", "olmoe"), ("num_local_experts", "num_experts"), ("n_routed_experts",)),
-    Spelling("the number of experts", ("qwen2_moe",), ("num_experts",), ("num_local_experts", "n_routed_experts"), 60),
-    Spelling("the hidden size", READ, ("hidden_size",), ("n_embd", "d_model")),
-    Spelling("the number of layers", READ, ("num_hidden_layers",), ("n_layer", "num_layers")),
-    Spelling("the number of heads", READ, ("num_attention_heads",), ("n_head", "num_heads")),
-    Spelling("the number of key and value heads", ("gpt_neox",), (), ("num_key_value_heads",), "$num_attention_heads"),
-    Spelling("the size of a head", ("gpt_neox",), (), ("head_dim",), "$hidden_size / num_attention_heads"),
-)  # fmt: skip
+ACTIVATION = ("hidden_act",), ("hidden_activation", "activation_function")
 
 
-SLIDING = {
-    "qwen2": "by layer", "qwen3": "by layer", "qwen2_moe": "by layer", "mistral": "all", "phi3": "all", "mixtral": "all",
-    "qwen3_moe": "all if used", "llama": "none", "cohere": "none", "gpt_neox": "none",
-}  # fmt: skip
-"""Which layers have sliding-window attention, in transformers.
+SIZES = {
+    "the hidden size": ("hidden_size", "n_embd", "d_model"),
+    "the number of layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "the number of heads": ("num_attention_heads", "n_head", "num_heads"),
+}
+"""Facts that every model type takes from the first of these keys."""
 
-by layer      those that layer_types names, or, where it is left out, max_window_layers implies; none unless use_sliding_window
-all if used   every layer if use_sliding_window, else none; layer_types and max_window_layers are ignored
-all           every layer if sliding_window is a number; the other three keys are ignored
-none          none; all four keys are ignored
-"""
+
+def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
+    """The facts that a config.json of `table` can spell in two places; few where it is only looked at, none where nobody tried."""
+    quirks, run = table.quirks, table.kind != "foreign"
+    if not run and quirks == Quirks():
+        return ()
+    experts = (quirks.experts, _others(EXPERT_COUNTS, quirks.experts), quirks.experts_default)
+    return (
+        *(_rotary_lines(table) if run else ()),
+        Spelling("the dtype", ("dtype", "torch_dtype")),
+        *([Spelling("the activation", *ACTIVATION, table.defaults.get("hidden_act", "silu"))] if run else ()),
+        *([Spelling("the number of experts", *experts)] if quirks.experts else ()),
+        *(Spelling(fact, (key,), tuple(others)) for fact, (key, *others) in SIZES.items() if run),
+        *(Spelling(WORKED_OUT[key], (), (key,), f"${source}") for key, source in quirks.worked_out.items()),
+    )
+
+
+def _rotary_lines(table: Architecture) -> Iterator[Spelling]:
+    base, share, inner = table.quirks.rotary_base, table.quirks.rotary_share, "rope.partial_rotary_factor"
+    yield Spelling("the type of the rotary scaling", ("rope.rope_type", "rope.type"))
+    yield Spelling(BASE, ("rope.rope_theta", base), _others(ROTARY_BASES, (base,)), table.defaults.get("rope_theta", 10000.0))
+    if share:
+        yield Spelling(SHARE, (inner, share), _others(ROTARY_SHARES, (share,)), table.defaults.get("partial_rotary_factor", 1.0))
+    else:
+        yield Spelling(SHARE, (), (inner, *ROTARY_SHARES), 1.0)
+    if table.quirks.context == "outer":
+        yield Spelling(CONTEXT, (ORIGINAL,), (f"rope.{ORIGINAL}",), table.defaults.get(ORIGINAL, "$max_position_embeddings"), STRETCHED)
+    else:
+        yield Spelling(CONTEXT, (f"rope.{ORIGINAL}",), (ORIGINAL,), "$max_position_embeddings", STRETCHED)
+
+
+def _others(known: tuple[str, ...], taken_from: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in known if key not in taken_from)
 
 
 SYNONYMS = {"swish": "silu", "su": "longrope"}
@@ -100,12 +93,15 @@ def conflicts(table: Architecture, config: Mapping[str, Any]) -> list[str]:
     kind = table.name
     rope_key = next((key for key in ("rope_scaling", "rope_parameters") if isinstance(config.get(key), dict) and config[key]), None)
     rope = config[rope_key] if rope_key else {}
-    problems = list(_two_ropes(kind, config)) if rope_key == "rope_scaling" else []
-    for spelling in SPELLINGS:
-        if kind in spelling.model_types and (spelling.only is None or _rope_type(rope) in spelling.only):
+    problems = list(_two_ropes(table, config)) if rope_key == "rope_scaling" else []
+    for spelling in spellings_of(table):
+        if spelling.only is None or _rope_type(rope) in spelling.only:
             problems += _conflict(spelling, kind, config, rope_key)
     window = config.get("sliding_window", table.defaults.get("sliding_window"))
-    return problems + [f"config.json: {text}" for text in _sliding(kind, config, window)]
+    return problems + [f"config.json: {text}" for text in _sliding(table, config, window)]
+
+
+BY_LAYER = ("by layer", "every other layer")
 
 
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
@@ -113,8 +109,7 @@ WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "lay
 
 def settled_keys(table: Architecture) -> frozenset[str]:
     """The keys that `conflicts` answers for: where it finds nothing, they say what is read anyway, or nothing to this model type."""
-    lines = [spelling for spelling in SPELLINGS if table.name in spelling.model_types]
-    return frozenset(WINDOW_KEYS).union(*((*spelling.read, *spelling.ignored) for spelling in lines))
+    return frozenset(WINDOW_KEYS).union(*((*spelling.read, *spelling.ignored) for spelling in spellings_of(table)))
 
 
 def taken(spelling: Spelling, config: Mapping[str, Any], rope_key: str | None) -> tuple[str | None, Any]:
@@ -151,12 +146,12 @@ def _conflict(spelling: Spelling, kind: str, config: Mapping[str, Any], rope_key
             )
 
 
-def _two_ropes(kind: str, config: Mapping[str, Any]) -> Iterator[str]:
+def _two_ropes(table: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     """Where both are there, transformers takes all of rope_scaling, and nothing of rope_parameters."""
     newer = config.get("rope_parameters")
     if not isinstance(newer, dict) or not newer:
         return
-    first, second = (_effective(kind, config, key) for key in ("rope_scaling", "rope_parameters"))
+    first, second = (_effective(table, config, key) for key in ("rope_scaling", "rope_parameters"))
     differing = [key for key in dict.fromkeys((*first, *second)) if _plain(first.get(key)) != _plain(second.get(key))]
     if differing:
         shown = "; ".join(f"{printable(key)} {_brief(first.get(key))} and {_brief(second.get(key))}" for key in differing)
@@ -166,27 +161,27 @@ def _two_ropes(kind: str, config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _effective(kind: str, config: Mapping[str, Any], rope_key: str) -> dict[str, Any]:
+def _effective(table: Architecture, config: Mapping[str, Any], rope_key: str) -> dict[str, Any]:
     """The rotary embedding by one of the two dictionaries alone, with what it leaves to the keys beside it."""
     rope = config[rope_key]
     result = {key: value for key, value in rope.items() if key not in ("type", "rope_type") and value is not None}
     result["rope_type"] = _rope_type(rope)
-    for spelling in SPELLINGS:
+    for spelling in spellings_of(table):
         name = {BASE: "rope_theta", SHARE: "partial_rotary_factor", CONTEXT: ORIGINAL}.get(spelling.fact)
-        if name and kind in spelling.model_types and (spelling.only is None or result["rope_type"] in spelling.only):
+        if name and (spelling.only is None or result["rope_type"] in spelling.only):
             result[name] = taken(spelling, config, rope_key)[1]
     return result
 
 
-def _sliding(kind: str, config: Mapping[str, Any], window: Any) -> Iterator[str]:
+def _sliding(table: Architecture, config: Mapping[str, Any], window: Any) -> Iterator[str]:
     """Contradictions among use_sliding_window, sliding_window (`window`, by default too), max_window_layers and layer_types."""
-    how, layers, types = SLIDING.get(kind), config.get("num_hidden_layers"), config.get("layer_types")
+    kind, how, layers, types = table.name, table.quirks.windows, config.get("num_hidden_layers"), config.get("layer_types")
     use, first = config.get("use_sliding_window"), config.get("max_window_layers")
-    if how is None or not is_count(layers) or not (window is None or is_count(window)):
+    if how == "stated" or table.kind == "foreign" or not is_count(layers) or not (window is None or is_count(window)):
         return
     given = [t == "sliding_attention" for t in types] if isinstance(types, list) and len(types) == layers else None
     left_out = "" if "use_sliding_window" in config else " (left out)"
-    if how in ("by layer", "all if used") and not use:
+    if how in (*BY_LAYER, "all if used") and not use:
         if given and any(given):
             yield f"layer_types has sliding layers, but use_sliding_window is false{left_out}, so that {kind} has no window. Correct one."
         return
@@ -200,8 +195,8 @@ def _sliding(kind: str, config: Mapping[str, Any], window: Any) -> Iterator[str]
             f"sliding_window = {_brief(window)}, but use_sliding_window is false, which transformers ignores for {kind}. "
             "Set sliding_window to null, or remove use_sliding_window."
         )
-    if how == "by layer":
-        implied = _implied(kind, layers, first) if type(first) is int and window else None
+    if how in BY_LAYER:
+        implied = _implied(how, layers, first) if type(first) is int and window else None
         if given is not None and implied is not None and given != implied:
             yield (
                 f"layer_types says that layers {_layers(given)} slide, max_window_layers = {first} that layers {_layers(implied)} do; "
@@ -223,9 +218,9 @@ def _sliding(kind: str, config: Mapping[str, Any], window: Any) -> Iterator[str]
         yield f"layer_types has sliding layers, but sliding_window is no number, so that {kind} has no window. Correct one."
 
 
-def _implied(kind: str, layers: int, first: int) -> list[bool]:
-    """The layers that slide by max_window_layers: from it on, but in qwen2_moe every other one before it."""
-    return [layer % 2 == 0 and layer < first if kind == "qwen2_moe" else layer >= first for layer in range(layers)]
+def _implied(how: str, layers: int, first: int) -> list[bool]:
+    """The layers that slide by max_window_layers: from it on, or every other one before it."""
+    return [layer % 2 == 0 and layer < first if how == "every other layer" else layer >= first for layer in range(layers)]
 
 
 # ---- values and words ----------------------------------------------------------------------------------------------------

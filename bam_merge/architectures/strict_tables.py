@@ -7,19 +7,39 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from bam_merge.architectures.vocabulary import ROLES, SYMBOLS, TRAITS
+from bam_merge.architectures.vocabulary import (
+    CONTEXTS,
+    EXPERT_COUNTS,
+    ROLES,
+    ROTARY_BASES,
+    ROTARY_SHARES,
+    SYMBOLS,
+    TRAITS,
+    WINDOWS,
+    WORKED_OUT,
+)
 from bam_merge.text import nearest
 
 Kinds = Mapping[str, type | tuple[type, ...]]
 
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
-    "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
+    "quirks": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
     "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "when": str, "make": str, "without": str,
 }  # fmt: skip
+QUIRKS: Kinds = {
+    "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
+    "experts_default": int,
+}  # fmt: skip
+"""What tables.Quirks documents, key by key."""
+QUIRK_WORDS: Mapping[str, Iterable[str]] = {
+    "rotary_base": ROTARY_BASES, "rotary_share": ROTARY_SHARES, "context": CONTEXTS, "windows": WINDOWS, "worked_out": WORKED_OUT,
+    "experts": EXPERT_COUNTS,
+}  # fmt: skip
+"""The words that a key of [quirks] can hold."""
 LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
 KINDS = ("dense", "mixture", "foreign")
 
@@ -45,6 +65,9 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for trait in table.get("traits", {}):
         if trait not in TRAITS:
             yield f"traits.{trait}: no such trait{_known(trait, TRAITS)}"
+    yield from _quirks(table.get("quirks", {}))
+    if "sliding_window" in (*table.get("function", ()), *table.get("config", ())) and "windows" not in table.get("quirks", {}):
+        yield f"quirks.windows is missing: the table names sliding_window, and windows are one of {', '.join(WINDOWS)}."
     wrong = list(_keys("tensors", table["tensors"], TENSORS, needed=("rows",)))
     yield from wrong
     if wrong:
@@ -55,6 +78,20 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for index, limit in enumerate(table.get("limits", ())):
         yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise",))
         yield from _sizes(f"limits[{index}].equal", limit.get("equal", ()))
+
+
+def _quirks(quirks: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the section that says what a family's configuration class does and most do not."""
+    wrong = list(_keys("quirks", quirks, QUIRKS))
+    yield from wrong
+    for key, words in () if wrong else QUIRK_WORDS.items():
+        for word in [quirks[key]] if isinstance(quirks.get(key), str) else quirks.get(key, ()):
+            if word not in words:
+                yield f"quirks.{key}: {word!r} is not possible{_known(str(word), words)}"
+    for key, source in () if wrong else quirks.get("worked_out", {}).items():
+        for word in str(source).split(" / "):
+            if word not in SYMBOLS.values():
+                yield f"quirks.worked_out.{key}: {word!r} is no size{_known(word, SYMBOLS.values())}"
 
 
 def _keys(place: str, record: object, known: Kinds, needed: Iterable[str] = ()) -> Iterator[str]:

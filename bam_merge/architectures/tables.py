@@ -7,7 +7,7 @@ are the same type; a row read backwards cuts a fused tensor into roles, read for
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from math import prod
@@ -60,6 +60,30 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Quirks:
+    """What transformers' configuration class takes of a config.json where classes differ. Most families need none of it.
+
+    `rotary_base`       the key beside rope_parameters that holds the rotary base
+    `rotary_share`      the key beside rope_parameters that holds the share of a head that turns; None: whole heads turn, whatever is asked
+    `rope_types`        types of rotary scaling that are read as another one
+    `context`           where the context before the rotary scaling stands: "inner" (in rope_parameters) or "outer" (a key beside it)
+    `windows`           which layers have sliding-window attention: a word of vocabulary.WINDOWS
+    `worked_out`        facts that are always worked out, whatever a key says: each is another key, or "KEY / KEY"
+    `experts`           the keys that the number of experts is taken from, the first that is there before the next
+    `experts_default`   that number where none of them is there; None: there is none to compare with
+    """
+
+    rotary_base: str = "rope_theta"
+    rotary_share: str | None = None
+    rope_types: Mapping[str, str] = field(default_factory=dict)
+    context: str = "inner"
+    windows: str = "none"
+    worked_out: Mapping[str, str] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
+    experts_default: int | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
@@ -78,6 +102,7 @@ class Architecture:
     defaults: Mapping[str, Any]
     neutral: tuple[str, ...]
     traits: Mapping[str, Any]
+    quirks: Quirks
     accepts: Mapping[str, Any]
     implies: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -136,11 +161,17 @@ def read_table(text: str, file: str) -> Architecture:
         defaults=table.get("defaults", {}),
         neutral=tuple(table.get("neutral", ())),
         traits=table.get("traits", {}),
+        quirks=_quirks(table.get("quirks", {})),
         accepts=table.get("accepts", {}),
         implies=table.get("implies", {}),
         config=table.get("config", {}),
         limits=tuple(_limit(record) for record in table.get("limits", ())),
     )
+
+
+def _quirks(record: Mapping[str, Any]) -> Quirks:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    return Quirks(**values)
 
 
 def _limit(record: Mapping[str, Any]) -> Limit:

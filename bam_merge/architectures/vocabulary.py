@@ -1,4 +1,4 @@
-"""The words that architecture tables are written in: roles, the letters of shapes, traits."""
+"""The words that architecture tables are written in: roles, the letters of shapes, traits, keys of a config.json that mean one fact."""
 
 from typing import Any
 
@@ -24,3 +24,29 @@ TRAITS: dict[str, Any] = {
     "rope_interleaved": False, "qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
 }  # fmt: skip
 """What a family's model type can imply, and what holds where its table is silent."""
+
+ROTARY_BASES = ("rope_theta", "rotary_emb_base")
+"""Keys beside rope_parameters for the rotary base: of these a family has one, and passes over the others."""
+
+ROTARY_SHARES = ("partial_rotary_factor", "rotary_pct")
+"""Keys beside rope_parameters for the share of a head that turns."""
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys for the number of experts."""
+
+CONTEXTS = ("inner", "outer")
+"""Where the context before the rotary scaling stands: in rope_parameters, or in a key beside it."""
+
+WINDOWS = ("none", "all", "all if used", "by layer", "every other layer", "stated")
+"""Which layers have sliding-window attention, in transformers.
+
+none                none; use_sliding_window, sliding_window, max_window_layers and layer_types are ignored
+all                 every layer if sliding_window is a number; the other three keys are ignored
+all if used         every layer if use_sliding_window, else none; layer_types and max_window_layers are ignored
+by layer            those that layer_types names, or, where it is left out, those from max_window_layers on; none unless use_sliding_window
+every other layer   as by layer, but where layer_types is left out every other one of those before max_window_layers
+stated              those that layer_types names, and there is no other key that could contradict it
+"""
+
+WORKED_OUT = {"num_key_value_heads": "the number of key and value heads", "head_dim": "the size of a head"}
+"""Facts that a family may always work out from others, whatever its config.json says, by the key that others have for them."""

@@ -10,10 +10,6 @@ from typing import Any
 
 from bam_merge.architectures.tables import Architecture
 
-TURNS_A_SHARE = ("phi3", "gpt_neox")
-"""Model types whose attention asks rope_parameters for partial_rotary_factor. All others turn whole heads."""
-
-
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -72,10 +68,7 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         return bool(get(value.partition(":")[2])) if isinstance(value, str) and value.startswith("config:") else value
 
     bias = bool(trait("attention_bias", False))
-    if table.name == "qwen3_moe":
-        out_bias = bias  # Qwen3MoeAttention has one key for q, k, v and o
-    else:
-        out_bias = bool(trait("attention_out_bias", False))
+    out_bias = bool(trait("attention_out_bias", bias and table.kind == "mixture"))  # a layout may have one key for q, k, v and o
     return {
         "norm_type": trait("norm_type", "rms_norm"),
         "norm_bias": bool(trait("norm_bias", False)),
@@ -97,19 +90,21 @@ def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     rope = {key: value for key, value in (older if older else newer if newer else {}).items() if value is not None}
     legacy = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or legacy or "default"
-    theta_key, share_key = ("rotary_emb_base", "rotary_pct") if table.name == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
-    beside = {key: config[key] for key in (theta_key, share_key) if config.get(key) is not None}
+    theta_key, share_key = table.quirks.rotary_base, table.quirks.rotary_share
+    beside = {key: config[key] for key in (theta_key, share_key) if key and config.get(key) is not None}
     if "rope_theta" not in rope:
         rope["rope_theta"] = beside.get(theta_key, table.defaults.get("rope_theta", 10_000.0))
-    if table.name not in (*TURNS_A_SHARE, "bam"):
+    if share_key is None:  # the attention does not ask rope_parameters for it: whole heads turn
         rope["partial_rotary_factor"] = 1.0
     elif "partial_rotary_factor" not in rope:
         rope["partial_rotary_factor"] = beside.get(share_key, table.defaults.get("partial_rotary_factor", 1.0))
-    if table.name == "phi3":
-        if rope["rope_type"] in ("su", "yarn"):
-            rope["rope_type"] = "longrope"
+    for older_type, newer_type in table.quirks.rope_types.items():
+        if rope["rope_type"] == older_type:
+            rope["rope_type"] = newer_type
+            break
+    if table.quirks.context == "outer":
         if rope["rope_type"] == "longrope":
-            rope[ORIGINAL] = config.get(ORIGINAL) or table.defaults[ORIGINAL]
+            rope[ORIGINAL] = config.get(ORIGINAL) or table.defaults.get(ORIGINAL) or config.get("max_position_embeddings")
     elif rope["rope_type"] in ("llama3", "yarn", "longrope") and ORIGINAL not in rope:
         rope[ORIGINAL] = config.get("max_position_embeddings")
     return rope
@@ -136,9 +131,9 @@ def _windows(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[str, Any]:
-    """What a mixture's feed-forward network is. Of its count's two keys, Mixtral's class lets one win and Qwen3-MoE's the other."""
-    order = ("num_experts", "num_local_experts") if table.name in ("mixtral", "qwen2_moe") else ("num_local_experts", "num_experts")
+    """What a mixture's feed-forward network is. Where its count has two keys, the table of the model type says which wins."""
     keys = _keys(table)
+    order = (*table.quirks.experts, "num_local_experts", "num_experts")  # a name that is not read may stand alone, with the right number
     result = {
         "num_experts": next((config[key] for key in (*order, keys.get("num_experts", "")) if config.get(key) is not None), None),
         "num_experts_per_tok": get("num_experts_per_tok"),

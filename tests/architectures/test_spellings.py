@@ -15,8 +15,8 @@ from proofs import UNPROVED, failed
 from bam_merge.architectures import config
 from bam_merge.architectures.anatomy import open_anatomy
 from bam_merge.architectures.config import describe, mixture_values
-from bam_merge.architectures.spellings import ORIGINAL, READ, SLIDING, SPELLINGS, Spelling, conflicts
-from bam_merge.architectures.tables import load_architecture
+from bam_merge.architectures.spellings import BY_LAYER, ORIGINAL, Spelling, conflicts, spellings_of
+from bam_merge.architectures.tables import architecture_names, load_architecture
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
 from bam_merge.model.loading import load_model
@@ -32,8 +32,9 @@ BASE = {
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_experts"}
-KINDS = tuple(kind for kind in READ if kind != "bam")
+KINDS = tuple(kind for kind in architecture_names() if kind != "bam")
+EXPERTS = {kind: key for kind in KINDS for key, value in load_architecture(kind).config.items() if value == "$num_experts"}
+SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
 
 
 def base(kind: str) -> dict[str, Any]:
@@ -71,11 +72,11 @@ VALUES: dict[str, tuple[Any, Any]] = {
 
 
 def lines() -> Iterator[Any]:
-    """(line of the table, model type, two of its keys): every pair, and every key with itself as the only one."""
-    for spelling in SPELLINGS:
-        for kind in spelling.model_types:
+    """(fact, model type, two of its keys): every pair, and every key with itself as the only one."""
+    for kind in architecture_names():
+        for spelling in spellings_of(load_architecture(kind)):
             for first, second in itertools.combinations_with_replacement((*spelling.read, *spelling.ignored), 2):
-                if kind in (*KINDS, "bam") and not (kind == "phi3" and "rope.rope_type" in spelling.read):  # Phi3Config takes longrope only
+                if not (kind == "phi3" and "rope.rope_type" in spelling.read):  # Phi3Config takes longrope only
                     yield pytest.param(spelling, kind, first, second, id=f"{kind}-{first}-{second}")
 
 
@@ -166,7 +167,7 @@ def test_the_table_says_what_transformers_does(spelling: Spelling, kind: str, fi
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_alias_of_transformers_is_missing(kind: str) -> None:
     """Every other name that a configuration class gives one of its keys stands in the table."""
-    groups = [{*spelling.read, *spelling.ignored} for spelling in SPELLINGS if kind in spelling.model_types]
+    groups = [{*spelling.read, *spelling.ignored} for spelling in spellings_of(load_architecture(kind))]
     for alias, key in type(theirs(base(kind))).attribute_map.items():
         assert any({alias, key} <= group for group in groups), (alias, key)
 
@@ -311,7 +312,7 @@ def test_what_transformers_saves_does_not_contradict_itself(kind: str) -> None:
     """With scaling and windows too; and read back it is the same to both readings."""
     table = load_architecture(kind)
     window = {"sliding_window": 16} if SLIDING[kind] != "none" else {}
-    use = {"use_sliding_window": True} if SLIDING[kind] in ("by layer", "all if used") else {}
+    use = {"use_sliding_window": True} if SLIDING[kind] in (*BY_LAYER, "all if used") else {}
     for more in ({}, window | use, {"rope_scaling": LONGROPE if kind == "phi3" else {**YARN, ORIGINAL: 32}}):
         config = {**base(kind), **more}
         saved = json.loads(theirs(config).to_json_string(use_diff=False))

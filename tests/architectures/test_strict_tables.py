@@ -1,11 +1,14 @@
 """Architecture tables are read strictly: whoever adds a family and misspells a word is told which, and what was meant."""
 
+import ast
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
+import bam_merge
 from bam_merge.architectures.strict_tables import TableError
-from bam_merge.architectures.tables import read_table
+from bam_merge.architectures.tables import Quirks, architectures, read_table
 
 LLAMA = (files("bam_merge.architectures") / "llama.toml").read_text(encoding="utf-8")
 QWEN2_MOE = (files("bam_merge.architectures") / "qwen2_moe.toml").read_text(encoding="utf-8")
@@ -22,6 +25,32 @@ WRONG = {
         "{layer}.mlp.down_proj",
         "{layr}.mlp.down_proj",
         ".name: {layr} is neither {layer} nor {expert}; did you mean 'layer'?",
+    ),
+    "a quirk": ("[traits]", '[quirks]\nwindow = "all"\n[traits]', "quirks.window: unknown key; did you mean 'windows'?"),
+    "a word of a quirk": (
+        "[traits]",
+        '[quirks]\nwindows = "all if use"\n[traits]',
+        "quirks.windows: 'all if use' is not possible; did you mean 'all if used'?",
+    ),
+    "a rotary base": (
+        "[traits]",
+        '[quirks]\nrotary_base = "rope_teta"\n[traits]',
+        "quirks.rotary_base: 'rope_teta' is not possible; did you mean 'rope_theta'?",
+    ),
+    "a key of experts": (
+        "[traits]",
+        '[quirks]\nexperts = ["num_expert"]\n[traits]',
+        "quirks.experts: 'num_expert' is not possible; did you mean 'num_experts'?",
+    ),
+    "windows without a word for them": (
+        'function = ["rms_norm_eps"',
+        'function = ["sliding_window", "rms_norm_eps"',
+        "quirks.windows is missing: the table names sliding_window, and windows are one of none, all, all if used, by layer, ",
+    ),
+    "what is worked out": (
+        "[traits]",
+        '[quirks]\nworked_out = { head_dim = "hidden_siz / num_attention_heads" }\n[traits]',
+        "quirks.worked_out.head_dim: 'hidden_siz' is no size; did you mean 'hidden_size'?",
     ),
     "a missing key": ('class = "LlamaForCausalLM"', "", "class is missing."),
     "another type": ('model_types = ["llama"]', 'model_types = "llama"', "model_types: found 'llama', expected list."),
@@ -42,6 +71,30 @@ def test_what_is_misspelt_is_named(case: str) -> None:
     with pytest.raises(TableError) as caught:
         read_table(LLAMA.replace(old, new, 1), "mine.toml")
     assert message.replace("{last}", str(last)) in str(caught.value) and "mine.toml: " in str(caught.value)
+
+
+def test_a_family_without_quirks_reads_as_most_do() -> None:
+    assert "[quirks]" not in LLAMA
+    assert read_table(LLAMA, "llama.toml").quirks == Quirks()
+
+
+PACKAGE = Path(bam_merge.__file__).parent
+NAMES = {word for table in architectures() for word in (table.name, table.class_name, *table.model_types)} - {"bam", "BamForCausalLM"}
+
+
+def test_no_python_names_a_family() -> None:
+    """A new family is a table: what is special about one stands there. (The exported model is bam's own, the demonstration makes a model.)"""
+    assert {"llama", "gpt_neox", "qwen3_moe", "deepseek_v3"} <= NAMES
+    modules = [path for path in PACKAGE.rglob("*.py") if not {"exported", "demo"} & set(path.relative_to(PACKAGE).parts)]
+    assert len(modules) > 100
+    named = [f"{path.relative_to(PACKAGE)}: {word}" for path in modules for word in _constants(path) if word in NAMES]
+    assert named == []
+    assert "llama" in _constants(PACKAGE / "demo" / "demo.py")  # which is how one would be found
+
+
+def _constants(path: Path) -> list[str]:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
 def test_all_problems_are_told_at_once() -> None:
