@@ -274,16 +274,33 @@ def test_every_combination_of_window_keys_is_refused_or_read_as_transformers_doe
     ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0, "layer_types": [FULL, SLIDES]}, True),
 ])  # fmt: skip
 def test_what_transformers_does_with_windows(kind: str, keys: dict[str, Any], far: bool) -> None:
+    assert sees_far({**base(kind), **keys}) == far
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_word_for_windows_is_what_transformers_does(kind: str) -> None:
+    """Four forwards tell the words apart: a window, one that is used, and one that layer_types gives to no layer or to all."""
+    window = {"sliding_window": 4}
+    used = {**window, "use_sliding_window": True, "max_window_layers": 0}
+    ways = (window, used, {**used, "layer_types": [FULL, FULL]}, {**used, "layer_types": [SLIDES, SLIDES]})
+    word = {
+        (True, True, True, True): "none", (False, False, False, False): "all", (True, False, False, False): "all if used",
+        (True, False, True, False): "by layer", (True, True, True, False): "every other layer",
+    }  # fmt: skip
+    assert word[tuple(sees_far({**base(kind), **keys}) for keys in ways)] == SLIDING[kind]
+
+
+def sees_far(config: dict[str, Any]) -> bool:
     """By a forward: whether the last of twelve tokens sees the first through two layers, which it does where not both slide."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(theirs({**base(kind), **keys})).eval()
+    model = transformers.AutoModelForCausalLM.from_config(theirs(config)).eval()
     ids = torch.arange(3, 15)[None]
     other = ids.clone()
     other[0, 0] = 40
     with torch.no_grad():
         moved = float((model(input_ids=ids).logits - model(input_ids=other).logits)[0, -1].abs().max())
-    assert (moved > 1e-6) == far, moved
+    return moved > 1e-6
 
 
 # ---- whole files -----------------------------------------------------------------------------------------------------------------
