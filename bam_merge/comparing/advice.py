@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bam_merge.comparing.advice_merge import attention, averaging
-from bam_merge.comparing.drift import Reading
+from bam_merge.comparing.drift import Reading, Standing
 from bam_merge.comparing.gram import Gram
 from bam_merge.comparing.sides import Place
-from bam_merge.comparing.standing import Standing, called, inner, matrices, moved_places, of_places, only_rounded, where
+from bam_merge.comparing.standing import called, inner, matrices, moved_places, of_places, only_rounded, where
 from bam_merge.text import cosine_text, drift_percent, fixed, listed, multiple, share_percent, span
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from bam_merge.comparing.drift import Drift
 from bam_merge.comparing.findings import Finding, config_findings, tokenizer_findings
 from bam_merge.comparing.gram import gram
 from bam_merge.comparing.sides import Place, Side, check_comparable, in_common, open_side
+from bam_merge.comparing.standing import standing
 from bam_merge.comparing.tensor_difference import digest
 from bam_merge.errors import CheckpointError
 from bam_merge.text import count, printable, some
@@ -29,6 +30,7 @@ def drift(seed: str | os.PathLike[str], experts: Sequence[str | os.PathLike[str]
     places, left_out, findings = _comparable(sides)
     grams = by_size(places, lambda place: gram(sides, place), lambda place: numel(sides[0].leaves[place]), workers)
     found = Drift(sides[0], sides[1:], _names(sides[1:]), dict(zip(places, grams, strict=True)), left_out, tuple(findings))
+    found = replace(found, standings=tuple(standing(found, i) for i in range(len(found.names))))
     return replace(found, readings=tuple(readings(found)))
 
 

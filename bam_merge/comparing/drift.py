@@ -9,11 +9,14 @@ from typing import Any
 from bam_merge.comparing.findings import Finding
 from bam_merge.comparing.gram import Gram, total
 from bam_merge.comparing.sides import Place, Side
-from bam_merge.comparing.standing import Standing, standing
 from bam_merge.values.wide import LARGEST, figure
 
 FORMAT = 1
 """Version of the JSON document."""
+
+
+DECAYED = 0.25
+"""How far from 1 the factor of a multiple may be for one that strong weight decay could explain; beyond it, no training does."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,24 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """One expert's places by how they stand to the seed's; `multiples` with the factor. Routers, which training makes anew,
+    are never strangers."""
+
+    foreign: tuple[Place, ...]
+    zero: tuple[Place, ...]
+    multiples: dict[Place, float]
+
+    @property
+    def far_multiples(self) -> dict[Place, float]:
+        """Those that no training explains."""
+        return {place: factor for place, factor in self.multiples.items() if abs(factor - 1) > DECAYED}
+
+
+@dataclass(frozen=True)
 class Drift:
-    """What `diff --seed` found; `grams` by place, in the order of the seed's file. `left_out`: tensors not compared, with the reason."""
+    """What `diff --seed` found; `grams` by place, in the order of the seed's file. `left_out`: tensors not compared, with the reason;
+    `standings`: how each expert's matrices stand to the seed's."""
 
     seed: Side
     experts: tuple[Side, ...]
@@ -38,16 +57,12 @@ class Drift:
     grams: Mapping[Place, Gram]
     left_out: Mapping[str, str]
     findings: tuple[Finding, ...] = ()
+    standings: tuple[Standing, ...] = ()
     readings: tuple[Reading, ...] = ()
 
     @cached_property
     def overall(self) -> Gram:
         return total(list(self.grams.values()))
-
-    @cached_property
-    def standings(self) -> tuple[Standing, ...]:
-        """How each expert's matrices stand to the seed's."""
-        return tuple(standing(self, i) for i in range(len(self.names)))
 
     @property
     def equal(self) -> bool:

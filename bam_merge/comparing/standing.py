@@ -1,16 +1,12 @@
 """How each matrix of a branch stands to the seed's: moved, a multiple of it, all zero, or a stranger's; and places in words."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPES
+from bam_merge.comparing.drift import DECAYED, Drift, Standing
 from bam_merge.comparing.gram import Gram, total
 from bam_merge.comparing.sides import Place
 from bam_merge.text import folded, listed, printable, ranges, some
-
-if TYPE_CHECKING:
-    from bam_merge.comparing.drift import Drift
 
 UNRELATED = 0.25
 """Cosine with the seed's below which a single matrix is a stranger's: unrelated ones of n elements have 1 / sqrt(n)."""
@@ -28,53 +24,37 @@ ALONG, STRETCHED = 0.96, 0.02
 """A matrix is a multiple of the seed's where that explains ALONG of its squared drift, and by STRETCHED or more."""
 
 
-DECAYED, MOSTLY = 0.25, 0.8
-"""How far from 1 the factor of a multiple may be for one that strong weight decay could explain; beyond it, no training does, and the
-multiple need only be MOSTLY what the drift is."""
+MOSTLY = 0.8
+"""What of its drift a matrix must be a multiple by where the factor is one that no weight decay explains (DECAYED)."""
 
 
 ROUNDED = 0.4
 """Rounding moves weights by a fifth of the dtype's step (rms, relative, of uniform significands); twice that is no training yet."""
 
 
-@dataclass(frozen=True)
-class Standing:
-    """One expert's places by how they stand to the seed's; `multiples` with the factor. Routers, which training makes anew,
-    are never strangers."""
-
-    foreign: tuple[Place, ...]
-    zero: tuple[Place, ...]
-    multiples: dict[Place, float]
-
-    @property
-    def far_multiples(self) -> dict[Place, float]:
-        """Those that no training explains."""
-        return {place: factor for place, factor in self.multiples.items() if abs(factor - 1) > DECAYED}
-
-
-def called(found: "Drift", expert: int) -> str:
+def called(found: Drift, expert: int) -> str:
     """An expert's name in a sentence."""
     return printable(found.names[expert], 60)
 
 
-def is_matrix(found: "Drift", place: Place) -> bool:
+def is_matrix(found: Drift, place: Place) -> bool:
     """Whether a weight that inputs are multiplied with stands there: no norm, no bias. (What has no role is known by its shape.)"""
     role = place[0]
     return len(found.seed.leaves[place].shape) > 1 and not role.startswith("norm.") and not role.endswith((".bias", "_norm"))
 
 
-def matrices(found: "Drift") -> list[Place]:
+def matrices(found: Drift) -> list[Place]:
     """All matrices; where there is none, all there is."""
     return [place for place in found.grams if is_matrix(found, place)] or list(found.grams)
 
 
-def inner(found: "Drift") -> list[Place]:
+def inner(found: Drift) -> list[Place]:
     """The matrices in layers; where there is none, all matrices."""
     all_of_them = matrices(found)
     return [place for place in all_of_them if place[1] is not None] or all_of_them
 
 
-def standing(found: "Drift", expert: int) -> Standing:
+def standing(found: Drift, expert: int) -> Standing:
     """How the matrices of an expert stand to the seed's."""
     foreign: list[Place] = []
     zero: list[Place] = []
@@ -94,7 +74,7 @@ def standing(found: "Drift", expert: int) -> Standing:
     return Standing(tuple(foreign), tuple(zero), multiples)
 
 
-def only_rounded(found: "Drift", expert: int) -> str | None:
+def only_rounded(found: Drift, expert: int) -> str | None:
     """The coarser dtype that an expert is stored in, where rounding to it explains all that its matrices drifted."""
     chosen = inner(found)
     pairs = {(found.seed.leaves[place].dtype, found.experts[expert].leaves[place].dtype) for place in chosen}
@@ -106,11 +86,11 @@ def only_rounded(found: "Drift", expert: int) -> str | None:
     return dtype if gram is not None and 0 < (gram.drift(expert) or 0.0) <= ROUNDED * DTYPES[dtype].step else None
 
 
-def moved_places(found: "Drift", expert: int, among: Iterable[Place]) -> list[Place]:
+def moved_places(found: Drift, expert: int, among: Iterable[Place]) -> list[Place]:
     return [place for place in among if found.grams[place].moved(expert)]
 
 
-def where(found: "Drift", chosen: Collection[Place]) -> str:
+def where(found: Drift, chosen: Collection[Place]) -> str:
     """Places in words: by role and layer where they are whole ones, or else by the first tensors' names."""
     there = set(chosen)
     if there == set(matrices(found)):
@@ -142,7 +122,7 @@ def where(found: "Drift", chosen: Collection[Place]) -> str:
     return listed([*whole, *parts])
 
 
-def of_places(found: "Drift", chosen: Collection[Place]) -> Gram | None:
+def of_places(found: Drift, chosen: Collection[Place]) -> Gram | None:
     """The Gram matrix of some places as one vector; None where there is none."""
     members = [found.grams[place] for place in dict.fromkeys(chosen)]
     return total(members) if members else None
