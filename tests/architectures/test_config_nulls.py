@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, write_recipe, write_sources
-from test_bad_inputs import edit_config
+from damage import edit_config
 from test_harmless_keys import CLASSES
 
 from bam_merge.architectures.config import NEUTRAL

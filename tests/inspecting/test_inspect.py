@@ -379,7 +379,7 @@ def test_nasty_names_never_reach_the_terminal(name: str, option: str, tmp_path: 
     ((200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995, "nested too deeply"),
 ])  # fmt: skip
 def test_bad_files_are_explained(content: bytes, message: str, tmp_path: Path, run: Any) -> None:
-    """A file by itself; folders are in test_bad_inputs.py."""
+    """A file by itself; folders are in test_unreadable.py."""
     path = dense(tmp_path) / "model.safetensors"
     path.write_bytes(content)
     result = run("inspect", path)

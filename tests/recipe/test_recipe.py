@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_bad_inputs import said
+from damage import said
 
 from bam_merge import expressions
 from bam_merge.errors import RecipeError
@@ -31,7 +31,7 @@ def problems(tmp_path: Path, text: str) -> list[str]:
     return [problem.removeprefix(str(tmp_path) + "/") for problem in caught.value.problems]
 
 
-BAD = {  # row 12 of test_bad_inputs.py: the recipe, and all that is said of it
+BAD = {  # the recipe, and all that is said of it
     "typo in a key": (GOOD + "fnn: {top_k: 1}", "HOME/x.yaml:4:1: fnn: unknown key; did you mean 'ffn'?"),
     "typo in a nested key": (GOOD + "ffn: {topk: 1}", "HOME/x.yaml:4:7: ffn.topk: unknown key; did you mean 'top_k'?"),
     "typo in a method": (GOOD.replace("bam", "btxx"), "HOME/x.yaml:1:1: method: found 'btxx', expected bam or btx or sparse_upcycling or merge; did you mean 'btx'?"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
-from test_bad_inputs import add, edit_config, split, write
+from damage import add, edit_config, split, write
 
 from bam_merge.demo.synthetic import branched_values, write_checkpoint
 from bam_merge.sources.agreement import contrast

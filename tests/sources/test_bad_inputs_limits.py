@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, Result, write_recipe
-from test_bad_inputs import ONE, add, edit_config, edit_tensors, said, shard, spans, tokenizer, tree
+from damage import ONE, add, edit_config, edit_tensors, said, shard, spans, tokenizer, tree
 
 from bam_merge.checkpoints.folder import INDEX
 from bam_merge.demo.synthetic import write_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, write_recipe, write_sources
-from test_bad_inputs import edit_config
+from damage import edit_config
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.tables import dense_families
