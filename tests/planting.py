@@ -3,13 +3,13 @@
 import os
 import random
 import shutil
-import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from damage import deadline
 
 from bam_merge.errors import BamMergeError
 from bam_merge.planning.plan import Plan
@@ -149,7 +149,7 @@ def begun(plan: Plan, target: Path, victim: Victim, resume: bool) -> str:
     """As `attacked`, but the run gets only as far as its first tensor: a thousandth of a second. Returns what the refusal said."""
     before = victim.state()
     said = ""
-    with in_time():
+    with deadline():
         try:
             staging = Staging.open(target)
             try:
@@ -168,27 +168,11 @@ def begun(plan: Plan, target: Path, victim: Victim, resume: bool) -> str:
     return said
 
 
-@contextmanager
-def in_time(seconds: int = 60) -> Iterator[None]:
-    """A run that hangs (at a FIFO, say) is ended, and fails."""
-
-    def too_long(*_: object) -> None:
-        raise AssertionError(f"no end within {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def attacked(plan: Plan, target: Path, victim: Victim, expected: dict[str, bytes], resume: bool, force: bool = False) -> str:
     """Run into what was planted: refused in words, or exactly the right result; the victim as it was. Returns what the refusal said."""
     before = victim.state()
     said = ""
-    with in_time():
+    with deadline():
         try:
             publish(plan, target, MergeOptions(workers=1, resume=resume, force=force, verify=False))
         except BamMergeError as error:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planting import KINDS, MODES, PLACES, Victim, attacked, begun, clear, in_time, plant, plant_any
+from damage import deadline
+from planting import KINDS, MODES, PLACES, Victim, attacked, begun, clear, plant, plant_any
 from runs import folder_bytes, interrupted, options
 from runs import plan as plan  # a fixture
 
@@ -219,7 +220,7 @@ def test_a_folder_that_is_put_in_place_of_ours_while_the_merge_runs(
             staging.rename(llamas / "moved")
             plant(staging, "output", "link to a folder", victim)
 
-    with in_time(), pytest.raises(OutputError, match=r"\.out\.bam-merge was deleted while the merge ran\. Nothing was published"):
+    with deadline(), pytest.raises(OutputError, match=r"\.out\.bam-merge was deleted while the merge ran\. Nothing was published"):
         publish(plan, None, MergeOptions(workers=1, progress=swap, verify=verify))
     assert victim.state() == before
     assert not (llamas / "out").exists()
@@ -280,10 +281,10 @@ def test_the_holder_is_not_read_through_a_link(llamas: Path, victim: Victim) -> 
     lock = Staging.open(llamas / "out")
     try:
         plant(lock.folder, "pid", "link to a file", victim)
-        with in_time(), pytest.raises(OutputError, match=r"out is being written by another run\. Wait for it\."):
+        with deadline(), pytest.raises(OutputError, match=r"out is being written by another run\. Wait for it\."):
             Staging.open(llamas / "out")
         plant(lock.folder, "pid", "FIFO", victim)
-        with in_time(), pytest.raises(OutputError, match=r"out is being written by another run\. Wait for it\."):
+        with deadline(), pytest.raises(OutputError, match=r"out is being written by another run\. Wait for it\."):
             Staging.open(llamas / "out")
     finally:
         lock.close()
