@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads of several test processes spin against each other
+
 from bam_merge.demo.synthetic import branched_values, random_values, write_checkpoint
 
 BASE: dict[str, Any] = {
