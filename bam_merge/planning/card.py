@@ -103,7 +103,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     recipe, config, names = plan.recipe, plan.config, plan.recipe.expert_names
     dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
     yield "layout", f"`{plan.layout.name}`"
-    places = (f"{name} ({_literal(recipe.relative(recipe.sources[name]))})" for name in plan.models)
+    places = (f"{name} ({_literal(recipe.relative(recipe.source(name).path))})" for name in plan.models)
     yield "sources", ", ".join(places)
     if recipe.method == "merge":
         yield "parameters", f"{plan.parameters:,}"

@@ -66,7 +66,7 @@ def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
 def _unrecorded(plan: Plan) -> Iterator[str]:
     """The ways between recipe, sources and output that bam_merge.json, which is UTF-8, cannot record."""
     recipe = plan.recipe
-    ways = {f"sources.{name}": recipe.relative(path) for name, path in recipe.sources.items()}
+    ways = {f"sources.{name}": recipe.relative(recipe.source(name).path) for name in recipe.sources}
     for key, way in {**ways, "output.path": recipe_folder(plan)}.items():
         if way != way.encode(errors="replace").decode():
             what = "back from there to the recipe" if key == "output.path" else "there from the recipe"

@@ -76,7 +76,7 @@ def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]
                 whole = xxhash.xxh3_128_hexdigest("".join([header.digest, *digests.values()]).encode())
                 files[file] = {"bytes": header.identity.size, "header": header.digest, "digest": whole, "tensors": digests}
         records[source] = {
-            "path": plan.recipe.relative(plan.recipe.sources[source]),
+            "path": plan.recipe.relative(plan.recipe.source(source).path),
             "config": model.checkpoint.config_digest,
             "config_keys": key_digests(model.checkpoint.config),
             "companions": companion_digests(model.checkpoint.path, model.checkpoint.companions()),

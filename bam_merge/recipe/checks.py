@@ -41,7 +41,7 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
 
 
 def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
-    paths: dict[DocumentPath, str] = {("sources", name): path for name, path in recipe.sources.items()}
+    paths: dict[DocumentPath, str] = {("sources", name): recipe.source(name).path for name in recipe.sources}
     for place, path in {**paths, ("output", "path"): recipe.output.path}.items():
         wrong = path_problem(path)
         if wrong:

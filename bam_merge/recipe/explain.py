@@ -84,7 +84,7 @@ def _document_path(error: Any, document: Any) -> tuple[DocumentPath, list[str]]:
 
 def _is_union(path: list[str | int]) -> bool:
     """Whether what stands at `path` is one of several models, so that pydantic's next step names which."""
-    return path in (["shared"], ["router"]) or (len(path) == 2 and path[0] == "rules")
+    return path in (["shared"], ["router"]) or (len(path) == 2 and path[0] in ("rules", "sources"))
 
 
 def _valid_keys(path: DocumentPath, tags: list[str], root: type[BaseModel]) -> list[str]:
@@ -93,7 +93,7 @@ def _valid_keys(path: DocumentPath, tags: list[str], root: type[BaseModel]) -> l
     for step in path[:-1]:
         if isinstance(step, str):
             fields = [info for model in models for key, info in model.model_fields.items() if step == (info.alias or key)]
-            models = [model for info in fields for model in _models(info.annotation)]
+            models = [model for info in fields for model in _models(info.annotation)] or models  # a name in a mapping is no field
     tagged = [model for model in models if set(tags) & {tag for key in ("make", "init") for tag in _tags(model, key)}]
     return sorted({info.alias or key for model in tagged or models for key, info in model.model_fields.items()})
 

@@ -9,6 +9,7 @@ from bam_merge import expressions
 from bam_merge.errors import RecipeError
 from bam_merge.paths import located, relative
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
+from bam_merge.recipe.places import Folder, Source, long_form, short_form
 from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ class Recipe(Strict):
     method: Literal["bam", "btx", "sparse_upcycling", "merge"] = Field(
         description="what becomes an expert: attention and FFN; FFN; FFN, of copies of one model; nothing, the result is dense"
     )
-    sources: dict[str, str] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
+    sources: dict[str, Source] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
     experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
     attention: Attention | None = Field(default=None, description="method bam only")
     ffn: Ffn | None = Field(default=None, description="methods of mixtures only")
@@ -134,6 +135,15 @@ class Recipe(Strict):
         """Where a path of this recipe leads: from the recipe's folder, or from a home folder where it begins with ~."""
         return located(path, self.folder, RecipeError)
 
+    def source(self, name: str) -> Folder:
+        """Everything that the recipe says of a source."""
+        return long_form(self.sources[name])
+
+    def recorded(self, name: str) -> Any:
+        """A source as a document has it that must not hold absolute paths."""
+        source = self.source(name)
+        return short_form(source.model_copy(update={"path": self.relative(source.path)}))
+
     def relative(self, path: str) -> str:
         """`path` relative to the recipe's folder, for documents that must not hold absolute paths."""
         return relative(path, self.folder)
@@ -142,7 +152,7 @@ class Recipe(Strict):
         """The recipe as a document with every default written out and no absolute path."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         document["experts"] = list(self.expert_names)
-        document["sources"] = {name: self.relative(path) for name, path in self.sources.items()}
+        document["sources"] = {name: self.recorded(name) for name in self.sources}
         document["output"]["path"] = self.relative(self.output.path)
         if self.method != "merge":
             top_k, renormalised = self.gates

@@ -12,14 +12,14 @@ from bam_merge.sources.dense import DenseModel, read_dense
 def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
     """Every source, and all problems of all of them."""
 
-    def attempt(item: tuple[str, str]) -> DenseModel | CheckpointError:
+    def attempt(name: str) -> DenseModel | CheckpointError:
         try:
-            return read_dense(item[0], recipe.located(item[1]))
+            return read_dense(name, recipe.located(recipe.source(name).path))
         except CheckpointError as error:
             return error
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        opened = list(pool.map(attempt, recipe.sources.items()))
+        opened = list(pool.map(attempt, recipe.sources))
     models = {model.name: model for model in opened if isinstance(model, DenseModel)}
     return models, [problem for error in opened if isinstance(error, BamMergeError) for problem in error.problems]
 

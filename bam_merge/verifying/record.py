@@ -70,6 +70,8 @@ def contradictions(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[
     if unknown := sorted(manifest.keys() - KEYS):
         problems.append(f"{some(unknown)}: no manifest has such entries")
     places = recipe.get("sources")
+    if isinstance(places, dict):
+        places = {name: source.get("path") if isinstance(source, dict) else source for name, source in places.items()}
     recorded = {name: record.get("path") for name, record in sources.items()}
     if places != recorded:
         problems.append(f"sources are {_shown(recorded)}, but in the manifest's own recipe {_shown(places)}")

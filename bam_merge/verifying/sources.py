@@ -63,7 +63,7 @@ def changes(recipe: Recipe, manifest: Mapping[str, Any], opened: Mapping[str, Ch
     for name, record in manifest["sources"].items():
         if name not in recipe.sources:
             continue
-        folder = recipe.folder / recipe.sources[name]
+        folder = recipe.located(recipe.source(name).path)
         if not folder.is_dir():
             found.absent.append(name)
             continue
@@ -130,7 +130,7 @@ def _companion_changes(folder: Path, record: Mapping[str, Any]) -> Iterator[str]
 
 def companion_check(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], changed: Sequence[str]) -> Check:
     """Tokenizer and generation files are what the seed's give by the rule of publication. `changed` ones of the seed are not compared."""
-    name, seed = recipe.seed_name, recipe.folder / recipe.sources[recipe.seed_name]
+    name, seed = recipe.seed_name, recipe.located(recipe.source(recipe.seed_name).path)
     wrong: list[str] = []
     stale: list[str] = []
     files = [file for file in TOKENIZER_FILES if (seed / file).is_file() or file in manifest["files"]]

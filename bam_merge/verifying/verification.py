@@ -112,7 +112,7 @@ class _Sources:
         plan, why = (given, None) if given is not None else _planned(recipe)
         opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
-        if (recipe.folder / recipe.sources[recipe.seed_name]).is_dir():
+        if recipe.located(recipe.source(recipe.seed_name).path).is_dir():
             changed = found.companions.get(recipe.seed_name, [])
             self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
         if why is not None:

@@ -187,3 +187,26 @@ def test_schema_command_prints_json() -> None:
     document = json.loads(done.stdout)
     assert document["title"] == "bam-merge recipe"
     assert set(document["required"]) == {"method", "sources", "output"}
+
+
+def test_the_long_form_of_a_source_says_the_same() -> None:
+    """And a document has the short one where that says it all."""
+    document = {"method": "merge", "sources": {"a": {"path": "x"}, "b": "./y/../z"}, "output": {"path": "out"}}
+    recipe = parse_recipe(document)
+    assert [recipe.source(name).path for name in recipe.sources] == ["x", "./y/../z"]
+    assert recipe.resolved()["sources"] == {"a": "x", "b": "z"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"pth": "x"}, "recipe: sources.a.pth: unknown key; did you mean 'path'?"),
+        ({}, "recipe: sources.a.path: is required and missing."),
+        ({"path": ""}, "recipe: sources.a: found '': an empty path; write . for the folder itself."),
+        (3, "recipe: sources.a: found 3 (in quotes it is text), expected text."),
+    ],
+)
+def test_a_wrong_source_is_named(source: object, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"method": "merge", "sources": {"a": source, "b": "y"}, "output": {"path": "out"}})
+    assert message in caught.value.problems

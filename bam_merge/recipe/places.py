@@ -1,0 +1,34 @@
+"""What stands for a source in a recipe: a folder's name, or a mapping that says more of it."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from bam_merge.recipe.makes import Strict
+
+
+class Folder(Strict):
+    """The long form of a source that is a model by itself."""
+
+    path: str = Field(description="a Hugging Face folder, relative to the recipe")
+
+
+def _form(value: Any) -> str:
+    return "folder" if isinstance(value, dict | Folder) else "text"
+
+
+if TYPE_CHECKING:
+    Source = str | Folder
+else:
+    Source = Annotated[Annotated[str, Tag("text")] | Annotated[Folder, Tag("folder")], Discriminator(_form)]
+
+
+def long_form(source: Source) -> Folder:
+    """A source with everything about it that a recipe can say."""
+    return Folder(path=source) if isinstance(source, str) else source
+
+
+def short_form(source: Folder) -> Any:
+    """A source as a document has it: text where that says it all."""
+    document = source.model_dump(mode="json", exclude_defaults=True)
+    return document["path"] if document.keys() == {"path"} else document
