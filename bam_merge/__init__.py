@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bam_merge.publishing.publish import merge
     from bam_merge.recipe.load import load_recipe
     from bam_merge.recipe.schema import Recipe
+    from bam_merge.verifying.options import VerifyOptions
     from bam_merge.verifying.report import Check, Report
     from bam_merge.verifying.verification import verify
 
@@ -76,6 +77,7 @@ _HOMES = {
         "Check",
         "Report",
     ),
+    "verifying.options": ("VerifyOptions",),
     "verifying.verification": ("verify",),
 }
 """The modules of the public names. docs/reference/python.md lists them."""
@@ -105,6 +107,7 @@ __all__ = [
     "SyncFailed",
     "VerificationFailed",
     "VerifyError",
+    "VerifyOptions",
     "__version__",
     "diff",
     "drift",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -39,6 +39,10 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --hel
     from bam_merge.verifying.report import Report
 
 
+LEVELS = ("quick", "full", "none")
+"""How deep a proof looks."""
+
+
 @click.group(cls=DefaultMerge, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="bam-merge")
 def cli() -> None:
@@ -57,12 +61,25 @@ def cli() -> None:
 @click.option("--output", type=UserPath(), metavar="DIR", help="Write here instead of the recipe's output.path.")
 @click.option("--force", is_flag=True, help="Replace an existing output folder that holds a saved model and nothing else.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
-@click.option("--verify/--no-verify", default=True, help="Prove the result before it appears. Default: yes.")
+@click.option(
+    "--verify", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result before it appears. Default: quick."
+)
+@click.option("--no-verify", is_flag=True, help="The same as --verify none.")
+@click.option("--device", default="cpu", metavar="NAME", help="What the proof computes on: cpu, cuda, cuda:1, mps. Default: cpu.")
 @click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as bam-merge plan does.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where a merge gives them, and record it in the manifest.")
 def merge(
-    recipe: str, output: str | None, force: bool, resume: bool, verify: bool, workers: int | None, dry_run: bool, allow_nonfinite: bool
+    recipe: str,
+    output: str | None,
+    force: bool,
+    resume: bool,
+    verify: Literal["quick", "full", "none"],
+    no_verify: bool,
+    device: str,
+    workers: int | None,
+    dry_run: bool,
+    allow_nonfinite: bool,
 ) -> None:
     """Carry out RECIPE and publish the merged checkpoint."""
     from bam_merge.planning.make import plan_file
@@ -75,7 +92,7 @@ def merge(
         return
     for note in plan.notes:
         tell(f"bam-merge: {note}")
-    _execute(plan, output, MergeOptions(force, resume, workers, allow_nonfinite, verify))
+    _execute(plan, output, MergeOptions(force, resume, workers, allow_nonfinite, "none" if no_verify else verify, device))
 
 
 @cli.command()
@@ -203,20 +220,27 @@ def _compared(
 @click.argument("folder", type=UserPath())
 @click.option("--recipe", type=UserPath(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
 @click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
+@click.option("--verify", "level", type=click.Choice(LEVELS[:2]), default="quick", help="How deep to look. Default: quick.")
+@click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @click.argument("more_texts", type=UserPath(), nargs=-1, metavar="[FILE ...]")
-def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: tuple[str, ...], level: str, device: str, as_json: bool
+) -> None:
     """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
 
     After --text FILE, further FILEs may follow.
     """
     from bam_merge.planning.make import plan_file
-    from bam_merge.showing.verification import report_tables
+    from bam_merge.showing.verification import report_tables, verify_progress
+    from bam_merge.verifying.options import VerifyOptions
     from bam_merge.verifying.verification import verify as run
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
-    report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
+    with verify_progress() as progress:
+        options = VerifyOptions(level, device, progress=progress)
+        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options)
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
@@ -265,16 +289,17 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
     """Merge with a progress bar, and print what came of it."""
     from bam_merge.publishing.publish import publish
     from bam_merge.showing.plan import merge_progress, result_text
-    from bam_merge.showing.verification import verdict_text
+    from bam_merge.showing.verification import verdict_text, verify_progress
 
     reports: list[Report] = []
 
     def notify(text: str) -> None:
         tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
 
-    with merge_progress(plan) as advance:
+    with merge_progress(plan) as advance, verify_progress() as verified:
+        watched = replace(options, notify=notify, progress=advance, on_report=reports.append, on_verify=verified)
         try:
-            target = publish(plan, output, replace(options, notify=notify, progress=advance, on_report=reports.append))
+            target = publish(plan, output, watched)
         except KeyboardInterrupt:
             notify("what is finished is kept; run again with --resume to go on.")
             raise

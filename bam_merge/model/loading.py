@@ -21,7 +21,7 @@ from bam_merge.architectures.tables import Architecture, Row, find_by_model_type
 from bam_merge.architectures.vocabulary import SYMBOLS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.pieces import Leaf, Read, numel
+from bam_merge.checkpoints.pieces import Leaf, Read, byte_runs, numel, stored
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
@@ -61,13 +61,13 @@ class StoredModel:
         return embedding(places, self.read_rows("model.embed_tokens.weight", ids.tolist(), dtype))
 
     def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """The named rows of a parameter that is stored whole [len(rows), ...]."""
+        """The named rows of a parameter [len(rows), ...], as stored or in `dtype`."""
         leaf = self.leaves[parameter]
-        assert isinstance(leaf, Read)
-        row = numel(leaf) // leaf.shape[0] * TORCH_DTYPES[leaf.dtype].itemsize
-        spans = [(rows[0], len(rows))] if isinstance(rows, range) else ((index, 1) for index in rows)
-        bytes_B, view = buffer(len(rows) * row)
-        read_runs(self.checkpoint, self.checkpoint.tensors[leaf.tensor], ((first * row, count * row) for first, count in spans), view)
+        row = numel(leaf) // leaf.shape[0]
+        spans = [(rows[0], len(rows))] if isinstance(rows, range) else [(index, 1) for index in rows]
+        bytes_B, view = buffer(len(rows) * row * TORCH_DTYPES[leaf.dtype].itemsize)
+        runs = (run for first, count in spans for run in byte_runs(leaf, first * row, (first + count) * row))
+        read_runs(self.checkpoint, self.checkpoint.tensors[stored(leaf).tensor], runs, view)
         return decode(bytes_B, leaf.dtype).reshape(len(rows), *leaf.shape[1:]).to(dtype)
 
     def equals_embeddings(self, parameter: str = "lm_head.weight") -> bool:

@@ -284,7 +284,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        rows_VD = torch.empty(config.vocab_size, config.hidden_size)  # drawing them would have torch import its compiler, for nothing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows_VD)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = Norm(config, config.hidden_size, bias=config.norm_bias)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bam_merge.values.threads import default_workers
 
@@ -12,15 +12,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class MergeOptions:
-    """How to run a merge. `verify` proves the result before it appears; `on_report` is given what that found. `notify` gets one line for
-    each thing worth saying, `progress` the bytes just written, from any worker.
+    """How to run a merge.
+
+    `verify` proves the result before it appears: quick (or true), full, none (or false), computing on `device`; `on_report` is given what
+    that found, `on_verify` hears of work done and of all the work. `notify` gets one line for each thing worth saying, `progress` the bytes
+    just written, from any worker.
     """
 
     force: bool = False
     resume: bool = False
     workers: int = field(default_factory=default_workers)
     allow_nonfinite: bool = False
-    verify: bool = True
+    verify: bool | Literal["quick", "full", "none"] = True
+    device: str = "cpu"
     notify: Callable[[str], None] = lambda text: None
     progress: Callable[[int], None] = lambda count: None
     on_report: "Callable[[Report], None]" = lambda report: None
+    on_verify: Callable[[int, int], None] = lambda done, total: None
+
+    @property
+    def level(self) -> str | None:
+        """How deep the proof looks; None where there is to be none."""
+        if isinstance(self.verify, bool):
+            return "quick" if self.verify else None
+        return None if self.verify == "none" else self.verify

@@ -39,6 +39,8 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
     With `resume`, a target that is already what this plan gives is left as it is: the run was killed after it had published.
     """
     target = target_path(plan, output)
+    if options.level is not None:  # a level or a device that there is not would be found after everything is written
+        _check_proof(options.level, options.device)
     if options.resume and _is_result(plan, target, options.allow_nonfinite):
         _settle(target, options.notify)
         options.notify(
@@ -77,8 +79,8 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
         raise CheckpointError(*dict.fromkeys(changes))
     sync_descriptor(staging.files, staging.output)
-    if options.verify and staging.is_ours():  # verification looks where the name leads
-        _prove(plan, staging, target, options)
+    if options.level is not None and staging.is_ours():  # verification looks where the name leads
+        _prove(plan, staging, target, options, options.level)
     if not staging.is_ours():
         raise _deleted(staging)
 
@@ -100,12 +102,13 @@ def _checked(target: Path, options: MergeOptions) -> Mapping[str, Which] | None:
     return found.saved
 
 
-def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> None:
+def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions, level: str) -> None:
     """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
+    from bam_merge.verifying.options import VerifyOptions
     from bam_merge.verifying.verification import verify
 
-    options.notify("verifying")
-    report = verify(staging.output, plan)
+    options.notify("verifying" if level == "quick" else f"verifying, {level}")
+    report = verify(staging.output, plan, options=VerifyOptions(level, options.device, options.workers, options.on_verify))
     options.on_report(report)
     if not report.ok:
         failed = next(path for path in map(target.with_name, free_names(target.name, ".failed")) if not os.path.lexists(path))
@@ -116,6 +119,17 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions) ->
         names = [f"{check.name}: {check.detail}" for check in report.failures]
         kept = f"the result is kept for inspection in {printable(str(failed))}"
         raise VerificationFailed(*names, f"{printable(str(target))} was not published; {kept}.")
+
+
+def _check_proof(level: str, device: str) -> None:
+    """Raises VerifyError. torch is imported only for a device that must be looked for."""
+    from bam_merge.verifying.options import check_level
+
+    check_level(level)
+    if device != "cpu":
+        from bam_merge.verifying.devices import open_device
+
+        open_device(device)
 
 
 def _make_durable(staging: Staging, target: Path) -> None:

@@ -109,11 +109,17 @@ def _aligned(rows: list[tuple[str, str, str]]) -> list[str]:
 
 @contextmanager
 def merge_progress(plan: Plan) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr with bytes per second and time left; silent where stderr is not a terminal."""
+    """A progress bar on stderr with bytes per second and time left, until all is written; silent where stderr is not a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = progress_console()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("merging", total=sum(step.nbytes for step in plan.steps))
-        yield lambda count: progress.advance(task, count)
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            if progress.finished:  # the proof that follows has a bar of its own
+                progress.stop()
+
+        yield advance

@@ -1,15 +1,20 @@
 """How a verification looks in a terminal: checks with value and tolerance, the routers, perplexities."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bam_merge.process import progress_console
 from bam_merge.showing.terminal import grid, heading
 from bam_merge.text import count, printable, short
 from bam_merge.verifying.report import Check, Report
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 MARKS = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("--", "yellow")}
 
@@ -66,3 +71,28 @@ def verdict_text(report: Report) -> str:
     passed = sum(check.ok is True for check in report.checks)
     open_ = [f"{check.name}: {check.detail}" for check in report.checks if check.ok is None]
     return "; ".join([f"verified: {count(passed, 'check')} passed", *open_])
+
+
+@contextmanager
+def verify_progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with time left, from the first word of work done on; silent where stderr is not a terminal."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = progress_console()
+    started: list[tuple[Progress, TaskID]] = []
+
+    def advance(done: int, total: int) -> None:
+        if not console.is_terminal:
+            return
+        if not started:
+            columns = (TextColumn("verifying"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            progress = Progress(*columns, console=console, transient=True)
+            started.append((progress, progress.add_task("verifying", total=total)))
+            progress.start()
+        started[0][0].update(started[0][1], completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        for progress, _ in started:
+            progress.stop()

@@ -14,6 +14,7 @@ from torch import Tensor
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.model import ACTIVATIONS, ModelConfig
 from bam_merge.model.positions import frequencies
+from bam_merge.model.streaming import Computing, streamed_embeddings, streamed_head
 from bam_merge.text import printable, some
 from bam_merge.verifying.report import Check
 
@@ -58,7 +59,7 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def same_head(result: StoredModel, sources: Mapping[str, StoredModel], ids_BT: Tensor) -> Iterator[Check]:
+def same_head(result: StoredModel, sources: Mapping[str, StoredModel], ids_BT: Tensor, computing: Computing) -> Iterator[Check]:
     """One check that final norm and head, as the result has them, give each source's logits with that source's weights."""
     worst, wrong = 0.0, []
     for name, source in sources.items():
@@ -68,13 +69,13 @@ def same_head(result: StoredModel, sources: Mapping[str, StoredModel], ids_BT: T
             continue
         if not tied and result.config.tie_word_embeddings and not source.equals_embeddings():
             wrong.append(f"{name}: its head is not its embeddings, the result's is")
-        x_BTD = source.embed(ids_BT[:, -1:])
-        expected = source.head(x_BTD)
+        x_BTD = streamed_embeddings(source, ids_BT[:, -1:], computing)
+        expected = streamed_head(source, x_BTD, computing)
         try:
             as_result = replace(
                 result.config, vocab_size=source.config.vocab_size, tie_word_embeddings=tied or result.config.tie_word_embeddings
             )
-            got = replace(source, config=as_result).head(x_BTD)
+            got = streamed_head(replace(source, config=as_result), x_BTD, computing)
         except (KeyError, RuntimeError):
             wrong.append(f"{name}: has not the final norm and head that the result's config.json asks for")
             continue

@@ -1,25 +1,24 @@
 """Perplexity per text of the seed, every expert, their uniform average and the mixture, one block of all models at a time."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.errors import CheckpointError
-from bam_merge.model.loading import HEAD_ROWS, StoredModel, stored_model
-from bam_merge.model.model import head
+from bam_merge.model.loading import StoredModel, stored_model
+from bam_merge.model.streaming import Computing, streamed_block, streamed_embeddings, streamed_head
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.paths import located
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
 from bam_merge.verifying.conversion import open_dense
-
-M = TypeVar("M", bound=nn.Module)
-
 
 WINDOW = 256
 """Tokens of one sequence; the first of each is not scored."""
@@ -29,7 +28,7 @@ WINDOWS = 8
 """Sequences per text: the first ones."""
 
 
-HEAD_TOKENS = 512
+HEAD_TOKENS = 128
 """Positions whose logits are held at a time."""
 
 
@@ -63,65 +62,56 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
 
 
 @torch.no_grad()
-def perplexities(checkpoint: Checkpoint, plan: Plan | None, ids: dict[Path, Tensor]) -> list[dict[str, Any]]:
+def perplexities(checkpoint: Checkpoint, plan: Plan | None, ids: dict[Path, Tensor], computing: Computing) -> list[dict[str, Any]]:
     """One row per text of `read_texts`: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone."""
     mixture, dense = stored_model(checkpoint), {} if plan is None else open_dense(plan)
     averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None else []
-    models: dict[str, list[StoredModel]] = {name: [model] for name, model in dense.items()}
+    models: dict[str, StoredModel] = dict(dense)
     if len(averaged) > 1:
-        models["average"] = averaged
-    models["merged"] = [mixture]
-    x = {(name, text): _mean([model.embed(ids_BT) for model in parts]) for name, parts in models.items() for text, ids_BT in ids.items()}
+        models["average"] = Average(averaged[0].checkpoint, averaged[0].config, averaged[0].leaves, tuple(averaged))
+    models["merged"] = mixture
+    x = {(name, text): streamed_embeddings(model, ids_BT, computing) for name, model in models.items() for text, ids_BT in ids.items()}
     for layer in range(mixture.config.num_hidden_layers):
-        for name, parts in models.items():
-            blocks = [part.block(layer) for part in parts]
-            block = _average(blocks[0], blocks)
+        for name, model in models.items():
+            block = streamed_block(model, layer, computing)
             for text, ids_BT in ids.items():
-                positions = torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)
-                x[name, text] = torch.cat([block(row[None], positions[:1]).hidden for row in x[name, text]])
-            del block, blocks  # before the next ones are read
+                positions = torch.arange(ids_BT.shape[1], device=computing.device)[None]
+                x[name, text] = torch.cat([block(row[None], positions).hidden for row in x[name, text]])
     rows = []
-    values = {name: dict(_scores(parts, {text: x[name, text] for text in ids}, ids)) for name, parts in models.items()}
+    values = {name: dict(_scores(model, {text: x[name, text] for text in ids}, ids, computing)) for name, model in models.items()}
     for text in ids:
         rows.append({"text": text.name, "tokens": ids[text].numel(), "perplexity": {name: values[name][text] for name in models}})
     return rows
 
 
-def _mean(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0].clone()
-    for tensor in tensors[1:]:
+@dataclass(frozen=True)
+class Average(StoredModel):
+    """The model whose every parameter is the mean of those of `models`, in float32."""
+
+    models: tuple[StoredModel, ...] = ()
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        return _mean(model.read(parameter, torch.float32) for model in self.models).to(dtype)
+
+    def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        return _mean(model.read_rows(parameter, rows, torch.float32) for model in self.models).to(dtype)
+
+
+def _mean(tensors: Iterable[Tensor]) -> Tensor:
+    parts = list(tensors)
+    total = parts[0].clone()
+    for tensor in parts[1:]:
         total += tensor
-    return total / len(tensors)
+    return total / len(parts)
 
 
-def _average(first: M, modules: list[M]) -> M:
-    """`first` with the mean of all modules' parameters."""
-    if len(modules) > 1:
-        states = [module.state_dict() for module in modules]
-        first.load_state_dict({key: _mean([state[key] for state in states]) for key in states[0]}, assign=True)
-    return first
-
-
-def _scores(parts: list[StoredModel], x: dict[Path, Tensor], ids: dict[Path, Tensor]) -> Iterator[tuple[Path, float]]:
+def _scores(model: StoredModel, x: dict[Path, Tensor], ids: dict[Path, Tensor], computing: Computing) -> Iterator[tuple[Path, float]]:
     """Perplexity of each text from the last block's hidden states: exp of the mean of logsumexp(logits) - logit of the next token.
 
-    HEAD_ROWS rows of the head are in memory at a time, and HEAD_TOKENS positions: logits [HEAD_TOKENS, HEAD_ROWS].
+    HEAD_TOKENS positions' logits are in memory at a time [HEAD_TOKENS, V].
     """
-    config = parts[0].config
-    norm = _average(parts[0].final_norm(), [part.final_norm() for part in parts])
-    hidden_MD = torch.cat([x_BTD[:, :-1].flatten(0, 1) for x_BTD in x.values()])
-    wanted_M = torch.cat([ids[text][:, 1:].flatten() for text in x])
-    total_M, logit_M = torch.full(wanted_M.shape, -torch.inf), torch.zeros(wanted_M.shape)
-    for first in range(0, config.vocab_size, HEAD_ROWS):
-        rows = range(first, min(first + HEAD_ROWS, config.vocab_size))
-        weight_RD = _mean([part.read_rows(part.head_parameter, rows, torch.float32) for part in parts])
-        for start in range(0, len(wanted_M), HEAD_TOKENS):
-            chunk = torch.arange(start, min(start + HEAD_TOKENS, len(wanted_M)))
-            logits_MR = head(config, norm, weight_RD, hidden_MD[chunk])
-            total_M[chunk] = total_M[chunk].logaddexp(logits_MR.logsumexp(-1))
-            here_M = chunk[(wanted_M[chunk] >= rows.start) & (wanted_M[chunk] < rows.stop)]
-            logit_M[here_M] = logits_MR[here_M - start, wanted_M[here_M] - rows.start]
-    end = 0
-    for text in x:
-        start, end = end, end + ids[text][:, 1:].numel()
-        yield text, float((total_M - logit_M)[start:end].double().mean().exp())
+    for text, x_BTD in x.items():
+        hidden_MD, wanted_M = x_BTD[:, :-1].flatten(0, 1), ids[text][:, 1:].flatten().to(computing.device)
+        pieces = zip(torch.split(hidden_MD, HEAD_TOKENS), torch.split(wanted_M, HEAD_TOKENS), strict=True)
+        lost = [cross_entropy(streamed_head(model, hidden, computing), wanted, reduction="sum") for hidden, wanted in pieces]
+        yield text, float((torch.stack(lost).double().sum() / len(wanted_M)).exp())

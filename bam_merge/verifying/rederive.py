@@ -182,7 +182,8 @@ def derive(method: expressions.Method, rows: Rows) -> Derived:
 @derive.register
 def _mean(method: expressions.Mean, rows: Rows) -> Derived:
     count, x_K = len(rows.operands), rows.wide
-    return Derived(torch.stack(x_K).mean(0), _sum([1.0] * count, [x.abs() for x in x_K]) * ((count - 1) / count * rows.computing.unit))
+    slack = _sum([1.0] * count, [x.abs() for x in x_K]).mul_((count - 1) / count * rows.computing.unit)
+    return Derived(_sum([1.0] * count, x_K).div_(count), slack)
 
 
 @derive.register
@@ -231,7 +232,10 @@ def _difference(x: Tensor, base: Tensor, computing: Computing) -> Tensor:
 
 
 def _sum(weights: Sequence[float], x_K: Sequence[Tensor]) -> Tensor:
-    return (torch.stack(list(x_K)) * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * x_K[0].dim())).sum(0)
+    total = x_K[0] * weights[0]
+    for weight, x in zip(weights[1:], x_K[1:], strict=True):
+        total.add_(x, alpha=weight)
+    return total
 
 
 @singledispatch

@@ -1,7 +1,8 @@
 """What a verification found: checks with their measured values, and what one says of them in JSON."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -9,7 +10,8 @@ from typing import Any
 class Check:
     """One question and its answer. `detail` names tensors and layers when it failed; `value` was measured, `tolerance` allowed.
 
-    `ok` None means that the check could not be made, and `detail` says why.
+    `ok` None means that the check could not be made, and `detail` says why. `seconds` are those that it took; of several that one pass
+    answers the first has them.
     """
 
     name: str
@@ -17,12 +19,23 @@ class Check:
     detail: str = ""
     value: float | None = None
     tolerance: float | None = None
+    seconds: float | None = None
+
+
+def timed(checks: Iterable[Check]) -> Iterator[Check]:
+    """Each check with the seconds until it was there, if it has none yet."""
+    before = time.perf_counter()
+    for check in checks:
+        yield check if check.seconds is not None else replace(check, seconds=round(time.perf_counter() - before, 4))
+        before = time.perf_counter()
 
 
 @dataclass
 class Report:
-    """All checks of one verification, and the tables that go with them. `experts` are the names of the mixture's, by index."""
+    """All checks of one verification, and the tables that go with them. `level` is how deep it looked; `experts` are the names of the
+    mixture's, by index."""
 
+    level: str = "quick"
     experts: Sequence[str] = ()
     checks: list[Check] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
@@ -37,17 +50,22 @@ class Report:
         return (check for check in self.checks if check.ok is False)
 
     def add(self, checks: Iterable[Check]) -> None:
-        self.checks.extend(checks)
+        """Add checks as they are made."""
+        self.checks.extend(timed(checks))
 
     def document(self) -> dict[str, Any]:
         """The report as `verify --json` prints it."""
         document: dict[str, Any] = {
             "ok": self.ok,
+            "level": self.level,
             "checks": [
-                {"name": c.name, "ok": c.ok, "detail": c.detail, "value": _number(c.value), "tolerance": _number(c.tolerance)}
-                for c in self.checks
+                {
+                    "name": check.name, "ok": check.ok, "detail": check.detail, "value": _number(check.value),
+                    "tolerance": _number(check.tolerance), "seconds": check.seconds,
+                }
+                for check in self.checks
             ],
-        }
+        }  # fmt: skip
         if self.routing:
             document["routing"] = self.routing
         if self.perplexity:

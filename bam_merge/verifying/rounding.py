@@ -10,6 +10,10 @@ from torch import Tensor
 
 from bam_merge.checkpoints.dtypes import DTYPES
 
+_BIAS, _MANTISSA, _EXPONENT = 1023, 52, 0x7FF << 52
+"""Of float64: what is added to an exponent, the bits of the mantissa below it, and the exponent's own."""
+
+
 _PATTERNS = {torch.float32: ("F32", torch.int32), torch.float64: ("F64", torch.int64)}
 
 
@@ -37,9 +41,9 @@ class Derived:
 def half_ulp(value: Tensor, dtype: str) -> Tensor:
     """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
     of = DTYPES[dtype]
-    exponent = (torch.frexp(value).exponent - 1).masked_fill(value == 0, of.smallest_exponent)  # frexp calls the exponent of 0 0
-    result: Tensor = torch.exp2(exponent.clamp(min=of.smallest_exponent).double() - of.mantissa_bits - 1)
-    return result
+    least = (of.smallest_exponent + _BIAS) << _MANTISSA  # 0 and what is below the smallest normal number have its distance
+    power = (value.contiguous().view(torch.int64) & _EXPONENT).clamp(min=max(least, 0)).view(torch.float64)
+    return power.mul_(2.0 ** (-of.mantissa_bits - 1))
 
 
 def nearest(value: Tensor, dtype: str) -> Tensor:

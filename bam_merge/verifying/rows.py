@@ -1,72 +1,108 @@
-"""Rows of stored tensors by the safetensors library: the reader of verification, which shares no code with that of a merge."""
+"""Rows of stored tensors: the reader of verification, which shares no code with that of a merge."""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Shape, Slice
+from bam_merge.checkpoints.pieces import Leaf, Read, Shape, Slice, stored
+from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
-from bam_merge.system import name_of
+from bam_merge.system import MOST_BYTES, name_of
+from bam_merge.text import printable
+from bam_merge.values.tensors import STORED_DTYPES
 
-ROWS_BYTES = 2**20
-"""Bytes of one source tensor, as stored, that are compared at a time."""
+ROWS_BYTES = 2**17
+"""Bytes of one source tensor, as stored, that are compared at a time: few enough for what is made of them in float64 to stay in a
+processor's cache."""
 
 
-MAPPED_BYTES = 2**23
-"""Bytes that are read of a file before it is opened anew."""
+COPIED_BYTES = 2**20
+"""The same where nothing is computed."""
 
 
 class RowReader:
-    """Rows of tensors in safetensors files, by the safetensors library; for one thread.
+    """Rows of tensors in safetensors files, for any number of threads.
 
-    The library maps files, and the pages that were read of an open map count as this process's memory: so a file is closed after
-    MAPPED_BYTES.
+    Headers are parsed here, on purpose not by checkpoints/header.py, and hold what the safetensors library finds; bytes are read, and not
+    mapped: the pages of a map cost more than the copy.
     """
 
     def __init__(self) -> None:
-        self._open: dict[Path, tuple[Any, int]] = {}
+        self._headers: dict[Path, tuple[Mapping[str, Any], int]] = {}
+        self._lock = threading.Lock()
 
     def read(self, path: Path, tensor: str, start: int, stop: int, dtype: str) -> Tensor:
-        """Rows [start, stop) of a stored tensor, in its own dtype; of elements smaller than a byte, which the library does not know, and
-        of truth values, which it may make 0 and 1, the bytes."""
-        if DTYPE_BITS[dtype] < 8 or dtype == "BOOL":
-            return _stored_bytes(path, tensor, start, stop, DTYPE_BITS[dtype])
-        reader, count = self._open.pop(path) if path in self._open else (_opened(path), 0)
-        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
-        if count + rows.nbytes < MAPPED_BYTES:
-            self._open[path] = (reader, count + rows.nbytes)
-        return rows
+        """Rows [start, stop) of a stored tensor, in its own dtype; of elements smaller than a byte, and of truth values, the bytes.
 
+        Raises CheckpointError where the file cannot be read, or has no such rows.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return self._read(descriptor, path, tensor, start, stop, dtype)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CheckpointError(f"{printable(str(path))}: {error.strerror}.") from error
 
-def _stored_bytes(path: Path, tensor: str, start: int, stop: int, bits: int) -> Tensor:
-    """The bytes in which rows [start, stop) of a tensor with elements of so many bits lie. On purpose not by checkpoints/reading.py."""
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(length))[tensor]
-        row = math.prod(entry["shape"][1:]) * bits
+    def _read(self, descriptor: int, path: Path, tensor: str, start: int, stop: int, dtype: str) -> Tensor:
+        with self._lock:
+            if path not in self._headers:
+                self._headers[path] = _header(descriptor, path)
+            tensors, begin = self._headers[path]
+        entry = tensors.get(tensor, {})
+        if entry.get("dtype") != dtype:
+            raise CheckpointError(f"{printable(str(path))} changed since it was opened: {printable(tensor)} is no {dtype} tensor any more.")
+        shape, bits = entry["shape"], DTYPE_BITS[dtype]
+        row = math.prod(shape[1:]) * bits
         first, last = start * row // 8, -(-stop * row // 8)
-        stream.seek(8 + length + entry["data_offsets"][0] + first)
-        return torch.frombuffer(bytearray(stream.read(last - first)), dtype=torch.uint8)
+        bytes_B = torch.from_numpy(_bytes(descriptor, path, begin + entry["data_offsets"][0] + first, last - first))
+        if bits < 8 or dtype == "BOOL":
+            return bytes_B
+        return bytes_B.view(STORED_DTYPES[dtype]).view(stop - start, *shape[1:]) if shape else bytes_B.view(STORED_DTYPES[dtype])[0]
 
 
-def _opened(path: Path) -> Any:
-    """The library's reader of a file. It takes only names that are UTF-8, so another is named by a descriptor."""
-    if os.fsencode(path) == str(path).encode(errors="replace"):
-        return safe_open(path, "pt")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return safe_open(name_of(descriptor), "pt")
-    finally:
-        os.close(descriptor)
+def _header(descriptor: int, path: Path) -> tuple[Mapping[str, Any], int]:
+    """What a file says of its tensors, and where they begin."""
+    length = int.from_bytes(_bytes(descriptor, path, 0, 8).tobytes(), "little")
+    tensors = {name: entry for name, entry in json.loads(_bytes(descriptor, path, 8, length).tobytes()).items() if name != "__metadata__"}
+    with safe_open(_name(path, descriptor), "pt") as library:
+        assert set(library.keys()) == tensors.keys()
+    return tensors, 8 + length
+
+
+def _bytes(descriptor: int, path: Path, offset: int, count: int) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
+    """`count` bytes of a file from `offset` on."""
+    data = numpy.empty(count, numpy.uint8)
+    view, done = memoryview(data.data), 0
+    while done < count:
+        piece = view[done : done + MOST_BYTES]
+        if hasattr(os, "preadv"):
+            got = os.preadv(descriptor, [piece], offset + done)
+        else:
+            read = os.pread(descriptor, len(piece), offset + done)
+            got = len(read)
+            piece[:got] = read
+        if not got:
+            raise CheckpointError(f"{printable(str(path))} changed since it was opened: it ends at byte {offset + done}.")
+        done += got
+    return data
+
+
+def _name(path: Path, descriptor: int) -> str:
+    """The name by which the library opens a file. It takes only names that are UTF-8, so another is named by its descriptor."""
+    return str(path) if os.fsencode(path) == str(path).encode(errors="replace") else name_of(descriptor)
 
 
 class SourceTensors:
@@ -85,13 +121,11 @@ class SourceTensors:
         if isinstance(expr, Read):
             return self.rows(expr, start, stop)
         if isinstance(expr, Slice):
-            block = expr.of.shape[0] // expr.groups
-            runs = _runs([expr.rows], start, stop)
-            pieces = [self.rows(expr.of, g * block + expr.start + a, g * block + expr.start + b) for g, _, a, b in runs]
+            pieces = [self.rows(expr.of, first, last) for first, last in leaf_rows(expr, start, stop)]
         else:
             assert isinstance(expr, expressions.Concat)
             pieces = [self.piece(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _runs(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
@@ -117,7 +151,33 @@ def concat_runs(expr: expressions.Concat, start: int, stop: int) -> Iterator[tup
         yield expr.parts[part], group * rows[part] + first, group * rows[part] + last
 
 
-def row_blocks(shape: Shape, itemsize: float) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks of rows of about ROWS_BYTES."""
-    step = max(1, ROWS_BYTES // max(1, int(itemsize * math.prod(shape[1:]))))
+Stretch = tuple[str, str, int, int]
+"""Rows [start, stop) of a source's stored tensor: (source, tensor, start, stop)."""
+
+
+def stretches(expr: expressions.Expr, start: int, stop: int) -> Iterator[Stretch]:
+    """Where rows [start, stop) of what only moves bytes are stored, in order."""
+    if isinstance(expr, expressions.Concat):
+        for part, first, last in concat_runs(expr, start, stop):
+            yield from stretches(part, first, last)
+    else:
+        assert isinstance(expr, Read | Slice)
+        read = stored(expr)
+        yield from ((read.source, read.tensor, first, last) for first, last in leaf_rows(expr, start, stop))
+
+
+def leaf_rows(leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first, last) of the stored rows that rows [start, stop) of a leaf are, in order."""
+    stop = leaf.shape[0] if stop is None else stop
+    if isinstance(leaf, Read):
+        yield start, stop
+        return
+    block = leaf.of.shape[0] // leaf.groups
+    for group, _, first, last in _runs([leaf.rows], start, stop):
+        yield group * block + leaf.start + first, group * block + leaf.start + last
+
+
+def row_blocks(shape: Shape, itemsize: float, nbytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks of rows of about `nbytes`, ROWS_BYTES if none are given."""
+    step = max(1, (nbytes or ROWS_BYTES) // max(1, int(itemsize * math.prod(shape[1:]))))
     yield from ((start, min(shape[0], start + step)) for start in range(0, shape[0], step))

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from bam_merge import expressions
@@ -25,7 +26,8 @@ from bam_merge.values.torch_threads import one_torch_thread
 from bam_merge.verifying.rederive import rederive, survey_all
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.rounding import worst
-from bam_merge.verifying.rows import RowReader, SourceTensors, row_blocks
+from bam_merge.verifying.rows import COPIED_BYTES, RowReader, SourceTensors, row_blocks
+from bam_merge.verifying.work import Work
 
 
 def structure(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Check]:
@@ -88,24 +90,36 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 # ---- tensors -----------------------------------------------------------------------------------------------------------------
 
 
-def digests(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[Check]:
+def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work) -> Iterator[Check]:
     """Every tensor's bytes still have the digest that was taken when they were made."""
     wrong: dict[str, list[str]] = {}
-    for name, record in manifest["tensors"].items():
+
+    def digest(name: str) -> str | None:
         entry = checkpoint.tensors.get(name)
-        if entry is None or digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) != record["digest"]:
+        return None if entry is None else digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes)
+
+    advance = work.advancing("digests", sum(entry.nbytes for entry in checkpoint.tensors.values()))
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for (name, record), found in zip(manifest["tensors"].items(), pool.map(digest, manifest["tensors"]), strict=True):
+            entry = checkpoint.tensors.get(name)
+            advance(entry.nbytes if entry else 0)
+            if found == record["digest"]:
+                continue
             wrong.setdefault(printable(entry.file if entry else record["file"]), []).append(name)
     changed = "; ".join(f"{some(names)} in {file}" for file, names in wrong.items())
     detail = f"{changed}: bytes changed since the merge: {REMEDY}" if wrong else f"{len(manifest['tensors'])} tensors"
+    work.finish("digests")
     yield Check("digests", not wrong, detail)
 
 
 KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
 
 
-def against_sources(checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
+def against_sources(
+    checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any], work: Work, proved: set[str] | None = None
+) -> Iterator[Check]:
     """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
-    but what --allow-nonfinite recorded."""
+    but what --allow-nonfinite recorded. `proved` is given the names of the tensors of which that is so."""
     wrong: dict[str, list[str]] = {kind: [] for kind in KINDS}
     largest = dict.fromkeys(KINDS, 0.0)
     counts = dict.fromkeys(KINDS, 0)
@@ -113,14 +127,21 @@ def against_sources(checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any]
     entries = checkpoint.tensors
     there = [step for step in plan.steps if step.name in entries and _form(entries[step.name]) == _form(step)]
 
+    reader = RowReader()
+    advance = work.advancing("sources", sum(step.nbytes for step in there))
+
     def compare(step: Step) -> tuple[float, int, int]:
-        return _compare(checkpoint.path / checkpoint.tensors[step.name].file, step, plan, exact=_kind(step) == "copies")
+        path = checkpoint.path / checkpoint.tensors[step.name].file
+        return _compare(path, step, SourceTensors(plan, reader), exact=_kind(step) == "copies")
 
     with (  # each worker holds some blocks of ROWS_BYTES in float64
         one_torch_thread() as single_threaded,
         ThreadPoolExecutor(default_workers(), initializer=single_threaded) as pool,
     ):
-        found = dict(zip((step.name for step in there), pool.map(compare, there), strict=True))
+        found = {}
+        for step, result in zip(there, pool.map(compare, there), strict=True):
+            found[step.name] = result
+            advance(step.nbytes)
     for step in plan.steps:
         kind = _kind(step)
         counts[kind] += 1
@@ -139,6 +160,8 @@ def against_sources(checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any]
                 if _changed(read, plan, manifest)
             )
             wrong[kind].append(f"{step.name} (element {where} is {error:.3g} roundings off, expected {step.expression}{why})")
+        elif proved is not None:
+            proved.add(step.name)
     for kind, meaning in KINDS.items():
         detail = some(wrong[kind]) if wrong[kind] else f"{counts[kind]} tensors are {meaning}"
         yield Check(kind, not wrong[kind], detail, largest[kind], 0.0 if kind == "copies" else 1.0)
@@ -164,26 +187,31 @@ def _kind(step: Step) -> str:
     return "copies" if moves_bytes(step) else "merges"
 
 
-def _compare(path: Path, step: Step, plan: Plan, exact: bool) -> tuple[float, int, int]:
+def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tuple[float, int, int]:
     """(largest error in roundings, its element, how many values are not finite) of one written tensor."""
     largest, where, bad = 0.0, 0, 0
     columns = math.prod(step.shape[1:])
-    reader = RowReader()
-    sources = SourceTensors(plan, reader)
     known = survey_all(step.expr, sources)
-    for start, stop in row_blocks(step.shape, step.nbytes / max(1, math.prod(step.shape))):
-        written = reader.read(path, step.name, start, stop, step.dtype)
+    for start, stop in row_blocks(step.shape, step.nbytes / max(1, math.prod(step.shape)), COPIED_BYTES if exact else None):
+        written = sources.reader.read(path, step.name, start, stop, step.dtype)
         bad += _nonfinite(written)
         if exact:
-            value = sources.piece(step.expr, start, stop)
-            ours, theirs = (rows.contiguous().flatten().view(torch.uint8) for rows in (written, value))
-            same = torch.equal(ours, theirs)
-            error, index = (0.0, 0) if same else (float("inf"), int((ours != theirs).nonzero()[0]) * 8 // DTYPE_BITS[step.dtype])
+            first = _first_difference(written, sources.piece(step.expr, start, stop))
+            error, index = (0.0, 0) if first is None else (math.inf, first * 8 // DTYPE_BITS[step.dtype])
         else:
             error, index = worst(written, rederive(step.expr, sources, known, start, stop, step.dtype), step.dtype)
         if error > largest:
             largest, where = error, start * columns + index
     return largest, where, bad
+
+
+def _first_difference(a: torch.Tensor, b: torch.Tensor) -> int | None:
+    """The first byte in which two tensors of one size differ. numpy compares eight at a time at twice the speed of torch."""
+    ours, theirs = (rows.contiguous().flatten().view(torch.uint8).numpy() for rows in (a, b))
+    whole = len(ours) // 8 * 8
+    if numpy.array_equal(ours[:whole].view("u8"), theirs[:whole].view("u8")) and numpy.array_equal(ours[whole:], theirs[whole:]):
+        return None
+    return int(numpy.flatnonzero(ours != theirs)[0])
 
 
 def _nonfinite(values: torch.Tensor) -> int:

@@ -2,13 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge._version import __version__
@@ -16,48 +13,49 @@ from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
-from bam_merge.model.loading import stored_model
-from bam_merge.model.tokens import encode, open_tokenizer
+from bam_merge.model.streaming import computing_on
 from bam_merge.paths import located
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
-from bam_merge.verifying.computed import against_dense, as_it_is
-from bam_merge.verifying.config import same_function, same_head
-from bam_merge.verifying.conversion import as_written, open_dense
+from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import file_checks
+from bam_merge.verifying.function import function_checks as _function
+from bam_merge.verifying.levels import LEVELS
+from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
-from bam_merge.verifying.report import Check, Report
+from bam_merge.verifying.report import Check, Report, timed
 from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
-
-SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
-copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
-
-
-SAMPLE_TOKENS = 48
-"""Tokens of the sample, in two sequences."""
-
+from bam_merge.verifying.work import Work
 
 MOST_KEYS = 8
 """Wrong keys of config.json that are named."""
 
 
-def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequence[str | os.PathLike[str]] = ()) -> Report:
+def verify(
+    folder: str | os.PathLike[str],
+    plan: Plan | None = None,
+    texts: Sequence[str | os.PathLike[str]] = (),
+    options: VerifyOptions | None = None,
+) -> Report:
     """Verify the merged folder; with `texts`, also measure perplexities.
 
     The sources are those of `plan`, or are found from the manifest; without them only digests and the model itself are checked, and
     the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read, or a folder
     that changes meanwhile.
     """
+    options = options or VerifyOptions()
+    check_level(options.level)
+    level, device = LEVELS[options.level], open_device(options.device)
     path = located(folder, error=VerifyError)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
-    report = Report(experts=tuple(map(printable, manifest["recipe"].get("experts", ()))))
+    report = Report(level.name, tuple(map(printable, manifest["recipe"].get("experts", ()))))
     try:
         checkpoint = open_folder(path)
     except BamMergeError as error:  # nothing more can be read
@@ -66,19 +64,22 @@ def verify(folder: str | os.PathLike[str], plan: Plan | None = None, texts: Sequ
     report.add(file_checks(path, manifest, checkpoint))
     report.add(structure(checkpoint, manifest))
     report.add(engines(checkpoint))
-    report.add(digests(checkpoint, manifest))
+    work = Work(options.progress)
+    work.plan(checkpoint)
+    report.add(digests(checkpoint, manifest, work))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
-    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts])
+    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts], work)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
         return report
-    try:
-        report.add(_function(checkpoint, plan, report))
-    except CheckpointError as error:
-        report.add([Check("model", False, "; ".join(error.problems))])
-        return report
-    report.perplexity = perplexities(checkpoint, plan, ids) if ids else []
+    with computing_on(device, torch_workers(options.workers)) as computing:
+        try:
+            report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work))
+        except CheckpointError as error:
+            report.add([Check("model", False, "; ".join(error.problems))])
+            return report
+        report.perplexity = perplexities(checkpoint, plan, ids, computing) if ids else []
     return report
 
 
@@ -96,6 +97,8 @@ class _Sources:
     manifest: dict[str, Any]
     report: Report
     wrong: list[str]
+    work: Work
+    proved: set[str] = field(default_factory=set)
 
     @property
     def folder(self) -> Path:
@@ -162,7 +165,7 @@ class _Sources:
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
-        checks = list(against_sources(self.checkpoint, plan, self.manifest))
+        checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.proved)))
         if not other or all(check.ok for check in checks):
             for name, tensors in other.items():
                 self.wrong.append(
@@ -176,7 +179,7 @@ class _Sources:
             return checks
         self.report.add([Check("sources", None, f"changed since the merge, so digests only: {found.names()}")])
         rest = tuple(step for step in plan.steps if not any(read.source in other for read in expressions.reads(step.expr)))
-        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest))
+        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work))
         return None
 
     def _unchanged(self, plan: Plan, found: Changes, follows: bool) -> None:
@@ -246,31 +249,3 @@ def _config_check(found: Mapping[str, Any], plan: Plan, changed_seed: bool) -> C
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
     return printable(repr(config[key]), 60) if key in config else "missing"
-
-
-# ---- what it computes ----------------------------------------------------------------------------------------------------------
-
-
-def _function(checkpoint: Checkpoint, plan: Plan | None, report: Report) -> Iterator[Check]:
-    mixture = stored_model(checkpoint)
-    ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size)
-    if plan is not None:
-        dense = as_written(open_dense(plan), plan)
-        yield from same_function(mixture, dense)
-        yield from same_head(mixture, dense, ids_BT)
-    if plan is not None and plan.layout.kind == "mixture":
-        yield from against_dense(mixture, dense, plan, ids_BT)
-    yield from as_it_is(mixture, ids_BT, report, sample)
-
-
-def sample_tokens(folder: Path, vocabulary: int) -> tuple[Tensor, str]:
-    """Two sequences of token ids [2, SAMPLE_TOKENS / 2], and what they are: a text, or pseudo-random ids where none can be read."""
-    try:
-        ids = encode(open_tokenizer(folder), SAMPLE)
-    except CheckpointError as error:
-        why = str(error)
-    else:
-        if len(ids) >= SAMPLE_TOKENS and max(ids) < vocabulary:
-            return torch.tensor(ids[:SAMPLE_TOKENS]).view(2, -1), "a sample text"
-        why = f"tokenizer.json gives {len(ids)} ids up to {max(ids, default=0)}, the vocabulary has {vocabulary}"
-    return torch.randint(vocabulary, (2, SAMPLE_TOKENS // 2), generator=torch.Generator().manual_seed(0)), f"random tokens ({why})"

@@ -61,7 +61,7 @@ def test_float64_decides_where_float32_is_in_doubt(tmp_path: Path, monkeypatch: 
     folder = publish(plan, None, UNPROVED)
     values = []
     for tolerance in (1e-5, 1e-13):
-        monkeypatch.setattr("bam_merge.verifying.computed.TOLERANCE", tolerance)
+        monkeypatch.setattr("bam_merge.verifying.measuring.TOLERANCE", tolerance)
         report = verify(folder, plan)
         assert report.ok, failed(report)
         values.append({check.name: check.value for check in report.checks}["cached decoding"])
@@ -280,11 +280,11 @@ def test_failed_verification_exits_1(good: tuple[Path, Plan], run: Any) -> None:
     assert re.search(r"^expert isolation +FAILED ", result.out, re.MULTILINE)
     document = json.loads(run("verify", folder, "--json").out)
     assert document["ok"] is False
-    assert set(document["checks"][0]) == {"name", "ok", "detail", "value", "tolerance"}
+    assert set(document["checks"][0]) == {"name", "ok", "detail", "value", "tolerance", "seconds"}
 
 
 def test_library_callers_get_the_error(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bam_merge.verifying.computed.TOLERANCE", 0.0)
+    monkeypatch.setattr("bam_merge.verifying.measuring.TOLERANCE", 0.0)
     with pytest.raises(VerificationFailed, match="was not published"):
         publish(plan_file(write_recipe(llamas)), None, MergeOptions())
 

@@ -15,7 +15,7 @@ from bam_merge.checkpoints import header
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
-from bam_merge.verifying import conversion, verification
+from bam_merge.verifying import conversion, function, verification
 from bam_merge.verifying.verification import verify
 
 
@@ -102,7 +102,7 @@ def test_a_source_that_changes_after_it_was_opened_is_not_read_on(tmp_path: Path
         os.utime(tmp_path / "law" / "model.safetensors")
         return found
 
-    monkeypatch.setattr(verification, "open_dense", opened)
+    monkeypatch.setattr(function, "open_dense", opened)
     (model,) = [check for check in verify(folder).checks if check.name == "model"]
     assert model.ok is False
     assert "law/model.safetensors changed since it was opened" in model.detail

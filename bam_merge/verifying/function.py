@@ -1,0 +1,57 @@
+"""What the merged folder computes: all checks that run models."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.errors import CheckpointError
+from bam_merge.model.loading import stored_model
+from bam_merge.model.streaming import Computing
+from bam_merge.model.tokens import encode, open_tokenizer
+from bam_merge.planning.plan import Plan
+from bam_merge.verifying.computed import against_dense
+from bam_merge.verifying.config import same_function, same_head
+from bam_merge.verifying.conversion import as_written, open_dense
+from bam_merge.verifying.levels import Level
+from bam_merge.verifying.measuring import Way
+from bam_merge.verifying.probes import as_it_is
+from bam_merge.verifying.report import Check, Report
+from bam_merge.verifying.work import Work, bytes_of_layers
+
+SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
+copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
+
+
+def function_checks(
+    checkpoint: Checkpoint, plan: Plan | None, proved: frozenset[str], report: Report, level: Level, computing: Computing, work: Work
+) -> Iterator[Check]:
+    """Every check of what a folder computes: against its dense models where there is a plan, and by itself."""
+    mixture = stored_model(checkpoint)
+    ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size, level.tokens)
+    work.finish("sources")
+    if plan is not None:
+        dense = as_written(open_dense(plan), plan)
+        yield from same_function(mixture, dense)
+        yield from same_head(mixture, dense, ids_BT, computing)
+    if plan is not None and plan.layout.kind == "mixture":
+        advance = work.advancing("isolation", bytes_of_layers(mixture, *dense.values()))
+        yield from against_dense(mixture, dense, plan, proved, ids_BT if level.thorough else ids_BT[:1], Way(level, computing, advance))
+    work.finish("isolation")
+    yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.advancing("probes", bytes_of_layers(mixture))))
+    work.finish("probes")
+
+
+def sample_tokens(folder: Path, vocabulary: int, tokens: int) -> tuple[Tensor, str]:
+    """Two sequences of token ids [2, tokens], and what they are: a text, or pseudo-random ids where none can be read."""
+    try:
+        ids = encode(open_tokenizer(folder), SAMPLE)
+    except CheckpointError as error:
+        why = str(error)
+    else:
+        if len(ids) >= 2 * tokens and max(ids) < vocabulary:
+            return torch.tensor(ids[: 2 * tokens]).view(2, -1), "a sample text"
+        why = f"tokenizer.json gives {len(ids)} ids up to {max(ids, default=0)}, the vocabulary has {vocabulary}"
+    return torch.randint(vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0)), f"random tokens ({why})"

@@ -1,0 +1,52 @@
+"""How much of a verification is done, for whoever waits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.model.loading import StoredModel
+from bam_merge.verifying.measuring import layer_bytes
+
+COST = {"digests": 1, "sources": 4, "isolation": 5, "probes": 8}
+"""What a stored byte costs in each part of a quick verification, in processor time, by the part's share on two cores."""
+
+
+@dataclass
+class Work:
+    """`tell` hears of work done and of all the work, in units of about equal time; neither ever goes down."""
+
+    tell: Callable[[int, int], None] = lambda done, total: None
+    total: int = 0
+    done: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+
+    def plan(self, checkpoint: Checkpoint) -> None:
+        """All that may have to be done for a folder: what turns out not to be is counted as done when `finish` is called."""
+        nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())
+        self.parts = {part: cost * nbytes for part, cost in COST.items()}
+        self.total = sum(self.parts.values())
+
+    def advancing(self, part: str, whole: int) -> Callable[[int], None]:
+        """What is called with amounts that sum up to `whole` while `part` is done."""
+        share = self.parts.get(part, 0) / max(1, whole)
+
+        def advance(amount: int) -> None:
+            step = min(self.parts.get(part, 0), round(amount * share))
+            if part in self.parts:
+                self.parts[part] -= step
+            self._advance(step)
+
+        return advance
+
+    def finish(self, part: str) -> None:
+        """Whatever is left of a part is done, or will not be."""
+        self._advance(self.parts.pop(part, 0))
+
+    def _advance(self, amount: int) -> None:
+        self.done += amount
+        self.tell(self.done, self.total)
+
+
+def bytes_of_layers(*models: StoredModel) -> int:
+    """Bytes of all layers of some models."""
+    return sum(layer_bytes(model, layer) for model in models for layer in range(model.config.num_hidden_layers))
