@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bam_merge.model.loading import StoredModel
-from bam_merge.model.model import Block
+from bam_merge.model.model import Block, Norm
 from bam_merge.values.torch_threads import one_torch_thread
 
 CHUNK_ELEMENTS = 2**19
@@ -22,6 +23,9 @@ CHUNK_ELEMENTS = 2**19
 
 DEVICE_ELEMENTS = 2**24
 """The same for another device, where a transfer has to be worth its start."""
+
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,13 @@ def streamed_block(model: StoredModel, layer: int, computing: Computing) -> Bloc
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     for name, linear in linears.items():
         block.set_submodule(name, StreamedLinear(model, prefix + name, linear, computing))
-    rest = {name: computing.taken(model.read(prefix + name)) for name in block.state_dict()}
-    block.load_state_dict(rest, assign=True)
-    return block.eval()
+    return _filled(block, model, prefix, computing)
+
+
+def _filled(part: Part, model: StoredModel, prefix: str, computing: Computing) -> Part:
+    """`part`, built without memory, with the parameters that it has itself."""
+    part.load_state_dict({name: computing.taken(model.read(prefix + name)) for name in part.state_dict()}, assign=True)
+    return part.eval()
 
 
 def streamed_embeddings(model: StoredModel, ids_BT: Tensor, computing: Computing) -> Tensor:
@@ -109,7 +117,8 @@ def streamed_embeddings(model: StoredModel, ids_BT: Tensor, computing: Computing
 
 def streamed_head(model: StoredModel, x_BTD: Tensor, computing: Computing) -> Tensor:
     """Logits [B, T, V] of the last block's hidden states."""
-    norm = model.final_norm(computing.dtype).to(computing.device)
-    normed_MD = norm(x_BTD).flatten(0, -2)
+    with torch.device("meta"):
+        norm = Norm(model.config, model.config.hidden_size, bias=model.config.norm_bias)
+    normed_MD = _filled(norm, model, "model.norm.", computing)(x_BTD).flatten(0, -2)
     logits_MV = product(model, model.head_parameter, model.config.vocab_size, normed_MD, computing)
     return logits_MV.reshape(*x_BTD.shape[:-1], -1) * (1.0 if model.config.logit_scale is None else model.config.logit_scale)

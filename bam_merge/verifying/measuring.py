@@ -78,4 +78,4 @@ def layer_bytes(model: StoredModel, layer: int) -> int:
 
 def of_layers(asked: Collection[int], layers: int) -> str:
     """Which layers an answer is of, where it is not all of them."""
-    return "" if len(asked) == layers else f" (layers {ranges(sorted(asked))})"
+    return "" if len(asked) == layers else f" (layers {ranges(sorted(asked)).strip('{}')})"

@@ -16,6 +16,8 @@ from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.publish import publish
 from bam_merge.values.streams import uniforms
+from bam_merge.verifying.levels import LEVELS
+from bam_merge.verifying.options import VerifyOptions
 from bam_merge.verifying.verification import verify
 
 __all__ = ["good"]
@@ -64,12 +66,14 @@ SABOTAGE: dict[str, tuple[Callable[[Forger], Any], dict[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", SABOTAGE)
-def test_sabotage_is_found_where_it_is(name: str, good: tuple[Path, Plan]) -> None:
+def test_sabotage_is_found_where_it_is(name: str, level: str, good: tuple[Path, Plan]) -> None:
+    """By quick and by full: nothing is left to full."""
     folder, plan = good
     change, expected = SABOTAGE[name]
     change(Forger(folder))
-    found = failed(verify(folder, plan))
+    found = failed(verify(folder, plan, options=VerifyOptions(level)))
     assert "digests" not in found  # the forger mended them: the content alone must tell
     for check, words in expected.items():
         assert check in found, found
