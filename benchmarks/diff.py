@@ -9,10 +9,10 @@ that take turns. Exits 1 if the median of a kind's ratios is above its limit:
     different  two models that differ in every tensor       sha256sum A & sha256sum B; wait             at most 0.5
     --seed     one and three others, all Gram matrices      sha256sum A C & sha256sum B D; wait         at most 0.5
 
-The digests of four models are taken two at a time, as those of two are: on two cores four at once would take as long.
-cmp is on every Unix; where there is no sha256sum, as on macOS, the same digests are taken by `shasum -a 256`. The limit of 0.5 is for
-a sha256sum in plain C, as GNU coreutils has it in Debian: 0.35 to 0.5 GB/s a core. The table's title says what this machine's takes; one that
-uses the processor's own instructions takes 1.5 GB/s or more, and there the limit says nothing. The limits are for scale 1: of smaller
+The digests of four models are taken two at a time, as those of two are: on two cores four at once would take as long. cmp is on every
+Unix; where there is no sha256sum, as on macOS, the same digests are taken by `shasum -a 256`. The limit of 0.5 is for a sha256sum in
+plain C, as GNU coreutils has it in Debian: 0.35 to 0.5 GB/s a core. The table's title says what this machine's takes; one that uses
+the processor's own instructions takes 1.5 GB/s or more, and there the limit says nothing. The limits are for scale 1: of smaller
 models Python's start, a third of a second, is most of the time.
 """
 
