@@ -17,21 +17,21 @@ Shape = tuple[int, ...]
 class LowRank(Formula):
     """W + sum_i s_i B_i A_i (LoRA, arXiv 2106.09685, section 4.1). Inputs: W [R, C]; then of each adapter A_i [r, C] and B_i [R, r].
 
-    `transposed`, for embeddings: W + sum_i s_i (B_i A_i)^T, of A_i [r, R] and B_i [C, r].
+    Those that are `turned`, embeddings' own, are transposed: s_i (B_i A_i)^T, of A_i [r, R] and B_i [C, r]. None are where it is empty.
     """
 
     adapters: tuple[str, ...]
     scales: tuple[float, ...]
-    transposed: bool = False
+    turned: tuple[bool, ...] = ()
     name: ClassVar = "lora"
 
     def shown(self, inputs: Sequence[str]) -> str:
         return f"{inputs[0]} + lora({', '.join(self.adapters)})"
 
     def held(self, shapes: Sequence[Shape], rows: int) -> int:
-        ranks = [a[0] for a in shapes[1::2]]
-        kept = shapes[2::2] if self.transposed else shapes[1::2]
-        return 28 * rows * shapes[0][1] + 16 * rows * sum(ranks) + 16 * sum(map(prod, kept))
+        updates = zip(self.turned or (False,) * len(self.scales), shapes[1::2], shapes[2::2], strict=True)
+        kept = [b if turned else a for turned, a, b in updates]
+        return 28 * rows * shapes[0][1] + 16 * rows * sum(a[0] for a in shapes[1::2]) + 16 * sum(map(prod, kept))
 
 
 @dataclass(frozen=True, slots=True)

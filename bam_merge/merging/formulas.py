@@ -44,8 +44,9 @@ def compute(formula: Formula, inputs: Sequence[Input], start: int, stop: int) ->
 def low_rank(formula: formulas.LowRank, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
     """W + sum_i s_i B_i A_i, or the transposed updates (LoRA, arXiv 2106.09685, section 4.1)."""
     total_RC = inputs[0].rows(start, stop).double()
-    for scale, a, b in zip(formula.scales, inputs[1::2], inputs[2::2], strict=True):
-        if formula.transposed:
+    all_turned = formula.turned or (False,) * len(formula.scales)
+    for scale, turned, a, b in zip(formula.scales, all_turned, inputs[1::2], inputs[2::2], strict=True):
+        if turned:
             total_RC.addmm_(a.columns(start, stop).double().T, b.whole().T, alpha=scale)
         else:
             total_RC.addmm_(b.rows(start, stop).double(), a.whole(), alpha=scale)

@@ -71,22 +71,24 @@ class AdapterConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
-    def rank(self, module: str) -> int:
-        """The rank of a module's update."""
-        return self.rank_pattern.get(_pattern(self.rank_pattern, module), self.r)
+    def rank(self, *names: str) -> int:
+        """The rank of a module's update, by the module's names."""
+        return self.rank_pattern.get(_pattern(self.rank_pattern, names), self.r)
 
-    def scale(self, module: str) -> float:
+    def scale(self, *names: str) -> float:
         """What a module's product B A is multiplied with: alpha / r, of rsLoRA alpha / sqrt(r) (arXiv 2312.03732)."""
-        alpha, rank = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.lora_alpha), self.rank(module)
+        alpha, rank = self.alpha_pattern.get(_pattern(self.alpha_pattern, names), self.lora_alpha), self.rank(*names)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether a module was trained whole."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or ())
+        """Whether a module was trained whole, itself or with one that it is in."""
+        parts = module.split(".")
+        above = [".".join(parts[: count + 1]) for count in range(len(parts))]
+        return any(name.endswith(saved) for name in above for saved in self.modules_to_save or ())
 
     def targets(self, module: str, linear: bool, head: bool) -> bool:
         """Whether a module has a low-rank update. `linear`: it is no embedding; `head`: it is the output layer, which all-linear leaves."""
-        if self._excludes(module) or self.saves(module):
+        if self._excludes(module) or any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or ()):
             return False
         targets = self.target_modules
         if isinstance(targets, str):
@@ -125,9 +127,9 @@ def _ends(module: str, names: list[str]) -> bool:
     return module in names or any(module.endswith(f".{name}") for name in names)
 
 
-def _pattern(patterns: Mapping[str, Any], module: str) -> str:
+def _pattern(patterns: Mapping[str, Any], names: tuple[str, ...]) -> str:
     """The first pattern that the end of a module's name matches."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), "")
+    return next((pattern for pattern in patterns if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)), "")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ PREFIXES = (
 """(what a file's names begin with, what the base's modules do in its place). The first is PEFT's own."""
 
 
+HEAD = "lm_head"
+"""What transformers 5 calls the head of every family."""
+
+
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.|^module\.")
 """Parts of a name that torch.compile, FSDP and DDP put there."""
 
@@ -23,6 +27,7 @@ _KINDS = {
     "B": r"\.lora_B(?:\.[^.]+)?\.weight",
     "B.bias": r"\.lora_B(?:\.[^.]+)?\.bias",
     "magnitude": r"\.lora_magnitude_vector(?:\.[^.]+){0,2}",
+    "velora": r"\.lora_velora_embed(?:\.[^.]+)?",
     "embedding A": r"\.lora_embedding_A(?:\.[^.]+)?",
     "embedding B": r"\.lora_embedding_B(?:\.[^.]+)?",
     "tokens": r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?",
@@ -39,13 +44,19 @@ _NAME = re.compile("(?P<module>.+?)(?:" + "|".join(f"(?P<k{i}>{end})" for i, end
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the base, by its name in transformers. `cells` are its weight and bias, as far as it has them; a tied head has none."""
+    """A module of the base, by its name in the base's file. `cells` are its weight and bias, as far as it has them; a tied head has none.
+    `other` is another name of it, in another version of transformers."""
 
     name: str
     cells: Mapping[str, Cell]
     embedding: bool = False
     head: bool = False
     linear: bool = False
+    other: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if self.other is None else (self.name, self.other)
 
 
 def modules_of(base: DenseModel) -> dict[str, Module]:
@@ -62,7 +73,7 @@ def modules_of(base: DenseModel) -> dict[str, Module]:
         linear = not embedding and not any(role.startswith("norm.") or role.endswith("_norm") for role in roles)
         if head and not applies(cells["weight"], base.facts):
             cells = {}
-        modules[name] = Module(name, cells, embedding, head, linear)
+        modules[name] = Module(name, cells, embedding, head, linear, HEAD if head and name != HEAD else None)
     return modules
 
 
@@ -72,6 +83,7 @@ Parts = dict[str, dict[str, str]]
 
 def parts_of(names: Iterable[str], modules: Mapping[str, Module]) -> tuple[Parts, list[str], tuple[str, str]]:
     """(parts, the names that are of no module, the prefix that explains most): one prefix is to explain every tensor."""
+    others = {module.other: module.name for module in modules.values() if module.other is not None}
     read = {name: _NAME.fullmatch(WRAPPERS.sub("", name)) for name in names}
     best: tuple[Parts, list[str], tuple[str, str]] | None = None
     for prefix in PREFIXES:
@@ -80,6 +92,7 @@ def parts_of(names: Iterable[str], modules: Mapping[str, Module]) -> tuple[Parts
         for name, match in read.items():
             stem = match["module"] if match else ""
             module = prefix[1] + stem.removeprefix(prefix[0])
+            module = module if module in modules else others.get(module, module)
             kind = next((kind for i, kind in enumerate(_KINDS) if match and match[f"k{i}"]), "")
             if match and stem.startswith(prefix[0]) and module in modules and kind not in parts.get(module, {}):
                 parts.setdefault(module, {})[kind] = name

@@ -38,8 +38,7 @@ class _Changes:
     """What adapters do to one tensor of the base, in the order in which it is done."""
 
     saved: Read | None = None
-    updates: list[tuple[str, float, Read, Read]] = field(default_factory=list)
-    turned: list[tuple[str, float, Read, Read]] = field(default_factory=list)
+    updates: list[tuple[str, float, bool, Read, Read]] = field(default_factory=list)
     dora: tuple[Formula, tuple[Read, ...]] | None = None
     last: list[tuple[Formula, Read]] = field(default_factory=list)
 
@@ -111,7 +110,8 @@ class _Adapting:
 
     def current(self, cell: Cell) -> Whole:
         """The base's tensor as it is."""
-        return whole(self.base.tensors[cell.row.roles[0], cell.layer])  # type: ignore[arg-type]
+        site = (cell.row.roles[0], cell.layer)
+        return whole(self.base.tensors[site if site in self.base.tensors else ("embed", None)])  # type: ignore[arg-type]
 
     def of(self, cell: Cell) -> _Changes:
         return self.changes.setdefault(cell, _Changes())
@@ -143,10 +143,10 @@ class _Adapting:
         now = before
         if changes.saved is not None:
             now = changes.saved if changes.saved.dtype == dtype else computed(Saved(), changes.saved)
-        for updates, turned in ((changes.turned, True), (changes.updates, False)):
-            if updates:
-                labels, scales = tuple(label for label, _, _, _ in updates), tuple(scale for _, scale, _, _ in updates)
-                now = computed(LowRank(labels, scales, turned), now, *(factor for _, _, a, b in updates for factor in (a, b)))
+        if changes.updates:
+            labels, scales, turned, _, _ = zip(*changes.updates, strict=True)
+            factors = (factor for _, _, _, a, b in changes.updates for factor in (a, b))
+            now = computed(LowRank(tuple(dict.fromkeys(labels)), scales, turned if any(turned) else ()), now, *factors)
         if changes.dora is not None:
             now = computed(changes.dora[0], now, *changes.dora[1])
         for formula, factor in changes.last:
@@ -170,8 +170,8 @@ class _One:
     def settle(self) -> None:
         """Every module that the configuration names has its tensors, and every tensor is of such a module."""
         config, modules = self.config, self.work.modules
-        targets = [module for module in modules.values() if config.targets(module.name, module.linear, module.head)]
-        saved = [module for module in modules.values() if config.saves(module.name)]
+        targets = [module for module in modules.values() if any(config.targets(name, module.linear, module.head) for name in module.names)]
+        saved = [module for module in modules.values() if any(map(config.saves, module.names))]
         ends = [module for module in modules.values() if module.embedding or module.head]
         if self.work.tied and config.ensure_weight_tying and any(module in ends for module in (*targets, *saved)):
             self.problems.append(
@@ -189,6 +189,7 @@ class _One:
         for module in [modules[module.name] for module in saved]:
             for part, cell in module.cells.items():
                 self._replace(module, part, part, cell, "modules_to_save")
+        targets = [modules[module.name] for module in targets]
         lacking = [module for module in targets if not self._update(module)]
         if lacking:
             names = [module.name for module in lacking]
@@ -198,6 +199,9 @@ class _One:
         self._biases(targets)
         for module in ends:
             self._tokens(modules[module.name])
+        for parts in self.parts.values():
+            if "velora" in parts:
+                self.dropped[parts["velora"]] = "VeLoRA's: how gradients were stored while it was trained"
         self._left_over()
 
     def read(self, name: str) -> Read:
@@ -228,7 +232,7 @@ class _One:
         if cell is None or not set(kinds) <= parts.keys():
             return False
         base, (a, b) = self.work.current(cell), (self.read(parts[kind]) for kind in kinds)
-        rank = self.config.rank(module.name)
+        rank = self.config.rank(*module.names)
         rows, columns = base.shape if not module.embedding else base.shape[::-1]
         right = self._shape(a, (rank, columns), "rank, columns of the weight") and self._shape(b, (rows, rank), "rows of the weight, rank")
         if base.dtype not in ARITHMETIC_DTYPES:
@@ -239,11 +243,11 @@ class _One:
             self._base_layer(module, parts["base weight"], cell)
         if self.work.tied and not self.work.own_head and (module.embedding or module.head):
             self.reaches_both.append(module.name)
-        scale, changes = self.config.scale(module.name) * self.adapter.weight, self.work.of(cell)
+        scale, changes = self.config.scale(*module.names) * self.adapter.weight, self.work.of(cell)
         if self.config.use_dora:
             self._dora(module, changes, scale, a, b, rows)
         else:
-            (changes.turned if module.embedding else changes.updates).append((self.adapter.store, scale, a, b))
+            changes.updates.append((self.adapter.store, scale, module.embedding, a, b))
         if self.config.lora_bias:
             self._shift(module, scale)
         return True
@@ -282,9 +286,7 @@ class _One:
         if name is None:
             self.problems.append(f"{module.name}.{part} is missing, which {why} says was saved. Is the file complete?")
             return
-        head = module.head and self.work.own_head
-        expected = whole(self.work.base.tensors["embed", None]) if head else self.work.current(cell)  # type: ignore[arg-type]
-        if self._shape(saved := self.read(name), expected.shape, "as the base's"):
+        if self._shape(saved := self.read(name), self.work.current(cell).shape, "as the base's"):
             self.work.of(cell).saved = saved
         if self.adapter.weight != 1:
             self.problems.append(f"weight {self.adapter.weight:g}: {printable(name)} was trained whole, so there is no part of it.")
@@ -304,7 +306,7 @@ class _One:
             return
         of = targets if self.config.bias == "lora_only" else list(self.work.modules.values())
         for module in of:
-            if "bias" in module.cells and not self.config.saves(module.name):
+            if "bias" in module.cells and not any(map(self.config.saves, module.names)):
                 kind = "base bias" if "base bias" in self.parts.get(module.name, {}) else "bias"
                 if self.config.bias == "all" and kind not in self.parts.get(module.name, {}) and not module.linear:
                     continue  # a norm's
@@ -313,7 +315,8 @@ class _One:
     def _tokens(self, module: Module) -> None:
         """Rows of the embeddings, or of the head, that were trained alone."""
         name = self.parts.get(module.name, {}).get("tokens")
-        rows, cell = self.config.tokens(module.name, module.embedding), self.work.cell(module, "weight")
+        rows = next((rows for name in module.names if (rows := self.config.tokens(name, module.embedding)) is not None), None)
+        cell = self.work.cell(module, "weight")
         if rows is None or cell is None or (module.head and not module.cells and name is None):
             return
         if name is None:
@@ -331,7 +334,7 @@ class _One:
 
     def _left_over(self) -> None:
         """Tensors of modules that the configuration does not name."""
-        left = [name for parts in self.parts.values() for name in parts.values() if name not in self.used]
+        left = [name for parts in self.parts.values() for name in parts.values() if name not in self.used | self.dropped.keys()]
         if left and not self.problems:
             self.problems.append(
                 f"{some(left)}: {len(left)} tensor(s) of what adapter_config.json does not name. Nothing is dropped silently: correct "

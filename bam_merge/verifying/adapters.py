@@ -59,10 +59,13 @@ def read_parts(folder: Path, weight: float, names: Sequence[str]) -> dict[str, P
     found: dict[str, Part] = {}
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
+            if ".lora_velora_embed" in key:  # of the training only
+                continue
             clean = re.sub(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.|^module\.|\.modules_to_save(?:\.default)?(?=\.)", "", key)
             stem, what = _cut(clean)
             target = _base_name(stem, "bias" if what.endswith("bias") else "weight", names)
-            part = found.setdefault(target, Part(_scale(config, target.rpartition(".")[0]) * weight))
+            module = target.rpartition(".")[0]
+            part = found.setdefault(target, Part(_scale(config, (module, *(("lm_head",) if target in HEAD_NAMES else ()))) * weight))
             value = file.get_tensor(key)
             part.float64 |= value.dtype == torch.float64
             _enter(part, what, value.double(), config, stem)
@@ -101,6 +104,8 @@ def _enter(part: Part, what: str, value: Tensor, config: Mapping[str, Any], stem
 
 def _base_name(stem: str, part: str, names: Sequence[str]) -> str:
     """The tensor of the base that an adapter's name means: the one that ends as it does, from the longest end on."""
+    if "lm_head.weight" not in names and stem.endswith("lm_head"):  # what transformers 5 calls the head of every family
+        stem = "embed_out"
     words = f"{stem}.{part}".split(".")
     for start in range(len(words)):
         end = ".".join(words[start:])
@@ -110,12 +115,13 @@ def _base_name(stem: str, part: str, names: Sequence[str]) -> str:
     raise AssertionError(f"{stem} is a module of the base, or there would be no plan")
 
 
-def _scale(config: Mapping[str, Any], module: str) -> float:
-    """alpha / r of a module, or alpha / sqrt(r), by the first pattern that its name ends in."""
+def _scale(config: Mapping[str, Any], names: Sequence[str]) -> float:
+    """alpha / r of a module, or alpha / sqrt(r), by the first pattern that one of its names ends in."""
     values = []
     for key, default in (("alpha_pattern", config.get("lora_alpha", 8)), ("rank_pattern", config.get("r", 8))):
         patterns = (config.get(key) or {}).items()
-        values.append(next((value for pattern, value in patterns if re.search(rf"(?:^|\.)(?:{pattern})$", module)), default))
+        of_module = (value for pattern, value in patterns for name in names if re.search(rf"(?:^|\.)(?:{pattern})$", name))
+        values.append(next(of_module, default))
     alpha, rank = values
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
@@ -159,10 +165,9 @@ class Adapted(StoredModel):
             return value if wide else nearest(value, "F32")
 
         value = next((part.whole[places] for part in parts if part.whole is not None), before.double())
-        for turned in (True, False):
-            plain = [part for part in parts if part.a is not None and part.lengths is None and part.turned == turned]
-            if plain:
-                value = once(sum((part.update(places) for part in plain), value))
+        plain = [part for part in parts if part.a is not None and part.lengths is None]
+        if plain:
+            value = once(sum((part.update(places) for part in plain), value))
         for part in parts:
             if part.lengths is not None:
                 value = value + part.update(places)

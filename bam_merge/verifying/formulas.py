@@ -48,8 +48,8 @@ def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, 
     """Column by column of the low-rank factors: the sum of r outer products."""
     start_RC = inputs[0].rows(start, stop)
     value_RC, size_RC, terms = start_RC.value.clone(), start_RC.value.abs(), 2
-    for scale, a, b in zip(formula.scales, inputs[1::2], inputs[2::2], strict=True):
-        if formula.transposed:
+    for index, (scale, a, b) in enumerate(zip(formula.scales, inputs[1::2], inputs[2::2], strict=True)):
+        if formula.turned and formula.turned[index]:
             left_Rr, right_rC = a.all().value[:, start:stop].T, b.all().value.T
         else:
             left_Rr, right_rC = b.rows(start, stop).value, a.all().value

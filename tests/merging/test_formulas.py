@@ -54,11 +54,12 @@ SECOND = [Held([[0.0, 1.0, 0.0]]), Held([[1.0], [-1.0]])]
 LENGTHS = [Held([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]]), Held([[0.0, 4.0, 0.0]]), Held([[1.0], [2.0]]), Held([10.0, 5.0])]
 BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.LowRank(("a",), (0.5,)), [W, *UPDATE], [[2.0, 2.0, 2.0], [5.5, 5.0, 4.5]]),
-    (formulas.LowRank(("a",), (0.5,), transposed=True), [W, *TURNED], [[2.0, 2.0, 2.0], [5.5, 5.0, 4.5]]),
+    (formulas.LowRank(("a",), (0.5,), turned=(True,)), [W, *TURNED], [[2.0, 2.0, 2.0], [5.5, 5.0, 4.5]]),
     (formulas.Dora("a", 0.5), LENGTHS, [[0.0, 10.0, 0.0], [3.0, 4.0, 0.0]]),
     (formulas.Shifted("a", 2.0), [Held([1.0, 2.0]), Held([3.0, -4.0])], [7.0, -6.0]),
     (formulas.TokenRows("a", (1,)), [W, Held([[7.0, 8.0, 9.0]])], [[1.0, 2.0, 3.0], [7.0, 8.0, 9.0]]),
     (formulas.Saved(), [W], [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+    (formulas.LowRank(("a", "b"), (0.5, -2.0), (True, False)), [W, *TURNED, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
     (formulas.LowRank(("a", "b"), (0.5, -2.0)), [W, *UPDATE, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
 ]
 
