@@ -36,8 +36,8 @@ def misplaced(plan: Plan, target: Path) -> list[str]:
     problems = []
     here, path = identity(target), Path(os.path.realpath(target))
     above = {identity(parent) for parent in target.parents} - {None}
-    for name, model in plan.models.items():
-        source = model.checkpoint.path.resolve()
+    for name, checkpoint in plan.checkpoints.items():
+        source = checkpoint.path.resolve()
         if (here is not None and here in {identity(source), *map(identity, source.parents)}) or within(source, path):
             problems.append(f"output.path: {shown} is, or holds, sources.{name} ({printable(str(source))}). Choose another folder.")
         elif identity(source) in above or within(path, source):
@@ -66,7 +66,7 @@ def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
 def _unrecorded(plan: Plan) -> Iterator[str]:
     """The ways between recipe, sources and output that bam_merge.json, which is UTF-8, cannot record."""
     recipe = plan.recipe
-    ways = {f"sources.{name}": recipe.relative(recipe.source(name).path) for name in recipe.sources}
+    ways = {f"sources.{name}": recipe.relative(store.path) for name, store in recipe.stores.items()}
     for key, way in {**ways, "output.path": recipe_folder(plan)}.items():
         if way != way.encode(errors="replace").decode():
             what = "back from there to the recipe" if key == "output.path" else "there from the recipe"
