@@ -11,6 +11,7 @@ from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.spellings import conflicts, settled_keys
 from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.kinds import staged
 from bam_merge.checkpoints.pieces import Leaf, Read
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
@@ -39,6 +40,8 @@ class DenseModel:
 
 def read_dense(name: str, path: Path) -> DenseModel:
     """Open the source called `name` at `path`. Raises CheckpointError with all its problems, each prefixed with its name."""
+    if unfinished := staged(path):
+        raise CheckpointError(f"sources.{name}: {printable(str(path), 1000)}: this is {unfinished}.")
     try:
         checkpoint = open_folder(path)
     except CheckpointError as error:

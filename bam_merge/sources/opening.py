@@ -1,8 +1,10 @@
 """Opening all sources of a recipe."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from bam_merge.checkpoints.kinds import absent
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.files import identity
 from bam_merge.recipe.schema import Recipe
@@ -13,10 +15,13 @@ def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
     """Every source, and all problems of all of them."""
 
     def attempt(name: str) -> DenseModel | CheckpointError:
+        written = recipe.source(name).path
+        place = recipe.located(written)
         try:
-            return read_dense(name, recipe.located(recipe.source(name).path))
+            return read_dense(name, place)
         except CheckpointError as error:
-            return error
+            more = "" if os.path.lexists(place) else absent(written, place)
+            return CheckpointError(*(f"{problem}{more}" for problem in error.problems))
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         opened = list(pool.map(attempt, recipe.sources))
