@@ -130,11 +130,11 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
     used = {(read.source, read.tensor) for step in steps for read in expressions.reads(step.expr)}
     unused: dict[str, dict[str, str]] = {}
     for name, model in models.items():
-        unused[name] = dict(model.dropped)
+        unused.setdefault(name, {}).update(model.dropped)
         for site, expr in model.tensors.items():
             for read in expressions.reads(expr):
-                if (name, read.tensor) not in used:
-                    unused[name][read.tensor] = f"{made[site].by} makes {site[0]} without {name}"
+                if (read.source, read.tensor) not in used:
+                    unused.setdefault(read.source, {})[read.tensor] = f"{made[site].by} makes {site[0]} without {name}"
     return unused
 
 

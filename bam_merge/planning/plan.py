@@ -13,6 +13,7 @@ from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.pieces import Computed
 from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel
@@ -103,17 +104,19 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes that the merge reads from the sources, each operand once (methods that survey a tensor first read it again)."""
-        return sum(prod(part.shape) * DTYPE_BITS[part.dtype] // 8 for step in self.steps for part in expressions.leaves(step.expr))
+        return sum(expressions.bytes_read(step.expr) for step in self.steps)
 
     def peak_memory(self, workers: int = 2) -> int:
-        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result."""
-        per_element = 0
+        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result,
+        with what a computed operand is made of."""
+        per_element, held = 0, 0
         for step in self.steps:
+            held = max(held, sum(_held(node) for node in expressions.computed(step.expr)))
             merges = [part for part in expressions.parts(step.expr) if isinstance(part, expressions.Merge)]
             for merge in merges:
                 operands = len(merge.operands) + (merge.base is not None)
                 per_element = max(per_element, merge.method.about.operand_bytes * operands + 16)
-        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16))
+        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16) + held)
 
     def document(self, workers: int = 2) -> dict[str, Any]:
         """The plan as `plan --json` prints it."""
@@ -136,6 +139,12 @@ class Plan:
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
         }  # fmt: skip
+
+
+def _held(node: Computed) -> int:
+    """Bytes that a worker holds at most while it makes a chunk's rows of a computed tensor."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, prod(node.shape[1:])))
+    return node.formula.held([part.shape for part in node.inputs], min(rows, node.shape[0]))
 
 
 def moves_bytes(step: Step) -> bool:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Shape, Slice
+from bam_merge.checkpoints.pieces import Computed, Read, Shape, Slice, Whole, inputs
 from bam_merge.planning.plan import Plan
 from bam_merge.system import name_of
+from bam_merge.verifying.formulas import Operand, computed_rows, roundings
+from bam_merge.verifying.rounding import Derived
 
 ROWS_BYTES = 2**20
 """Bytes of one source tensor, as stored, that are compared at a time."""
@@ -73,25 +75,70 @@ class SourceTensors:
     """Row blocks of a plan's source tensors."""
 
     def __init__(self, plan: Plan, reader: RowReader) -> None:
-        self.plan, self.reader = plan, reader
+        self.checkpoints, self.reader = plan.checkpoints, reader
 
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
-        checkpoint = self.plan.models[read.source].checkpoint
+        checkpoint = self.checkpoints[read.source]
         return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop, read.dtype)
 
+    def computed(self, node: Computed, start: int, stop: int) -> Derived:
+        """Rows [start, stop) of a computed tensor, before it is rounded."""
+        return computed_rows(node.formula, [self._operand(part) for part in node.inputs], start, stop)
+
+    def _operand(self, part: Whole) -> Operand:
+        def read(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            if isinstance(part, Read):
+                return self.rows(part, start, stop), None
+            low, high = self.either(part, start, stop)
+            return low, (high.double() - low.double()).abs()
+
+        return Operand(part.shape, read)
+
     def piece(self, expr: expressions.Expr, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of what only moves bytes: a stored tensor, a slice of one, several of them fused."""
+        """Rows [start, stop) of a source's piece, or of several fused: as stored, or in the dtype that it is computed to."""
+        return self.either(expr, start, stop)[0]
+
+    def either(self, expr: expressions.Expr, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """`piece`, twice: the least and the largest that rounding may have made of a computed one; of what is stored the same."""
         if isinstance(expr, Read):
-            return self.rows(expr, start, stop)
+            rows = self.rows(expr, start, stop)
+            return rows, rows
+        if isinstance(expr, Computed):
+            return roundings(self.computed(expr, start, stop), computing_dtype(expr))
         if isinstance(expr, Slice):
             block = expr.of.shape[0] // expr.groups
             runs = _runs([expr.rows], start, stop)
-            pieces = [self.rows(expr.of, g * block + expr.start + a, g * block + expr.start + b) for g, _, a, b in runs]
+            pieces = [self.either(expr.of, g * block + expr.start + a, g * block + expr.start + b) for g, _, a, b in runs]
         else:
             assert isinstance(expr, expressions.Concat)
-            pieces = [self.piece(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
-        return torch.cat(pieces)
+            pieces = [self.either(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
+        low, high = (torch.cat(side) for side in zip(*pieces, strict=True))
+        return low, high
+
+    def derived(self, piece: expressions.Expr, start: int, stop: int) -> Derived:
+        """Rows [start, stop) of a computed tensor, or of a slice of one, before they are rounded."""
+        if isinstance(piece, Computed):
+            return self.computed(piece, start, stop)
+        assert isinstance(piece, Slice)
+        assert isinstance(piece.of, Computed)
+        block = piece.of.shape[0] // piece.groups
+        runs = _runs([piece.rows], start, stop)
+        parts = [self.computed(piece.of, g * block + piece.start + a, g * block + piece.start + b) for g, _, a, b in runs]
+        slacks = [torch.zeros_like(part.value) if part.slack is None else part.slack for part in parts]
+        return Derived(torch.cat([part.value for part in parts]), torch.cat(slacks))
+
+
+def is_computed(expr: expressions.Expr) -> bool:
+    """Whether anything that `expr` is fused of is not what files hold."""
+    if isinstance(expr, expressions.Concat):
+        return any(map(is_computed, expr.parts))
+    return isinstance(expr, Computed) or (isinstance(expr, Slice) and isinstance(expr.of, Computed))
+
+
+def computing_dtype(node: Computed) -> str:
+    """The dtype that a computed tensor is rounded to: float64 where something that it is made of is."""
+    return "F64" if any(read.dtype == "F64" for read in inputs(node)) else "F32"
 
 
 def _runs(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
