@@ -32,3 +32,65 @@ class LowRank(Formula):
         ranks = [a[0] for a in shapes[1::2]]
         kept = shapes[2::2] if self.transposed else shapes[1::2]
         return 28 * rows * shapes[0][1] + 16 * rows * sum(ranks) + 16 * sum(map(prod, kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Dora(Formula):
+    """m_i V_i / |V_i| for each row V_i of V = W + s B A (DoRA, arXiv 2402.09353, equation 5).
+
+    Inputs: W [R, C], A [r, C], B [R, r], m [R].
+    """
+
+    adapter: str
+    scale: float
+    name: ClassVar = "dora"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        return f"{inputs[0]} + dora({self.adapter})"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        rank, columns = shapes[1]
+        return 36 * rows * columns + 16 * rows * (rank + 2) + 16 * rank * columns
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted(Formula):
+    """b + s c, a bias [R] and the bias of an update's B [R]: PEFT's lora_bias."""
+
+    adapter: str
+    scale: float
+    name: ClassVar = "shifted"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        return f"{inputs[0]} + lora({self.adapter})"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 40 * rows
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows(Formula):
+    """W [R, C] with row rows[i] replaced by row i of D [n, C]: PEFT's trainable tokens."""
+
+    adapter: str
+    rows: tuple[int, ...]
+    name: ClassVar = "tokens"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        return f"{inputs[0]} + tokens({self.adapter})"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 28 * rows * shapes[0][1]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(Formula):
+    """A tensor that was trained whole and saved in another dtype than the base's."""
+
+    name: ClassVar = "saved"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        return f"saved({inputs[0]})"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 20 * rows * prod(shapes[0][1:])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bam_merge import formulas
@@ -49,3 +50,35 @@ def low_rank(formula: formulas.LowRank, inputs: Sequence[Input], start: int, sto
         else:
             total_RC.addmm_(b.rows(start, stop).double(), a.whole(), alpha=scale)
     return total_RC
+
+
+@compute.register
+def dora(formula: formulas.Dora, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """m_i V_i / |V_i| with V = W + s B A (DoRA, arXiv 2402.09353, equation 5)."""
+    w, a, b, m = inputs
+    v_RC = w.rows(start, stop).double().addmm_(b.rows(start, stop).double(), a.whole(), alpha=formula.scale)
+    factor_R = m.rows(start, stop).double() / torch.linalg.vector_norm(v_RC, dim=1)
+    return v_RC.mul_(factor_R[:, None])
+
+
+@compute.register
+def shifted(formula: formulas.Shifted, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """b + s c."""
+    return inputs[0].rows(start, stop).double().add_(inputs[1].rows(start, stop).double(), alpha=formula.scale)
+
+
+@compute.register
+def token_rows(formula: formulas.TokenRows, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """W, and in the place of some of its rows those of D."""
+    total_RC = inputs[0].rows(start, stop).double()
+    there = [(row - start, place) for place, row in enumerate(formula.rows) if start <= row < stop]
+    if there:
+        rows, places = zip(*there, strict=True)
+        total_RC[list(rows)] = inputs[1].take(places).double()
+    return total_RC
+
+
+@compute.register
+def saved(formula: formulas.Saved, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """The stored numbers."""
+    return inputs[0].rows(start, stop).double()

@@ -7,6 +7,8 @@ from bam_merge._version import __version__
 from bam_merge.architectures.cost import Cost, cost_of_tensors
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_name
 from bam_merge.planning.plan import Plan
+from bam_merge.recipe.places import Adapted
+from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
 
 METHODS = {
@@ -103,8 +105,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     recipe, config, names = plan.recipe, plan.config, plan.recipe.expert_names
     dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
     yield "layout", f"`{plan.layout.name}`"
-    places = (f"{name} ({_literal(recipe.relative(recipe.source(name).path))})" for name in plan.models)
-    yield "sources", ", ".join(places)
+    yield "sources", ", ".join(f"{name} ({_place(recipe, name)})" for name in plan.models)
     if recipe.method == "merge":
         yield "parameters", f"{plan.parameters:,}"
         return
@@ -123,6 +124,20 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         if config.get("shared_kv_layers"):
             kv += f", shared in layers {', '.join(map(str, config['shared_kv_layers']))}"
         yield "attention experts", f"{config['num_attention_experts']}, {kv}; {routing}"
+
+
+def _place(recipe: Recipe, name: str) -> str:
+    """Where a source is, and of an adapted one on what it is."""
+    source = recipe.sources[name]
+    if not isinstance(source, Adapted):
+        return _literal(recipe.relative(recipe.source(name).path))
+    base = source.base if source.base in recipe.sources else _literal(recipe.relative(source.base))
+    adapters = (
+        f"{item.weight:g} x {place}" if item.weight != 1 else place
+        for item in source.adapters
+        for place in [_literal(recipe.relative(item.path))]
+    )
+    return " + ".join([base, *(f"adapter {adapter}" for adapter in adapters)])
 
 
 def _literal(path: str) -> str:

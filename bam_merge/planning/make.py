@@ -130,7 +130,8 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
     used = {(read.source, read.tensor) for step in steps for read in expressions.reads(step.expr)}
     unused: dict[str, dict[str, str]] = {}
     for name, model in models.items():
-        unused.setdefault(name, {}).update(model.dropped)
+        for store, dropped in model.unread.items():
+            unused.setdefault(store, {}).update(dropped)
         for site, expr in model.tensors.items():
             for read in expressions.reads(expr):
                 if (read.source, read.tensor) not in used:
@@ -140,7 +141,7 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
 
 def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
     for model in models:
-        yield from (f"sources.{model.name}: {note}" for note in model.checkpoint.notes)
+        yield from (f"sources.{model.name}: {note}" for note in (*(model.checkpoint.notes if not model.adapters else ()), *model.notes))
     unknown = models[0].unknown_keys
     if unknown:
         yield (
@@ -158,9 +159,10 @@ def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mappi
     Tokenizer and generation files are not part of it: no tensor depends on them, and they are written anew at the end of every run.
     """
     sources = {
-        name: [model.checkpoint.config_digest]
-        + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in model.checkpoint.files.items()]
-        for name, model in models.items()
+        name: [checkpoint.config_digest]
+        + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in checkpoint.files.items()]
+        for model in models.values()
+        for name, checkpoint in model.stores.items()
     }
     document = [__version__, recipe.resolved(), sources, dict(config)]
     return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())

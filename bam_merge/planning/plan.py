@@ -83,8 +83,8 @@ class Plan:
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
-        """The sources' folders, by the sources' names."""
-        return {name: model.checkpoint for name, model in self.models.items()}
+        """Every folder that is read, by the name that expressions call it: the sources', their bases', their adapters'."""
+        return {name: checkpoint for model in self.models.values() for name, checkpoint in model.stores.items()}
 
     @property
     def parameters(self) -> int:

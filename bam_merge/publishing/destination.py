@@ -34,8 +34,8 @@ def misplaced(plan: Plan, target: Path) -> list[str]:
     if os.path.lexists(target) and (why := _senseless(target)):
         return [f"{shown} {why}."]
     problems = []
-    for name, model in plan.models.items():
-        source = model.checkpoint.path.resolve()
+    for name, checkpoint in plan.checkpoints.items():
+        source = checkpoint.path.resolve()
         if how := overlap(target, source):
             problems.append(f"output.path: {shown} {how} sources.{name} ({printable(str(source))}). Choose another folder.")
     return problems or list(_unrecorded(plan))
@@ -76,7 +76,7 @@ def occupied(target: Path, force: bool) -> list[str]:
 def _unrecorded(plan: Plan) -> Iterator[str]:
     """The ways between recipe, sources and output that bam_merge.json, which is UTF-8, cannot record."""
     recipe = plan.recipe
-    ways = {f"sources.{name}": recipe.relative(recipe.source(name).path) for name in recipe.sources}
+    ways = {f"sources.{name}": recipe.relative(store.path) for name, store in recipe.stores.items()}
     for key, way in {**ways, "output.path": recipe_folder(plan)}.items():
         if way != way.encode(errors="replace").decode():
             what = "back from there to the recipe" if key == "output.path" else "there from the recipe"

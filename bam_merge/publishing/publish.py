@@ -146,8 +146,8 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
         document = read_manifest(target)
         made = os.stat(target / MANIFEST).st_mtime_ns
         complete = all(os.stat(target / shard.file).st_size == shard.nbytes for shard in plan.shards)
-        for name, model in plan.models.items():
-            known, checkpoint = document["sources"][name], model.checkpoint
+        for name, checkpoint in plan.checkpoints.items():
+            known = document["sources"][name]
             files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
             found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
             changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]

@@ -8,6 +8,7 @@ from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
 from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging
+from bam_merge.recipe.places import Adapted, base_problems, based_on
 from bam_merge.recipe.rules import covers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
@@ -31,8 +32,9 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         yield from _rule(recipe, rule, ("rules", index))
     used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging) for name in make.named)}
     for name in recipe.sources:
-        if name not in used:
+        if name not in used | based_on(recipe.sources):
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
+    yield from base_problems(recipe.sources)
     yield from _paths(recipe)
     try:
         parse_size(recipe.output.max_shard_size)
@@ -41,7 +43,15 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
 
 
 def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
-    paths: dict[DocumentPath, str] = {("sources", name): recipe.source(name).path for name in recipe.sources}
+    paths: dict[DocumentPath, str] = {}
+    for name, source in recipe.sources.items():
+        if not isinstance(source, Adapted):
+            paths["sources", name] = source if isinstance(source, str) else source.path
+            continue
+        paths["sources", name, "base"] = source.base
+        for index, item in enumerate(source.adapters):
+            place: DocumentPath = () if isinstance(source.adapter, str) else (index, "path")
+            paths["sources", name, "adapter", *place] = item.path
     for place, path in {**paths, ("output", "path"): recipe.output.path}.items():
         wrong = path_problem(path)
         if wrong:

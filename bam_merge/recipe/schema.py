@@ -9,7 +9,7 @@ from bam_merge import expressions
 from bam_merge.errors import RecipeError
 from bam_merge.paths import located, relative
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
-from bam_merge.recipe.places import Folder, Source, long_form, short_form
+from bam_merge.recipe.places import Folder, Source, Store, long_form, model_store, recorded, stores
 from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
@@ -72,7 +72,9 @@ class Recipe(Strict):
     method: Literal["bam", "btx", "sparse_upcycling", "merge"] = Field(
         description="what becomes an expert: attention and FFN; FFN; FFN, of copies of one model; nothing, the result is dense"
     )
-    sources: dict[str, Source] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
+    sources: dict[str, Source] = Field(
+        min_length=1, description="name: a Hugging Face folder, relative to the recipe; or {base: ..., adapter: ...}: with a LoRA adapter"
+    )
     experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
     attention: Attention | None = Field(default=None, description="method bam only")
     ffn: Ffn | None = Field(default=None, description="methods of mixtures only")
@@ -136,13 +138,21 @@ class Recipe(Strict):
         return located(path, self.folder, RecipeError)
 
     def source(self, name: str) -> Folder:
-        """Everything that the recipe says of a source."""
-        return long_form(self.sources[name])
+        """Everything that the recipe says of the model that a source is, or is an adapter on."""
+        return long_form(self.sources, name)
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """Every folder that tensors are read from, by the name that plans and manifests call it."""
+        return stores(self.sources)
+
+    def model_store(self, name: str) -> str:
+        """The name in `stores` of the folder that has a source's config.json and tokenizer."""
+        return model_store(self.sources, name)
 
     def recorded(self, name: str) -> Any:
         """A source as a document has it that must not hold absolute paths."""
-        source = self.source(name)
-        return short_form(source.model_copy(update={"path": self.relative(source.path)}))
+        return recorded(self.sources[name], self.sources, self.relative)
 
     def relative(self, path: str) -> str:
         """`path` relative to the recipe's folder, for documents that must not hold absolute paths."""

@@ -10,6 +10,7 @@ from bam_merge.architectures.locate import Cell, applies, cells, cut, locate, sh
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.spellings import conflicts, settled_keys
 from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
+from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.kinds import staged
 from bam_merge.checkpoints.pieces import Leaf, Read
@@ -23,10 +24,23 @@ Site = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter of a source: what plans call its folder, what its updates are multiplied with, and which of its tensors are known and
+    not used, with the reason."""
+
+    store: str
+    folder: AdapterFolder
+    weight: float
+    dropped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class DenseModel:
     """One source. `facts` is its configuration in one vocabulary for all families; `tensors` says where each role is.
 
     `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows.
+    One with `adapters` is a base with these; `checkpoint`, `facts` and the rest are the base's, which plans call `store`. `notes` is
+    what a plan says of them.
     """
 
     name: str
@@ -36,6 +50,24 @@ class DenseModel:
     tensors: Mapping[Site, Expr]
     dropped: Mapping[str, str]
     unknown_keys: Mapping[str, Any]
+    store: str = ""
+    adapters: tuple[Adapter, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def store_name(self) -> str:
+        """What plans call the folder of `checkpoint`."""
+        return self.store or self.name
+
+    @property
+    def stores(self) -> dict[str, Checkpoint]:
+        """Every folder that its tensors are read from, by the name that plans call it."""
+        return {self.store_name: self.checkpoint, **{adapter.store: adapter.folder for adapter in self.adapters}}
+
+    @property
+    def unread(self) -> dict[str, Mapping[str, str]]:
+        """The tensors of each of these folders that are known and not used, with the reason."""
+        return {self.store_name: self.dropped, **{adapter.store: adapter.dropped for adapter in self.adapters}}
 
 
 def read_dense(name: str, path: Path) -> DenseModel:

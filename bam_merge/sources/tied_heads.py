@@ -12,6 +12,7 @@ from bam_merge.architectures.tables import head_names
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
+from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.sources.dense import DenseModel
@@ -56,6 +57,9 @@ def _tied(model: DenseModel, other: str) -> DenseModel:
             raise CheckpointError(*problems)
         why = "the head is tied to the embeddings, and this copy equals them"
         return replace(model, dropped={**model.dropped, **dict.fromkeys(names, why)})
+    ends = (model.tensors[role, None] for role in ("embed", "head"))
+    if model.adapters and not all(isinstance(end, Read) and end.source == model.store_name for end in ends):
+        return model  # what the file holds is not what this source has
     if any(difference(model.checkpoint, tensors[embeddings], tensors[name]) for name in names):
         return model
     why = f"the head equals the embeddings, and sources.{other} has it tied to them: so has the result"

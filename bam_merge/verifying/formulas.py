@@ -62,6 +62,42 @@ def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, 
     return Derived(value_RC, slack_RC if start_RC.slack is None else slack_RC + start_RC.slack)
 
 
+@computed_rows.register
+def _dora(formula: formulas.Dora, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    """The updated rows brought to unit length, and to the trained one."""
+    v = _low_rank(formulas.LowRank((formula.adapter,), (formula.scale,)), inputs[:3], start, stop)
+    assert v.slack is not None
+    m_R1, norm_R1 = inputs[3].rows(start, stop).value.view(-1, 1), v.value.square().sum(1, keepdim=True).sqrt()
+    value_RC = v.value / norm_R1 * m_R1
+    of_norm_R1 = v.slack.square().sum(1, keepdim=True).sqrt() / norm_R1 + (v.value.shape[1] + 8) * UNIT
+    return Derived(value_RC, v.slack * (m_R1 / norm_R1).abs() * (1 + 2 * of_norm_R1) + value_RC.abs() * of_norm_R1)
+
+
+@computed_rows.register
+def _shifted(formula: formulas.Shifted, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    base, shift_R = inputs[0].rows(start, stop), inputs[1].rows(start, stop).value * formula.scale
+    slack_R = (base.value.abs() + shift_R.abs()) * (3 * UNIT)
+    return Derived(base.value + shift_R, slack_R if base.slack is None else slack_R + base.slack)
+
+
+@computed_rows.register
+def _token_rows(formula: formulas.TokenRows, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    """Row by row: the trained one where there is one."""
+    base, trained = inputs[0].rows(start, stop), inputs[1].all().value
+    place = {row: index for index, row in enumerate(formula.rows)}
+    for row in range(start, stop):
+        if row in place:
+            base.value[row - start] = trained[place[row]]
+            if base.slack is not None:
+                base.slack[row - start] = 0.0
+    return base
+
+
+@computed_rows.register
+def _saved(formula: formulas.Saved, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    return inputs[0].rows(start, stop)
+
+
 def roundings(derived: Derived, dtype: str) -> tuple[Tensor, Tensor]:
     """The numbers of `dtype` (F32 or F64) that a merge may have gone on with, where the value is known to its slack: the least and the
     largest. Of float32 they are nearly everywhere the same."""

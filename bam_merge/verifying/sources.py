@@ -14,6 +14,7 @@ import xxhash
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.tables import dense_families
+from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import CONFIG, TOKENIZER_FILES, Checkpoint, is_plain_name, read_small_file
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
@@ -35,17 +36,19 @@ MOST_NAMES = 8
 @dataclass
 class Changes:
     """What of the sources is not as the manifest records it. `configs` gives the keys that changed, None where none was recorded;
-    `weights` and `companions` name files; `absent` are sources that are not there.
+    `weights` and `companions` name files; `absent` are sources that are not there, `adapters` those that are adapters.
     """
 
     configs: dict[str, list[str] | None] = field(default_factory=dict)
     weights: dict[str, list[str]] = field(default_factory=dict)
     companions: dict[str, list[str]] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
+    adapters: frozenset[str] = frozenset()
 
     def names(self, weights: bool = True) -> str:
         """The changed files: 'law/config.json (rope_theta), seed/tokenizer.json'."""
-        files = [f"{printable(name)}/config.json{_keys(keys)}" for name, keys in self.configs.items() if keys != []]
+        configs = {name: ADAPTER_CONFIG if name in self.adapters else CONFIG for name in self.configs}
+        files = [f"{printable(name)}/{configs[name]}{_keys(keys)}" for name, keys in self.configs.items() if keys != []]
         for kind in (self.weights if weights else {}, self.companions):
             files += [f"{printable(name)}/{printable(file)}" for name, changed in kind.items() for file in changed]
         more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
@@ -59,28 +62,30 @@ def _keys(keys: Sequence[str] | None) -> str:
 def changes(recipe: Recipe, manifest: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> Changes:
     """What changed of every source that both the recipe and the manifest name. Those in `opened` were opened just now: their headers and
     configurations are not read again."""
-    found = Changes()
+    found = Changes(adapters=frozenset(name for name, store in recipe.stores.items() if store.adapter))
+    stores = recipe.stores
     for name, record in manifest["sources"].items():
-        if name not in recipe.sources:
+        if name not in stores:
             continue
-        folder = recipe.located(recipe.source(name).path)
+        folder = recipe.located(stores[name].path)
         if not folder.is_dir():
             found.absent.append(name)
             continue
         checkpoint = opened.get(name)
-        if (keys := _config_changes(folder, record, checkpoint)) is not None:
+        config = ADAPTER_CONFIG if stores[name].adapter else CONFIG
+        if (keys := _config_changes(folder / config, record, checkpoint)) is not None:
             found.configs[name] = keys or (None if "config_keys" not in record else [])
         if weights := [file for file, known in record["files"].items() if not _same_header(folder, file, known, checkpoint)]:
             found.weights[name] = weights
-        if others := sorted(_companion_changes(folder, record)):
+        if not stores[name].adapter and (others := sorted(_companion_changes(folder, record))):
             found.companions[name] = others
     return found
 
 
-def _config_changes(folder: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> list[str] | None:
-    """The keys of config.json whose values are not those that were merged; None when it is the same file."""
+def _config_changes(path: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> list[str] | None:
+    """The keys of a configuration whose values are not those that were merged; None when it is the same file."""
     try:
-        data = b"" if checkpoint is not None else read_small_file(folder / CONFIG)
+        data = b"" if checkpoint is not None else read_small_file(path)
         if (xxhash.xxh3_128_hexdigest(data) if checkpoint is None else checkpoint.config_digest) == record.get("config"):
             return None
         config = load_json(data) if checkpoint is None else checkpoint.config
@@ -177,7 +182,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
 
     Where the copies are `proved`, a tensor that was copied whole has the digest of its copy, and need not be read again.
     """
-    copies = {}
+    copies, checkpoints = {}, plan.checkpoints
     if proved:
         for step in plan.steps:
             if isinstance(step.expr, Read) and moves_bytes(step) and step.name in manifest["tensors"]:
@@ -191,7 +196,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
     ]
 
     def same(job: tuple[str, str, str]) -> bool:
-        checkpoint = plan.models[job[0]].checkpoint
+        checkpoint = checkpoints[job[0]]
         entry = checkpoint.tensors.get(job[1])
         if entry is None:
             return False

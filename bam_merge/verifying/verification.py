@@ -13,6 +13,7 @@ from torch import Tensor
 from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
@@ -113,13 +114,13 @@ class _Sources:
         opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
         if recipe.located(recipe.source(recipe.seed_name).path).is_dir():
-            changed = found.companions.get(recipe.seed_name, [])
+            changed = found.companions.get(recipe.model_store(recipe.seed_name), [])
             self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
         if why is not None:
             self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)
         if plan is not None and compared is not None:
-            changed_seed = found.configs.get(recipe.seed_name, []) != []
+            changed_seed = found.configs.get(recipe.model_store(recipe.seed_name), []) != []
             config = _config_check(self.checkpoint.config, plan, changed_seed)
             card = card_check(self.folder, plan, self.manifest, recorded or recipe)
             if changed_seed and card.ok is False:
@@ -158,11 +159,13 @@ class _Sources:
 
     def _tensors(self, plan: Plan, found: Changes) -> list[Check] | None:
         """The checks of all tensors against the sources. None where the weights changed, and what can be compared was added."""
-        changed = [name for name in found.weights if name in plan.models]
+        changed = [name for name in found.weights if name in plan.checkpoints]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
         checks = list(against_sources(self.checkpoint, plan, self.manifest))
+        if not all(check.ok for check in checks):  # an adapter's configuration says by how much its tensors change the base's
+            other |= {name: [ADAPTER_CONFIG] for name in found.adapters if found.configs.get(name) and name not in other}
         if not other or all(check.ok for check in checks):
             for name, tensors in other.items():
                 self.wrong.append(
@@ -185,7 +188,7 @@ class _Sources:
             if keys == []:
                 self.wrong.append(f"sources.{printable(name)}: config.json {SAVED_AGAIN.format('keys')}")
         if follows:  # else it is said of the tensor that fails
-            names = [name for name in self.manifest["sources"] if name in plan.models and name not in found.weights]
+            names = [name for name in self.manifest["sources"] if name in plan.checkpoints and name not in found.weights]
             for name, tensors in other_tensors(plan, self.manifest, names, proved=True).items():
                 what = "not as the manifest records it: it changed since the merge, or the record is not the merge's"
                 self.wrong.append(f"sources.{printable(name)}: {some(tensors)} {what}")
@@ -224,7 +227,7 @@ SAVED_AGAIN = "is not the file that the manifest records, though its {} are: it 
 
 
 def _folders(plan: Plan) -> str:
-    return f"{len(plan.models)} folders, as they were merged"
+    return f"{len(plan.checkpoints)} folders, as they were merged"
 
 
 def _config_check(found: Mapping[str, Any], plan: Plan, changed_seed: bool) -> Check:
