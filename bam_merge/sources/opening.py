@@ -13,6 +13,7 @@ from bam_merge.recipe.places import Adapted, Store, adapter_stores, base_store
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.adapters import Opened, with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
+from bam_merge.sources.dequantised import read_dequantised
 from bam_merge.text import nearest
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def _open_store(recipe: Recipe, name: str, store: Store) -> DenseModel | Adapter
     path = recipe.located(store.path)
     if not store.adapter:
         try:
-            return read_dense(name, path)
+            return read_dequantised(name, path) if store.dequantise else read_dense(name, path)
         except CheckpointError as error:
             if os.path.lexists(path):
                 raise

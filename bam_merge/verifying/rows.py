@@ -43,7 +43,8 @@ class RowReader:
         if DTYPE_BITS[dtype] < 8 or dtype == "BOOL":
             return _stored_bytes(path, tensor, start, stop, DTYPE_BITS[dtype])
         reader, count = self._open.pop(path) if path in self._open else (_opened(path), 0)
-        rows: Tensor = reader.get_slice(tensor)[start:stop].clone()
+        part = reader.get_slice(tensor)
+        rows: Tensor = part[start:stop].clone() if part.get_shape() else reader.get_tensor(tensor).clone()  # one number has no rows
         if count + rows.nbytes < MAPPED_BYTES:
             self._open[path] = (reader, count + rows.nbytes)
         return rows
