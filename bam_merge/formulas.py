@@ -94,3 +94,25 @@ class Saved(Formula):
 
     def held(self, shapes: Sequence[Shape], rows: int) -> int:
         return 20 * rows * prod(shapes[0][1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled(Formula):
+    """w_ij * s of the block that ij is in. Inputs: w [R, C], quantised; the scales of blocks of `block` rows and columns, row by row.
+
+    The blocks at the end may be smaller. What weight_scale_inv and weight_scale hold are factors in all formats that are read so
+    (DeepSeek-V3, arXiv 2412.19437, section 3.3; transformers' Fp8Dequantize; compressed-tensors, without a zero point).
+    """
+
+    block: tuple[int, int]
+    name: ClassVar = "scaled"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        return f"{inputs[0]} * {inputs[1].rpartition('.')[2]}"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 25 * rows * shapes[0][1] + 16 * prod(shapes[1])
+
+    def grid(self, shape: Shape) -> tuple[int, int]:
+        """How many blocks a matrix of that shape has, down and across."""
+        return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])

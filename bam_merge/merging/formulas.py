@@ -83,3 +83,14 @@ def token_rows(formula: formulas.TokenRows, inputs: Sequence[Input], start: int,
 def saved(formula: formulas.Saved, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
     """The stored numbers."""
     return inputs[0].rows(start, stop).double()
+
+
+@compute.register
+def scaled(formula: formulas.Scaled, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """w_ij times the scale of its block: each row takes those of its block row, each one as often as its block has columns."""
+    weight, scales = inputs
+    height, width = formula.block
+    grid_GH = scales.whole().reshape(formula.grid(weight.shape))
+    factors_RH = grid_GH[torch.arange(start, stop) // height]
+    factors_RC = factors_RH.repeat_interleave(min(width, weight.shape[1]), dim=1)[:, : weight.shape[1]]
+    return weight.rows(start, stop).double().mul_(factors_RC)

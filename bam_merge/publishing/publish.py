@@ -57,10 +57,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
             if staging.is_ours():
                 raise
             raise _deleted(staging) from error  # and that is why
-        checked = _checked(target, options)
-        staging.appear(target, replace_existing=checked is not None)
-        _make_durable(staging, target)
-        staging.remove(checked)
+        put_in_place(staging, target, options.force)
     except SyncFailed:
         staging.forget()
         raise
@@ -89,9 +86,17 @@ def _deleted(staging: Staging) -> OutputError:
     return OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
 
 
-def _checked(target: Path, options: MergeOptions) -> Mapping[str, Which] | None:
+def put_in_place(staging: Staging, target: Path, force: bool) -> None:
+    """Give what is finished its final name, durably, in place of what `force` may replace; and clear up. Raises OutputError."""
+    checked = _checked(target, force)
+    staging.appear(target, replace_existing=checked is not None)
+    _make_durable(staging, target)
+    staging.remove(checked)
+
+
+def _checked(target: Path, force: bool) -> Mapping[str, Which] | None:
     """The files of what --force is about to replace, which may be deleted then; None when it replaces nothing. Raises OutputError."""
-    if not options.force or not os.path.lexists(target):
+    if not force or not os.path.lexists(target):
         return None
     why, found = why_kept(target)
     if why is not None:

@@ -13,6 +13,9 @@ class Folder(Strict):
     """The long form of a source that is a model by itself."""
 
     path: str = Field(description="a Hugging Face folder, relative to the recipe")
+    dequantise: bool = Field(
+        default=False, description="its 8-bit floats are multiplied with their scales, which makes bfloat16 of them (or its config's dtype)"
+    )
 
 
 class WeightedAdapter(Strict):
@@ -79,10 +82,12 @@ def recorded(source: Source, sources: Sources, place: Callable[[str], str]) -> A
 
 @dataclass(frozen=True)
 class Store:
-    """A folder that tensors are read from: its path as written, and whether it holds an adapter instead of a model."""
+    """A folder that tensors are read from: its path as written, whether it holds an adapter instead of a model, and whether its weights
+    are dequantised."""
 
     path: str
     adapter: bool = False
+    dequantise: bool = False
 
 
 def base_store(name: str) -> str:
@@ -106,7 +111,8 @@ def stores(sources: Sources) -> dict[str, Store]:
                 store: Store(item.path, adapter=True) for store, item in zip(adapter_stores(name, source), source.adapters, strict=True)
             }
         else:
-            found[name] = Store(source if isinstance(source, str) else source.path)
+            folder = Folder(path=source) if isinstance(source, str) else source
+            found[name] = Store(folder.path, dequantise=folder.dequantise)
     return found
 
 

@@ -8,10 +8,12 @@ from typing import Any
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
 from bam_merge.architectures.locate import Cell, applies, cells, cut, locate, shape_of
 from bam_merge.architectures.opening import open_folder
+from bam_merge.architectures.quantisation import quantised_refusal
 from bam_merge.architectures.spellings import conflicts, settled_keys
 from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
 from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.kinds import staged
 from bam_merge.checkpoints.pieces import Leaf, Read
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
@@ -69,10 +71,13 @@ class DenseModel:
         return {self.store_name: self.dropped, **{adapter.store: adapter.dropped for adapter in self.adapters}}
 
 
-def read_dense(name: str, path: Path) -> DenseModel:
-    """Open the source called `name` at `path`. Raises CheckpointError with all its problems, each prefixed with its name."""
+def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> DenseModel:
+    """Open the source called `name` at `path`, unless it is open already. Raises CheckpointError with all its problems, each prefixed with
+    its name."""
+    if unfinished := staged(path):
+        raise CheckpointError(f"sources.{name}: {printable(str(path), 1000)}: this is {unfinished}.")
     try:
-        checkpoint = open_folder(path)
+        checkpoint = checkpoint or open_folder(path)
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
     family = find_by_model_type(checkpoint.config.get("model_type"))
@@ -82,13 +87,14 @@ def read_dense(name: str, path: Path) -> DenseModel:
         what = "a mixture already" if family else "not a dense family known here"
         raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. Known dense families: {known}.")
     problems: list[str] = []
-    if is_quantised(checkpoint.config):
-        problems.append("config.json has a quantization_config; quantised weights cannot be merged. Use the full-precision model.")
+    quantised = is_quantised(checkpoint.config)
+    if quantised:
+        problems.append(quantised_refusal(name, path, checkpoint))
     facts = describe(family, checkpoint.config, problems)
     problems += refusals(checkpoint.config)
     problems += conflicts(family, checkpoint.config)
     tensors = _Tensors(name, family, facts, checkpoint, problems)
-    if facts:
+    if facts and not quantised:  # whose tensors are others
         tensors.settle()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))

@@ -1,16 +1,19 @@
 """Opening all sources of a recipe."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from bam_merge.checkpoints.adapter_folder import AdapterFolder, open_adapter
+from bam_merge.checkpoints.kinds import absent
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.files import identity
 from bam_merge.recipe.places import Adapted, Store, adapter_stores, base_store
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.adapters import Opened, with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
+from bam_merge.sources.dequantised import read_dequantised
 from bam_merge.text import nearest
 
 T = TypeVar("T")
@@ -43,10 +46,12 @@ def _open_store(recipe: Recipe, name: str, store: Store) -> DenseModel | Adapter
     path = recipe.located(store.path)
     if not store.adapter:
         try:
-            return read_dense(name, path)
+            return read_dequantised(name, path) if store.dequantise else read_dense(name, path)
         except CheckpointError as error:
-            if name in recipe.sources or path.exists():
+            if os.path.lexists(path):
                 raise
+            if name in recipe.sources:
+                raise CheckpointError(*(f"{problem}{absent(store.path, path)}" for problem in error.problems)) from None
             close = nearest(store.path, recipe.sources)
             raise CheckpointError(*error.problems, f"sources.{name}: {store.path!r} is no source of this recipe{close}") from None
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf
@@ -16,6 +17,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted as AdaptedSource
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.adapters import Adapted, adapted
+from bam_merge.verifying.dequantised import Dequantised, dequantised
 from bam_merge.verifying.rounding import nearest
 
 
@@ -58,6 +60,8 @@ def _open(plan: Plan, name: str, dense: dict[str, StoredModel]) -> StoredModel:
     checkpoint, source = plan.models[name].checkpoint, plan.recipe.sources[name]
     if isinstance(source, AdaptedSource) and source.base in plan.recipe.sources:
         found = _open(plan, source.base, dense)
+    elif plan.recipe.source(name).dequantise:
+        found = dequantised(open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint)
     else:
         found = open_model(checkpoint.path) if any(changed_files(checkpoint)) else stored_model(checkpoint)
     if isinstance(source, AdaptedSource):
@@ -70,7 +74,7 @@ def as_written(dense: dict[str, StoredModel], plan: Plan) -> dict[str, StoredMod
     """Dense models as the merge's output.dtype makes them."""
     dtype = DTYPE_NAMES.get(plan.recipe.output.dtype)
     return {
-        name: stored if dtype is None and not isinstance(stored, Adapted) else Converted(*_of(stored), stored, dtype)
+        name: stored if dtype is None and not isinstance(stored, Adapted | Dequantised) else Converted(*_of(stored), stored, dtype)
         for name, stored in dense.items()
     }
 

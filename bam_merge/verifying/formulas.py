@@ -32,7 +32,7 @@ class Operand:
         return Derived(value.double(), slack)
 
     def all(self) -> Derived:
-        return self.rows(0, self.shape[0])
+        return self.rows(0, self.shape[0] if self.shape else 1)
 
 
 @singledispatch
@@ -105,3 +105,20 @@ def roundings(derived: Derived, dtype: str) -> tuple[Tensor, Tensor]:
     slack = torch.zeros_like(derived.value) if derived.slack is None else derived.slack
     low, high = (nearest(derived.value + side * slack, dtype).to(torch_dtype) for side in (-1, 1))
     return low, high
+
+
+@computed_rows.register
+def _scaled(formula: formulas.Scaled, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    """Block by block: the rows and columns of each are multiplied with its one number."""
+    weight, scales = inputs
+    columns = weight.shape[1]
+    across = -(-columns // formula.block[1])
+    numbers = scales.all().value.reshape(-1)
+    value_RC = weight.rows(start, stop).value.clone()
+    for index, number in enumerate(numbers):
+        down, over = divmod(index, across)
+        top, bottom = (min(max(edge * formula.block[0], start), stop) - start for edge in (down, down + 1))
+        left, right = over * formula.block[1], min(columns, (over + 1) * formula.block[1])
+        if top < bottom:
+            value_RC[top:bottom, left:right] *= number
+    return Derived(value_RC, value_RC.abs() * UNIT)

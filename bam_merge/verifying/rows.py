@@ -67,6 +67,7 @@ class RowReader:
         if entry.get("dtype") != dtype:
             raise CheckpointError(f"{printable(str(path))} changed since it was opened: {printable(tensor)} is no {dtype} tensor any more.")
         shape, bits = entry["shape"], DTYPE_BITS[dtype]
+        start, stop = (start, stop) if shape else (0, 1)  # one number has no rows
         row = math.prod(shape[1:]) * bits
         first, last = start * row // 8, -(-stop * row // 8)
         bytes_B = torch.from_numpy(_bytes(descriptor, path, begin + entry["data_offsets"][0] + first, last - first))

@@ -61,6 +61,7 @@ BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.Saved(), [W], [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
     (formulas.LowRank(("a", "b"), (0.5, -2.0), (True, False)), [W, *TURNED, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
     (formulas.LowRank(("a", "b"), (0.5, -2.0)), [W, *UPDATE, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
+    (formulas.Scaled((1, 2)), [W, Held([[2.0, 10.0], [1.0, 3.0]])], [[2.0, 4.0, 30.0], [4.0, 5.0, 18.0]]),
 ]
 
 
@@ -76,6 +77,32 @@ def test_by_hand(formula: Formula, inputs: list[Held], expected: Any) -> None:
     else:
         assert again.slack is not None
         assert 0 < float(again.slack.max()) < 1e-13
+
+
+def test_scales_of_blocks_that_do_not_fit() -> None:
+    """Rows and columns at the end of a matrix are in smaller blocks; one number alone is for all of them."""
+    weight = Held([[float(10 * row + column) for column in range(5)] for row in range(3)])
+    grid = torch.tensor([[2.0, 3.0, 5.0], [7.0, 11.0, 13.0]])
+    factors = grid[[0, 0, 1]][:, [0, 0, 1, 1, 2]]
+    for scales, block, expected in (
+        (Held(grid.tolist()), (2, 2), weight.value * factors), (Held([[1.0], [2.0], [3.0]]), (1, 5), weight.value * torch.tensor([[1.0], [2.0], [3.0]])),
+        (One(4.0), (3, 5), weight.value * 4),
+    ):  # fmt: skip
+        for start, stop in ((0, 3), (1, 3), (2, 3)):
+            wanted = expected[start:stop].double()
+            assert torch.equal(compute(formulas.Scaled(block), [weight, scales], start, stop), wanted)
+            assert torch.equal(computed_rows(formulas.Scaled(block), [weight.operand(), scales.operand()], start, stop).value, wanted)
+
+
+class One(Held):
+    """A number that is a tensor without dimensions."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor(value)
+        self.shape = ()
+
+    def operand(self) -> Operand:
+        return Operand(self.shape, lambda start, stop: (self.value, None))
 
 
 def test_every_formula_has_a_hand_computed_case() -> None:
