@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import singledispatch
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bam_merge import formulas
@@ -49,3 +50,16 @@ def low_rank(formula: formulas.LowRank, inputs: Sequence[Input], start: int, sto
         else:
             total_RC.addmm_(b.rows(start, stop).double(), a.whole(), alpha=scale)
     return total_RC
+
+
+@compute.register
+def by_token(formula: formulas.ByToken, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """Rows of the inputs by the table; where it names several, their mean."""
+    parts = []
+    for run in formula.within(start, stop):
+        shape = (run.rows, *inputs[0].shape[1:])
+        total = torch.zeros(shape, dtype=torch.float64)
+        for place, row in run.of:
+            total += inputs[place].rows(row, row + run.rows)
+        parts.append(total.div_(len(run.of)) if len(run.of) > 1 else total)
+    return torch.cat(parts)
