@@ -108,14 +108,14 @@ def _changed(documents: dict[str, bytes], name: str, change: Callable[[Any], Non
 
 
 def _added(folders: Mapping[str, Path], alignment: Alignment) -> list[Added]:
-    """The tokens to be added, in the order of their ids. One source's files are held at a time."""
+    """The tokens to be added, in the order of their ids, as the first source says that names them. One's files are held at a time."""
     found: dict[str, Added] = {}
-    for source in dict.fromkeys(alignment.added.values()):
+    for source in alignment.sources:
         flags, listed = _flags(folders[source])
-        for token, of in alignment.added.items():
-            if of == source:
-                found[token] = Added(token, alignment.ids[token], flags.get(token, PLAIN), token in listed)
-    return [found[token] for token in alignment.added]
+        for token in alignment.added:
+            if token in flags and token not in found:
+                found[token] = Added(token, alignment.ids[token], flags[token], token in listed)
+    return [found.get(token) or Added(token, alignment.ids[token], PLAIN, False) for token in alignment.added]
 
 
 PLAIN = dict(zip(FLAGS, (False, False, False, True, False), strict=True))

@@ -24,6 +24,8 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
+from bam_merge.verifying.aligned import token_checks
+from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.computed import against_dense, as_it_is
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
@@ -32,7 +34,7 @@ from bam_merge.verifying.files import file_checks
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report
-from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
+from bam_merge.verifying.sources import Changes, changes, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
@@ -112,9 +114,8 @@ class _Sources:
         plan, why = (given, None) if given is not None else _planned(recipe)
         opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
-        if recipe.located(recipe.source(recipe.seed_name).path).is_dir():
-            changed = found.companions.get(recipe.seed_name, [])
-            self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
+        if (check := companion_check(self.folder, recipe, self.manifest, found.companions)) is not None:
+            self.report.add([check])
         if why is not None:
             self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)
@@ -255,7 +256,8 @@ def _function(checkpoint: Checkpoint, plan: Plan | None, report: Report) -> Iter
     mixture = stored_model(checkpoint)
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size)
     if plan is not None:
-        dense = as_written(open_dense(plan), plan)
+        dense, checks = token_checks(checkpoint.path, plan, as_written(open_dense(plan), plan), mixture.config.vocab_size)
+        yield from checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT)
     if plan is not None and plan.layout.kind == "mixture":
