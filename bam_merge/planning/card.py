@@ -7,6 +7,7 @@ from bam_merge._version import __version__
 from bam_merge.architectures.cost import Cost, cost_of_tensors
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_name
 from bam_merge.planning.plan import Plan
+from bam_merge.sources.alignment import Alignment
 from bam_merge.text import printable
 
 METHODS = {
@@ -105,6 +106,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "layout", f"`{plan.layout.name}`"
     places = (f"{name} ({_literal(recipe.relative(recipe.source(name).path))})" for name in plan.models)
     yield "sources", ", ".join(places)
+    if plan.alignment is not None:
+        yield "vocabulary", ", ".join(_vocabulary(plan.alignment))
     if recipe.method == "merge":
         yield "parameters", f"{plan.parameters:,}"
         return
@@ -123,6 +126,19 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         if config.get("shared_kv_layers"):
             kv += f", shared in layers {', '.join(map(str, config['shared_kv_layers']))}"
         yield "attention experts", f"{config['num_attention_experts']}, {kv}; {routing}"
+
+
+def _vocabulary(found: Alignment) -> Iterator[str]:
+    """What the rows of embeddings and head are, aligned by token."""
+    yield (
+        f"{len(found.ids):,} tokens of {found.giver}"
+        if not found.added
+        else f"{len(found.ids):,} tokens, {len(found.added):,} not of {found.giver}"
+    )
+    for name, mine in found.sources.items():
+        if mine.made or mine.lost:
+            yield f"{mine.made:,} that {name} lacks" + (f" and {len(mine.lost):,} of its own left out" if mine.lost else "")
+    yield f"{found.rows:,} rows"
 
 
 def _literal(path: str) -> str:

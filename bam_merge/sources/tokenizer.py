@@ -12,6 +12,7 @@ from bam_merge.sources.companions import companion
 from bam_merge.sources.dense import DenseModel
 from bam_merge.sources.tokenizer_forms import PARTIAL, Form, as_json, same_token
 from bam_merge.sources.tokenizer_reading import Tokenizer, TokenizerFindings, open_tokenizers
+from bam_merge.sources.tokenizer_writing import writing_notes, writing_problems
 from bam_merge.sources.vocabulary import base_differs, in_numbers, vocabulary
 from bam_merge.text import printable, some
 
@@ -58,13 +59,15 @@ def align_tokenizers(models: Sequence[DenseModel], wanted: Wanted, file: str) ->
         return found, None
     try:
         aligned = align(wanted, vocabularies, {model.name: model.facts["vocab_size"] for model in models}, file)
+        folders = {model.name: model.checkpoint.path for model in models}
+        found.problems += writing_problems(found.files, folders, aligned, file)
     except CheckpointError as error:
         found.problems += error.problems
         return found, None
     found.problems += _numbered_otherwise(next(t for t in tokenizers if t.source == aligned.giver), aligned)
     pairs = [(mine, theirs) for mine, theirs in combinations(tokenizers, 2) if mine.there and theirs.there]
     found.notes += dict.fromkeys(note for mine, theirs in pairs for note in _cut_otherwise(theirs, mine))
-    found.notes += [*_unread(tokenizers), *aligned.notes]
+    found.notes += [*_unread(tokenizers), *aligned.notes, *writing_notes(found.files, aligned)]
     return found, aligned
 
 

@@ -32,6 +32,11 @@ PARAMETERS = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 """The parameters whose rows are tokens."""
 
 
+def rows_are_tokens(role: str) -> bool:
+    """Whether the rows of a role's tensors are tokens."""
+    return role in ("embed", "head", "head.bias")
+
+
 SAMPLE = 64
 """Tokens of each source that are run through its embeddings and head, and in the result's numbering."""
 
@@ -177,7 +182,7 @@ def _other_rows(plan: Plan, table: Table) -> Iterator[str]:
     for name, model in plan.models.items():
         expected = table.of(name)
         for (role, _), expr in model.tensors.items():
-            if role not in ("embed", "head", "head.bias"):
+            if not rows_are_tokens(role):
                 continue
             planned = _planned(expr, name, len(table.own[name]))
             for source, rows in expected.items():

@@ -49,6 +49,15 @@ class Changes:
         more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
         return ", ".join(files[:MOST_NAMES]) + more
 
+    def tokenizers(self) -> str:
+        """The changed files that say which token has which id."""
+        files = {name: [file for file in changed if file not in BESIDE_TOKENS] for name, changed in self.companions.items()}
+        return some(f"{printable(name)}/{printable(file)}" for name, changed in files.items() for file in changed)
+
+
+BESIDE_TOKENS = {"generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json"}
+"""Files that go with a tokenizer and number no token."""
+
 
 def _keys(keys: Sequence[str] | None) -> str:
     return f" ({some(keys, MOST_NAMES)})" if keys else ""

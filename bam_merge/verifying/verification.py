@@ -24,7 +24,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
-from bam_merge.verifying.aligned import token_checks
+from bam_merge.verifying.aligned import rows_are_tokens, token_checks
 from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.computed import against_dense, as_it_is
 from bam_merge.verifying.config import same_function, same_head
@@ -120,7 +120,8 @@ class _Sources:
             self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)
         if plan is not None and compared is not None:
-            changed_seed = found.configs.get(recipe.seed_name, []) != []
+            givers = {recipe.seed_name, plan.alignment.giver if plan.alignment is not None else recipe.seed_name}
+            changed_seed = any(found.configs.get(name, []) != [] for name in givers)
             config = _config_check(self.checkpoint.config, plan, changed_seed)
             card = card_check(self.folder, plan, self.manifest, recorded or recipe)
             if changed_seed and card.ok is False:
@@ -159,6 +160,12 @@ class _Sources:
 
     def _tensors(self, plan: Plan, found: Changes) -> list[Check] | None:
         """The checks of all tensors against the sources. None where the weights changed, and what can be compared was added."""
+        if plan.alignment is not None and (other_tokens := found.tokenizers()):
+            why = f"changed since the merge, so digests only: {other_tokens}, by which tokens were aligned"
+            self.report.add([Check("sources", None, why)])
+            rest = tuple(step for step in plan.steps if not rows_are_tokens(step.role))
+            self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest))
+            return None
         changed = [name for name in found.weights if name in plan.models]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
