@@ -19,6 +19,10 @@ from bam_merge.text import count, printable, some
 TOKENIZER, SETTINGS, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 
 
+DECODER = "added_tokens_decoder"
+"""The key of tokenizer_config.json under which added tokens stand by their ids."""
+
+
 TEKKEN, GROWING = "tekken.json", ("vocab.json", "vocab.txt")
 
 
@@ -98,10 +102,12 @@ def _shown(token: str) -> str:
 
 
 def _changed(documents: dict[str, bytes], name: str, change: Callable[[Any], None]) -> None:
-    """Change a JSON document; one that is not there begins empty."""
-    document = load_json(documents[name]) if name in documents else {}
+    """Change a JSON document; one that is not there begins empty, and one that stays the same keeps its bytes."""
+    data = documents.get(name, b"{}")
+    document = load_json(data)
     change(document)
-    documents[name] = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    if name == TOKENIZER or load_json(data) != document:
+        documents[name] = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # ---- added tokens ------------------------------------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def _flags(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
             continue
         document = load_json(companion(folder / name))
         listed.update(token for key in LISTS if name != TOKENIZER for token in map(_text, _items(document.get(key))) if token)
-        entries = document.get("added_tokens") if name == TOKENIZER else (document.get("added_tokens_decoder") or {}).values()
+        entries = document.get("added_tokens") if name == TOKENIZER else (document.get(DECODER) or {}).values()
         for entry in entries or ():
             special = bool(entry.get("special", False))
             flags[entry["content"]] = {**PLAIN, "normalized": not special, **{key: bool(entry[key]) for key in FLAGS if key in entry}}
@@ -147,13 +153,17 @@ def _text(token: Any) -> Any:
 
 
 def _add(documents: dict[str, bytes], tokens: list[Added], alignment: Alignment, own: Mapping[str, Mapping[str, bool]]) -> None:
-    """Write the tokens into every file that names added ones, and into added_tokens.json where no file of its folder would."""
+    """Write the tokens into every file that names added ones. Without tokenizer.json one of two has to: transformers 5.23 passes over
+    added_tokens.json where tokenizer_config.json numbers tokens, so that this one is begun only where the other is not there.
+    """
+    numbered = SETTINGS in documents and bool(load_json(documents[SETTINGS]).get(DECODER))
+    needed = TOKENIZER not in documents and ADDED not in documents and not numbered
     if TOKENIZER in documents:
         _changed(documents, TOKENIZER, lambda document: _into_tokenizer(document, tokens, alignment, own))
-    if ADDED in documents or TOKENIZER not in documents:
+    if ADDED in documents or (needed and SETTINGS not in documents):
         _changed(documents, ADDED, lambda document: document.update((item.token, item.number) for item in tokens))
-    if SETTINGS in documents or TOKENIZER not in documents:
-        _changed(documents, SETTINGS, lambda document: _into_settings(document, tokens, must=TOKENIZER not in documents))
+    if SETTINGS in documents:
+        _changed(documents, SETTINGS, lambda document: _into_settings(document, tokens, numbered or needed))
     if SPECIAL in documents and any(item.listed for item in tokens):
         _changed(documents, SPECIAL, lambda document: _into_lists(document, tokens))
 
@@ -170,9 +180,9 @@ def _into_tokenizer(document: Any, tokens: list[Added], alignment: Alignment, ow
     entries += [item.entry for item in tokens]
 
 
-def _into_settings(document: Any, tokens: list[Added], must: bool) -> None:
-    if must or document.get("added_tokens_decoder"):
-        decoder = document.setdefault("added_tokens_decoder", {})
+def _into_settings(document: Any, tokens: list[Added], numbers: bool) -> None:
+    if numbers:
+        decoder = document.setdefault(DECODER, {})
         decoder.update((str(item.number), {"content": item.token, **item.flags}) for item in tokens)
     if any(key in document for key in LISTS):
         _into_lists(document, tokens)

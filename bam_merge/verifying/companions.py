@@ -154,11 +154,12 @@ def _other_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 class _Alignment:
     """What the output may have beside the giver's files: `more` are the tokens of other sources by their ids, as the output's files
     name them (that they are the right ones is the check `tokens`), `flags` how each is matched, `listed` those that a source lists as
-    special; `own` the giver's tokens. `template` is the folder of the chat template.
+    special; `own` the giver's tokens. `template` is the folder of the chat template. `begun` is the file that names added tokens in the
+    output where none of the giver's does.
     """
 
     giver: str
-    whole: bool
+    begun: str
     more: Mapping[int, str]
     own: Mapping[int, str]
     flags: Mapping[str, Mapping[str, bool]]
@@ -179,7 +180,7 @@ class _Alignment:
                 listed.update({token} & special if flags[token] is how else ())
         wanted = of.recipe.tokenizer.chat_template if of.recipe.tokenizer else None
         template = of.folders[wanted or of.giver]
-        return cls(of.giver, (of.folder / "tokenizer.json").is_file(), more, theirs, flags, frozenset(listed), template)
+        return cls(of.giver, _begun(of.folders[of.giver]), more, theirs, flags, frozenset(listed), template)
 
     def differences(self, file: str, found: bytes | None, expected: bytes | None) -> Iterator[str]:
         """What of an output's file is neither the giver's nor the recipe's."""
@@ -203,7 +204,7 @@ class _Alignment:
         match file:
             case "tokenizer.json" if data is not None:
                 document["added_tokens"] = self._entries(document)
-            case "added_tokens.json" if data is not None or not self.whole:
+            case "added_tokens.json" if self.more and (data is not None or self.begun == file):
                 document |= {token: number for number, token in self.more.items()}
             case "tokenizer_config.json":
                 self._settings(document)
@@ -226,7 +227,7 @@ class _Alignment:
         return self.flags.get(token, ADDED_FLAGS)
 
     def _settings(self, document: dict[str, Any]) -> None:
-        if self.more and (document.get("added_tokens_decoder") or not self.whole):
+        if self.more and (document.get("added_tokens_decoder") or self.begun == "tokenizer_config.json"):
             decoder = document.setdefault("added_tokens_decoder", {})
             decoder |= {str(number): {"content": token, **self._how(token)} for number, token in self.more.items()}
         if any(key in document for key in SPECIAL_LISTS):
@@ -244,6 +245,16 @@ class _Alignment:
         for key in keys[:1]:
             there = [item.get("content") if isinstance(item, dict) else item for item in document[key]]
             document[key] = [*document[key], *(token for token in new if token not in there)]
+
+
+def _begun(giver: Path) -> str:
+    """The file that has to be begun for added tokens to be named at all; '' where one of the giver's names them."""
+    settings = giver / "tokenizer_config.json"
+    if (giver / "tokenizer.json").is_file() or (giver / "added_tokens.json").is_file():
+        return ""
+    if not settings.is_file():
+        return "added_tokens.json"
+    return "" if load_json(companion(settings)).get("added_tokens_decoder") else settings.name
 
 
 def _matching(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
