@@ -23,9 +23,10 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "se
 
 
 def with_one_vocabulary(models: Sequence[DenseModel], alignment: Alignment | None) -> list[DenseModel]:
-    """The sources with the rows of the result in the place of their own. Without an alignment, as they are."""
+    """The sources with the rows of the result in the place of their own. Where no alignment was found, which is refused, only the number of
+    their rows is one, so that nothing more is said of it."""
     if alignment is None:
-        return list(models)
+        return [replace(model, facts={**model.facts, "vocab_size": models[0].facts["vocab_size"]}) for model in models]
     by_name = {model.name: model for model in models}
     return [
         replace(model, facts={**model.facts, "vocab_size": alignment.rows}, tensors=dict(_tensors(model, by_name, alignment)))

@@ -102,10 +102,10 @@ def align(wanted: Wanted, vocabularies: Mapping[str, Vocabulary | None], rows: M
     tokens = {name: _spelled(found, first) for name, found in have.items()}
     tokens |= {name: tokens[giver] for name in rows if name not in have}
     ids, added = _result(wanted, giver, tokens, rows)
-    if max(ids.values(), default=0) >= max(rows.values()) + len(ids):
-        token = max(ids, key=ids.__getitem__)
+    last = max(tokens[giver], key=tokens[giver].__getitem__, default="")
+    if added and last and ids[last] >= max(rows.values()) + len(ids):
         raise CheckpointError(
-            f"sources.{giver}: {_shown(token)} has id {ids[token]}, its embeddings have {rows[giver]:,} rows: the tokens of a "
+            f"sources.{giver}: {_shown(last)} has id {ids[last]}, its embeddings have {rows[giver]:,} rows: the tokens of a "
             "vocabulary are numbered without such gaps. Mend its tokenizer files."
         )
     size = _size(wanted, giver, ids, tokens, rows)
