@@ -62,6 +62,7 @@ def three(
     folder: Path, tokenizer: str = "{source: union}", text: str = "", family: str = "llama", method: str = "bam", **more: Any
 ) -> Path:
     """seed adds two tokens, code renames one of them and adds one, law adds another where code has one. 32, 40 and 24 rows; the recipe."""
+    folder.mkdir(exist_ok=True)
     source(folder, "seed", ["<r0>", "<r1>"], 32, 0, family, **more)
     source(folder, "code", ["<r0>", "<im_start>", "<im_end>"], 40, 1, family, **more)
     source(folder, "law", ["<r0>", "<r1>", "<note>"], 24, 2, family, **more)
