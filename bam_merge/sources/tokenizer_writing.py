@@ -13,7 +13,7 @@ from typing import Any
 from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.documents import load_json
 from bam_merge.sources.alignment import Alignment
-from bam_merge.sources.companions import companion
+from bam_merge.sources.companions import companion, read_companion
 from bam_merge.text import count, printable, some
 
 TOKENIZER, SETTINGS, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
@@ -135,7 +135,7 @@ def _flags(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
     for name in (SPECIAL, SETTINGS, TOKENIZER):
         if not (folder / name).is_file():
             continue
-        document = load_json(companion(folder / name))
+        document = load_json(read_companion(folder / name))
         listed.update(token for key in LISTS if name != TOKENIZER for token in map(_text, _items(document.get(key))) if token)
         entries = document.get("added_tokens") if name == TOKENIZER else (document.get(DECODER) or {}).values()
         for entry in entries or ():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Computed, Read
-from bam_merge.errors import BamMergeError
+from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.formulas import ByToken
 from bam_merge.model.loading import StoredModel
 from bam_merge.planning.plan import Plan
@@ -24,6 +24,10 @@ from bam_merge.text import count, printable, some
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.tokens import NOBODY, Tokens, donors, lost_tokens, own_rows, tokens_of
+
+UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError)
+"""What reading a file that is no tokenizer raises."""
+
 
 Rows = NDArray[numpy.int64]
 
@@ -150,6 +154,21 @@ def _shown(token: str | None) -> str:
     return "no token" if token is None else printable(repr(token), 60)
 
 
+def in_result_ids(folder: Path, plan: Plan, dense: Mapping[str, StoredModel], size: int) -> dict[str, StoredModel]:
+    """The dense models in the token ids of the result in `folder`, with `size` rows; as they are where nothing was aligned.
+
+    Raises CheckpointError where the tokenizer files cannot be read.
+    """
+    if plan.recipe.tokenizer is None:
+        return dict(dense)
+    try:
+        return aligned_models(dense, read_table(folder, plan, dense, plan.recipe.tokenizer, size)[0], size)
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{printable(str(folder))}: its tokenizer files, or a source's, cannot be read: {printable(str(error))}."
+        ) from None
+
+
 # ---- the checks ----------------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +182,7 @@ def token_checks(folder: Path, plan: Plan, dense: Mapping[str, StoredModel], siz
         table, wrong = read_table(folder, plan, dense, wanted, size)
     except BamMergeError as error:
         return dict(dense), [Check("tokens", False, "; ".join(error.problems))]
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    except UNREADABLE as error:
         return dict(dense), [Check("tokens", False, f"the tokenizer files cannot be read: {printable(str(error))}")]
     models = aligned_models(dense, table, size)
     wrong += _other_rows(plan, table)

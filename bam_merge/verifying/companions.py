@@ -4,6 +4,7 @@ tokens and the chat template of other sources, and nothing else.
 Which source gives a file, and what an alignment adds, is worked out here from the recipe and the folders, apart from the plan's code.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +155,8 @@ def _other_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 class _Alignment:
     """What the output may have beside the giver's files: `more` are the tokens of other sources by their ids, as the output's files
     name them (that they are the right ones is the check `tokens`), `flags` how each is matched, `listed` those that a source lists as
-    special; `own` the giver's tokens. `template` is the folder of the chat template. `begun` is the file that names added tokens in the
-    output where none of the giver's does.
+    special; `own` the giver's tokens. `template` is the folder of another source's chat template. `begun` is the file that names added
+    tokens in the output where none of the giver's does.
     """
 
     giver: str
@@ -164,7 +165,7 @@ class _Alignment:
     own: Mapping[int, str]
     flags: Mapping[str, Mapping[str, bool]]
     listed: frozenset[str]
-    template: Path
+    template: Path | None
 
     @classmethod
     def of(cls, of: _Companions) -> "_Alignment":
@@ -173,23 +174,24 @@ class _Alignment:
         more = {number: token for number, token in ours.items() if number not in theirs}
         flags: dict[str, Mapping[str, bool]] = {}
         listed: set[str] = set()
-        for name in (of.giver, *(name for name in of.folders if name != of.giver)):  # the first that has a token says how it is matched
+        order = (of.giver, *(name for name in of.folders if name != of.giver)) if more else ()
+        for name in order:  # the first that has a token says how it is matched
             mine, special = _matching(of.folders[name])
             for token, how in mine.items():
                 flags.setdefault(token, how)
                 listed.update({token} & special if flags[token] is how else ())
         wanted = of.recipe.tokenizer.chat_template if of.recipe.tokenizer else None
-        template = of.folders[wanted or of.giver]
+        template = of.folders[wanted] if wanted not in (None, of.giver) else None
         return cls(of.giver, _begun(of.folders[of.giver]), more, theirs, flags, frozenset(listed), template)
 
     def differences(self, file: str, found: bytes | None, expected: bytes | None) -> Iterator[str]:
         """What of an output's file is neither the giver's nor the recipe's."""
-        if file in ("chat_template.jinja", "chat_template.json"):
+        if self.template is not None and file in ("chat_template.jinja", "chat_template.json"):
             path = self.template / file
             expected = companion(path) if path.is_file() else None
         elif file in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
-            theirs = self._with_more(file, expected)
-            if theirs != (load_json(expected) if expected is not None else {}):
+            theirs, more = self._with_more(file, expected)
+            if more:
                 ours = load_json(found) if found is not None else {}
                 if not same_document(ours, theirs):
                     keys = some(_other_keys(ours, theirs), MOST_NAMES)
@@ -198,30 +200,30 @@ class _Alignment:
         if found != expected:
             yield f"{file} {_difference(found, expected, self.giver)}"
 
-    def _with_more(self, file: str, data: bytes | None) -> dict[str, Any]:
-        """The giver's document, empty where it has none, with all that an alignment adds."""
+    def _with_more(self, file: str, data: bytes | None) -> tuple[dict[str, Any], bool]:
+        """The giver's document, empty where it has none, with all that an alignment adds; and whether that is anything."""
         document = load_json(data) if data is not None else {}
-        match file:
-            case "tokenizer.json" if data is not None:
-                document["added_tokens"] = self._entries(document)
-            case "added_tokens.json" if self.more and (data is not None or self.begun == file):
-                document |= {token: number for number, token in self.more.items()}
-            case "tokenizer_config.json":
-                self._settings(document)
-            case "special_tokens_map.json" if data is not None:
-                self._lists(document)
-        return dict(document)
+        if file == "tokenizer.json":
+            late = self._late(document) if data is not None else []
+            document |= {"added_tokens": [*(document.get("added_tokens") or ()), *late]} if late else {}
+            return document, bool(late)
+        before = json.dumps(document)
+        if file == "added_tokens.json" and self.more and (data is not None or self.begun == file):
+            document |= {token: number for number, token in self.more.items()}
+        elif file == "tokenizer_config.json":
+            self._settings(document)
+        elif file == "special_tokens_map.json" and data is not None:
+            self._lists(document)
+        return document, json.dumps(document) != before
 
-    def _entries(self, document: Mapping[str, Any]) -> list[Any]:
-        """The added tokens of a tokenizer.json in the order in which a library numbers them, the others' after its own."""
-        entries = list(document.get("added_tokens") or ())
+    def _late(self, document: Mapping[str, Any]) -> list[Any]:
+        """The entries after those of a tokenizer.json, in the order in which a library numbers them."""
+        entries = document.get("added_tokens") or ()
         vocab = document["model"]["vocab"]
         names = {entry["content"] for entry in entries} | set(vocab if isinstance(vocab, dict) else (item[0] for item in vocab))
-        if self.more:
-            last = max((entry["id"] for entry in entries), default=-1)
-            late = {number: token for number, token in (*self.own.items(), *self.more.items()) if token not in names and number > last}
-            entries += [{"id": number, "content": token, **self._how(token)} for number, token in sorted(late.items())]
-        return entries
+        last = max((entry["id"] for entry in entries), default=-1)
+        late = {number: token for number, token in (*self.own.items(), *self.more.items()) if token not in names and number > last}
+        return [{"id": number, "content": token, **self._how(token)} for number, token in sorted(late.items())] if self.more else []
 
     def _how(self, token: str) -> Mapping[str, bool]:
         return self.flags.get(token, ADDED_FLAGS)
@@ -232,6 +234,8 @@ class _Alignment:
             decoder |= {str(number): {"content": token, **self._how(token)} for number, token in self.more.items()}
         if any(key in document for key in SPECIAL_LISTS):
             self._lists(document)
+        if self.template is None:
+            return
         settings = self.template / "tokenizer_config.json"
         document.pop("chat_template", None)
         if settings.is_file() and "chat_template" in (theirs := load_json(companion(settings))):
@@ -262,7 +266,7 @@ def _matching(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
     how: dict[str, dict[str, bool]] = {}
     listed: set[str] = set()
     documents = {
-        name: load_json(companion(folder / name)) if (folder / name).is_file() else {}
+        name: load_json(read_small_file(folder / name)) if (folder / name).is_file() else {}
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     }
     numbered = (documents["tokenizer_config.json"].get("added_tokens_decoder") or {}).values()

@@ -101,6 +101,40 @@ def test_rows_that_only_move_are_moved_bit_by_bit(dtype: str, tmp_path: Path) ->
     assert not failed(verify(folder, plan)).keys() & {"copies", "tokens", "companions"}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_are_rounded_once(dtype: str, tmp_path: Path) -> None:
+    recipe = three(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text().replace("{path: out}", f"{{path: out, dtype: {dtype}}}"))
+    folder, plan = merged(recipe)
+    wanted = torch.stack([torch.stack(rows) for rows in by_hand(tmp_path, EMBED).values()]).mean(0)
+    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-10
+    torch.testing.assert_close(weights(folder)[EMBED][: len(wanted)].double(), wanted, rtol=unit, atol=1e-6)
+    passed(folder, plan)
+
+
+@pytest.mark.parametrize("make", ["linear, weights: {seed: 0.5, code: 0.25, law: 0.25}", "slerp, from: [seed, law], t: 0.3", "ties, density: 0.5, base: seed", "task_arithmetic, base: seed", "dare_ties, density: 0.5, base: seed"])  # fmt: skip
+def test_every_method_takes_aligned_sources(make: str, tmp_path: Path) -> None:
+    folder, plan = merged(three(tmp_path, text=f"rules: [{{roles: [embed, head], make: {make}}}]"))
+    passed(folder, plan)
+
+
+def test_perplexities_are_of_the_results_ids(tmp_path: Path) -> None:
+    """A source scores a text of its own tokens by the result's ids as by its own."""
+    pytest.importorskip("tokenizers")
+    recipe = three(tmp_path)
+    folder, plan = merged(recipe)
+    text = tmp_path / "text.txt"
+    text.write_text("<note>ab cd<r1>e f" * 40)
+    (row,) = verify(folder, plan, [text]).perplexity
+    (tmp_path / "alone.yaml").write_text(
+        "method: merge\nsources: {law: law}\nexperts: [law]\nshared: {make: copy, from: law}\noutput: {path: alone}\n"
+    )
+    alone, single = merged(tmp_path / "alone.yaml")
+    (own,) = verify(alone, single, [text]).perplexity
+    score, expected = row["perplexity"]["law"], own["perplexity"]["law"]
+    assert expected < score < expected * 45 / 24 * 1.1  # the result has more rows, so that its logarithms have more terms
+
+
 def test_one_sources_tokenizer_and_rows(tmp_path: Path) -> None:
     recipe = three(tmp_path, "{source: code}", method="merge")
     put(tmp_path / "code", {"generation_config.json": {"eos_token_id": END + 2}, "chat_template.jinja": "<im_start>"})
