@@ -298,6 +298,8 @@ def is_copy(expr: Expr) -> bool:
     """Whether `expr` only moves bytes."""
     if isinstance(expr, Concat):
         return all(map(is_copy, expr.parts))
+    if isinstance(expr, Computed):
+        return expr.formula.moves and all(isinstance(part, Read) and part.dtype == expr.dtype for part in expr.inputs)
     return isinstance(expr, Read | Slice) and isinstance(whole(expr), Read)
 
 
@@ -338,11 +340,17 @@ def concat_runs(concat: Concat, start: int, stop: int) -> Iterator[tuple[Expr, i
         group += 1
 
 
-def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read, int, int]]:
-    """(tensor, first element, count) of the stored runs that make up elements [start, stop) of a copying expression."""
+def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read | None, int, int]]:
+    """(tensor, first element, count) of the stored runs that make up elements [start, stop) of a copying expression; None for zeros."""
     if isinstance(expr, Concat):
         for part, first, last in concat_runs(expr, start, stop):
             yield from copy_runs(part, first, last)
+    elif isinstance(expr, Computed):
+        row = numel(expr) // expr.shape[0]
+        for place, of, rows in expr.formula.moved(start // row, -(-stop // row)):
+            read = None if place is None else expr.inputs[place]
+            assert not isinstance(read, Computed), "rows that are computed are not copied"
+            yield read, of * row, rows * row
     elif isinstance(expr, Read | Slice):
         for first, count in leaf_runs(expr, start, stop):
             yield stored(expr), first, count

@@ -3,10 +3,11 @@
 One record per formula. Its kernel is in merging/formulas.py, its second way in verifying/formulas.py.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from bam_merge.records import Formula
 
@@ -116,3 +117,47 @@ class Scaled(Formula):
     def grid(self, shape: Shape) -> tuple[int, int]:
         """How many blocks a matrix of that shape has, down and across."""
         return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
+
+
+class TokenRun(NamedTuple):
+    """Rows [first, first + rows) of the result, each the mean of one row of every input in `of` (input, its first row); zeros of none."""
+
+    first: int
+    rows: int
+    of: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ByToken(Formula):
+    """Rows by an index table: row r of the result belongs to token r. `own` is what plans show of the source's own tensor, which gives
+    the rows of the tokens that it has; `runs` cover all rows in order.
+    """
+
+    own: str
+    runs: tuple[TokenRun, ...]
+    name: ClassVar = "by_token"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        own = self.own if " " not in self.own else f"({self.own})"
+        return f"{own}[by token]"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 24 * rows * prod(shapes[0][1:])
+
+    def within(self, start: int, stop: int) -> Iterator[TokenRun]:
+        """The runs that make up rows [start, stop)."""
+        index = bisect_right(self.runs, start, key=lambda run: run.first) - 1
+        while start < stop:
+            run = self.runs[index]
+            skip, last = start - run.first, min(stop, run.first + run.rows)
+            yield TokenRun(start, last - start, tuple((place, row + skip) for place, row in run.of))
+            start, index = last, index + 1
+
+    @property
+    def moves(self) -> bool:
+        return all(len(run.of) < 2 for run in self.runs)
+
+    def moved(self, start: int, stop: int) -> Iterator[tuple[int | None, int, int]]:
+        for run in self.within(start, stop):
+            place, row = run.of[0] if run.of else (None, 0)
+            yield place, row, run.rows

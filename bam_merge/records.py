@@ -98,6 +98,15 @@ class Formula:
         """Bytes that a worker holds at most while it makes `rows` rows from inputs of these shapes; those it keeps between the rows too."""
         raise NotImplementedError
 
+    @property
+    def moves(self) -> bool:
+        """Whether every row of the result is a row of an input, or zeros: nothing is computed then, and `moved` says which."""
+        return False
+
+    def moved(self, start: int, stop: int) -> Iterator[tuple[int | None, int, int]]:
+        """(input, its first row, count) of the rows that are rows [start, stop) of the result; zeros where the input is None."""
+        raise NotImplementedError
+
 
 FORMULAS: dict[str, type[Formula]] = {}
 """The records of all formulas, by name."""

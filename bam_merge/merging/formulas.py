@@ -94,3 +94,16 @@ def scaled(formula: formulas.Scaled, inputs: Sequence[Input], start: int, stop: 
     factors_RH = grid_GH[torch.arange(start, stop) // height]
     factors_RC = factors_RH.repeat_interleave(min(width, weight.shape[1]), dim=1)[:, : weight.shape[1]]
     return weight.rows(start, stop).double().mul_(factors_RC)
+
+
+@compute.register
+def by_token(formula: formulas.ByToken, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """Rows of the inputs by the table; where it names several, their mean."""
+    parts = []
+    for run in formula.within(start, stop):
+        shape = (run.rows, *inputs[0].shape[1:])
+        total = torch.zeros(shape, dtype=torch.float64)
+        for place, row in run.of:
+            total += inputs[place].rows(row, row + run.rows)
+        parts.append(total.div_(len(run.of)) if len(run.of) > 1 else total)
+    return torch.cat(parts)

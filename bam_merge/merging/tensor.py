@@ -100,7 +100,10 @@ class TensorWriter:
                 if self.stop.is_set():
                     return False
                 piece = view[: min(len(view), end - position)]
-                self.sources.read(read, [(position, len(piece))], piece)
+                if read is None:
+                    piece[:] = bytes(len(piece))
+                else:
+                    self.sources.read(read, [(position, len(piece))], piece)
                 self._check_copied(piece)
                 self._emit(piece)
                 position += len(piece)

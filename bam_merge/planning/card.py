@@ -9,6 +9,7 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.alignment import Alignment
 from bam_merge.text import printable
 
 METHODS = {
@@ -106,6 +107,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
     yield "layout", f"`{plan.layout.name}`"
     yield "sources", ", ".join(f"{name} ({_place(recipe, name)})" for name in plan.models)
+    if plan.alignment is not None:
+        yield "vocabulary", ", ".join(_vocabulary(plan.alignment))
     if recipe.method == "merge":
         yield "parameters", f"{plan.parameters:,}"
         return
@@ -138,6 +141,19 @@ def _place(recipe: Recipe, name: str) -> str:
         for place in [_literal(recipe.relative(item.path))]
     )
     return " + ".join([base, *(f"adapter {adapter}" for adapter in adapters)])
+
+
+def _vocabulary(found: Alignment) -> Iterator[str]:
+    """What the rows of embeddings and head are, aligned by token."""
+    yield (
+        f"{len(found.ids):,} tokens of {found.giver}"
+        if not found.added
+        else f"{len(found.ids):,} tokens, {len(found.added):,} not of {found.giver}"
+    )
+    for name, mine in found.sources.items():
+        if mine.made or mine.lost:
+            yield f"{mine.made:,} that {name} lacks" + (f" and {len(mine.lost):,} of its own left out" if mine.lost else "")
+    yield f"{found.rows:,} rows"
 
 
 def _literal(path: str) -> str:

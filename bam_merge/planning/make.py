@@ -16,6 +16,7 @@ from bam_merge.architectures.cost import cost_of_tensors
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
+from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
 from bam_merge.planning.assign import Made, assign, check_axes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
@@ -25,10 +26,12 @@ from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.agreement import disagreements
+from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
 from bam_merge.sources.tied_heads import settle_heads
-from bam_merge.sources.tokenizer import compare_tokenizers
+from bam_merge.sources.tokenizer import align_tokenizers, compare_tokenizers
+from bam_merge.sources.tokenizer_reading import TokenizerFindings
 from bam_merge.text import nearest, printable, some
 
 # ---- making the plan -------------------------------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
-    models, notes = _sources(recipe, problems)
+    models, tokenizers, alignment = _sources(recipe, problems)
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -67,6 +70,8 @@ def make_plan(recipe: Recipe) -> Plan:
     for step in steps:
         dominant[step.dtype] += step.nbytes
     config = output_config(layout, seed, values, dominant.most_common(1)[0][0])
+    if alignment is not None:
+        config = aligned_config(config, recipe, alignment, models[alignment.giver])
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -78,23 +83,33 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *copied_only_note(placed),
-            *notes,
+            *tokenizers.notes,
         ),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
-        fingerprint=_fingerprint(recipe, models, config),
+        fingerprint=_fingerprint(recipe, models, config, alignment),
+        files=tokenizers.files,
+        alignment=alignment,
     )
 
 
-def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], tuple[str, ...]]:
-    """The sources by name, opened and found to agree, and what is to be said of their tokenizers.
+def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], TokenizerFindings, Alignment | None]:
+    """The sources by name, opened and found to agree, or aligned; and what is to be said of their tokenizers.
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
     """
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
     ordered, heads = settle_heads(ordered)
+    alignment = None
+    if recipe.tokenizer is None:
+        tokenizers = compare_tokenizers(ordered)
+    elif broken:  # whose tokens are to be aligned cannot be told
+        tokenizers = TokenizerFindings()
+    else:
+        tokenizers, alignment = align_tokenizers(ordered, recipe.tokenizer, recipe.file)
+        ordered = with_one_vocabulary(ordered, alignment)
+        tokenizers.problems += dict.fromkeys(alignment_problems(recipe, ordered))
     models = {name: next(model for model in ordered if model.name == name) for name in models}
-    tokenizers = compare_tokenizers(ordered)
     if ordered:
         broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
         first = ordered[0]  # of the others it is said where they differ from it
@@ -103,7 +118,7 @@ def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel]
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    return models, tuple(tokenizers.notes)
+    return models, tokenizers, alignment
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:
@@ -153,10 +168,11 @@ def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, 
         yield "ffn: top_k 1 with renormalised gates: the gate is always 1, so the router gets no gradient from the language-model loss."
 
 
-def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any]) -> str:
+def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any], alignment: Alignment | None) -> str:
     """What a finished tensor of an earlier run must have been made from to be worth keeping.
 
-    Tokenizer and generation files are not part of it: no tensor depends on them, and they are written anew at the end of every run.
+    Tokenizer and generation files are not part of it, but for the rows that they align: no other tensor depends on them, and they are
+    written anew at the end of every run.
     """
     sources = {
         name: [checkpoint.config_digest]
@@ -165,6 +181,8 @@ def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mappi
         for name, checkpoint in model.stores.items()
     }
     document = [__version__, recipe.resolved(), sources, dict(config)]
+    if alignment is not None:
+        document.append({name: mine.runs for name, mine in alignment.sources.items()})
     return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 

@@ -16,6 +16,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Computed
 from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel
 
 CHUNK_ELEMENTS = 2**17
@@ -68,7 +69,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's."""
+    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's.
+
+    `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
+    were aligned.
+    """
 
     recipe: Recipe
     layout: Architecture
@@ -80,6 +85,8 @@ class Plan:
     notes: tuple[str, ...]
     cost: Cost
     fingerprint: str
+    files: Mapping[str, str]
+    alignment: Alignment | None
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -138,6 +145,7 @@ class Plan:
             "config": dict(self.config),
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
+            **({} if self.alignment is None else {"tokenizer": self.alignment.document()}),
         }  # fmt: skip
 
 

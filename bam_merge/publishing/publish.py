@@ -73,7 +73,7 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     finished = _run(plan, staging, options, done)
     write_companions(plan, staging.output, finished, staging.files)
     check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
-    if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
+    if changes := [changed(source, path) for source, path, _ in companions ^ companion_files(plan)]:
         raise CheckpointError(*dict.fromkeys(changes))
     sync_descriptor(staging.files, staging.output)
     if options.level is not None and staging.is_ours():  # verification looks where the name leads

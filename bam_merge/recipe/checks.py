@@ -31,6 +31,8 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     for index, rule in enumerate(recipe.rules):
         yield from _rule(recipe, rule, ("rules", index))
     used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging) for name in make.named)}
+    used |= {name for _, name in _of_tokenizer(recipe)}
+    yield from _tokenizer(recipe)
     for name in recipe.sources:
         if name not in used | based_on(recipe.sources):
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
@@ -40,6 +42,30 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         parse_size(recipe.output.max_shard_size)
     except ValueError as error:
         yield ("output", "max_shard_size"), str(error)
+
+
+TOKENIZER_WORDS = {"source": ("union",), "missing": ("mean", "zeros")}
+"""What may stand at these keys of `tokenizer` in the place of a source."""
+
+
+def _of_tokenizer(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    """(key, source) of the sources that `tokenizer` names."""
+    if recipe.tokenizer is not None:
+        for key in ("source", "missing", "chat_template"):
+            name = getattr(recipe.tokenizer, key)
+            if name is not None and name not in TOKENIZER_WORDS.get(key, ()):
+                yield key, name
+
+
+def _tokenizer(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    for key, name in _of_tokenizer(recipe):
+        if name not in recipe.sources:
+            known = (*TOKENIZER_WORDS.get(key, ()), *recipe.sources)
+            yield ("tokenizer", key), f"{printable(name)!r} is not among the sources{nearest(name, known)}"
+    for key, words in TOKENIZER_WORDS.items():
+        word = getattr(recipe.tokenizer, key, None)
+        if word in words and word in recipe.sources:
+            yield ("tokenizer", key), f"{word} is a word of this key, and a source is called so too; rename the source."
 
 
 def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:

@@ -57,6 +57,21 @@ else:
     ]
 
 
+class Vocabulary(Strict):
+    source: str = Field(
+        default="union",
+        min_length=1,
+        description="union: the first source's tokenizer, with the tokens that only others have after its own; or the source whose it is",
+    )
+    pad_to_multiple_of: Count | None = Field(default=None, description="embeddings and head have a multiple of so many rows")
+    missing: str = Field(
+        default="mean",
+        min_length=1,
+        description="a token's row for a source that lacks it: mean of the rows of those that have it, zeros, or a source's name",
+    )
+    chat_template: str | None = Field(default=None, min_length=1, description="the source whose chat template the result has")
+
+
 class Output(Strict):
     path: str = Field(min_length=1, description="the folder where the result appears, relative to the recipe")
     layout: str | None = Field(default=None, description="names and config of the result; default bam, for method merge the dense family")
@@ -84,6 +99,9 @@ class Recipe(Strict):
     )
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = Field(
         default=(), description="before the method's own rules; the first rule that matches a tensor makes it"
+    )
+    tokenizer: Vocabulary | None = Field(
+        default=None, description="align sources whose vocabularies differ a little, token by token; without it they must agree"
     )
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="with a tensor's name it seeds that tensor's generator, and nothing else does"

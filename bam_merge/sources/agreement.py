@@ -18,7 +18,7 @@ SILENT = ("untied", "sliding", "use_sliding_window", "max_position_embeddings", 
 
 
 ADVICE = {
-    "vocab_size": "Embeddings are never cut; align the tokenizers first.",
+    "vocab_size": "Embeddings are never cut; align the tokenizers first: tokenizer: {source: union} in the recipe does it, by token.",
     "tie_word_embeddings": "Tied and untied models cannot be mixed; untie the others first (save lm_head as a copy).",
 }
 

@@ -98,6 +98,45 @@ def _saved(formula: formulas.Saved, inputs: Sequence[Operand], start: int, stop:
     return inputs[0].rows(start, stop)
 
 
+@computed_rows.register
+def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    """The runs of the table that reach into rows [start, stop), each cut to them; the mean of what stands in them, one below the other."""
+    last = next((i for i in range(len(formula.runs) - 1, -1, -1) if formula.runs[i].first < stop), 0)
+    values, slacks = [], []
+    while last >= 0 and formula.runs[last].first + formula.runs[last].rows > start:
+        first, rows, of = formula.runs[last]
+        a, b = max(start, first) - first, min(stop, first + rows) - first
+        stacked = [inputs[place].rows(row + a, row + b) for place, row in of]
+        if stacked:
+            value = torch.stack([part.value for part in stacked]).mean(0)
+            slack = torch.stack([part.value.abs() * (UNIT * len(of) * (len(of) > 1)) for part in stacked]).sum(0)
+            slack += sum((part.slack for part in stacked if part.slack is not None), torch.zeros_like(slack)) / len(of)
+        else:
+            value = torch.zeros(b - a, *inputs[0].shape[1:], dtype=torch.float64)
+            slack = torch.zeros_like(value)
+        values.append(value)
+        slacks.append(slack)
+        last -= 1
+    return Derived(torch.cat(values[::-1]), torch.cat(slacks[::-1]))
+
+
+def moved_rows(formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Tensor], Tensor]], start: int, stop: int) -> Tensor:
+    """Rows [start, stop), as stored, of a tensor whose rows are rows of its inputs, or zeros: what a copy must hold bit by bit.
+
+    An input is what reads its rows, and one row of zeros.
+    """
+    assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"
+    parts = []
+    for first, rows, of in formula.runs:
+        a, b = max(start, first), min(stop, first + rows)
+        if a < b and of:
+            read, _ = inputs[of[0][0]]
+            parts.append(read(of[0][1] + a - first, of[0][1] + b - first))
+        elif a < b:
+            parts.append(inputs[0][1].expand(b - a, *inputs[0][1].shape[1:]))
+    return torch.cat(parts)
+
+
 def roundings(derived: Derived, dtype: str) -> tuple[Tensor, Tensor]:
     """The numbers of `dtype` (F32 or F64) that a merge may have gone on with, where the value is known to its slack: the least and the
     largest. Of float32 they are nearly everywhere the same."""

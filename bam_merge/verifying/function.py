@@ -12,6 +12,7 @@ from bam_merge.model.loading import stored_model
 from bam_merge.model.streaming import Computing
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.planning.plan import Plan
+from bam_merge.verifying.aligned import token_checks
 from bam_merge.verifying.computed import against_dense
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
@@ -33,7 +34,8 @@ def function_checks(
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size, level.tokens)
     work.finish("sources")
     if plan is not None:
-        dense = as_written(open_dense(plan), plan)
+        dense, checks = token_checks(checkpoint.path, plan, as_written(open_dense(plan), plan), mixture.config.vocab_size)
+        yield from checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT, computing)
     if plan is not None and plan.layout.kind == "mixture":

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
 from bam_merge.text import printable
 from bam_merge.values.tensors import STORED_DTYPES
-from bam_merge.verifying.formulas import Operand, computed_rows, roundings
+from bam_merge.verifying.formulas import Operand, computed_rows, moved_rows, roundings
 from bam_merge.verifying.rounding import Derived
 
 ROWS_BYTES = 2**17
@@ -132,6 +133,10 @@ class SourceTensors:
 
         return Operand(part.shape, read)
 
+    def _moved(self, part: Whole) -> tuple[Callable[[int, int], Tensor], Tensor]:
+        assert isinstance(part, Read)
+        return partial(self.rows, part), torch.zeros_like(self.rows(part, 0, 1))
+
     def piece(self, expr: expressions.Expr, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a source's piece, or of several fused: as stored, or in the dtype that it is computed to."""
         return self.either(expr, start, stop)[0]
@@ -140,6 +145,9 @@ class SourceTensors:
         """`piece`, twice: the least and the largest that rounding may have made of a computed one; of what is stored the same."""
         if isinstance(expr, Read):
             rows = self.rows(expr, start, stop)
+            return rows, rows
+        if isinstance(expr, Computed) and expressions.is_copy(expr):
+            rows = moved_rows(expr.formula, [self._moved(part) for part in expr.inputs], start, stop)
             return rows, rows
         if isinstance(expr, Computed):
             return roundings(self.computed(expr, start, stop), computing_dtype(expr))
@@ -168,7 +176,8 @@ def is_computed(expr: expressions.Expr) -> bool:
     """Whether anything that `expr` is fused of is not what files hold."""
     if isinstance(expr, expressions.Concat):
         return any(map(is_computed, expr.parts))
-    return isinstance(expr, Computed) or (isinstance(expr, Slice) and isinstance(expr.of, Computed))
+    node = expr.of if isinstance(expr, Slice) else expr
+    return isinstance(node, Computed) and not expressions.is_copy(node)
 
 
 def computing_dtype(node: Computed) -> str:

@@ -24,10 +24,8 @@ from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
 from bam_merge.planning.plan import Plan, moves_bytes
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.tokenizer import companion
 from bam_merge.text import count, printable, some
 from bam_merge.values.threads import default_workers
-from bam_merge.verifying.report import Check
 
 MOST_NAMES = 8
 """Changed files that are named."""
@@ -53,6 +51,15 @@ class Changes:
             files += [f"{printable(name)}/{printable(file)}" for name, changed in kind.items() for file in changed]
         more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
         return ", ".join(files[:MOST_NAMES]) + more
+
+    def tokenizers(self) -> str:
+        """The changed files that say which token has which id."""
+        files = {name: [file for file in changed if file not in BESIDE_TOKENS] for name, changed in self.companions.items()}
+        return some(f"{printable(name)}/{printable(file)}" for name, changed in files.items() for file in changed)
+
+
+BESIDE_TOKENS = {"generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json"}
+"""Files that go with a tokenizer and number no token."""
 
 
 def _keys(keys: Sequence[str] | None) -> str:
@@ -128,50 +135,6 @@ def _companion_changes(folder: Path, record: Mapping[str, Any]) -> Iterator[str]
                 yield name
         except BamMergeError:
             yield name
-
-
-# ---- the files that the output takes from the seed ---------------------------------------------------------------------------
-
-
-def companion_check(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], changed: Sequence[str]) -> Check:
-    """Tokenizer and generation files are what the seed's give by the rule of publication. `changed` ones of the seed are not compared."""
-    name, seed = recipe.seed_name, recipe.located(recipe.source(recipe.seed_name).path)
-    wrong: list[str] = []
-    stale: list[str] = []
-    files = [file for file in TOKENIZER_FILES if (seed / file).is_file() or file in manifest["files"]]
-    for file in files:
-        try:
-            expected = companion(seed / file) if (seed / file).is_file() else None
-        except BamMergeError as error:
-            stale += error.problems
-            continue
-        try:
-            found = read_small_file(folder / file) if file in manifest["files"] else None
-        except BamMergeError:
-            continue  # `files` says so
-        if found != expected:
-            (stale if file in changed else wrong).append(f"{file} {_difference(found, expected, name)}")
-        elif expected is not None and file in changed and read_small_file(seed / file) == expected:
-            wrong.append(f"{file} is what sources.{name} has, but not what the manifest records of it: the record is not the merge's")
-    if wrong:
-        return Check("companions", False, "; ".join([*wrong, *stale]))
-    if stale:
-        return Check("companions", None, f"sources.{printable(name)} changed since the merge: {'; '.join(stale)}")
-    return Check("companions", True, f"{', '.join(files)} as sources.{printable(name)} gives them" if files else "there are none")
-
-
-def _difference(found: bytes | None, expected: bytes | None, seed: str) -> str:
-    seed = printable(seed)
-    if expected is None:
-        return f"is not in sources.{seed}: it is of no merge"
-    if found is None:
-        return f"is in sources.{seed}, but not in the output"
-    try:
-        ours, theirs = load_json(found), load_json(expected)
-        keys = sorted(key for key in {*ours, *theirs} if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key)))
-    except (ValueError, AttributeError, TypeError):
-        keys = []
-    return f"is not what sources.{seed} gives{f': {some(keys, MOST_NAMES)} differ' if keys else ''}"
 
 
 # ---- the tensors that were read ------------------------------------------------------------------------------------------------

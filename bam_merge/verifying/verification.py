@@ -21,6 +21,8 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
+from bam_merge.verifying.aligned import rows_are_tokens
+from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import file_checks
@@ -30,7 +32,7 @@ from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
-from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
+from bam_merge.verifying.sources import Changes, changes, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 from bam_merge.verifying.work import Work
 
@@ -116,14 +118,15 @@ class _Sources:
         plan, why = (given, None) if given is not None else _planned(recipe)
         opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
-        if recipe.located(recipe.source(recipe.seed_name).path).is_dir():
-            changed = found.companions.get(recipe.model_store(recipe.seed_name), [])
-            self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
+        companions = {name: found.companions.get(recipe.model_store(name), []) for name in recipe.sources}
+        if (check := companion_check(self.folder, recipe, self.manifest, companions)) is not None:
+            self.report.add([check])
         if why is not None:
             self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)
         if plan is not None and compared is not None:
-            changed_seed = found.configs.get(recipe.model_store(recipe.seed_name), []) != []
+            givers = {recipe.seed_name, plan.alignment.giver if plan.alignment is not None else recipe.seed_name}
+            changed_seed = any(found.configs.get(recipe.model_store(name), []) != [] for name in givers)
             config = _config_check(self.checkpoint.config, plan, changed_seed)
             card = card_check(self.folder, plan, self.manifest, recorded or recipe)
             if changed_seed and card.ok is False:
@@ -162,6 +165,12 @@ class _Sources:
 
     def _tensors(self, plan: Plan, found: Changes) -> list[Check] | None:
         """The checks of all tensors against the sources. None where the weights changed, and what can be compared was added."""
+        if plan.alignment is not None and (other_tokens := found.tokenizers()):
+            why = f"changed since the merge, so digests only: {other_tokens}, by which tokens were aligned"
+            self.report.add([Check("sources", None, why)])
+            rest = tuple(step for step in plan.steps if not rows_are_tokens(step.role))
+            self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.proved))
+            return None
         changed = [name for name in found.weights if name in plan.checkpoints]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import CONFIGS, write_recipe, write_sources
 from pages import DOCS, MARK, ROOT, Block, blocks, follow
+from vocabularies import three
 
 from bam_merge.cli import cli
 from bam_merge.demo.synthetic import write_checkpoint
@@ -25,7 +26,7 @@ PAGES = {pages.name(page): page for page in pages.pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks(page)]
 FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
-    "docs/how-to/resume.md",
+    "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md",
 }  # fmt: skip
 """Pages that a test carries out, here or in test_howto.py."""
 
@@ -138,6 +139,17 @@ def test_resume_runs(here: Path, run: Any) -> None:
     for command in commands:
         result = run(*shlex.split(command)[1:])
         assert result.status == 0, f"{command}: {result.err}"
+
+
+def test_aligning_vocabularies_runs(here: Path, run: Any) -> None:
+    three(here / "models")
+
+    def call(command: str) -> str:
+        result = run(*shlex.split(command)[1:])
+        assert result.status == 0, f"{command}: {result.err}"
+        return result.err + result.out
+
+    assert follow(PAGES["docs/how-to/align-vocabularies.md"], here, call) == 3
 
 
 RECIPE = re.compile(r"(# \w+\.yaml\n)?(method|ffn|rules|router|attention|shared|experts): ?")

@@ -52,6 +52,9 @@ UPDATE = [Held([[1.0, 0.0, -1.0]]), Held([[2.0], [3.0]])]
 TURNED = [Held([[2.0, 3.0]]), Held([[1.0], [0.0], [-1.0]])]
 SECOND = [Held([[0.0, 1.0, 0.0]]), Held([[1.0], [-1.0]])]
 LENGTHS = [Held([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]]), Held([[0.0, 4.0, 0.0]]), Held([[1.0], [2.0]]), Held([10.0, 5.0])]
+TOKENS = formulas.ByToken("a:w", (formulas.TokenRun(0, 1, ((0, 1),)), formulas.TokenRun(1, 1, ((0, 0), (1, 0)))))
+"""Row 1 of W; the mean of its row 0 and the other's."""
+
 BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.LowRank(("a",), (0.5,)), [W, *UPDATE], [[2.0, 2.0, 2.0], [5.5, 5.0, 4.5]]),
     (formulas.LowRank(("a",), (0.5,), turned=(True,)), [W, *TURNED], [[2.0, 2.0, 2.0], [5.5, 5.0, 4.5]]),
@@ -62,6 +65,7 @@ BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.LowRank(("a", "b"), (0.5, -2.0), (True, False)), [W, *TURNED, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
     (formulas.LowRank(("a", "b"), (0.5, -2.0)), [W, *UPDATE, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
     (formulas.Scaled((1, 2)), [W, Held([[2.0, 10.0], [1.0, 3.0]])], [[2.0, 4.0, 30.0], [4.0, 5.0, 18.0]]),
+    (TOKENS, [W, Held([[1.0, 0.0, -1.0]])], [[4.0, 5.0, 6.0], [1.0, 1.0, 1.0]]),
 ]
 
 
