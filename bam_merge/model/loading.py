@@ -7,7 +7,7 @@ headers only; tensors are read when asked for, so that a verifier can hold one b
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -131,8 +131,12 @@ def open_model(path: str | os.PathLike[str], computes: bool = True) -> StoredMod
     return stored_model(open_folder(path), computes)
 
 
-def stored_model(checkpoint: Checkpoint, computes: bool = True) -> StoredModel:
-    """`open_model` of a folder that is open already: its headers and its config.json are not read again."""
+def stored_model(checkpoint: Checkpoint, computes: bool = True, head: str | None = None) -> StoredModel:
+    """`open_model` of a folder that is open already: its headers and its config.json are not read again.
+
+    `head` decides where a head is stored that differs from the embeddings it is tied to: "stored" takes it, "tied" the embeddings; None
+    makes it a problem.
+    """
     where = printable(str(checkpoint.path))
     try:
         config = model_config(checkpoint.config)
@@ -142,8 +146,16 @@ def stored_model(checkpoint: Checkpoint, computes: bool = True) -> StoredModel:
     assert architecture is not None
     parameters = _Parameters(checkpoint, architecture, config, computes)
     parameters.settle()
-    if config.tie_word_embeddings and not parameters.problems:
-        parameters.check_heads()
+    if config.tie_word_embeddings and not parameters.problems and head != "tied":
+        own = parameters.other_head()
+        if own is not None and head == "stored" and own.shape == parameters.found["model.embed_tokens.weight"].shape:
+            config = replace(config, tie_word_embeddings=False)
+            parameters.found["lm_head.weight"] = own
+        elif own is not None:
+            parameters.problems.append(
+                f"{printable(own.tensor)} is stored and differs from the embeddings, but config.json has tie_word_embeddings=true. Set it "
+                f"to false, so that the stored head counts; or remove {printable(own.tensor)}, so that the embeddings count."
+            )
     if parameters.problems:
         raise CheckpointError(*(f"{where}: {problem}" for problem in parameters.problems))
     return StoredModel(checkpoint, config, parameters.found)
@@ -221,16 +233,14 @@ class _Parameters:
                 self.problems.append(f"{entry.name} holds {role} as {list(leaf.shape)}, config.json implies {list(shape)}.")
             self.found[parameter] = leaf
 
-    def check_heads(self) -> None:
-        """A tied head that is stored as well must equal the embeddings: where it does not, transformers computes with it."""
+    def other_head(self) -> Read | None:
+        """A stored head that differs from the embeddings it is tied to: transformers computes with it."""
         for name in self.heads:
             entry = self.checkpoint.tensors[name]
-            leaves = {**self.found, name: Read("model", name, entry.dtype, entry.shape)}
-            if not StoredModel(self.checkpoint, self.config, leaves).equals_embeddings(name):
-                self.problems.append(
-                    f"{printable(name)} is stored and differs from the embeddings, but config.json has tie_word_embeddings=true. Set it to "
-                    f"false, so that the stored head counts; or remove {printable(name)}, so that the embeddings count."
-                )
+            read = Read("model", name, entry.dtype, entry.shape)
+            if not StoredModel(self.checkpoint, self.config, {**self.found, name: read}).equals_embeddings(name):
+                return read
+        return None
 
     def report(self, problem: str, names: list[str]) -> None:
         if names:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.accepted import apply_accepted
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
@@ -40,7 +41,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
-    models, notes = _sources(recipe, problems)
+    models, said = _sources(recipe, problems)
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -78,32 +79,43 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *copied_only_note(placed),
-            *notes,
+            *said.notes,
         ),
+        accepted=tuple(said.warnings),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config),
     )
 
 
-def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], tuple[str, ...]]:
-    """The sources by name, opened and found to agree, and what is to be said of their tokenizers.
+@dataclass
+class _Said:
+    """What a plan has to say of its sources; `warnings` of what the recipe accepts."""
+
+    notes: list[str]
+    warnings: list[str]
+
+
+def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], _Said]:
+    """The sources by name, opened and found to agree, and what is to be said of them.
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
     """
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
-    ordered, heads = settle_heads(ordered)
+    heads = settle_heads(ordered, recipe.accept.head if recipe.accept else None)
+    accepted = apply_accepted(recipe, heads.models)
+    ordered = accepted.models
     models = {name: next(model for model in ordered if model.name == name) for name in models}
     tokenizers = compare_tokenizers(ordered)
     if ordered:
-        broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
+        broken += [*heads.problems, *same_folder(ordered), *accepted.problems, *disagreements(ordered), *tokenizers.problems]
         first = ordered[0]  # of the others it is said where they differ from it
         broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
     if broken:
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    return models, tuple(tokenizers.notes)
+    return models, _Said([*heads.notes, *accepted.notes, *tokenizers.notes], [*heads.warnings, *accepted.warnings])
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:

@@ -67,7 +67,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's."""
+    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's;
+    `accepted` are warnings, one for each difference between the sources that the recipe accepts."""
 
     recipe: Recipe
     layout: Architecture
@@ -79,6 +80,7 @@ class Plan:
     notes: tuple[str, ...]
     cost: Cost
     fingerprint: str
+    accepted: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -135,6 +137,7 @@ class Plan:
             "config": dict(self.config),
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
+            "accepted": list(self.accepted),
         }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
             lines.append(
                 f"{'not read':12} {source}: {count(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}"
             )
+    lines += [f"{'accepted':12} {warning}" for warning in plan.accepted]
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
 

@@ -23,18 +23,22 @@ Site = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class DenseModel:
-    """One source. `facts` is its configuration in one vocabulary for all families; `tensors` says where each role is.
+    """One source. `config` is that of its text model, in the family's own keys; `facts` what it says, in one vocabulary for all families;
+    `tensors` says where each role is.
 
-    `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows.
+    `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows;
+    `copies` the heads that are stored although the configuration ties them.
     """
 
     name: str
     checkpoint: Checkpoint
     family: Architecture
+    config: Mapping[str, Any]
     facts: Mapping[str, Any]
     tensors: Mapping[Site, Expr]
     dropped: Mapping[str, str]
     unknown_keys: Mapping[str, Any]
+    copies: tuple[str, ...] = ()
 
 
 def read_dense(name: str, path: Path) -> DenseModel:
@@ -62,7 +66,7 @@ def read_dense(name: str, path: Path) -> DenseModel:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
     known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *settled_keys(family)}
     unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
-    return DenseModel(name, checkpoint, family, facts, tensors.taken, tensors.dropped, unknown)
+    return DenseModel(name, checkpoint, family, checkpoint.config, facts, tensors.taken, tensors.dropped, unknown, tuple(tensors.copies))
 
 
 # ---- the tensors ---------------------------------------------------------------------------------------------------------
@@ -79,6 +83,7 @@ class _Tensors:
     problems: list[str]
     taken: dict[Site, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
 
     def settle(self) -> None:
         """Every cell of the family's table is taken, dropped with a reason, or a problem."""
@@ -101,6 +106,7 @@ class _Tensors:
 
     def refuse(self, cell: Cell, name: str) -> None:
         if cell.row.roles == ("head",):
+            self.copies.append(name)
             self.dropped[name] = "config.json ties the head to the embeddings"  # settle_heads sees whether this copy equals them
         else:
             self.problems.append(

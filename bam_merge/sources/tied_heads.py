@@ -6,14 +6,15 @@ question of a plan that headers cannot answer: the two tensors are compared byte
 
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from bam_merge.architectures.tables import head_names
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
+from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
+from bam_merge.expressions import Expr
 from bam_merge.sources.dense import DenseModel
 from bam_merge.text import printable
 
@@ -21,47 +22,109 @@ PIECE = 2**20
 """Elements that are compared at a time: a multiple of eight, so that pieces of the smallest dtypes begin at a byte."""
 
 
-def settle_heads(models: list[DenseModel]) -> tuple[list[DenseModel], list[str]]:
+@dataclass
+class Heads:
+    """The sources with every head settled, and what is to be said of it."""
+
+    models: list[DenseModel]
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
     """`models` with every head either its own or the embeddings, and what stands against that.
 
     A tied source may store a head that equals its embeddings: it is dropped. Beside tied sources, an untied one whose head equals its
-    embeddings is tied as well. (One whose head differs is left, and disagrees with the others in tie_word_embeddings.)
+    embeddings is tied as well. Where the recipe accepts one, a head that differs counts ("stored") or is dropped ("tied"); a result that
+    has a head of its own takes the embeddings of those that have none. (Else an untied one whose head differs is left, and disagrees with
+    the others in tie_word_embeddings.)
     """
+    heads = Heads(models)
     tied = next((model.name for model in models if model.facts["tie_word_embeddings"]), None)
-    settled, problems = [], []
-    for model in models:
-        try:
-            found = _tied(model, tied) if tied is not None else model
-        except CheckpointError as error:
-            problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
-            found = model
-        settled.append(found)
-    return settled, problems
+    if tied is not None:
+        settled = [_settled(model, accept, heads) for model in models]
+        own = [model for model, differs in settled if differs]
+        heads.models = [model for model, _ in settled]
+        if own and accept == "stored":
+            heads.models = [_with_embeddings_as_head(model, own[0], heads) for model in heads.models]
+        elif not own or len(own) < len(models):
+            heads.models = [model if differs else _tied(model, tied) for model, differs in settled]
+    if accept is not None and not heads.warnings and not heads.problems:
+        heads.notes.append(f"accept.head: {accept} need not be accepted: no head differs from embeddings that it is tied to.")
+    return heads
+
+
+def _settled(model: DenseModel, accept: str | None, heads: Heads) -> tuple[DenseModel, bool]:
+    """`model` under what is accepted of its head, and whether that is then another matrix than the embeddings."""
+    tensors, embeddings = model.checkpoint.tensors, _stored_name(model, "embed")
+    try:
+        if not model.facts["tie_word_embeddings"]:
+            return model, bool(difference(model.checkpoint, tensors[embeddings], tensors[_stored_name(model, "head")]))
+        places = {name: difference(model.checkpoint, tensors[embeddings], tensors[name]) for name in model.copies}
+    except CheckpointError as error:
+        heads.problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
+        return model, False
+    name, where = next(((name, where) for name, where in places.items() if where), ("", ""))
+    if not name:
+        why = "the head is tied to the embeddings, and this copy equals them"
+        return replace(model, dropped={**model.dropped, **dict.fromkeys(model.copies, why)}), False
+    stored, embed = printable(name), printable(embeddings)
+    differs = f"differs from {embed} ({where})"
+    if accept == "tied":
+        why = "it differs from the embeddings that config.json ties it to, and the recipe accepts head: tied"
+        heads.warnings.append(
+            f"{stored} of {model.name} {differs} and is dropped, since config.json ties it: the embeddings are the head, which is not what "
+            "transformers computes with."
+        )
+        return replace(model, dropped={**model.dropped, name: why}), False
+    if accept == "stored" and tensors[name].shape == tensors[embeddings].shape:
+        heads.warnings.append(f"{stored} of {model.name} {differs} and counts, though config.json ties it: the result is untied.")
+        entry = tensors[name]
+        head = Read(model.name, name, entry.dtype, entry.shape)
+        kept = {tensor: why for tensor, why in model.dropped.items() if tensor != name}
+        return _untied(replace(model, dropped=kept, copies=()), head), True
+    heads.problems.append(
+        f"sources.{model.name}: config.json has tie_word_embeddings=true, but the file holds {stored}, which {differs}. transformers "
+        "computes with the stored head, other programs with the embeddings. Set tie_word_embeddings to false in config.json, so that the "
+        f"stored head counts; or remove {stored}, so that the embeddings count. Or say it in the recipe: accept: {{head: stored}}, or "
+        "accept: {head: tied}."
+    )
+    return model, False
+
+
+def _stored_name(model: DenseModel, role: str) -> str:
+    leaf = model.tensors[role, None]
+    assert isinstance(leaf, Read), f"{model.family.name}: the table cuts {role} from a fused tensor"
+    return leaf.tensor
+
+
+def _untied(model: DenseModel, head: Expr) -> DenseModel:
+    """`model` with a head of its own, which the table's order puts last."""
+    return replace(
+        model, facts={**model.facts, "tie_word_embeddings": False, "untied": True}, tensors={**model.tensors, ("head", None): head}
+    )
+
+
+def _with_embeddings_as_head(model: DenseModel, own: DenseModel, heads: Heads) -> DenseModel:
+    """A tied model beside one with a head of its own: what it computes with as its head is its embeddings."""
+    if not model.facts["tie_word_embeddings"]:
+        return model
+    heads.warnings.append(
+        f"{model.name} is tied and {own.name} has a head of its own, so the result is untied: the embeddings of {model.name} serve as its "
+        "head."
+    )
+    return _untied(model, model.tensors["embed", None])
 
 
 def _tied(model: DenseModel, other: str) -> DenseModel:
-    """`model` without a head of its own, where that changes nothing. Raises CheckpointError where it claims so and it would."""
-    tensors = model.checkpoint.tensors
-    names = [name for name in head_names(model.family) if name in tensors]
-    embeddings = next(name for row in model.family.rows if row.roles == ("embed",) for name in row.names if name in tensors)
+    """A model whose head equals its embeddings without it, beside one that is tied."""
     if model.facts["tie_word_embeddings"]:
-        problems = [
-            f"config.json has tie_word_embeddings=true, but the file holds {printable(name)}, which differs from {printable(embeddings)} "
-            f"({where}). transformers computes with the stored head, other programs with the embeddings. Set tie_word_embeddings to "
-            f"false in config.json, so that the stored head counts; or remove {printable(name)}, so that the embeddings count."
-            for name in names
-            if (where := difference(model.checkpoint, tensors[embeddings], tensors[name]))
-        ]
-        if problems:
-            raise CheckpointError(*problems)
-        why = "the head is tied to the embeddings, and this copy equals them"
-        return replace(model, dropped={**model.dropped, **dict.fromkeys(names, why)})
-    if any(difference(model.checkpoint, tensors[embeddings], tensors[name]) for name in names):
         return model
     why = f"the head equals the embeddings, and sources.{other} has it tied to them: so has the result"
     facts = {**model.facts, "tie_word_embeddings": True, "untied": False}
     kept = {site: expr for site, expr in model.tensors.items() if site[0] != "head"}
-    return replace(model, facts=facts, tensors=kept, dropped={**model.dropped, **dict.fromkeys(names, why)})
+    return replace(model, facts=facts, tensors=kept, dropped={**model.dropped, _stored_name(model, "head"): why})
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------------

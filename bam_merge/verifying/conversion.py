@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.reading import changed_files
-from bam_merge.model.loading import StoredModel, open_model, stored_model
+from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.planning.plan import Plan
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.rounding import nearest
@@ -35,8 +36,10 @@ class Converted(StoredModel):
 def open_dense(plan: Plan) -> dict[str, StoredModel]:
     """The reference model of every source. The plan's headers serve once more while the files are those that were planned with; what
     config.json means is read by the reference model's own reading."""
+    accept = plan.recipe.accept
+    head = accept.head if accept is not None else None
     return {
-        name: open_model(model.checkpoint.path) if any(changed_files(model.checkpoint)) else stored_model(model.checkpoint)
+        name: stored_model(open_folder(model.checkpoint.path) if any(changed_files(model.checkpoint)) else model.checkpoint, head=head)
         for name, model in plan.models.items()
     }
 

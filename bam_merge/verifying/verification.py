@@ -24,6 +24,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
+from bam_merge.verifying.accepted import accepted_check, as_accepted
 from bam_merge.verifying.computed import against_dense, as_it_is
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
@@ -255,7 +256,9 @@ def _function(checkpoint: Checkpoint, plan: Plan | None, report: Report) -> Iter
     mixture = stored_model(checkpoint)
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size)
     if plan is not None:
-        dense = as_written(open_dense(plan), plan)
+        own = open_dense(plan)
+        yield from accepted_check(mixture, own, plan.recipe)
+        dense = as_written(as_accepted(own, plan.recipe), plan)
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT)
     if plan is not None and plan.layout.kind == "mixture":
