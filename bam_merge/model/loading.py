@@ -17,8 +17,9 @@ from torch.nn.functional import embedding
 
 from bam_merge.architectures.locate import Cell, cells, cut, locate, rows_of
 from bam_merge.architectures.opening import open_folder
-from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture
+from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, head_names, load_architecture
 from bam_merge.architectures.vocabulary import SYMBOLS
+from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Leaf, Read, numel
@@ -26,6 +27,7 @@ from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
 from bam_merge.model.model import Block, Model, ModelConfig, Norm, head
+from bam_merge.model.wrapped import own_names, text_config, wrapper_of
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode, read_tensor
 
@@ -138,14 +140,17 @@ def stored_model(checkpoint: Checkpoint, computes: bool = True, head: str | None
     makes it a problem.
     """
     where = printable(str(checkpoint.path))
+    wrapper = wrapper_of(checkpoint.config)
     try:
-        config = model_config(checkpoint.config)
+        has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in checkpoint.tensors)
+        stated = checkpoint.config if wrapper is None else text_config(checkpoint.config, has_head)
+        config = model_config(stated)
+        architecture = find_by_model_type(stated["model_type"])
+        assert architecture is not None
+        parameters = _Parameters(checkpoint, architecture, config, computes, wrapper)
+        parameters.settle()
     except CheckpointError as error:
         raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from None
-    architecture = find_by_model_type(checkpoint.config["model_type"])
-    assert architecture is not None
-    parameters = _Parameters(checkpoint, architecture, config, computes)
-    parameters.settle()
     if config.tie_word_embeddings and not parameters.problems and head != "tied":
         own = parameters.other_head()
         if own is not None and head == "stored" and own.shape == parameters.found["model.embed_tokens.weight"].shape:
@@ -185,6 +190,7 @@ class _Parameters:
     architecture: Architecture
     config: ModelConfig
     computes: bool = True
+    wrapper: Wrapper | None = None
     found: dict[str, Leaf] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: list[TensorEntry] = field(default_factory=list)
@@ -195,10 +201,17 @@ class _Parameters:
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in Model(self.config).state_dict().items()}
         tensors, config = self.checkpoint.tensors, self.config
-        walked = cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts))
-        found = locate(tensors, walked, lambda cell: bool(cell.row.roles) and all(name in wanted for name in _parameters(cell)))
-        over = set(found.extra)
-        for cell, names, is_wanted in found.met:
+
+        def is_wanted_cell(cell: Cell) -> bool:
+            return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell))
+
+        walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
+        trunk = (tuple(cell.names) for cell in walked if is_wanted_cell(cell) and cell.row.roles != ("head",))
+        stored = own_names(tensors, trunk, head_names(self.architecture), self.wrapper)
+        found = locate(stored, walked, is_wanted_cell)
+        over = {stored[name] for name in found.extra}
+        for cell, own, is_wanted in found.met:
+            names = tuple(stored[name] for name in own)
             if is_wanted and len(names) == 1:
                 self.take(cell, tensors[names[0]], {name: wanted[name] for name in _parameters(cell)})
             elif is_wanted:

@@ -152,7 +152,7 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
 
 def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
     for model in models:
-        yield from (f"sources.{model.name}: {note}" for note in model.checkpoint.notes)
+        yield from (f"sources.{model.name}: {note}" for note in (*model.checkpoint.notes, *model.notes))
     unknown = models[0].unknown_keys
     if unknown:
         yield (

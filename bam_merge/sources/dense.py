@@ -7,9 +7,11 @@ from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
 from bam_merge.architectures.locate import Cell, applies, cells, cut, locate, shape_of
+from bam_merge.architectures.naming import Naming, adapter_problem, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.spellings import conflicts, settled_keys
 from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
+from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read
 from bam_merge.errors import CheckpointError
@@ -27,7 +29,8 @@ class DenseModel:
     `tensors` says where each role is.
 
     `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows;
-    `copies` the heads that are stored although the configuration ties them.
+    `copies` the heads that are stored although the configuration ties them; `naming` says what its tensors are called in the files,
+    `notes` what is unlike a plain folder of the family.
     """
 
     name: str
@@ -39,6 +42,9 @@ class DenseModel:
     dropped: Mapping[str, str]
     unknown_keys: Mapping[str, Any]
     copies: tuple[str, ...] = ()
+    naming: Naming = field(default_factory=lambda: Naming({}))
+    wrapper: Wrapper | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_dense(name: str, path: Path) -> DenseModel:
@@ -47,26 +53,39 @@ def read_dense(name: str, path: Path) -> DenseModel:
         checkpoint = open_folder(path)
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
-    family = find_by_model_type(checkpoint.config.get("model_type"))
+    unwrapped = unwrap(checkpoint.config)
+    if unwrapped.problems:
+        raise CheckpointError(*(f"sources.{name}: {problem}" for problem in unwrapped.problems))
+    family = find_by_model_type(unwrapped.config.get("model_type"))
     if family is None or family.kind != "dense":
         known = ", ".join(a.name for a in dense_families())
         found = checkpoint.config.get("model_type")
         what = "a mixture already" if family else "not a dense family known here"
         raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. Known dense families: {known}.")
     problems: list[str] = []
-    if is_quantised(checkpoint.config):
+    naming = find_naming(checkpoint.tensors, family, unwrapped.wrapper)
+    config = {**unwrapped.config, **ties_of(unwrapped, family, naming)}
+    if is_quantised(checkpoint.config) or is_quantised(config):
         problems.append("config.json has a quantization_config; quantised weights cannot be merged. Use the full-precision model.")
-    facts = describe(family, checkpoint.config, problems)
-    problems += refusals(checkpoint.config)
-    problems += conflicts(family, checkpoint.config)
-    tensors = _Tensors(name, family, facts, checkpoint, problems)
+    facts = describe(family, config, problems)
+    problems += refusals(config)
+    problems += conflicts(family, config)
+    tensors = _Tensors(name, family, facts, checkpoint, naming, problems)
     if facts:
         tensors.settle()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
     known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *settled_keys(family)}
-    unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
-    return DenseModel(name, checkpoint, family, checkpoint.config, facts, tensors.taken, tensors.dropped, unknown, tuple(tensors.copies))
+    unknown = {k: v for k, v in config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
+    notes = [naming.note] if naming.note else []
+    dropped = tensors.dropped
+    if unwrapped.wrapper is not None:
+        notes.append(wrapper_note(unwrapped.wrapper, naming.beside))
+        dropped = {**dropped, **{tensor: beside_text(unwrapped.wrapper, what) for tensor, what in naming.beside.items()}}
+    return DenseModel(
+        name, checkpoint, family, config, facts, tensors.taken, dropped, unknown, tuple(tensors.copies), naming, unwrapped.wrapper,
+        tuple(notes),
+    )  # fmt: skip
 
 
 # ---- the tensors ---------------------------------------------------------------------------------------------------------
@@ -80,6 +99,7 @@ class _Tensors:
     family: Architecture
     facts: Mapping[str, Any]
     checkpoint: Checkpoint
+    naming: Naming
     problems: list[str]
     taken: dict[Site, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -87,9 +107,13 @@ class _Tensors:
 
     def settle(self) -> None:
         """Every cell of the family's table is taken, dropped with a reason, or a problem."""
-        layers = self.facts["num_hidden_layers"]
-        found = locate(self.checkpoint.tensors, cells(self.family, layers), lambda cell: applies(cell, self.facts))
-        for cell, names, wanted in found.met:
+        if self.naming.problem is not None:
+            self.problems.append(self.naming.problem)
+            return
+        layers, stored = self.facts["num_hidden_layers"], self.naming.names
+        found = locate(stored, cells(self.family, layers), lambda cell: applies(cell, self.facts))
+        for cell, own, wanted in found.met:
+            names = [stored[name] for name in own]
             if not cell.row.roles:
                 self.dropped[names[0]] = "a buffer that loading recomputes"
             elif len(names) > 1:
@@ -98,9 +122,11 @@ class _Tensors:
                 (self.take if wanted else self.refuse)(cell, names[0])
         if found.missing:
             self.report_missing(found.missing)
-        if found.extra:
+        extra = [*(stored[name] for name in found.extra), *self.naming.others]
+        if extra:
             self.problems.append(
-                f"{some(found.extra)}: {len(found.extra)} tensor(s) that {self.family.name} with {layers} layers does not have. "
+                adapter_problem(extra)
+                or f"{some(extra)}: {len(extra)} tensor(s) that {self.family.name} with {layers} layers does not have. "
                 "Nothing is dropped silently: remove them, or correct config.json."
             )
 
