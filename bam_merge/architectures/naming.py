@@ -83,7 +83,7 @@ def find_naming(stored: Collection[str], table: Architecture, wrapper: Wrapper |
         cleaned[short] = name
     readings = [_read(cleaned, before, spelling, table, wrapper, is_known) for before, spelling in _candidates(cleaned, table, wrapper)]
     different = {frozenset(reading.names.items()): reading for reading in reversed(readings)}  # of equal ones the plainest
-    best = sorted(different.values(), key=lambda reading: (len(reading.others), len(reading.before)))
+    best = sorted(different.values(), key=lambda reading: (len(reading.others), len(reading.before), reading.before))
     if not best or not best[0].names:
         beside = {name: what for name in stored if wrapper is not None and (what := wrapper.what(name)) is not None}
         return Naming({name: name for name in stored if name not in beside}, beside)
