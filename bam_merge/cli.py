@@ -90,7 +90,7 @@ def merge(
     if dry_run:
         _show_plan(plan, workers, output=output)
         return
-    for note in plan.notes:
+    for note in (*(f"accepted: {warning}" for warning in plan.accepted), *plan.notes):
         tell(f"bam-merge: {note}")
     _execute(plan, output, MergeOptions(force, resume, workers, allow_nonfinite, "none" if no_verify else verify, device))
 

@@ -87,6 +87,6 @@ def aligned_config(config: Mapping[str, Any], recipe: Recipe, alignment: Alignme
     """config.json for the aligned rows. With a source's tokenizer come its ids of special tokens; a union keeps the seed's ids."""
     aligned = {**config, "vocab_size": alignment.rows}
     if recipe.tokenizer is not None and recipe.tokenizer.source != UNION:
-        ids = {key: giver.checkpoint.config[key] for key in TOKEN_IDS if giver.checkpoint.config.get(key) is not None}
+        ids = {key: giver.config[key] for key in TOKEN_IDS if giver.config.get(key) is not None}
         aligned = {**{key: value for key, value in aligned.items() if key not in TOKEN_IDS}, **ids}
     return dict(sorted(aligned.items()))

@@ -92,13 +92,21 @@ def model_card(plan: Plan) -> str:
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in _facts(plan)),
     ]
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n" + _accepted(plan)
     if plan.layout.name == "bam":
         balance, z = config["router_aux_loss_coef"], config["router_z_loss_coef"]
         return text + LOADING.format(floor=TRANSFORMERS_FLOOR) + TRAINING.format(balance=balance, z=z)
     if recipe.method != "merge":
         text += "\nThe routers are freshly initialised: train the mixture before use.\n"
     return text + PUBLIC_LOADING.format(name=plan.layout.class_name)
+
+
+def _accepted(plan: Plan) -> str:
+    """What the recipe accepted of sources that differ, each with its consequence."""
+    if not plan.accepted:
+        return ""
+    lines = ["", "## Accepted differences", "", "These sources were not alike. The recipe accepts:", ""]
+    return "\n".join([*lines, *(f"* {_prose(warning)}" for warning in plan.accepted)]) + "\n"
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -159,6 +167,11 @@ def _vocabulary(found: Alignment) -> Iterator[str]:
 def _literal(path: str) -> str:
     """`path` for Markdown, with nothing in it that Markdown or HTML would take for their own."""
     return "".join(c if c.isalnum() or c in "/.-_ ," else f"&#{ord(c)};" for c in printable(path))
+
+
+def _prose(text: str) -> str:
+    """A sentence with values from a config.json in it, for Markdown: nothing in it is a link, a tag or code."""
+    return "".join(f"&#{ord(c)};" if c in "<>&[]*`\\|!" else c for c in printable(text, 2000))
 
 
 def _dense_cost(plan: Plan) -> Cost:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.accepted import apply_accepted
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel, Site
@@ -43,7 +44,8 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
-    models, tokenizers, alignment = _sources(recipe, problems)
+    found = _sources(recipe, problems)
+    models, alignment = found.models, found.alignment
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -83,24 +85,38 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *copied_only_note(placed),
-            *tokenizers.notes,
+            *found.notes,
         ),
+        accepted=tuple(found.warnings),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config, alignment),
-        files=tokenizers.files,
+        files=found.files,
         alignment=alignment,
     )
 
 
-def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], TokenizerFindings, Alignment | None]:
-    """The sources by name, opened and found to agree, or aligned; and what is to be said of their tokenizers.
+@dataclass
+class _Sources:
+    """The sources by name, which files the result takes of them, and how their tokens are aligned, if they are; `notes` and `warnings`
+    (of what the recipe accepts) are what a plan has to say of them."""
+
+    models: dict[str, DenseModel]
+    notes: list[str]
+    warnings: list[str]
+    files: Mapping[str, str]
+    alignment: Alignment | None
+
+
+def _sources(recipe: Recipe, problems: list[str]) -> _Sources:
+    """The sources, opened and found to agree, or aligned.
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
     """
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
-    ordered, heads = settle_heads(ordered)
-    alignment = None
+    heads = settle_heads(ordered, recipe.accept.head if recipe.accept else None)
+    accepted = apply_accepted(recipe, heads.models)
+    ordered, alignment = accepted.models, None
     if recipe.tokenizer is None:
         tokenizers = compare_tokenizers(ordered)
     elif broken:  # whose tokens are to be aligned cannot be told
@@ -111,14 +127,15 @@ def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel]
         tokenizers.problems += dict.fromkeys(alignment_problems(recipe, ordered))
     models = {name: next(model for model in ordered if model.name == name) for name in models}
     if ordered:
-        broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
+        broken += [*heads.problems, *same_folder(ordered), *accepted.problems, *disagreements(ordered), *tokenizers.problems]
         first = ordered[0]  # of the others it is said where they differ from it
         broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
     if broken:
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    return models, tokenizers, alignment
+    notes, warnings = [*heads.notes, *accepted.notes, *tokenizers.notes], [*heads.warnings, *accepted.warnings]
+    return _Sources(models, notes, warnings, tokenizers.files, alignment)
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:

@@ -69,7 +69,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's.
+    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's;
+    `accepted` are warnings, one for each difference between the sources that the recipe accepts.
 
     `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
     were aligned.
@@ -87,6 +88,7 @@ class Plan:
     fingerprint: str
     files: Mapping[str, str]
     alignment: Alignment | None
+    accepted: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -145,6 +147,7 @@ class Plan:
             "config": dict(self.config),
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
+            "accepted": list(self.accepted),
             **({} if self.alignment is None else {"tokenizer": self.alignment.document()}),
         }  # fmt: skip
 

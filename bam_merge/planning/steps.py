@@ -31,7 +31,7 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
         if len(parts) < len(row.roles):
             continue
         stored.update((role, layer) for role in row.roles)
-        spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.checkpoint.tensors), 0)
+        spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.naming.names), 0)
         for index in range(len(parts[0].exprs)):
             expert = index if row.per_expert else None
             exprs = tuple(part.exprs[index] for part in parts)

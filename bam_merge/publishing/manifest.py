@@ -32,6 +32,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
         "version": __version__,
         "recipe": plan.recipe.resolved(),
         "recipe_folder": recipe_folder(plan),
+        **({"accepted": list(plan.accepted)} if plan.accepted else {}),
         "sources": _source_records(plan, finished),
         "parameters": {"total": plan.parameters, "active": plan.active_parameters},
         "files": dict(sorted(files.items())),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
+from bam_merge.recipe.accepting import accept_problems
 from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging
 from bam_merge.recipe.places import Adapted, base_problems, based_on
 from bam_merge.recipe.rules import covers, parse_layers, parse_size
@@ -38,6 +39,7 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
     yield from base_problems(recipe.sources)
     yield from _paths(recipe)
+    yield from accept_problems(recipe.accept, recipe.sources)
     try:
         parse_size(recipe.output.max_shard_size)
     except ValueError as error:

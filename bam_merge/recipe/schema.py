@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag
 from bam_merge import expressions
 from bam_merge.errors import RecipeError
 from bam_merge.paths import located, relative
+from bam_merge.recipe.accepting import Accept
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
 from bam_merge.recipe.places import Folder, Source, Store, long_form, model_store, recorded, stores
 from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
@@ -103,6 +104,7 @@ class Recipe(Strict):
     tokenizer: Vocabulary | None = Field(
         default=None, description="align sources whose vocabularies differ a little, token by token; without it they must agree"
     )
+    accept: Accept | None = Field(default=None, description="differences between the sources that are refused otherwise")
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="with a tensor's name it seeds that tensor's generator, and nothing else does"
     )

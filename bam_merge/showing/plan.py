@@ -34,9 +34,9 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value), *_tokens(plan)]
     for source, reasons in plan.unused.items():
         for reason, names in _grouped(reasons).items():
-            lines.append(
-                f"{'not read':12} {source}: {count(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}"
-            )
+            first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
+            lines.append(f"{'not read':12} {source}: {count(len(names), 'tensor')}{_size(plan, source, names)} ({first}): {reason}")
+    lines += [f"{'accepted':12} {warning}" for warning in plan.accepted]
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
 
@@ -66,6 +66,13 @@ def result_text(plan: Plan, target: Path) -> str:
         f"{printable(str(target), 1000)}: {plan.parameters:,} parameters ({plan.active_parameters:,} active per token), "
         f"{count(len(plan.steps), 'tensor')}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}"
     )
+
+
+def _size(plan: Plan, source: str, names: list[str]) -> str:
+    """How many bytes stand beside the text model of a wrapper: they may be a good part of a download."""
+    model = plan.models[source]
+    beside = [model.checkpoint.tensors[name].nbytes for name in names if name in model.naming.beside]
+    return f", {human_bytes(sum(beside))}" if beside else ""
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

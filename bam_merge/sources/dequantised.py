@@ -5,13 +5,14 @@ Read so are the block-scaled files of DeepSeek and Qwen3 (quant_method fp8), FP8
 activations and of a key-value cache are no part of the model that computes in 16 bits: they are listed, and not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import DEQUANTISED, KEYS, Quantisation, quantisation
+from bam_merge.architectures.wrappers import NESTED, unwrap
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
@@ -54,15 +55,24 @@ def read_dequantised(name: str, path: Path, checkpoint: Checkpoint | None = None
     found.settle()
     if found.problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in found.problems))
-    config = {key: value for key, value in stored.config.items() if key not in KEYS}
+    config = _without(stored.config)
     tensors = {tensor: entry for tensor, entry in stored.tensors.items() if tensor not in found.beside}
     model = read_dense(name, path, replace(stored, config=config, tensors=tensors))
     computed = {
         site: instead(piece, found.nodes[of.tensor]) if isinstance(of := whole(piece), Read) and of.tensor in found.nodes else piece  # type: ignore[arg-type]
         for site, piece in model.tensors.items()
     }
-    noted = replace(stored, notes=(*stored.notes, found.note()))
+    for weight, node in found.nodes.items():
+        if weight in model.dropped:  # a tower's, beside the text model of a wrapper
+            found.not_read |= {scale.tensor: model.dropped[weight] for scale in node.inputs[1:]}
+    noted = replace(stored, notes=(*stored.notes, found.note(model.dropped)))
     return replace(model, checkpoint=noted, tensors=computed, dropped={**model.dropped, **found.not_read})
+
+
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json, a wrapper's text model's too, without what it says of quantised weights."""
+    kept = {key: value for key, value in config.items() if key not in KEYS}
+    return {key: _without(value) if key in NESTED and isinstance(value, dict) else value for key, value in kept.items()}
 
 
 @dataclass
@@ -78,7 +88,8 @@ class _Scales:
 
     def settle(self) -> None:
         """Every 8-bit float has its scales, every scale its weight."""
-        quantised = quantisation(self.checkpoint.config)
+        config = self.checkpoint.config
+        quantised = quantisation(config) or quantisation(unwrap(config).config)
         if quantised is None:
             self.problems.append(
                 "dequantise: true, but config.json has no quantization_config. Remove the key, or use the quantised model."
@@ -163,13 +174,15 @@ class _Scales:
     @property
     def dtype(self) -> str:
         """What the result is stored in where a recipe does not say: what the model computes in by its config.json, or bfloat16."""
-        stated = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
+        config = unwrap(self.checkpoint.config).config
+        stated = config.get("dtype") or config.get("torch_dtype")
         return DTYPE_NAMES.get(str(stated).removeprefix("torch."), "BF16")
 
-    def note(self) -> str:
-        """What a plan says of it."""
-        kinds = dict.fromkeys(_of_what(node) for node in self.nodes.values())
-        return f"{count(len(self.nodes), 'weight')} of 8-bit floats multiplied with their scales ({', '.join(kinds)}), as {self.dtype}"
+    def note(self, dropped: Collection[str]) -> str:
+        """What a plan says of it, but for the weights that are `dropped`."""
+        nodes = [node for weight, node in self.nodes.items() if weight not in dropped]
+        kinds = dict.fromkeys(map(_of_what, nodes))
+        return f"{count(len(nodes), 'weight')} of 8-bit floats multiplied with their scales ({', '.join(kinds)}), as {self.dtype}"
 
 
 def _of_what(node: Computed) -> str:

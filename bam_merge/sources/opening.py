@@ -14,6 +14,7 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.adapters import Opened, with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.dequantised import read_dequantised
+from bam_merge.sources.tied_heads import settle_copies
 from bam_merge.text import nearest
 
 T = TypeVar("T")
@@ -25,6 +26,11 @@ def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
         opened = list(pool.map(lambda item: _attempt(_open_store, recipe, *item), recipe.stores.items()))
     folders = dict(zip(recipe.stores, opened, strict=True))
     problems = [problem for error in opened if isinstance(error, BamMergeError) for problem in error.problems]
+    accept = recipe.accept.head if recipe.accept else None
+    for name, folder in folders.items():
+        if isinstance(folder, DenseModel):
+            folders[name], against = settle_copies(folder, accept)  # before an adapter changes one of the two, or both
+            problems += against
     models = {name: folder for name, folder in folders.items() if name in recipe.sources and isinstance(folder, DenseModel)}
     waiting = [name for name, source in recipe.sources.items() if isinstance(source, Adapted)]
     for name in [*waiting, *waiting]:  # again those that are on one that was adapted itself

@@ -11,7 +11,7 @@ from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf
 from bam_merge.checkpoints.reading import changed_files
-from bam_merge.model.loading import StoredModel, open_model, stored_model
+from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.model.model import ModelConfig
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted as AdaptedSource
@@ -60,10 +60,10 @@ def _open(plan: Plan, name: str, dense: dict[str, StoredModel]) -> StoredModel:
     checkpoint, source = plan.models[name].checkpoint, plan.recipe.sources[name]
     if isinstance(source, AdaptedSource) and source.base in plan.recipe.sources:
         found = _open(plan, source.base, dense)
-    elif plan.recipe.source(name).dequantise:
-        found = dequantised(open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint)
     else:
-        found = open_model(checkpoint.path) if any(changed_files(checkpoint)) else stored_model(checkpoint)
+        checkpoint = open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint
+        opened = dequantised if plan.recipe.source(name).dequantise else stored_model
+        found = opened(checkpoint, head=plan.recipe.accept.head if plan.recipe.accept else None)
     if isinstance(source, AdaptedSource):
         found = adapted(found, [(plan.recipe.located(item.path), item.weight) for item in source.adapters])
     dense[name] = found

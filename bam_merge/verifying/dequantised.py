@@ -16,6 +16,7 @@ from torch import Tensor
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Slice, instead, stored
 from bam_merge.model.loading import StoredModel, stored_model
+from bam_merge.model.wrapped import text_config, wrapper_of
 
 ENDINGS = ("_scale_inv", "_scale")
 """What the names of a weight's scales have after the weight's own."""
@@ -63,19 +64,26 @@ class Dequantised(StoredModel):
         return value
 
 
-def dequantised(checkpoint: Checkpoint) -> Dequantised:
-    """The reference model of a folder whose weights have scales beside them."""
+def dequantised(checkpoint: Checkpoint, head: str | None = None) -> Dequantised:
+    """The reference model of a folder whose weights have scales beside them. `head`: as for `stored_model`."""
     scales = {name: scale for name in checkpoint.tensors for scale in _scales(name, checkpoint)}
     beside = set(scales.values()) | {name for name in checkpoint.tensors if not name.endswith((".weight", ".bias"))}
     tensors = {name: entry for name, entry in checkpoint.tensors.items() if name not in beside or _is_buffer(name)}
-    config = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "compression_config")}
-    found = stored_model(replace(checkpoint, config=config, tensors=tensors), computes=False)
-    dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    config = _plain(checkpoint.config)
+    found = stored_model(replace(checkpoint, config=config, tensors=tensors), computes=False, head=head)
+    text = config if wrapper_of(config) is None else text_config(config, has_head=True)
+    dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(str(text.get("dtype") or text.get("torch_dtype")), "BF16")
     leaves = {
         parameter: instead(leaf, replace(stored(leaf), dtype=dtype)) if stored(leaf).tensor in scales else leaf
         for parameter, leaf in found.leaves.items()
     }
     return Dequantised(checkpoint, found.config, leaves, scales)  # type: ignore[arg-type]
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside it, without what they say of quantised weights."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    return {key: _plain(value) if isinstance(value, dict) and key.endswith("_config") else value for key, value in kept.items()}
 
 
 def _scales(name: str, checkpoint: Checkpoint) -> Iterator[str]:
@@ -91,7 +99,9 @@ def _is_buffer(name: str) -> bool:
 
 def _block(config: Mapping[str, Any], count: int, rows: int, columns: int) -> tuple[int, int]:
     """Rows and columns of what one of `count` scales is for, in a matrix of that size."""
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    places = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    found = (place.get(key) for place in places for key in ("quantization_config", "compression_config"))
+    settings: Mapping[str, Any] = next((settings for settings in found if settings), {})
     named = [settings.get("weight_block_size")]
     for group in (settings.get("config_groups") or {}).values():
         weights = group.get("weights") or {}

@@ -33,7 +33,8 @@ from bam_merge.values.tensors import STORED_DTYPES, buffer
 from bam_merge.verifying.report import Check
 
 KEYS = {
-    "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", SEAL,
+    "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", "accepted",
+    SEAL,
 }  # fmt: skip
 
 
@@ -205,6 +206,8 @@ def record_problems(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
     if manifest["shards"] != shards:
         wrong = sorted(name for name in {*shards, *manifest["shards"]} if shards.get(name) != manifest["shards"].get(name))
         problems.append(f"{some(wrong)}: not the size and header that the plan gives")
+    if manifest.get("accepted", []) != list(plan.accepted):
+        problems.append(f"accepted is {_shown(manifest.get('accepted'))}, the plan gives {_shown(list(plan.accepted))}")
     unused = {name: dict(reasons) for name, reasons in plan.unused.items() if reasons}
     if manifest.get("unused") != unused:
         problems.append(f"unused is {_shown(manifest.get('unused'))}, the plan gives {_shown(unused)}")
