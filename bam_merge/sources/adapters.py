@@ -362,7 +362,8 @@ def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: tup
     if config.fan_in_fan_out:
         yield "fan_in_fan_out is ignored, as in PEFT: no module of the base stores its weight turned."
     if prefix != PREFIXES[0]:
-        yield f"tensors are named {printable(prefix[0] or 'without a prefix')}, not base_model.model.: read as {prefix[1] or 'the base'}..."
+        named = f"{printable(prefix[0])}NAME" if prefix[0] else "NAME"
+        yield f"tensors are named {named}, where PEFT writes {PREFIXES[0][0]}{prefix[1]}NAME: taken for these."
     if one.reaches_both:
         yield (
             f"{some(one.reaches_both)}: head and embeddings are tied, so the update reaches both, as in PEFT's merge_and_unload; while "
