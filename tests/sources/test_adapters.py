@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapter_files import PEFT, PREFIX, scale_of, shapes_of, write_adapter
 from conftest import CONFIGS, write_sources
+from runs import Stop, folder_bytes, options, stop_after
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions
@@ -437,3 +438,43 @@ def test_every_tensor_of_the_base_has_a_name(tmp_path: Path) -> None:
         plan = planned(folder, "code: {base: seed, adapter: a/code}", "shared: {make: copy, from: code}", "merge")
         others = {step.name for step in plan.steps if not step.expression.startswith(f"code:{PREFIX}")}
         assert others == ({"lm_head.weight"} if "lm_head.weight" not in more and len(others) else set()), family
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", range(0, 35, 6))
+def test_resumed_after_any_number_of_tensors(seed: Path, steps: int) -> None:
+    """The same bytes, the manifest's among them, as of one run; and of any number of workers."""
+    write_adapter(seed / "a/code", seed / "seed")
+    write_adapter(seed / "a/law", seed / "seed", use_dora=True)
+    plan = planned(seed, f"{CODE}, law: {{base: seed, adapter: a/law}}", "shared: {make: ties, base: seed, density: 0.5}", "btx")
+    whole = folder_bytes(publish(plan, seed / "whole", MergeOptions(workers=3, verify=False)))
+    with pytest.raises(Stop):
+        publish(plan, None, MergeOptions(workers=1, progress=stop_after(steps), verify=False))
+    assert folder_bytes(publish(plan, None, MergeOptions(workers=2, resume=True, verify=False))) == whole
+
+
+def test_an_adapter_that_changes_while_it_is_merged(seed: Path) -> None:
+    write_adapter(seed / "a/code", seed / "seed")
+    plan = planned(seed)
+    write_adapter(seed / "a/code", seed / "seed", seed=9)
+    with pytest.raises(BamMergeError, match=r"sources\.code: .*adapter_model\.safetensors changed while it was being merged"):
+        publish(plan, None, MergeOptions(verify=False))
+    assert not (seed / "out").exists()
+
+
+def test_an_unfinished_run_of_another_adapter_is_not_resumed(seed: Path) -> None:
+    write_adapter(seed / "a/code", seed / "seed")
+    with pytest.raises(Stop):
+        publish(planned(seed), None, MergeOptions(workers=1, progress=stop_after(9), verify=False))
+    write_adapter(seed / "a/code", seed / "seed", lora_alpha=60)
+    settings, said = options(resume=True)
+    publish(planned(seed), None, settings)
+    assert said == ["the unfinished run was of another recipe, version or set of sources: starting from the beginning."]
+
+
+def test_an_output_inside_an_adapter_is_refused(seed: Path) -> None:
+    write_adapter(seed / "a/code", seed / "seed")
+    with pytest.raises(BamMergeError, match=r"is inside sources\.code"):
+        publish(planned(seed, output="{path: a/code/out}"), None, MergeOptions(verify=False))
