@@ -11,7 +11,8 @@ from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.files import identity
 from bam_merge.recipe.places import Adapted, Store, adapter_stores, base_store
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.adapters import Opened, with_adapters
+from bam_merge.sources.adapter_changes import Opened
+from bam_merge.sources.adapters import with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.dequantised import read_dequantised
 from bam_merge.sources.tied_heads import settle_copies
@@ -33,8 +34,10 @@ def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
             problems += against
     models = {name: folder for name, folder in folders.items() if name in recipe.sources and isinstance(folder, DenseModel)}
     waiting = [name for name, source in recipe.sources.items() if isinstance(source, Adapted)]
-    for name in [*waiting, *waiting]:  # again those that are on one that was adapted itself
-        if name not in models and (made := _attempt(_adapted, recipe, name, models, folders)) is not None:
+    while ready := [name for name in waiting if _base(recipe, name, models, folders) is not None]:  # a base may itself be adapted
+        for name in ready:
+            waiting.remove(name)
+            made = _attempt(_adapted, recipe, name, models, folders)
             problems += made.problems if isinstance(made, CheckpointError) else []
             models |= {name: made} if isinstance(made, DenseModel) else {}
     return {name: models[name] for name in recipe.sources if name in models}, list(dict.fromkeys(problems))
@@ -66,17 +69,24 @@ def _open_store(recipe: Recipe, name: str, store: Store) -> DenseModel | Adapter
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
 
 
-def _adapted(recipe: Recipe, name: str, models: dict[str, DenseModel], folders: dict[str, Any]) -> DenseModel | None:
-    """The source `name`, which is a base with adapters; None where one of these could not be opened, or the base is not made yet."""
+def _base(recipe: Recipe, name: str, models: dict[str, DenseModel], folders: dict[str, Any]) -> DenseModel | None:
+    """The base of the source `name`; None where it could not be opened, or is not made yet."""
     source = recipe.sources[name]
     assert isinstance(source, Adapted)
     base = models.get(source.base) if source.base in recipe.sources else folders[base_store(name)]
+    return base if isinstance(base, DenseModel) else None
+
+
+def _adapted(recipe: Recipe, name: str, models: dict[str, DenseModel], folders: dict[str, Any]) -> DenseModel | None:
+    """The source `name`, which is a base with adapters; None where one of these could not be opened."""
+    source, base = recipe.sources[name], _base(recipe, name, models, folders)
+    assert isinstance(source, Adapted)
     adapters = [
         Opened(store, folders[store], item.weight)
         for store, item in zip(adapter_stores(name, source), source.adapters, strict=True)
         if isinstance(folders[store], AdapterFolder)
     ]
-    if not isinstance(base, DenseModel) or len(adapters) < len(source.adapters):
+    if base is None or len(adapters) < len(source.adapters):
         return None
     return with_adapters(name, base, adapters)
 

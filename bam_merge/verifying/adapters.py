@@ -99,7 +99,8 @@ def _enter(part: Part, what: str, value: Tensor, config: Mapping[str, Any], stem
             ids = next(rows for name, rows in ids.items() if f".{stem}".endswith(f".{name}"))
         part.rows = dict(zip(ids, value, strict=True))
     else:
-        part.whole, part.base_layer = value, what.startswith("base_layer")
+        saved = any(stem.endswith(name) for name in config.get("modules_to_save") or ())
+        part.whole, part.base_layer = value, what.startswith("base_layer") or not saved
 
 
 def _base_name(stem: str, part: str, names: Sequence[str]) -> str:

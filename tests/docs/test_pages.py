@@ -12,6 +12,7 @@ import click
 import pages
 import pytest
 import yaml
+from adapter_files import write_adapter
 from conftest import CONFIGS, write_recipe, write_sources
 from pages import DOCS, MARK, ROOT, Block, blocks, follow
 from vocabularies import three
@@ -26,7 +27,7 @@ PAGES = {pages.name(page): page for page in pages.pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks(page)]
 FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
-    "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md",
+    "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md",
 }  # fmt: skip
 """Pages that a test carries out, here or in test_howto.py."""
 
@@ -129,6 +130,20 @@ def test_the_tutorial_runs(here: Path, run: Any, capsys: pytest.CaptureFixture[s
     checks = re.findall(r"^(\w+(?: \w+)*)  +(?:ok|failed)\b", printed["bam-merge verify btx"], re.M)
     explained = (DOCS / "explanation" / "exactness.md").read_text(encoding="utf-8")
     assert len(checks) > 15 and [name for name in checks if not re.search(rf"[| ]{name}[,  ]", explained)] == []
+
+
+def test_experts_from_adapters_run(here: Path, run: Any) -> None:
+    write_sources(here / "models", CONFIGS["llama"], ("seed",), "BF16")
+    for name in ("code", "law"):
+        write_adapter(here / "adapters" / name, here / "models" / "seed", seed=len(name))
+
+    def call(command: str) -> str:
+        result = run(*shlex.split(command)[1:])
+        assert result.status == 0, result.err
+        return str(result.err + result.out)
+
+    assert follow(PAGES["docs/how-to/experts-from-adapters.md"], here, call) == 4
+    assert all((here / "out" / name / "bam_merge.json").exists() for name in ("mixture", "two"))
 
 
 def test_resume_runs(here: Path, run: Any) -> None:

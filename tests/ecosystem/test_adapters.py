@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "embeddings_saved": ("llama", {**QV, "modules_to_save": ["embed_tokens"]}),
     "embeddings_saved_tied": ("llama_tied", {**QV, "modules_to_save": ["embed_tokens"]}),
     "both_saved_tied": ("llama_tied", {**QV, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "embeddings_beside": ("llama", {**QV, "embeddings": True}),
+    "embeddings_beside_tied": ("llama_tied", {**QV, "embeddings": True}),
     "ends": ("llama", ENDS),
     "ends_tied": ("llama_tied", ENDS),
     "embeddings_tied": ("llama_tied", {"target_modules": ["embed_tokens"]}),
@@ -73,7 +75,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
-def train(base: Path, out: Path, scale: float = 0.1, **config: Any) -> Path:
+def train(base: Path, out: Path, scale: float = 0.1, embeddings: bool | str = "auto", **config: Any) -> Path:
     """An adapter on `base` as PEFT saves it, with something in every trainable number."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -85,7 +87,7 @@ def train(base: Path, out: Path, scale: float = 0.1, **config: Any) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * scale)
-    model.save_pretrained(out)
+    model.save_pretrained(out, save_embedding_layers=embeddings)
     return out
 
 
