@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bam_merge.architectures.config import dense_layers, facts_of, is_quantised
-from bam_merge.architectures.locate import Cell, Place, applies, cut, in_order, locate, read_name, shape_of, spellings, words
+from bam_merge.architectures.config import dense_layers, facts_of
+from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_order, locate, read_name, shape_of, spellings, words
 from bam_merge.architectures.opening import open_folder
+from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
 from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type
 from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, stored
@@ -30,7 +31,8 @@ class Anatomy:
     `places` says where each explained tensor stands (the roles of a fused one joined by "+"), `leaves` what each role is read from: a whole
     tensor or rows of a fused one. A fused tensor that cannot be cut, because its sizes are unknown, stands under its joined roles.
     `dropped` are known and not part of the model, with the reason; `unknown` no row explains; `missing` ought to be there.
-    `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
+    `quantised` is what config.json says of quantised weights; `beside` then says of each tensor of their modules what it is: qweight,
+    scales, ... `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +45,8 @@ class Anatomy:
     unknown: tuple[str, ...]
     missing: tuple[str, ...]
     findings: tuple[str, ...]
+    quantised: Quantisation | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_anatomy(path: str | os.PathLike[str], source: str = "model") -> Anatomy:
@@ -56,8 +60,12 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     """What each tensor of `checkpoint` is; leaves read from `source`."""
     findings = list(checkpoint.notes)
     facts: dict[str, Any] = {}
-    if is_quantised(checkpoint.config):
-        findings.append("config.json has a quantization_config: sizes and values are those of the quantised weights as stored.")
+    quantised = quantisation(checkpoint.config)
+    if quantised:
+        findings.append(
+            f"config.json has a {quantised.key} ({quantised.words()}): values are those of the quantised weights as stored, parameters are "
+            f"counted as of the model that it stands for. {advice(quantised)}"
+        )
     if checkpoint.config_digest:
         architecture, guessed = find_by_model_type(checkpoint.config.get("model_type")), False
         if architecture:
@@ -66,11 +74,11 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
             findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
     else:
         architecture, guessed = guess(checkpoint.tensors), True
-    found = _Described(checkpoint, architecture, facts, source, findings)
+    found = _Described(checkpoint, architecture, facts, source, findings, quantised)
     found.run()
     return Anatomy(
         checkpoint, architecture, guessed, facts, found.places, found.leaves, found.dropped,
-        tuple(found.unknown), tuple(found.missing), tuple(findings),
+        tuple(found.unknown), tuple(found.missing), tuple(findings), quantised, found.beside,
     )  # fmt: skip
 
 
@@ -104,6 +112,8 @@ class _Described:
     facts: Mapping[str, Any]
     source: str
     findings: list[str]
+    quantised: Quantisation | None = None
+    beside: dict[str, str] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     leaves: dict[Place, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -113,7 +123,9 @@ class _Described:
     def run(self) -> None:
         known = spellings(self.architecture) if self.architecture else {}
         for name in self.checkpoint.tensors:
-            cell = read_name(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name, known)
+            cell = read_name(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) and not self.quantised else name, known)
+            if self.quantised and (cell is None or self.is_weight(name)) and self.place_quantised(name, known):
+                continue
             if cell is None:
                 self.unknown.append(name)
             elif not cell.row.roles:
@@ -129,11 +141,32 @@ class _Described:
             beyond = [name for name, (_, layer, _) in self.places.items() if layer is not None and layer >= last]
             self.report(f"of layers beyond the {last} of config.json: {{}} tensor(s).", beyond)
 
-    def place(self, name: str, cell: Cell) -> None:
+    def is_weight(self, name: str) -> bool:
+        """Whether a tensor that is called as a weight holds several in one number."""
+        assert self.quantised is not None
+        return name.endswith(".weight") and is_packed(self.checkpoint.tensors[name], "weight", self.quantised)
+
+    def place_quantised(self, name: str, known: Mapping[Words, list[tuple[Words, Row]]]) -> bool:
+        """Place a tensor of a quantised module: at the weight's role what holds the weights, what stands beside it at a role of its own."""
+        tensors = self.checkpoint.tensors
+        for owner, what in (*owners(name), *((name, "weight") for _ in range(name.endswith(".weight")))):
+            cell = read_name(owner, known)
+            if cell is not None and cell.row.roles:
+                self.beside[name] = what
+                holds = what == "weight" or (what in (*PACKED, "blocks") and owner not in tensors)
+                self.place(name, cell, "" if holds else f".{what}")
+                return True
+        if name.rpartition(".")[2] in OF_ATTENTION:
+            self.beside[name] = name.rpartition(".")[2]
+            self.places[name] = f"attn.{self.beside[name]}", None, None
+            return True
+        return False
+
+    def place(self, name: str, cell: Cell, scale: str = "") -> None:
         row, layer, expert = cell
         entry = self.checkpoint.tensors[name]
         read = Read(self.source, name, entry.dtype, entry.shape)
-        scale = ".scale" if name.endswith("weight" + SCALE) else ""
+        scale = ".scale" if name.endswith("weight" + SCALE) and not self.quantised else scale
         joined = "+".join(role + scale for role in row.roles)
         self.places[name] = joined, layer, expert
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
@@ -146,6 +179,11 @@ class _Described:
         """A dense model against all that its table and config.json imply: absent, present in vain, of another shape."""
         assert self.architecture is not None
         tensors, layers = self.checkpoint.tensors, self.facts["num_hidden_layers"]
+        if self.quantised:
+            held = {owner for name, what in self.beside.items() if what in (*PACKED, "blocks") for owner, _ in owners(name)}
+            whole = locate(tensors.keys() | held, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
+            self.missing += [cell.names[0] for cell in whole.missing]
+            return
         found = locate(tensors, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
         self.missing += [cell.names[0] for cell in found.missing]
         expected = {name: shape_of(cell.row, self.facts) for cell, names, wanted in found.met if wanted for name in names}
