@@ -18,6 +18,14 @@ class RecipeError(BamMergeError):
     """The recipe is malformed, or asks for what these sources or this layout cannot give."""
 
 
+class ForeignRecipe(RecipeError):
+    """The recipe is another program's. `instead` is an equivalent one of ours; None where there is none."""
+
+    def __init__(self, *problems: str, instead: str | None = None) -> None:
+        super().__init__(*problems)
+        self.instead = instead
+
+
 class CheckpointError(BamMergeError):
     """A source folder is damaged, incomplete, unsupported, or disagrees with another source."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed
+from bam_merge.errors import BamMergeError, DurabilityUncertain, ForeignRecipe, OutputError, VerificationFailed
 from bam_merge.text import printable
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ def run_command(command: click.Command, prog_name: str | None = None, reads_only
         error.show()
         sys.exit(2)
     except BamMergeError as error:
+        if isinstance(error, ForeignRecipe) and error.instead is not None:
+            print_result(error.instead)
         for problem in error.problems:
             fail(problem)
         failed = isinstance(error, VerificationFailed)

@@ -15,6 +15,8 @@ The same formula takes different settings. Everything here is about mergekit 0.1
                       `normalize: true`. Below density 1 the two cannot be compared: both draw at random, and mergekit's
                       `rescale` restores the L1 norm of the difference where DARE's paper and we divide by the density.
 
+Cases without settings of ours are carried out by the recipe that bam-merge prints for mergekit's own configuration.
+
 Where the definitions part, each with a case of its own in CASES that shows it:
 
     zero sums         TIES elects the sign of the weighted sum. Where that sum is exactly zero although its terms are not, mergekit
@@ -36,10 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import yaml
 from common import bam_merge, machine, machine_line, markdown_table, run, write_recipe
 from safetensors.numpy import load_file
 
 from bam_merge.demo.synthetic import Values, branched_values, random_values, write_checkpoint
+from bam_merge.recipe.mergekit import equivalent
 
 VERSION = "0.1.5"
 """The mergekit that the cases and the text above were checked with."""
@@ -108,13 +112,17 @@ class Case:
     name: str
     shared: Mapping[str, Any]
     method: str
-    models: Mapping[str, Mapping[str, float]]
+    models: Mapping[str, Mapping[str, Any]]
     base: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     differs: str = ""
 
     def ours(self, models: str, output: str) -> dict[str, Any]:
-        """The recipe for bam-merge."""
+        """The recipe for bam-merge: with no settings of ours the one that it prints for mergekit's."""
+        if not self.shared:
+            text = equivalent(self.theirs(Path(models))).text
+            assert text is not None, f"{self.name} has no equivalent"
+            return {**yaml.safe_load(text), "output": {"path": output}}
         names = dict.fromkeys([*([self.base] if self.base else []), *self.models])
         sources = {name: f"{models}/{name}" for name in names}
         return {"method": "merge", "sources": sources, "shared": dict(self.shared), "output": {"path": output}}
@@ -191,6 +199,30 @@ ALIKE = [
         "seed",
         {"normalize": True, "rescale": False, "lambda": 0.7},
     ),
+]
+
+CONVERTED = [
+    Case("linear, converted", {}, "linear", weighted({"seed": 3.0, "code": 1.0, "law": 0.5})),
+    Case(
+        "slerp by filters and layers, converted",
+        {},
+        "slerp",
+        {"seed": {}, "code": {}},
+        "seed",
+        {"t": [{"filter": "self_attn", "value": [0, 0.3, 1]}, {"filter": "mlp", "value": [0.8, 0.2]}, {"value": 0.5}]},
+    ),
+    Case(
+        "ties by filters and layers, converted",
+        {},
+        "ties",
+        {
+            "code": {"weight": [{"filter": "mlp", "value": [0.2, 0.9]}, {"value": 1.0}], "density": 0.4},
+            "law": {"weight": 0.6, "density": 0.4},
+        },
+        "seed",
+        {"lambda": 0.7, "int8_mask": True},
+    ),
+    Case("task_arithmetic, normalised, converted", {}, "task_arithmetic", weighted(WEIGHTS), "seed", {"normalize": True}),
 ]
 
 APART = [
@@ -310,7 +342,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mergekit-parity-", dir=".") as folder:
         work = Path(folder).resolve()  # mergekit's paths do not start from its configuration file
         write_models(work / "models")
-        return 0 if compare([*ALIKE, *APART], work, mergekit) else 1
+        return 0 if compare([*ALIKE, *CONVERTED, *APART], work, mergekit) else 1
 
 
 if __name__ == "__main__":

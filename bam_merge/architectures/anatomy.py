@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bam_merge.architectures.config import dense_layers, facts_of, is_quantised
-from bam_merge.architectures.locate import Cell, Place, applies, cut, in_order, locate, read_name, shape_of, spellings, words
+from bam_merge.architectures.config import dense_layers, facts_of
+from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_order, locate, read_name, shape_of, spellings, words
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
+from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
 from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint, open_file
@@ -32,7 +33,8 @@ class Anatomy:
     `places` says where each explained tensor stands (the roles of a fused one joined by "+"), `leaves` what each role is read from: a whole
     tensor or rows of a fused one. A fused tensor that cannot be cut, because its sizes are unknown, stands under its joined roles.
     `dropped` are known and not part of the model, with the reason; `unknown` no row explains; `missing` ought to be there.
-    `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
+    `quantised` is what config.json says of quantised weights; `beside` then says of each tensor of their modules what it is: qweight,
+    scales, ... `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
     `config` is the text model's, of a wrapper (`wrapper`) too; names are those in the files.
     """
 
@@ -46,6 +48,8 @@ class Anatomy:
     unknown: tuple[str, ...]
     missing: tuple[str, ...]
     findings: tuple[str, ...]
+    quantised: Quantisation | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     wrapper: Wrapper | None = None
 
@@ -61,10 +65,14 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     """What each tensor of `checkpoint` is; leaves read from `source`."""
     findings = list(checkpoint.notes)
     facts: dict[str, Any] = {}
-    if is_quantised(checkpoint.config):
-        findings.append("config.json has a quantization_config: sizes and values are those of the quantised weights as stored.")
     inside = unwrap(checkpoint.config)
     config, naming = inside.config, Naming({})
+    quantised = quantisation(checkpoint.config) or quantisation(config)
+    if quantised:
+        findings.append(
+            f"config.json has a {quantised.key} ({quantised.words()}): values are those of the quantised weights as stored, parameters are "
+            f"counted as of the model that it stands for. {advice(quantised)}"
+        )
     if checkpoint.config_digest:
         architecture, guessed = find_by_model_type(config.get("model_type")), False
         naming = find_naming(checkpoint.tensors, architecture, inside.wrapper) if architecture else naming
@@ -79,7 +87,7 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
         architecture, guessed = guess(checkpoint.tensors), True
         naming = find_naming(checkpoint.tensors, architecture) if architecture else naming
     findings += [text for text in (naming.problem, f"{naming.note}." if naming.note else None) if text]
-    found = _Described(checkpoint, architecture, facts, source, findings, naming, config)
+    found = _Described(checkpoint, architecture, facts, source, findings, naming, config, quantised)
     found.run()
     dropped = found.dropped
     if inside.wrapper is not None and architecture is not None:
@@ -87,7 +95,7 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
         dropped |= {name: beside_text(inside.wrapper, what) for name, what in naming.beside.items()}
     return Anatomy(
         checkpoint, architecture, guessed, facts, found.places, found.leaves, dropped,
-        tuple(found.unknown), tuple(found.missing), tuple(findings), config, inside.wrapper,
+        tuple(found.unknown), tuple(found.missing), tuple(findings), quantised, found.beside, config, inside.wrapper,
     )  # fmt: skip
 
 
@@ -130,6 +138,8 @@ class _Described:
     findings: list[str]
     naming: Naming
     config: Mapping[str, Any]
+    quantised: Quantisation | None = None
+    beside: dict[str, str] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     leaves: dict[Place, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -137,12 +147,14 @@ class _Described:
     missing: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        known, own = spellings(self.architecture) if self.architecture else {}, self.naming.stored
+        known = spellings(self.architecture) if self.architecture else {}
         for name in self.checkpoint.tensors:
             if name in self.naming.beside:
                 continue
-            plain = name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name
-            cell = read_name(own.get(plain, plain), known)
+            plain = name.removesuffix(SCALE) if name.endswith("weight" + SCALE) and not self.quantised else name
+            cell = read_name(self.naming.own_name(plain), known)
+            if self.quantised and (cell is None or self.is_weight(name)) and self.place_quantised(name, known):
+                continue
             if cell is None:
                 self.unknown.append(name)
             elif not cell.row.roles:
@@ -158,11 +170,32 @@ class _Described:
             beyond = [name for name, (_, layer, _) in self.places.items() if layer is not None and layer >= last]
             self.report(f"of layers beyond the {last} of config.json: {{}} tensor(s).", beyond)
 
-    def place(self, name: str, cell: Cell) -> None:
+    def is_weight(self, name: str) -> bool:
+        """Whether a tensor that is called as a weight holds several in one number."""
+        assert self.quantised is not None
+        return name.endswith(".weight") and is_packed(self.checkpoint.tensors[name], "weight", self.quantised)
+
+    def place_quantised(self, name: str, known: Mapping[Words, list[tuple[Words, Row]]]) -> bool:
+        """Place a tensor of a quantised module: at the weight's role what holds the weights, what stands beside it at a role of its own."""
+        own = self.naming.own_name(name)
+        for owner, what in (*owners(own), *((own, "weight") for _ in range(own.endswith(".weight")))):
+            cell = read_name(owner, known)
+            if cell is not None and cell.row.roles:
+                self.beside[name] = what
+                holds = what == "weight" or (what in (*PACKED, "blocks") and owner not in self.naming.names)
+                self.place(name, cell, "" if holds else f".{what}")
+                return True
+        if name.rpartition(".")[2] in OF_ATTENTION:
+            self.beside[name] = name.rpartition(".")[2]
+            self.places[name] = f"attn.{self.beside[name]}", None, None
+            return True
+        return False
+
+    def place(self, name: str, cell: Cell, scale: str = "") -> None:
         row, layer, expert = cell
         entry = self.checkpoint.tensors[name]
         read = Read(self.source, name, entry.dtype, entry.shape)
-        scale = ".scale" if name.endswith("weight" + SCALE) else ""
+        scale = ".scale" if name.endswith("weight" + SCALE) and not self.quantised else scale
         joined = "+".join(role + scale for role in row.roles)
         self.places[name] = joined, layer, expert
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
@@ -176,6 +209,12 @@ class _Described:
         assert self.architecture is not None
         tensors, layers = self.checkpoint.tensors, self.facts["num_hidden_layers"]
         stored = self.naming.names
+        if self.quantised:
+            packed = (name for name, what in self.beside.items() if what in (*PACKED, "blocks"))
+            held = {owner for name in packed for owner, _ in owners(self.naming.own_name(name))}
+            whole = locate(stored.keys() | held, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
+            self.missing += [cell.names[0] for cell in whole.missing]
+            return
         found = locate(stored, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
         self.missing += [cell.names[0] for cell in found.missing]
         expected = {

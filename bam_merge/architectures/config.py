@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from bam_merge.architectures.nulls import without_nulls
+from bam_merge.architectures.quantisation import quantisation
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.vocabulary import TRAITS
@@ -245,4 +246,4 @@ def _sliding(get: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
     """Whether config.json says that the weights are quantised; null and {} say that they are not."""
-    return config.get("quantization_config") not in (None, {})
+    return quantisation(config) is not None

@@ -6,15 +6,18 @@ sees half of them on average. That is prefill; a token that is decoded after n_c
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
 from bam_merge.architectures.anatomy import Anatomy
-from bam_merge.architectures.locate import Place
+from bam_merge.architectures.locate import Place, applies, cut, in_order, shape_of
+from bam_merge.architectures.quantisation import Quantisation, is_packed, logical_shape, weights_in
+from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
+from bam_merge.checkpoints.pieces import Read, stored
 from bam_merge.errors import CheckpointError
 
 CONTEXT = 256
@@ -188,12 +191,48 @@ class Cost:
 def cost_of(anatomy: Anatomy) -> Cost:
     """The cost of what a checkpoint holds, as it is stored."""
     facts = anatomy.facts
+    if anatomy.quantised is not None:
+        return _cost_of_quantised(anatomy, anatomy.quantised)
     kept = [name for name in anatomy.checkpoint.tensors if name not in anatomy.dropped]
     tied = not facts["untied"] if facts else not any(role == "head" for role, _, _ in anatomy.leaves)
     cost = cost_of_tensors(((place, leaf.shape, leaf.dtype) for place, leaf in anatomy.leaves.items()), facts, tied)
     explained = set(anatomy.places)
     unexplained = sum(anatomy.checkpoint.tensors[name].numel for name in kept if name not in explained)
     return replace(cost, pieces=() if anatomy.architecture is None else cost.pieces, unexplained=unexplained)
+
+
+def _cost_of_quantised(anatomy: Anatomy, quantised: Quantisation) -> Cost:
+    """The cost of the model that quantised weights stand for: of a dense one as config.json gives it, of another by what is stored.
+
+    What stands beside weights (scales, zero points, ...) is no parameter. A matrix whose shape is not known is counted, and no more.
+    """
+    facts, architecture, tensors = anatomy.facts, anatomy.architecture, anatomy.checkpoint.tensors
+    unexplained = sum(weights_in(tensors[name], quantised) for name in anatomy.unknown)
+    if architecture is None:
+        return Cost((), (), False, sum(weights_in(entry, quantised) for entry in tensors.values()))
+    tied = not facts["untied"] if facts else not any(role == "head" for role, _, _ in anatomy.leaves)
+    if architecture.kind == "dense" and facts:
+        return replace(cost_of_tensors(_by_config(architecture, facts), facts, tied), unexplained=unexplained)
+    known: list[tuple[Place, tuple[int, ...], str]] = []
+    for place, leaf in anatomy.leaves.items():
+        entry = tensors[stored(leaf).tensor]
+        what = anatomy.beside.get(entry.name, "")
+        if what and not is_packed(entry, what, quantised) and what != "weight":
+            continue
+        shape = logical_shape(entry, what, quantised) if what else leaf.shape
+        if shape is None:
+            unexplained += weights_in(entry, quantised)
+        else:
+            known.append((place, shape, entry.dtype if entry.dtype in ARITHMETIC_DTYPES else "BF16"))
+    return replace(cost_of_tensors(known, facts, tied), unexplained=unexplained)
+
+
+def _by_config(family: Architecture, facts: Mapping[str, Any]) -> Iterator[tuple[Place, tuple[int, ...], str]]:
+    """(place, shape, dtype) of every tensor that a dense model with these facts has in 16 bits."""
+    for cell in in_order(family, facts["num_hidden_layers"]):
+        if applies(cell, facts):
+            pieces = cut(cell.row, Read("", cell.names[0], "BF16", shape_of(cell.row, facts)), facts) or {}
+            yield from (((role, cell.layer, None), leaf.shape, leaf.dtype) for role, leaf in pieces.items())
 
 
 def cost_of_tensors(tensors: Iterable[tuple[Place, tuple[int, ...], str]], facts: Mapping[str, Any], tied: bool) -> Cost:

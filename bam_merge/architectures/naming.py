@@ -6,7 +6,7 @@ text model inside a wrapper has the wrapper's. Nothing is guessed: a naming coun
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from bam_merge.architectures.locate import read_name, spellings
 from bam_merge.architectures.tables import Architecture, head_names
@@ -33,7 +33,8 @@ ADAPTERS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.", 
 @dataclass(frozen=True)
 class Naming:
     """`names` maps a family's own name of each tensor that belongs to the text model to the name it is stored under; `beside` the stored
-    names of what a wrapper has besides to what that is; `others` are explained by neither. `note` says what is unlike the family's own.
+    names of what a wrapper has besides to what that is; `others` are explained by neither, and `unknown` has what they would be in the
+    family's own spelling. `note` says what is unlike that.
     """
 
     names: Mapping[str, str]
@@ -41,22 +42,26 @@ class Naming:
     others: tuple[str, ...] = ()
     note: str | None = None
     problem: str | None = None
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def stored(self) -> dict[str, str]:
-        """The family's own name by the stored one."""
-        return {stored: own for own, stored in self.names.items()}
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        return {**self.unknown, **{stored: own for own, stored in self.names.items()}}
+
+    def own_name(self, stored: str) -> str:
+        """A stored name in the family's own spelling, whether the family has such a tensor or not."""
+        return self._own.get(stored, stored)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """One way to read the names: what stands before all of them, and the spelling of what follows."""
+    """One way to read the names: what stands before all of them, and the spelling of what follows. `others` are of no known tensor."""
 
     before: str
     spelling: Spelling
     names: Mapping[str, str]
     beside: Mapping[str, str]
-    others: tuple[str, ...]
+    others: Mapping[str, str]
 
 
 def find_naming(stored: Collection[str], table: Architecture, wrapper: Wrapper | None = None) -> Naming:
@@ -94,7 +99,8 @@ def find_naming(stored: Collection[str], table: Architecture, wrapper: Wrapper |
     note = _note(chosen, list(inserted), table, wrapper)
     names = {own: cleaned[short] for own, short in chosen.names.items()}
     beside = {cleaned[short]: what for short, what in chosen.beside.items()}
-    return Naming(names, beside, tuple(cleaned[short] for short in chosen.others), note)
+    unknown = {cleaned[short]: own for short, own in chosen.others.items()}
+    return Naming(names, beside, tuple(unknown), note, unknown=unknown)
 
 
 def ties_of(unwrapped: Unwrapped, family: Architecture, naming: Naming) -> dict[str, bool]:
@@ -151,7 +157,7 @@ def _candidates(cleaned: Mapping[str, str], table: Architecture, wrapper: Wrappe
 def _read(
     cleaned: Mapping[str, str], before: str, form: Spelling, table: Architecture, wrapper: Wrapper | None, is_known: Callable[[str], bool]
 ) -> _Reading:
-    base, names, beside, others = _base(table), dict[str, str](), dict[str, str](), list[str]()
+    base, names, beside, others = _base(table), dict[str, str](), dict[str, str](), dict[str, str]()
     heads = tuple(name for row in table.rows for name in row.names if not name.startswith(base))
     own_of = partial(_own_name, before=before, form=form, base=base, heads=heads)
     for name in cleaned:
@@ -162,8 +168,8 @@ def _read(
         elif what is not None:
             beside[name] = what
         else:
-            others.append(name)
-    return _Reading(before, form, names, beside, tuple(others))
+            others[name] = own or name
+    return _Reading(before, form, names, beside, others)
 
 
 def _own_name(name: str, before: str, form: Spelling, base: str, heads: tuple[str, ...]) -> str | None:

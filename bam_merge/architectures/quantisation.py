@@ -5,8 +5,9 @@ compressed-tensors, MLX, ...).
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,12 @@ BITS = ("bits", "w_bit", "nbits", "num_bits", "weight_bits", "nbits_per_codebook
 GROUPS = ("group_size", "q_group_size", "in_group_size", "block_size")
 
 
-PACKED = ("qweight", "weight_packed", "W_q", "q_weight", "weight_blocks", "blocks")
-"""Names of tensors that hold a module's weights with several in one number, in the place of `weight`."""
+PACKED = ("qweight", "weight_packed", "W_q", "q_weight", "codes", "weight_qdata", "weight._data")
+"""Names of tensors that hold a module's weights, several in one number, in the place of `weight`."""
 
 
-BESIDE = re.compile(
-    r"(qzeros|scales|g_idx|q_scale|q_scale_max|q_groups|q_group_map|q_invperm|q_perm|zero|scale|meta|biases|SCB|weight_format|codebooks|codes|"
-    r"weight_scale|weight_scale_inv|weight_scale_2|weight_zero_point|weight_shape|weight_g_idx|weight_global_scale|input_global_scale|"
-    r"input_scale|input_scale_ub|activation_scale|input_zero_point|output_scale|[kvq]_scale|kv_scale|"
-    r"weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB))"
-)
-"""Names of what stands beside a module's quantised weights, and is no parameter of the model."""
+OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "kv_scale")
+"""Scales of a quantised key-value cache, which belong to a layer's attention and to no matrix."""
 
 
 @dataclass(frozen=True)
@@ -155,40 +151,66 @@ def _bits_in(form: str) -> int | None:
 # ---- tensors ---------------------------------------------------------------------------------------------------------------
 
 
-def plain_name(name: str) -> str | None:
-    """The weight that a tensor beside or in place of it belongs to: x.qweight and x.scales are of x.weight. None for any other tensor."""
-    stem, _, last = name.rpartition(".")
-    if last in PACKED:
-        return f"{stem}.weight"
-    found = re.search(rf"\.{BESIDE.pattern}$", name)
-    return f"{name[: found.start()]}.weight" if found else None
+def owners(name: str) -> Iterator[tuple[str, str]]:
+    """(weight, what of it) that a tensor may belong to, which is no weight itself: a.b.qweight -> (a.b.weight, qweight)."""
+    words = name.split(".")
+    yield from ((".".join([*words[:cut], "weight"]), ".".join(words[cut:])) for cut in range(len(words) - 1, max(0, len(words) - 4), -1))
+    for ending in ("_blocks", "_scales"):  # MXFP4: gate_up_proj_blocks and gate_up_proj_scales in the place of gate_up_proj
+        if name.endswith(ending):
+            yield name.removesuffix(ending), ending[1:]
 
 
-def is_packed(entry: TensorEntry, quantised: Quantisation) -> bool:
-    """Whether a tensor holds weights, several in one number."""
-    last = entry.name.rpartition(".")[2]
-    four = quantised.method == "bitsandbytes" and quantised.bits == 4
-    return last in PACKED or (last == "weight" and four and entry.dtype == "U8") or (last == "weight" and _is_mlx(entry, quantised))
+def logical_shape(entry: TensorEntry, what: str, quantised: Quantisation) -> tuple[int, ...] | None:
+    """The shape of the matrix that a tensor stands for, where it holds several weights in one number; None where that is not known.
 
-
-def _is_mlx(entry: TensorEntry, quantised: Quantisation) -> bool:
-    return quantised.method == "mlx" and entry.dtype == "U32"
-
-
-def weights_in(entry: TensorEntry, quantised: Quantisation) -> int | None:
-    """How many weights a packed tensor holds, by its bits; None where nobody says how many bits one takes."""
-    if quantised.bits is None or quantised.bits <= 0:
+    `what` is its name in its module. AutoAWQ packs along the outputs of [in, out], GPTQ along its inputs, others along the rows of
+    [out, in].
+    """
+    if not is_packed(entry, what, quantised):
+        return entry.shape
+    if not quantised.bits or len(entry.shape) != 2:
         return None
-    return round(entry.numel * DTYPE_BITS[entry.dtype] / quantised.bits)
+    first, second = entry.shape
+    many = Fraction(DTYPE_BITS[entry.dtype]) / Fraction(quantised.bits)
+    if what == "qweight":
+        shape = (second * many, Fraction(first)) if quantised.method == "awq" else (Fraction(second), first * many)
+    elif what in ("weight_packed", "weight") and quantised.method in ("compressed-tensors", "mlx"):
+        shape = (Fraction(first), second * many)
+    else:
+        return None
+    return (int(shape[0]), int(shape[1])) if all(size.denominator == 1 for size in shape) else None
 
 
-def is_beside(name: str, names: Iterable[str] | Mapping[str, Any]) -> bool:
-    """Whether a tensor belongs to the quantisation of another one, and is no parameter of the model."""
-    found = re.search(rf"\.{BESIDE.pattern}$", name)
-    return found is not None and any(f"{name[: found.start()]}.{last}" in names for last in ("weight", *PACKED, "codes"))
+def is_packed(entry: TensorEntry, what: str, quantised: Quantisation) -> bool:
+    """Whether a tensor holds weights, several in one number."""
+    four = quantised.method == "bitsandbytes" and quantised.bits == 4 and entry.dtype == "U8"
+    return what in PACKED or what == "blocks" or (what == "weight" and (four or (quantised.method == "mlx" and entry.dtype == "U32")))
+
+
+def weights_in(entry: TensorEntry, quantised: Quantisation) -> int:
+    """How many weights a tensor of an unknown module holds: those of a packed one by its bits, none where it only belongs to one."""
+    what = entry.name.rpartition(".")[2]
+    if entry.name.endswith("_blocks") or is_packed(entry, what, quantised):
+        return round(entry.numel * DTYPE_BITS[entry.dtype] / quantised.bits) if quantised.bits else entry.numel
+    return 0 if BESIDE.search(entry.name) else entry.numel
+
+
+BESIDE = re.compile(
+    r"(\.(qzeros|scales|g_idx|biases|SCB|weight_format|codebooks|weight_scale|weight_scale_inv|weight_scale_2|weight_zero_point|weight_shape|"
+    r"weight_g_idx|weight_global_scale|input_global_scale|input_scale|input_scale_ub|activation_scale|input_zero_point|output_scale|[kvq]_scale|"
+    r"kv_scale|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB))|_scales|_scale_inv)$"
+)
+"""Names of what stands beside quantised weights, in a model of which nothing else is known."""
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------
+
+
+def advice(quantised: Quantisation) -> str:
+    """What to do with such a model that is to be merged."""
+    if quantised.method in DEQUANTISED and quantised.bits in (8, None):
+        return "To merge it, write dequantise: true in its source, where it is of 8-bit floats; or take the 16-bit original."
+    return "To merge it, take the 16-bit original."
 
 
 def quantised_refusal(source: str, path: Path, checkpoint: Checkpoint) -> str:
@@ -203,6 +225,6 @@ def quantised_refusal(source: str, path: Path, checkpoint: Checkpoint) -> str:
             f"write sources: {{{source}: {{path: {printable(path.name)}, dequantise: true}}}}, which makes bfloat16 of them; or use the "
             "full-precision model."
         )
-    if found.method == "fp8" or not found.settings.get("quant_method", found.method != "?"):
+    if found.method in ("?", "fp8"):
         return f"{head}; quantised weights cannot be merged. Use the full-precision model."
     return f"{head} ({found.words()}); quantised weights cannot be merged. Use the 16-bit model that it was made from."

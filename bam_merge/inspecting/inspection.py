@@ -118,6 +118,8 @@ class Inspection:
             "dropped": dict(anatomy.dropped),
             "tensors": [self._record(entry) for entry in self.entries],
         }
+        if quantised := anatomy.quantised:
+            document["quantisation"] = {"method": quantised.method, "bits": quantised.bits, "group_size": quantised.group}
         if self.mixtures:
             costs = {"dense": self.cost, **self.mixtures}
             cards = {name: {**cost.document(self.context), "bytes": cost.nbytes} for name, cost in costs.items()}

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from bam_merge.checkpoints.folder import read_small_file
 from bam_merge.documents import YAML_MAX_BYTES, YamlError, load_yaml
 from bam_merge.documents import Path as DocumentPath
-from bam_merge.errors import CheckpointError, RecipeError
+from bam_merge.errors import CheckpointError, ForeignRecipe, RecipeError
 from bam_merge.paths import located
 from bam_merge.recipe.checks import inconsistencies
 from bam_merge.recipe.explain import dotted, explain
+from bam_merge.recipe.mergekit import equivalent, is_mergekit
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
 from bam_merge.validation_words import kind_of
@@ -44,6 +45,8 @@ def parse_recipe(document: Any, folder: Path = Path(), file: str = "recipe", pla
     name, places = printable(file), places or {}
     if not isinstance(document, dict):
         raise RecipeError(f"{name}: a recipe is a mapping with method, sources and output; found {kind_of(document)}.")
+    if is_mergekit(document):
+        raise _foreign(name, document, folder)
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
@@ -53,3 +56,15 @@ def parse_recipe(document: Any, folder: Path = Path(), file: str = "recipe", pla
     if problems:
         raise RecipeError(*problems)
     return recipe
+
+
+def _foreign(name: str, document: Mapping[str, Any], folder: Path) -> ForeignRecipe:
+    """What is said of a recipe of mergekit, with the equivalent one of ours."""
+    found = equivalent(document, folder)
+    what = f"{name}: this is a recipe of {found.kind}, and not of bam-merge."
+    if found.text is not None:
+        more = f", with what is not the same in {len(found.differs)} comments" if len(found.differs) > 1 else ""
+        return ForeignRecipe(
+            f"{what} One of bam-merge that asks for the same is on standard output{more}: save it, and give that.", instead=found.text
+        )
+    return ForeignRecipe(what, *(f"{name}: no equivalent here: {text}." for text in found.lacks))
