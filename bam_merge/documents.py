@@ -196,6 +196,8 @@ def _construct(loader: _Loader, node: yaml.Node, path: Path, marks: dict[Path, y
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key: Hashable = _scalar(loader, key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if key == "<<" and isinstance(key_node, yaml.ScalarNode) and key_node.style is None:
+                raise YamlError("the merge key << is not read here; write the entries out", key_node.start_mark)
             if not isinstance(key, str):
                 word = printable(str(getattr(key_node, "value", "")))
                 raise YamlError(f"the key {word} is not a string; put it in quotes", key_node.start_mark)

@@ -50,6 +50,8 @@ def test_yaml_scalars(text: str, value: object) -> None:
     ("no: x", "the key no is not a string; put it in quotes", (1, 1)),
     ("1: x", "the key 1 is not a string", (1, 1)),
     ("? [a]\n: x", "is not a string", (1, 3)),
+    ("a: {<<: {b: 1}}", "the merge key << is not read here; write the entries out", (1, 5)),
+    ("x: &x {b: 1}\n<<: *x", "the merge key << is not read here", (2, 1)),
     ("a: [1, 2", "expected ',' or ']'", (1, 9)),
     ("a: 1\n\tb: 2", "found character '\\\\t'", (2, 1)),
     ("a: !!python/object/apply:os.system [ls]\nb: !x y", "could not determine a constructor", (2, 4)),
@@ -91,6 +93,10 @@ def test_yaml_refused(text: str, message: str, place: tuple[int, int] | None) ->
         load_yaml(text)
     if place:
         assert (caught.value.line, caught.value.column) == place
+
+
+def test_a_quoted_merge_key_is_a_name() -> None:
+    assert load_yaml("a: {'<<': 1}")[0] == {"a": {"<<": 1}}
 
 
 def test_python_tags_make_nothing() -> None:

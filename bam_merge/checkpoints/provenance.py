@@ -181,7 +181,8 @@ def fates(manifest: Mapping[str, Any], pattern: str) -> list[dict[str, Any]]:
     recorded = _source_tensors(manifest)
     if source != "*" and source not in recorded:
         known = ", ".join(map(printable, recorded))
-        raise VerifyError(f"--where: {printable(source)!r} is no source of this merge{nearest(source, recorded)}. Its sources: {known}.")
+        near = nearest(source, recorded) or "."
+        raise VerifyError(f"--where: {printable(source)!r} is no source of this merge{near} Its sources: {known}.")
     made: dict[tuple[str, str], list[dict[str, str]]] = {}
     for name, origin in origins(manifest).items():
         for read in origin.reads:

@@ -144,7 +144,8 @@ def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:
     if name is None:
         return (None if recipe.method == "merge" else load_architecture("bam")), []
     if name not in architecture_names():
-        return None, [f"{recipe.file}: output.layout: {printable(repr(name), 60)} is no layout{nearest(name, architecture_names())}"]
+        known = nearest(name, architecture_names()) or f". Known: {', '.join(architecture_names())}."
+        return None, [f"{recipe.file}: output.layout: {printable(repr(name), 60)} is no layout{known}"]
     layout = load_architecture(name)
     if recipe.method == "merge":
         return None, []

@@ -153,7 +153,7 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
         if not matched:
             yield (
                 (*path, "roles", index),
-                f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS))} Roles: {', '.join(ROLES)}.",
+                f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS)) or '.'} Roles: {', '.join(ROLES)}.",
             )
         routers = [role.startswith("router.") for role in matched]
         if isinstance(rule, Initialising) and not all(routers):
