@@ -6,6 +6,7 @@ contract of import-linter keeps them apart. Here one token of every id is enough
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -170,8 +171,8 @@ def meaning(token: str) -> frozenset[bytes]:
     found = {token.encode(errors="surrogatepass")}
     if all(letter in _letters() for letter in token):
         found.add(bytes(_letters()[letter] for letter in token))
-    if len(token) == 6 and token[:3] == "<0x" and token[5] == ">":
-        found.add(bytes([int(token[3:5], 16)]))
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        found.add(bytes.fromhex(token[3:5]))
     return frozenset(found)
 
 
