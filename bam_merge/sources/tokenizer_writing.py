@@ -196,7 +196,7 @@ def _add(documents: dict[str, bytes], tokens: list[Added], alignment: Alignment,
 
 def _into_tokenizer(document: Any, tokens: list[Added], alignment: Alignment, own: Mapping[str, Mapping[str, bool]]) -> None:
     """After the tokens that the file has, in the order of their ids; between them what only the files beside it named until now."""
-    entries = document.setdefault("added_tokens", [])
+    document["added_tokens"] = entries = list(document.get("added_tokens") or ())
     vocab = document["model"]["vocab"]
     known = {entry["content"] for entry in entries} | (vocab.keys() if isinstance(vocab, dict) else {piece[0] for piece in vocab})
     first = min(item.number for item in tokens)

@@ -307,6 +307,7 @@ def _matching(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for key in SPECIAL_LISTS:
             value = documents[name].get(key) or []
-            items = value.values() if isinstance(value, dict) else value
-            listed |= {item["content"] if isinstance(item, dict) else item for item in items}
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            texts = (item.get("content") if isinstance(item, dict) else item for item in items)
+            listed |= {text for text in texts if isinstance(text, str)}
     return how, listed

@@ -44,7 +44,7 @@ def tokens_of(folder: Path) -> Tokens | None:
             text[number] = token
         added.add(number)
     for number, token in text.items():
-        if type(number) is not int or not 0 <= number < 2**40 or not isinstance(token, str):
+        if type(number) is not int or number < 0 or not isinstance(token, str):
             raise ValueError(f"{printable(repr(token), 60)} has the id {printable(repr(number), 60)}")
     return Tokens(text, frozenset(added))
 
@@ -202,8 +202,7 @@ def own_rows(result: Tokens, source: Tokens, rows: int, size: int) -> "NDArray[n
     table = numpy.full(size, NOBODY, numpy.int64)
     free = numpy.ones(max(size, rows), bool)
     for numbers in (result.text, source.text):
-        taken = numpy.fromiter(numbers, numpy.int64)
-        free[taken[taken < len(free)]] = False
+        free[[number for number in numbers if number < len(free)]] = False
     padding = numpy.flatnonzero(free[: min(rows, size)])
     table[padding] = padding
     for number, place in places(result, source).items():
