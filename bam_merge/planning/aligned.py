@@ -12,6 +12,7 @@ from bam_merge.formulas import ByToken, TokenRun
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.alignment import UNION, Alignment
 from bam_merge.sources.dense import DenseModel
+from bam_merge.sources.tokenizer_writing import renumbered_ids
 from bam_merge.text import printable
 
 ROLES = ("embed", "head", "head.bias")
@@ -84,9 +85,12 @@ def alignment_problems(recipe: Recipe, models: Sequence[DenseModel]) -> Iterator
 
 
 def aligned_config(config: Mapping[str, Any], recipe: Recipe, alignment: Alignment, giver: DenseModel) -> dict[str, Any]:
-    """config.json for the aligned rows. With a source's tokenizer come its ids of special tokens; a union keeps the seed's ids."""
+    """config.json for the aligned rows. With a source's tokenizer come its ids of special tokens, and for those that it does not say the
+    seed's tokens by its ids; a union keeps the seed's ids."""
     aligned = {**config, "vocab_size": alignment.rows}
     if recipe.tokenizer is not None and recipe.tokenizer.source != UNION:
-        ids = {key: giver.config[key] for key in TOKEN_IDS if giver.config.get(key) is not None}
-        aligned = {**{key: value for key, value in aligned.items() if key not in TOKEN_IDS}, **ids}
+        for key in TOKEN_IDS:
+            value = giver.config.get(key)
+            value = renumbered_ids(aligned.pop(key, None), alignment.renumbered) if value is None else value
+            aligned |= {} if value is None else {key: value}
     return dict(sorted(aligned.items()))

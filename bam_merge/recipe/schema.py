@@ -64,7 +64,9 @@ class Vocabulary(Strict):
         min_length=1,
         description="union: the first source's tokenizer, with the tokens that only others have after its own; or the source whose it is",
     )
-    pad_to_multiple_of: Count | None = Field(default=None, description="embeddings and head have a multiple of so many rows")
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=2**16)] | None = Field(
+        default=None, description="embeddings and head have a multiple of so many rows"
+    )
     missing: str = Field(
         default="mean",
         min_length=1,

@@ -6,7 +6,7 @@ token; where it has none, the row is made of those of the sources that have it. 
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bam_merge.errors import CheckpointError
@@ -49,7 +49,8 @@ class Aligned:
 class Alignment:
     """The result's vocabulary: `ids` of its tokens, `rows` of its embeddings. `giver` is the source whose tokenizer files it takes;
     `added` are the tokens, in the order of their ids, that these lack, each with the source that has it first; `template` is the source
-    of the chat template, if one was asked for. `sources` say what each gives.
+    of the chat template, if one was asked for. `sources` say what each gives. `renumbered` has the ids of the seed's tokens that have
+    another one in the result, None where they have none.
     """
 
     giver: str
@@ -62,6 +63,7 @@ class Alignment:
     padding: int = 0
     unmade: int = 0
     notes: tuple[str, ...] = ()
+    renumbered: Mapping[int, int | None] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As plans in JSON show it."""
@@ -122,6 +124,7 @@ def align(wanted: Wanted, vocabularies: Mapping[str, Vocabulary | None], rows: M
         template=wanted.chat_template,
         padding=size - len(places),
         unmade=sum(all(column[place] < 0 for column in own.values()) for place in range(size)),
+        renumbered={number: ids.get(token) for token, number in tokens[next(iter(rows))].items() if ids.get(token) != number},
         notes=tuple(_notes(wanted, giver, sources, places, own, [name for name in rows if name not in have])),
     )
 

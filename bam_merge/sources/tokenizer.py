@@ -1,6 +1,6 @@
 """Do the sources tokenise alike? Models whose token ids mean different words cannot share embeddings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -13,7 +13,7 @@ from bam_merge.sources.dense import DenseModel
 from bam_merge.sources.tokenizer_forms import PARTIAL, Form, as_json, same_token
 from bam_merge.sources.tokenizer_reading import Tokenizer, TokenizerFindings, open_tokenizers
 from bam_merge.sources.tokenizer_writing import writing_notes, writing_problems
-from bam_merge.sources.vocabulary import base_differs, in_numbers, vocabulary
+from bam_merge.sources.vocabulary import Vocabulary, base_differs, in_numbers, vocabulary
 from bam_merge.text import printable, some
 
 __all__ = ["TokenizerFindings", "companion", "compare_tokenizers"]
@@ -46,7 +46,7 @@ def align_tokenizers(models: Sequence[DenseModel], wanted: Wanted, file: str) ->
     if not tokenizers:
         return found, None
     _within(tokenizers, found)
-    vocabularies = {}
+    vocabularies: dict[str, Vocabulary | None] = {}
     for tokenizer in tokenizers:
         try:
             vocabularies[tokenizer.source] = mine = vocabulary(tokenizer.source, tokenizer.forms)
@@ -68,7 +68,24 @@ def align_tokenizers(models: Sequence[DenseModel], wanted: Wanted, file: str) ->
     pairs = [(mine, theirs) for mine, theirs in combinations(tokenizers, 2) if mine.there and theirs.there]
     found.notes += dict.fromkeys(note for mine, theirs in pairs for note in _cut_otherwise(theirs, mine))
     found.notes += [*_unread(tokenizers), *aligned.notes, *writing_notes(found.files, aligned)]
+    found.notes += _ends(aligned, vocabularies, models, union=wanted.source == UNION)
     return found, aligned
+
+
+def _ends(aligned: Alignment, vocabularies: Mapping[str, Vocabulary | None], models: Sequence[DenseModel], union: bool) -> Iterator[str]:
+    """Tokens with which the chat template's source ends a text, by its config.json, and that do not end the result's."""
+    configs = {model.name: model.checkpoint.config.get("eos_token_id") for model in models}
+    theirs = vocabularies[aligned.template] if aligned.template is not None else None
+    if theirs is None:
+        return
+    ours = models[0].name if union else aligned.giver
+    ends, known = ([value] if type(value) is int else value or [] for value in (configs[theirs.source], configs[ours]))
+    for token in (theirs.names[number] for number in ends if number in theirs.names):
+        if aligned.ids.get(token) not in known:
+            yield (
+                f"tokenizer.chat_template: sources.{theirs.source} ends a text with {_shown(token)}, the result does not: generation may "
+                f"need its id {aligned.ids.get(token, '')} among eos_token_id."
+            )
 
 
 def _numbered_otherwise(giver: Tokenizer, aligned: Alignment) -> Iterator[str]:

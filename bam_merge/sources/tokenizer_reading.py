@@ -48,7 +48,8 @@ class Tokenizer:
 def open_tokenizers(models: Sequence[DenseModel], giver: str | None = None) -> tuple[TokenizerFindings, list[Tokenizer]]:
     """Every source's tokenizer, none where one cannot be read; and what is wrong with the files that the output takes.
 
-    They are those of `giver`, or of the first of `models` that has a tokenizer; generation settings stay those of the first, the seed.
+    They are those of `giver`, or of the first of `models` that has a tokenizer. Generation settings stay those of the first, the seed, but
+    where a `giver` has its own.
     """
     found = TokenizerFindings()
     for model in models:
@@ -67,11 +68,12 @@ def open_tokenizers(models: Sequence[DenseModel], giver: str | None = None) -> t
     seed = models[0]
     if not found.giver:
         _take(seed, seed.checkpoint.companions(), tokenizers[0], found, load_json)
-    elif found.giver != seed.name and giver is None:
-        found.files.pop(GENERATION_CONFIG, None)
+    elif found.giver != seed.name:
+        if giver is None:
+            found.files.pop(GENERATION_CONFIG, None)
         own = seed.checkpoint.companions()
-        _take(seed, [name for name in own if name == GENERATION_CONFIG], tokenizers[0], found, load_json)
-        if others := [name for name in own if name != GENERATION_CONFIG]:
+        _take(seed, [name for name in own if name == GENERATION_CONFIG and name not in found.files], tokenizers[0], found, load_json)
+        if giver is None and (others := [name for name in own if name != GENERATION_CONFIG]):
             found.notes.append(f"sources.{seed.name}: {some(others, 8)} not copied: the tokenizer is that of sources.{found.giver}.")
     if found.problems:
         found.problems = list(dict.fromkeys(found.problems))

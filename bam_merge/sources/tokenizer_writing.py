@@ -19,6 +19,9 @@ from bam_merge.text import count, printable, some
 TOKENIZER, SETTINGS, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 
 
+GENERATION, ID_LISTS = "generation_config.json", ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
+
+
 DECODER = "added_tokens_decoder"
 """The key of tokenizer_config.json under which added tokens stand by their ids."""
 
@@ -61,9 +64,29 @@ def companion_documents(files: Mapping[str, str], folders: Mapping[str, Path], a
     documents = {name: companion(folders[source] / name) for name, source in files.items()}
     if alignment is not None and (alignment.template or alignment.giver) != alignment.giver:
         _set_template(documents, folders[str(alignment.template)])
+    if alignment is not None and alignment.renumbered and files.get(GENERATION) not in (None, alignment.giver):
+        _changed(documents, GENERATION, lambda document: _renumber(document, alignment.renumbered))
     if alignment is not None and alignment.added:
         _add(documents, _added(folders, alignment), alignment, _flags(folders[alignment.giver])[0])
     return documents
+
+
+def _renumber(document: Any, renumbered: Mapping[int, int | None]) -> None:
+    """The ids of generation settings by the result's numbers; those of tokens that it has not are left out."""
+    for key in [key for key in document if key.endswith("_token_id") or key in ID_LISTS]:
+        value = renumbered_ids(document[key], renumbered)
+        if value is None and document[key] is not None:
+            del document[key]
+        else:
+            document[key] = value
+
+
+def renumbered_ids(value: Any, renumbered: Mapping[int, int | None]) -> Any:
+    """Token ids, alone or in lists, by the result's numbers; without those that it has not, None where none is left."""
+    if isinstance(value, list):
+        kept = [item for item in (renumbered_ids(item, renumbered) for item in value) if item is not None]
+        return kept or (None if value else value)
+    return renumbered.get(value, value) if type(value) is int else value
 
 
 def writing_problems(files: Mapping[str, str], folders: Mapping[str, Path], alignment: Alignment, file: str) -> Iterator[str]:
@@ -136,7 +159,10 @@ def _flags(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
         if not (folder / name).is_file():
             continue
         document = load_json(read_companion(folder / name))
-        listed.update(token for key in LISTS if name != TOKENIZER for token in map(_text, _items(document.get(key))) if token)
+        if not isinstance(document, dict):
+            continue
+        if name != TOKENIZER:
+            listed.update(token for key in LISTS for token in map(_text, _items(document.get(key))) if isinstance(token, str))
         entries = document.get("added_tokens") if name == TOKENIZER else (document.get(DECODER) or {}).values()
         for entry in entries or ():
             special = bool(entry.get("special", False))
@@ -170,9 +196,9 @@ def _add(documents: dict[str, bytes], tokens: list[Added], alignment: Alignment,
 
 def _into_tokenizer(document: Any, tokens: list[Added], alignment: Alignment, own: Mapping[str, Mapping[str, bool]]) -> None:
     """After the tokens that the file has, in the order of their ids; between them what only the files beside it named until now."""
-    entries = document.setdefault("added_tokens", [])
+    document["added_tokens"] = entries = list(document.get("added_tokens") or ())
     vocab = document["model"]["vocab"]
-    known = {entry["content"] for entry in entries} | (vocab.keys() if isinstance(vocab, dict) else {piece for piece, _ in vocab})
+    known = {entry["content"] for entry in entries} | (vocab.keys() if isinstance(vocab, dict) else {piece[0] for piece in vocab})
     first = min(item.number for item in tokens)
     named = max((entry["id"] for entry in entries), default=-1)
     between = {n: token for token, n in alignment.ids.items() if named < n < first and token not in known}

@@ -113,7 +113,7 @@ def _orders_differ(kind: str, mine: Any, theirs: Any) -> str:
     index, pair = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (0, None))
     if pair is None:
         return ""
-    ours, others = (printable(" ".join(item) if isinstance(item, list) else str(item), 60) for item in pair)
+    ours, others = (printable(" ".join(map(str, item)) if isinstance(item, list) else str(item), 60) for item in pair)
     return f"the {kind} are not the same: number {index} is {ours} here, {others} there"
 
 

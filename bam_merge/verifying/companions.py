@@ -5,6 +5,7 @@ Which source gives a file, and what an alignment adds, is worked out here from t
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.companions import companion
 from bam_merge.text import printable, some
 from bam_merge.verifying.report import Check
-from bam_merge.verifying.tokens import same_document, tokens_of
+from bam_merge.verifying.tokens import places, same_document, tokens_of
 
 MOST_NAMES = 8
 """Keys that differ that are named."""
@@ -25,6 +26,9 @@ MOST_NAMES = 8
 
 ADDED_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 """How an added token is matched where nothing says otherwise."""
+
+
+GENERATION = "generation_config.json"
 
 
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -71,9 +75,11 @@ class _Companions:
     files: dict[str, str] = field(default_factory=dict)
 
     def source_of(self, file: str) -> str:
-        """Which source gives a file, if it has it: generation settings stay the seed's, unless a tokenizer was chosen by name."""
+        """Which source gives a file, if it has it: generation settings stay the seed's, unless a tokenizer chosen by name has its own."""
         chosen = self.recipe.tokenizer is not None and self.recipe.tokenizer.source in self.recipe.sources
-        return self.recipe.seed_name if file == "generation_config.json" and not chosen else self.giver
+        if file != GENERATION or (chosen and (self.folders[self.giver] / file).is_file()):
+            return self.giver
+        return self.recipe.seed_name
 
     def compare(self) -> None:
         try:
@@ -105,6 +111,8 @@ class _Companions:
         """Compare one file of the output with what its source gives."""
         if aligned is not None:
             try:
+                renumbered = file == GENERATION and source != self.giver and expected is not None
+                expected = self.by_result_ids(expected) if renumbered and expected is not None else expected
                 problems = list(aligned.differences(file, found, expected))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 problems = [f"{file} cannot be compared: {printable(str(error))}"]
@@ -116,6 +124,28 @@ class _Companions:
         elif expected is not None and changed and read_small_file(self.folders[source] / file) == expected:
             record = "but not what the manifest records of it: the record is not the merge's"
             self.wrong.append(f"{file} is what sources.{printable(source)} has, {record}")
+
+    def by_result_ids(self, settings: bytes) -> bytes:
+        """The seed's generation settings with the ids that their tokens have in the output, where one has another."""
+        result, seed = tokens_of(self.folder), tokens_of(self.folders[self.recipe.seed_name])
+        if result is None or seed is None:
+            return settings
+        there = places(result, seed)
+        if all(there.get(number) == number for number in seed.text):
+            return settings
+
+        def renamed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [item for item in map(renamed, value) if item is not None] or (None if value else [])
+            return there.get(value, None if value in seed.text else value) if type(value) is int else value
+
+        document = load_json(settings)
+        names = [key for key in document if re.fullmatch(r".*_token_id|(begin_)?suppress_tokens|(bad|force)_words_ids", key)]
+        changed = {key: renamed(document[key]) for key in names}
+        if all(changed[key] == document[key] for key in names):
+            return settings
+        kept = {key: changed.get(key, value) for key, value in document.items() if changed.get(key, value) is not None or value is None}
+        return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
     def check(self) -> Check:
         if self.wrong:
@@ -277,6 +307,7 @@ def _matching(folder: Path) -> tuple[dict[str, dict[str, bool]], set[str]]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for key in SPECIAL_LISTS:
             value = documents[name].get(key) or []
-            items = value.values() if isinstance(value, dict) else value
-            listed |= {item["content"] if isinstance(item, dict) else item for item in items}
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            texts = (item.get("content") if isinstance(item, dict) else item for item in items)
+            listed |= {text for text in texts if isinstance(text, str)}
     return how, listed

@@ -6,6 +6,7 @@ contract of import-linter keeps them apart. Here one token of every id is enough
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +44,7 @@ def tokens_of(folder: Path) -> Tokens | None:
             text[number] = token
         added.add(number)
     for number, token in text.items():
-        if type(number) is not int or not 0 <= number < 2**40 or not isinstance(token, str):
+        if type(number) is not int or number < 0 or not isinstance(token, str):
             raise ValueError(f"{printable(repr(token), 60)} has the id {printable(repr(number), 60)}")
     return Tokens(text, frozenset(added))
 
@@ -170,8 +171,8 @@ def meaning(token: str) -> frozenset[bytes]:
     found = {token.encode(errors="surrogatepass")}
     if all(letter in _letters() for letter in token):
         found.add(bytes(_letters()[letter] for letter in token))
-    if len(token) == 6 and token[:3] == "<0x" and token[5] == ">":
-        found.add(bytes([int(token[3:5], 16)]))
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        found.add(bytes.fromhex(token[3:5]))
     return frozenset(found)
 
 
@@ -201,8 +202,7 @@ def own_rows(result: Tokens, source: Tokens, rows: int, size: int) -> "NDArray[n
     table = numpy.full(size, NOBODY, numpy.int64)
     free = numpy.ones(max(size, rows), bool)
     for numbers in (result.text, source.text):
-        taken = numpy.fromiter(numbers, numpy.int64)
-        free[taken[taken < len(free)]] = False
+        free[[number for number in numbers if number < len(free)]] = False
     padding = numpy.flatnonzero(free[: min(rows, size)])
     table[padding] = padding
     for number, place in places(result, source).items():

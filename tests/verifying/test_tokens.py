@@ -230,6 +230,51 @@ def test_a_chat_template_that_the_result_cannot_write(tmp_path: Path, run: Any) 
     assert run("plan", three(tmp_path, "{source: union, chat_template: code}")).status == 0
 
 
+def test_ids_of_settings_follow_their_tokens(tmp_path: Path) -> None:
+    """code's tokenizer, and the seed's settings where code has none: <r0> has one id in both, <r1> is no token of code."""
+    recipe = three(tmp_path, "{source: code}", method="merge")
+    put(tmp_path / "seed", {"tokenizer.json": tokenizer_json(["<im_end>", "<r1>", "<r0>"])})
+    settings = {
+        "eos_token_id": [1, END],
+        "pad_token_id": END + 1,
+        "suppress_tokens": [END + 2, END + 1],
+        "bad_words_ids": [[END], [END + 1]],
+        "top_k": END,
+    }
+    put(
+        tmp_path / "seed",
+        {
+            "generation_config.json": settings,
+            "config.json": {**json.loads((tmp_path / "seed/config.json").read_text()), "eos_token_id": [1, END], "pad_token_id": END + 1},
+        },
+    )
+    config = json.loads((tmp_path / "code/config.json").read_text())
+    put(tmp_path / "code", {"config.json": {key: value for key, value in config.items() if key not in ("eos_token_id", "pad_token_id")}})
+    folder, plan = merged(recipe)
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "eos_token_id": [1, END + 2],
+        "suppress_tokens": [END],
+        "bad_words_ids": [[END + 2]],
+        "top_k": END,
+    }
+    assert plan.config["eos_token_id"] == [1, END + 2] and "pad_token_id" not in plan.config and plan.config["bos_token_id"] == 1
+    passed(folder, plan)
+    forge = Forger(folder)
+    forge.file("generation_config.json", json.dumps({"eos_token_id": [1, END]}))
+    assert failed(verify(folder, plan)).keys() == {"companions"}
+
+
+def test_what_ends_a_text_of_another_template(tmp_path: Path, run: Any) -> None:
+    recipe = three(tmp_path, "{source: union, chat_template: code}")
+    config = json.loads((tmp_path / "code/config.json").read_text())
+    put(tmp_path / "code", {"chat_template.jinja": "<im_start>", "config.json": {**config, "eos_token_id": [2, END + 2]}})
+    said = run("plan", recipe).out
+    assert (
+        f"sources.code ends a text with '<im_end>', the result does not: generation may need its id {END + 3} among eos_token_id." in said
+    )
+    assert said.count("ends a text") == 1
+
+
 # ---- what must be caught ---------------------------------------------------------------------------------------------------
 
 
