@@ -52,6 +52,7 @@ def verify(
     options = options or VerifyOptions()
     check_level(options.level)
     level, device = LEVELS[options.level], open_device(options.device)
+    workers = torch_workers(options.workers)
     path = located(folder, error=VerifyError)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
@@ -66,14 +67,14 @@ def verify(
     report.add(engines(checkpoint))
     work = Work(options.progress)
     work.plan(checkpoint)
-    report.add(digests(checkpoint, manifest, work))
+    report.add(digests(checkpoint, manifest, work, workers))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
-    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts], work)
+    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts], work, workers)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
         return report
-    with computing_on(device, torch_workers(options.workers)) as computing:
+    with computing_on(device, workers) as computing:
         try:
             report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work))
         except CheckpointError as error:
@@ -98,6 +99,7 @@ class _Sources:
     report: Report
     wrong: list[str]
     work: Work
+    workers: int
     proved: set[str] = field(default_factory=set)
 
     @property
@@ -165,7 +167,7 @@ class _Sources:
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
-        checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.proved)))
+        checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.workers, self.proved)))
         if not other or all(check.ok for check in checks):
             for name, tensors in other.items():
                 self.wrong.append(
@@ -179,7 +181,7 @@ class _Sources:
             return checks
         self.report.add([Check("sources", None, f"changed since the merge, so digests only: {found.names()}")])
         rest = tuple(step for step in plan.steps if not any(read.source in other for read in expressions.reads(step.expr)))
-        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work))
+        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers))
         return None
 
     def _unchanged(self, plan: Plan, found: Changes, follows: bool) -> None:
