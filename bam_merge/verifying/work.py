@@ -7,7 +7,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.model.loading import StoredModel
 from bam_merge.verifying.measuring import bytes_by_layer
 
-COST = {"digests": 1, "sources": 4, "isolation": 5, "probes": 8}
+COST = {"digests": 2, "sources": 8, "isolation": 4, "probes": 10}
 """What a stored byte costs in each part of a quick verification, in processor time, by the part's share on two cores."""
 
 
