@@ -74,7 +74,7 @@ def align_tokenizers(models: Sequence[DenseModel], wanted: Wanted, file: str) ->
 
 def _ends(aligned: Alignment, vocabularies: Mapping[str, Vocabulary | None], models: Sequence[DenseModel], union: bool) -> Iterator[str]:
     """Tokens with which the chat template's source ends a text, by its config.json, and that do not end the result's."""
-    configs = {model.name: model.checkpoint.config.get("eos_token_id") for model in models}
+    configs = {model.name: model.config.get("eos_token_id") for model in models}
     theirs = vocabularies[aligned.template] if aligned.template is not None else None
     if theirs is None:
         return

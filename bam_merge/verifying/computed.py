@@ -20,7 +20,7 @@ from bam_merge.model.streaming import Computing, streamed_block, streamed_embedd
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Ffn, Recipe
 from bam_merge.verifying.levels import layers_asked
-from bam_merge.verifying.measuring import Way, Worst, difference, layer_bytes, of_layers, positions_of
+from bam_merge.verifying.measuring import Way, Worst, difference, of_layers, positions_of
 from bam_merge.verifying.parameters import strangers
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import miswired
@@ -120,7 +120,7 @@ def against_dense(
         identity.add(*found.identity)
         factors.append(found.factor)
         x = found.hidden if way.level.thorough else x
-        way.advance(models.weight)
+        way.ran(layer)
     of = of_layers(asked, mixture.config.num_hidden_layers)
     ran = f"; its blocks compute the same{of}" if of else ""
     yield isolation.check(f"every expert of {len(names)} is its dense model in every layer{ran}")
@@ -171,11 +171,6 @@ class _Layer:
                 isolation.append((error, j, f"layer {layer}, expert {j} ({name}){blame}"))
         of_copies, factor = _identity(block, streamed_block(self.dense[seed], layer, self.computing), x[seed], self.recipe)
         return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden)
-
-    @property
-    def weight(self) -> int:
-        """Bytes of the layer's matrices, of all models: what the time goes into."""
-        return sum(layer_bytes(model, self.layer) for model in (self.mixture, *self.dense.values()))
 
 
 def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tuple[float, float]:

@@ -17,11 +17,11 @@ from bam_merge.verifying.aligned import token_checks
 from bam_merge.verifying.computed import against_dense
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
-from bam_merge.verifying.levels import Level
+from bam_merge.verifying.levels import Level, layers_asked
 from bam_merge.verifying.measuring import Way
 from bam_merge.verifying.probes import as_it_is
 from bam_merge.verifying.report import Check, Report
-from bam_merge.verifying.work import Work, bytes_of_layers
+from bam_merge.verifying.work import Work
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
 copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
@@ -43,10 +43,11 @@ def function_checks(
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT, computing)
     if plan is not None and plan.layout.kind == "mixture":
-        advance = work.advancing("isolation", bytes_of_layers(mixture, *dense.values()))
-        yield from against_dense(mixture, dense, plan, proved, ids_BT if level.thorough else ids_BT[:1], Way(level, computing, advance))
+        asked = layers_asked(mixture.config, level)
+        ran = work.of_layers("isolation", mixture, *dense.values(), asked=asked)
+        yield from against_dense(mixture, dense, plan, proved, ids_BT if level.thorough else ids_BT[:1], Way(level, computing, ran))
     work.finish("isolation")
-    yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.advancing("probes", bytes_of_layers(mixture))))
+    yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.of_layers("probes", mixture)))
     work.finish("probes")
 
 

@@ -1,5 +1,6 @@
 """How far apart two results of the same computation may be, and by what means and how deep one looks."""
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -57,11 +58,11 @@ def positions_of(x_BTD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Way:
-    """How a function is looked at: how deep, by what means, and who hears of the bytes of weights that have been run."""
+    """How a function is looked at: how deep, by what means, and who hears of the layers that have been run."""
 
     level: Level
     computing: Computing
-    advance: Callable[[int], None] = lambda nbytes: None
+    ran: Callable[[int], None] = lambda layer: None
 
     @property
     def precisions(self) -> tuple[Computing, ...]:
@@ -70,10 +71,14 @@ class Way:
         return (wide,) if self.level.thorough else (self.computing, wide)
 
 
-def layer_bytes(model: StoredModel, layer: int) -> int:
-    """Bytes of a layer's parameters as they are stored."""
-    prefix = f"model.layers.{layer}."
-    return sum(numel(leaf) * DTYPE_BITS[leaf.dtype] // 8 for name, leaf in model.leaves.items() if name.startswith(prefix))
+def bytes_by_layer(*models: StoredModel) -> Counter[int]:
+    """Bytes of the parameters of each layer of some models, as they are stored."""
+    sizes: Counter[int] = Counter()
+    for model in models:
+        for name, leaf in model.leaves.items():
+            if name.startswith("model.layers."):
+                sizes[int(name.split(".", 3)[2])] += numel(leaf) * DTYPE_BITS[leaf.dtype] // 8
+    return sizes
 
 
 def of_layers(asked: Collection[int], layers: int) -> str:

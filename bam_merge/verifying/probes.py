@@ -14,7 +14,7 @@ from bam_merge.model.streaming import Computing, streamed_block, streamed_embedd
 from bam_merge.text import some
 from bam_merge.verifying.decodable import decodable, first_part
 from bam_merge.verifying.levels import layers_asked
-from bam_merge.verifying.measuring import Way, Worst, difference, layer_bytes, of_layers
+from bam_merge.verifying.measuring import Way, Worst, difference, of_layers
 from bam_merge.verifying.report import Check, Report
 
 DEGENERATE_SHARE = 0.9
@@ -77,7 +77,7 @@ class _Probes:
             self._advance(block, layer)
             if layer in asked:
                 self._ask(block, layer, x_BTD, self.x[0])
-            self.way.advance(layer_bytes(self.mixture, layer))
+            self.way.ran(layer)
         return list(self._checks(asked)), self.routing
 
     def _advance(self, block: Block, layer: int) -> None:

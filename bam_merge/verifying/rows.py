@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bam_merge import expressions
@@ -20,7 +20,7 @@ from bam_merge.checkpoints.pieces import Computed, Leaf, Read, Shape, Slice, Who
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
-from bam_merge.text import printable
+from bam_merge.text import printable, some
 from bam_merge.values.tensors import STORED_DTYPES
 from bam_merge.verifying.formulas import Operand, computed_rows, moved_rows, roundings
 from bam_merge.verifying.rounding import Derived
@@ -81,8 +81,14 @@ def _header(descriptor: int, path: Path) -> tuple[Mapping[str, Any], int]:
     """What a file says of its tensors, and where they begin."""
     length = int.from_bytes(_bytes(descriptor, path, 0, 8).tobytes(), "little")
     tensors = {name: entry for name, entry in json.loads(_bytes(descriptor, path, 8, length).tobytes()).items() if name != "__metadata__"}
-    with safe_open(_name(path, descriptor), "pt") as library:
-        assert set(library.keys()) == tensors.keys()
+    try:
+        with safe_open(_name(path, descriptor), "pt") as library:
+            names = set(library.keys())
+    except SafetensorError:  # an older library does not know every dtype
+        names = set(tensors)
+    if names != tensors.keys():
+        other = some(sorted(names ^ tensors.keys()))
+        raise CheckpointError(f"{printable(str(path))}: the safetensors library finds other tensors than its header names: {other}.")
     return tensors, 8 + length
 
 

@@ -21,7 +21,6 @@ from bam_merge.model.loading import stored_model
 from bam_merge.model.model import Model, ModelConfig
 from bam_merge.planning.plan import Plan, Step, moves_bytes
 from bam_merge.text import printable, some
-from bam_merge.values.threads import default_workers
 from bam_merge.values.torch_threads import one_torch_thread
 from bam_merge.verifying.rederive import rederive, survey_all
 from bam_merge.verifying.report import Check
@@ -90,7 +89,7 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 # ---- tensors -----------------------------------------------------------------------------------------------------------------
 
 
-def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work) -> Iterator[Check]:
+def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work, workers: int) -> Iterator[Check]:
     """Every tensor's bytes still have the digest that was taken when they were made."""
     wrong: dict[str, list[str]] = {}
 
@@ -99,7 +98,7 @@ def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work) -> Ite
         return None if entry is None else digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes)
 
     advance = work.advancing("digests", sum(entry.nbytes for entry in checkpoint.tensors.values()))
-    with ThreadPoolExecutor(default_workers()) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for (name, record), found in zip(manifest["tensors"].items(), pool.map(digest, manifest["tensors"]), strict=True):
             entry = checkpoint.tensors.get(name)
             advance(entry.nbytes if entry else 0)
@@ -116,7 +115,7 @@ KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one r
 
 
 def against_sources(
-    checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any], work: Work, proved: set[str] | None = None
+    checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any], work: Work, workers: int, proved: set[str] | None = None
 ) -> Iterator[Check]:
     """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
     but what --allow-nonfinite recorded. `proved` is given the names of the tensors of which that is so."""
@@ -126,6 +125,7 @@ def against_sources(
     nonfinite: list[str] = []
     entries = checkpoint.tensors
     there = [step for step in plan.steps if step.name in entries and _form(entries[step.name]) == _form(step)]
+    there.sort(key=lambda step: -step.nbytes)  # the last ones are to be small, so that no worker waits long for another
 
     reader = RowReader()
     advance = work.advancing("sources", sum(step.nbytes for step in there))
@@ -136,7 +136,7 @@ def against_sources(
 
     with (  # each worker holds some blocks of ROWS_BYTES in float64
         one_torch_thread() as single_threaded,
-        ThreadPoolExecutor(default_workers(), initializer=single_threaded) as pool,
+        ThreadPoolExecutor(workers, initializer=single_threaded) as pool,
     ):
         found = {}
         for step, result in zip(there, pool.map(compare, there), strict=True):

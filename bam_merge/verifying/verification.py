@@ -55,6 +55,7 @@ def verify(
     options = options or VerifyOptions()
     check_level(options.level)
     level, device = LEVELS[options.level], open_device(options.device)
+    workers = torch_workers(options.workers)
     path = located(folder, error=VerifyError)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
@@ -69,14 +70,14 @@ def verify(
     report.add(engines(checkpoint))
     work = Work(options.progress)
     work.plan(checkpoint)
-    report.add(digests(checkpoint, manifest, work))
+    report.add(digests(checkpoint, manifest, work, workers))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
-    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts], work)
+    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts], work, workers)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
         return report
-    with computing_on(device, torch_workers(options.workers)) as computing:
+    with computing_on(device, workers) as computing:
         try:
             report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work))
         except CheckpointError as error:
@@ -101,6 +102,7 @@ class _Sources:
     report: Report
     wrong: list[str]
     work: Work
+    workers: int
     proved: set[str] = field(default_factory=set)
 
     @property
@@ -169,13 +171,15 @@ class _Sources:
             why = f"changed since the merge, so digests only: {other_tokens}, by which tokens were aligned"
             self.report.add([Check("sources", None, why)])
             rest = tuple(step for step in plan.steps if not rows_are_tokens(step.role))
-            self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.proved))
+            self.report.add(
+                against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers, self.proved)
+            )
             return None
         changed = [name for name in found.weights if name in plan.checkpoints]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
-        checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.proved)))
+        checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.workers, self.proved)))
         if not all(check.ok for check in checks):  # an adapter's configuration says by how much its tensors change the base's
             other |= {name: [ADAPTER_CONFIG] for name in found.adapters if found.configs.get(name) and name not in other}
         if not other or all(check.ok for check in checks):
@@ -191,7 +195,7 @@ class _Sources:
             return checks
         self.report.add([Check("sources", None, f"changed since the merge, so digests only: {found.names()}")])
         rest = tuple(step for step in plan.steps if not any(read.source in other for read in expressions.reads(step.expr)))
-        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work))
+        self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers))
         return None
 
     def _unchanged(self, plan: Plan, found: Changes, follows: bool) -> None:

@@ -1,13 +1,13 @@
 """How much of a verification is done, for whoever waits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.model.loading import StoredModel
-from bam_merge.verifying.measuring import layer_bytes
+from bam_merge.verifying.measuring import bytes_by_layer
 
-COST = {"digests": 1, "sources": 4, "isolation": 5, "probes": 8}
+COST = {"digests": 2, "sources": 8, "isolation": 4, "probes": 10}
 """What a stored byte costs in each part of a quick verification, in processor time, by the part's share on two cores."""
 
 
@@ -38,6 +38,12 @@ class Work:
 
         return advance
 
+    def of_layers(self, part: str, *models: StoredModel, asked: Collection[int] | None = None) -> Callable[[int], None]:
+        """What is called with each layer of some models, or each that is asked, after it has run: a layer weighs what its files do."""
+        sizes = bytes_by_layer(*models)
+        advance = self.advancing(part, sum(size for layer, size in sizes.items() if asked is None or layer in asked))
+        return lambda layer: advance(sizes[layer])
+
     def finish(self, part: str) -> None:
         """Whatever is left of a part is done, or will not be."""
         self._advance(self.parts.pop(part, 0))
@@ -45,8 +51,3 @@ class Work:
     def _advance(self, amount: int) -> None:
         self.done += amount
         self.tell(self.done, self.total)
-
-
-def bytes_of_layers(*models: StoredModel) -> int:
-    """Bytes of all layers of some models."""
-    return sum(layer_bytes(model, layer) for model in models for layer in range(model.config.num_hidden_layers))

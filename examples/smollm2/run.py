@@ -45,7 +45,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a seed and three experts in checkpoints/, then merge them by every recipe.")
     parser.add_argument("--steps", default="20", metavar="N", help="training steps per expert (default: %(default)s)")
-    parser.add_argument("--no-verify", action="store_true", help="merge without proving each result, which takes longer than merging")
+    parser.add_argument("--no-verify", action="store_true", help="merge without proving each result, which takes about as long as merging")
     args = parser.parse_args()
     options = ["--no-verify"] if args.no_verify else []
     if not BAM_MERGE.exists():

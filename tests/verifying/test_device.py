@@ -5,6 +5,10 @@ together with what is not, as a device does, and is computed on the CPU. It has 
 """
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,7 @@ from bam_merge import MergeOptions
 from bam_merge.errors import VerifyError
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
+from bam_merge.system import available_processors
 from bam_merge.verifying import verification
 from bam_merge.verifying.options import VerifyOptions
 from bam_merge.verifying.verification import verify
@@ -173,3 +178,49 @@ def test_the_command_takes_level_and_device(llamas: Path, run: Any) -> None:
     for option in (["--no-verify"], ["--verify", "none"]):
         assert "verifying" not in run(recipe, "--force", *option).err
     assert run(recipe, "--force", "--verify", "deep").status == 2
+
+
+@pytest.mark.parametrize(("threads", "most", "expected"), [("1", None, 1), ("2", 1, 1), ("3", 64, 3)])
+def test_the_threads_that_were_asked_for(threads: str, most: int | None, expected: int) -> None:
+    """OMP_NUM_THREADS says how many at most, and so does the caller; processors are the bound."""
+    code = f"from bam_merge.verifying.devices import torch_workers; print(torch_workers({most}))"
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) == min(expected, available_processors())
+
+
+def test_while_it_computes_torch_starts_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In no thread, so that none spins beside others; afterwards torch has what it had."""
+    from bam_merge.model import streaming
+
+    seen: set[tuple[bool, int]] = set()
+    real = streaming.Computing.taken
+
+    def taken(self: streaming.Computing, x: Tensor) -> Tensor:
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return real(self, x)
+
+    monkeypatch.setattr(streaming.Computing, "taken", taken)
+    monkeypatch.setattr(streaming, "CHUNK_ELEMENTS", 64)
+    write_sources(tmp_path, CONFIGS["llama"])
+    folder = publish(plan_file(write_recipe(tmp_path)), None, UNPROVED)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert verify(folder).ok
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {(True, 1), (False, 1)}
+
+
+def test_work_adds_up(tmp_path: Path) -> None:
+    """Done never goes down or beyond the whole, and is the whole at the end."""
+    write_sources(tmp_path, CONFIGS["llama"])
+    folder = publish(plan_file(write_recipe(tmp_path)), None, UNPROVED)
+    for level in ("quick", "full"):
+        told: list[tuple[int, int]] = []
+        assert verify(folder, options=VerifyOptions(level, progress=lambda done, total, told=told: told.append((done, total)))).ok
+        done = [one for one, _ in told]
+        assert len(told) > 20 and done == sorted(done)
+        assert {total for _, total in told} == {done[-1]}
