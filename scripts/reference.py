@@ -79,6 +79,10 @@ def recipe() -> str:
     parts = [MADE, "# Recipe", "Unknown keys, duplicate keys and wrong types are errors, with line, column and the nearest valid name."]
     parts += ["`bam-merge schema` prints the same as a JSON Schema, for editors. [What a table cannot say](../explanation/recipe.md)."]
     parts += ["## Keys", _keys(document, names)]
+    parts += ["## Sources", "A source is text, its path; or one of these:"]
+    for item in (names["Folder"], names["Adapted"]):
+        shown = ", ".join(f"{key}: ..." for key in item["properties"])
+        parts += [f"### {{{shown}}}", item["description"], _properties(list(item["properties"]), item, names)]
     parts += ["## Routers", "How a router starts: one for both under `router`, or one each under `router.attention` and `router.ffn`."]
     starts = [item for item in names.values() if "init" in item.get("properties", {})]
     for item in sorted(starts, key=lambda item: str(item["properties"]["init"]["const"])):
@@ -151,7 +155,9 @@ def _type(value: Mapping[str, Any], names: Mapping[str, Any]) -> str:
         return "list of rules" if of == "a rule" else f"list of {of}"
     if kind == "object":
         inside = value.get("additionalProperties")
-        return f"name: {_type(inside, names)}" if isinstance(inside, dict) else "`{attention: ..., ffn: ...}`"
+        if isinstance(inside, dict):
+            return f"name: {_type(inside, names)}"
+        return f"`{{{', '.join(f'{key}: ...' for key in value['properties'])}}}`"
     limits = [(">= {}", "minimum"), ("> {}", "exclusiveMinimum"), ("<= {}", "maximum"), ("< {}", "exclusiveMaximum")]
     bounds = ", ".join(text.format(value[key]) for text, key in limits if abs(value.get(key, 2**63)) < 2**63)
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
