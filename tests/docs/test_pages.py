@@ -27,7 +27,8 @@ PAGES = {pages.name(page): page for page in pages.pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks(page)]
 FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
-    "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md",
+    "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md", "docs/how-to/other-forms.md",
+    "docs/how-to/from-mergekit.md",
 }  # fmt: skip
 """Pages that a test carries out, here or in test_howto.py."""
 
@@ -144,6 +145,39 @@ def test_experts_from_adapters_run(here: Path, run: Any) -> None:
 
     assert follow(PAGES["docs/how-to/experts-from-adapters.md"], here, call) == 4
     assert all((here / "out" / name / "bam_merge.json").exists() for name in ("mixture", "two"))
+
+
+def test_other_forms_run(here: Path, run: Any) -> None:
+    """Of small models: one pickled, one of 8-bit floats, one of which a tensor is packed."""
+    import torch
+    from damage import edit_config, edit_tensors
+    from quantised_files import quantised_sources
+    from safetensors.torch import load_file
+
+    write_sources(here, CONFIGS["llama"], ("old", "packed"))
+    torch.save(load_file(here / "old" / "model.safetensors"), here / "old" / "pytorch_model.bin")
+    (here / "old" / "model.safetensors").unlink()
+    edit_config(here / "packed", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 8})
+    whole = {"dtype": torch.int32}
+    added = {"qweight": torch.ones(32, 5, **whole), "qzeros": torch.ones(4, 5, **whole), "scales": torch.ones(4, 40)}
+    name = "model.layers.0.mlp.up_proj."
+    edit_tensors(here / "packed", lambda t: (t.pop(f"{name}weight"), t.update({name + key: value for key, value in added.items()})))
+    quantised_sources(here)
+    (here / "law").rename(here / "law-fp8")
+    assert follow(DOCS / "how-to" / "other-forms.md", here, lambda command: _said(run, command)) == 3
+
+
+def test_from_mergekit_runs(here: Path, run: Any) -> None:
+    write_sources(here, CONFIGS["llama"], ("seed", "code"))
+    page = DOCS / "how-to" / "from-mergekit.md"
+    assert follow(page, here, lambda command: _said(run, command)) == 1
+    (here / "recipe.yaml").write_text(run("plan", "slerp.yml").out)
+    assert run("recipe.yaml").status == 0
+
+
+def _said(run: Any, command: str) -> str:
+    result = run(*shlex.split(command)[1:])
+    return str(result.err + result.out)
 
 
 def test_resume_runs(here: Path, run: Any) -> None:
