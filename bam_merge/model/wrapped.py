@@ -47,7 +47,9 @@ def text_config(config: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
     text = text_models().get(str(kind))
     if text is None:
         found = printable(repr(kind), 60)
-        raise CheckpointError(f"config.json: a {wrapper.name} model around a text model of model_type {found}, which is not known here.")
+        raise CheckpointError(
+            f"config.json: model_type {wrapper.name!r} wraps a text model of model_type {found}, which is not known here."
+        )
     result = {key: value for key, value in inner.items() if key not in NEVER_INSIDE}
     for key in ("vocab_size", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
         if key not in result and key in config:
