@@ -1,4 +1,4 @@
-"""Wrappers: models of images or sound around a text model. Which keys and which tensors are the text model's, as data: wrappers/*.toml.
+"""Wrappers: models of images or sound around a text model. Which keys and tensors are the text model's, as data: wrapper_tables/*.toml.
 
 A wrapper's text model is a model of a dense family under other names, with its configuration inside the wrapper's. What stands beside it,
 towers and projectors, has no part in what it computes of text.
@@ -86,7 +86,7 @@ class Unwrapped:
 @cache
 def wrappers() -> tuple[Wrapper, ...]:
     """Every table of a wrapper."""
-    folder = files("bam_merge.architectures") / "wrappers"
+    folder = files("bam_merge.architectures") / "wrapper_tables"
     names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".toml") and not item.name.startswith("_"))
     return tuple(read_wrapper((folder / name).read_text(encoding="utf-8"), name) for name in names)
 
@@ -111,7 +111,7 @@ def read_wrapper(text: str, file: str) -> Wrapper:
 @cache
 def text_models() -> Mapping[str, TextModel]:
     """Every model type of a text model that a family here computes, by that type."""
-    document = tomllib.loads((files("bam_merge.architectures") / "wrappers" / "_text_models.toml").read_text(encoding="utf-8"))
+    document = tomllib.loads((files("bam_merge.architectures") / "wrapper_tables" / "_text_models.toml").read_text(encoding="utf-8"))
     return {key: TextModel(key, record["family"], record["defaults"], record.get("mrope", False)) for key, record in document.items()}
 
 
