@@ -14,6 +14,7 @@ import click
 import bam_merge
 from bam_merge.architectures.tables import Architecture, Row, architectures, dense_families, mixture_layouts
 from bam_merge.architectures.vocabulary import ROLES, SYMBOLS
+from bam_merge.architectures.wrappers import text_models, wrappers
 from bam_merge.cli import cli
 from bam_merge.recipe import makes
 from bam_merge.recipe.schema import schema
@@ -202,7 +203,18 @@ def families() -> str:
         parts += [f"### {item.name}", _facts(item), *([table(("needs", "to be"), accepts)] if accepts else []), _tensors(item)]
     parts += ["## Mixtures that are only looked at", "`inspect` and `diff` read them; nothing writes them."]
     parts += [f"### {item.name}\n\n{_facts(item)}" for item in architectures() if item.kind == "foreign"]
+    parts += ["## Wrappers", "Models of images or sound whose text model merges as a family of its own, where that is known.", _wrappers()]
+    inside = ((code(text.model_type), text.family) for text in text_models().values())
+    parts += ["The text models that are known inside them:", table(("model_type in text_config", "merges as"), inside)]
     return "\n\n".join(parts) + "\n"
+
+
+def _wrappers() -> str:
+    rows = (
+        (", ".join(map(code, item.model_types)), " or ".join(code(s.trunk) for s in item.spellings), ", ".join(item.beside))
+        for item in wrappers()
+    )
+    return table(("model_type", "the text model's names begin with", "not read"), rows)
 
 
 def _facts(item: Architecture) -> str:

@@ -6,7 +6,7 @@ that are stored. Where a config.json is missing, the table that explains the mos
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
         else:
             findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
     else:
-        architecture, guessed = guess(checkpoint.tensors), True
+        architecture, guessed = _guess_renamed(checkpoint.tensors), True
         naming = find_naming(checkpoint.tensors, architecture) if architecture else naming
     findings += [text for text in (naming.problem, f"{naming.note}." if naming.note else None) if text]
     found = _Described(checkpoint, architecture, facts, source, findings, naming, config, quantised)
@@ -109,6 +109,18 @@ def _weight(checkpoint: Checkpoint, naming: Naming) -> str:
 def guess(names: Iterable[str]) -> Architecture | None:
     """The architecture whose table explains the most of `names`, of equals the one with the fewest rows to spare; None if none does."""
     return next(iter(alike(names)), None)
+
+
+def _guess_renamed(names: Collection[str]) -> Architecture | None:
+    """As `guess`, but of names that no table explains also those that have a prefix, or something inside."""
+    plain = guess(names)
+    known = spellings(plain) if plain else {}
+    explained = sum(read_name(name, known) is not None for name in names)
+    if explained == len(names):
+        return plain
+    found = ((table, find_naming(names, table)) for table in sorted(architectures(), key=lambda table: len(table.rows)))
+    best, most = max(((table, len(naming.names)) for table, naming in found if naming.note), key=lambda pair: pair[1], default=(plain, 0))
+    return best if most > explained else plain
 
 
 def alike(names: Iterable[str]) -> list[Architecture]:

@@ -42,6 +42,12 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
 """The words that a key of [quirks] can hold."""
 LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
 KINDS = ("dense", "mixture", "foreign")
+WRAPPER: Kinds = {
+    "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
+    "beside": dict,
+}  # fmt: skip
+"""What wrappers.Wrapper documents, key by key."""
+SPELLING: Kinds = {"trunk": str, "rest": str}
 
 
 class TableError(ValueError):
@@ -53,6 +59,28 @@ def check_table(table: Mapping[str, Any], file: str) -> None:
     problems = [f"{file}: {problem}" for problem in _problems(table)]
     if problems:
         raise TableError("\n".join(problems))
+
+
+def check_wrapper(table: Mapping[str, Any], file: str) -> None:
+    """Raise TableError when `table`, read from `file`, is no wrapper: unknown or missing keys, types, words that end as no name does."""
+    problems = [f"{file}: {problem}" for problem in _wrapper_problems(table)]
+    if problems:
+        raise TableError("\n".join(problems))
+
+
+def _wrapper_problems(table: Mapping[str, Any]) -> Iterator[str]:
+    wrong = list(_keys("", table, WRAPPER, needed=("name", "model_types", "class", "config", "tied", "spellings", "beside")))
+    yield from wrong
+    for index, record in enumerate(() if wrong else table["spellings"]):
+        place = f"spellings[{index}]"
+        odd = list(_keys(place, record, SPELLING, needed=("trunk", "rest")))
+        yield from odd
+        for key, words in () if odd else record.items():
+            if words and not words.endswith("."):
+                yield f"{place}.{key}: {words!r} must end with a dot: it stands before a name."
+    for what, starts in () if wrong else table["beside"].items():
+        if not isinstance(starts, list) or not all(isinstance(start, str) and start and not start.endswith(".") for start in starts):
+            yield f"beside.{what}: found {starts!r}, expected a list of first words of names, without a dot at their end."
 
 
 def _problems(table: Mapping[str, Any]) -> Iterator[str]:

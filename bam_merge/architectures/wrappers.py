@@ -1,4 +1,4 @@
-"""Wrappers: models of images or sound around a text model. Which keys and which tensors are the text model's, as data: wrappers/*.toml.
+"""Wrappers: models of images or sound around a text model. Which keys and tensors are the text model's, as data: wrapper_tables/*.toml.
 
 A wrapper's text model is a model of a dense family under other names, with its configuration inside the wrapper's. What stands beside it,
 towers and projectors, has no part in what it computes of text.
@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from bam_merge.architectures.config import ROPE_KEYS
+from bam_merge.architectures.strict_tables import check_wrapper
 from bam_merge.architectures.tables import find_by_model_type
 from bam_merge.text import listed, printable, some
 from bam_merge.validation_words import shown
@@ -85,12 +86,15 @@ class Unwrapped:
 @cache
 def wrappers() -> tuple[Wrapper, ...]:
     """Every table of a wrapper."""
-    folder = files("bam_merge.architectures") / "wrappers"
+    folder = files("bam_merge.architectures") / "wrapper_tables"
     names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".toml") and not item.name.startswith("_"))
-    return tuple(_wrapper(tomllib.loads((folder / name).read_text(encoding="utf-8"))) for name in names)
+    return tuple(read_wrapper((folder / name).read_text(encoding="utf-8"), name) for name in names)
 
 
-def _wrapper(table: Mapping[str, Any]) -> Wrapper:
+def read_wrapper(text: str, file: str) -> Wrapper:
+    """The wrapper that the TOML document `text` of `file` describes. Raises TableError when it is none."""
+    table = tomllib.loads(text)
+    check_wrapper(table, file)
     return Wrapper(
         name=table["name"],
         model_types=tuple(table["model_types"]),
@@ -107,7 +111,7 @@ def _wrapper(table: Mapping[str, Any]) -> Wrapper:
 @cache
 def text_models() -> Mapping[str, TextModel]:
     """Every model type of a text model that a family here computes, by that type."""
-    document = tomllib.loads((files("bam_merge.architectures") / "wrappers" / "_text_models.toml").read_text(encoding="utf-8"))
+    document = tomllib.loads((files("bam_merge.architectures") / "wrapper_tables" / "_text_models.toml").read_text(encoding="utf-8"))
     return {key: TextModel(key, record["family"], record["defaults"], record.get("mrope", False)) for key, record in document.items()}
 
 
@@ -178,7 +182,7 @@ def _unknown_text(wrapper: Wrapper, stated: object) -> str:
     table = find_by_model_type(stated)
     what = "is a mixture" if table is not None and table.kind != "dense" else "is in no table here"
     return (
-        f"config.json: a {wrapper.name} model around a text model of model_type {printable(repr(stated), 60)}, which {what}. "
+        f"config.json: model_type {wrapper.name!r} wraps a text model of model_type {printable(repr(stated), 60)}, which {what}. "
         f"Text models that can be taken out of a wrapper: {', '.join(text_models())}."
     )
 
@@ -202,4 +206,4 @@ def beside_text(wrapper: Wrapper, what: str) -> str:
 def wrapper_note(wrapper: Wrapper, beside: Mapping[str, str]) -> str:
     """That a model is taken out of a wrapper, and what of it stays behind."""
     left = listed(list(dict.fromkeys(beside.values()))) if beside else ""
-    return f"text model of a {wrapper.name} model" + (f", without its {left}" if left else "")
+    return f"the text model of model_type {wrapper.name}" + (f", without its {left}" if left else "")

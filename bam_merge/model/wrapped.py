@@ -47,7 +47,9 @@ def text_config(config: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
     text = text_models().get(str(kind))
     if text is None:
         found = printable(repr(kind), 60)
-        raise CheckpointError(f"config.json: a {wrapper.name} model around a text model of model_type {found}, which is not known here.")
+        raise CheckpointError(
+            f"config.json: model_type {wrapper.name!r} wraps a text model of model_type {found}, which is not known here."
+        )
     result = {key: value for key, value in inner.items() if key not in NEVER_INSIDE}
     for key in ("vocab_size", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
         if key not in result and key in config:
@@ -97,8 +99,10 @@ def own_names(
     `wanted` are the names of each tensor that the model must have, the head's (`heads`) apart. Raises CheckpointError where no prefix, or
     more than one, is before all of them.
     """
+    wanted = list(wanted)
     if wrapper is None and all(any(name in stored for name in names) for names in wanted):
-        return {name: name for name in stored}
+        found = _heads({name: name for name in stored}, heads, _first_word(wanted[0][0])[0])
+        return {name: name for name in stored if name not in found.values()} | found
     short = {".".join(word for word in name.split(".") if word not in ANYWHERE): name for name in stored}
     if len(short) < len(stored):
         raise CheckpointError("two tensors have one name, but for the words that a wrapping program puts into it.")
@@ -117,7 +121,7 @@ def own_names(
     taken = set(result.values())
     for name, full in short.items():
         if full not in taken and not _is_beside(name, before, wrapper):
-            result[word + name[len(before) :] if name.startswith(before) else name] = full
+            result[word + name[len(before) :] if name.startswith(before) else f"?{name}"] = full  # no table has a name that begins so
     return result
 
 

@@ -78,7 +78,9 @@ def _identity(found: Inspection) -> str:
         return f"unknown architecture (model_type {printable(repr(model_type), 60)}); names and sizes only"
     name = anatomy.architecture.name
     if anatomy.guessed:
-        return f"no config.json; tensor names of {', '.join(table.name for table in alike(found.checkpoint.tensors))}"
+        return f"no config.json; tensor names of {', '.join(table.name for table in alike(found.checkpoint.tensors)) or name}"
+    if anatomy.wrapper is not None:
+        return f"{name}, the text model of {anatomy.wrapper.name}"
     if name == "bam":
         base = printable(str(anatomy.facts.get("base_model_type", "unknown")))
         return f"bam mixture of {base} models"

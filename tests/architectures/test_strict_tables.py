@@ -9,6 +9,7 @@ import pytest
 import bam_merge
 from bam_merge.architectures.strict_tables import TableError
 from bam_merge.architectures.tables import Quirks, architectures, read_table
+from bam_merge.architectures.wrappers import read_wrapper
 
 LLAMA = (files("bam_merge.architectures") / "llama.toml").read_text(encoding="utf-8")
 QWEN2_MOE = (files("bam_merge.architectures") / "qwen2_moe.toml").read_text(encoding="utf-8")
@@ -108,3 +109,31 @@ def test_limits_are_strict_too() -> None:
     assert "[[limits]]" in QWEN2_MOE
     with pytest.raises(TableError, match="did you mean 'otherwise'"):
         read_table(QWEN2_MOE.replace("otherwise", "otherwize", 1), "mine.toml")
+
+
+WRAPPER = """
+name = "w"
+model_types = ["w"]
+class = "W"
+config = ["text_config"]
+tied = false
+spellings = [{ trunk = "language_model.model.", rest = "language_model." }]
+[beside]
+tower = ["vision_tower"]
+"""
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('tied = false', 'tyed = false', "w.toml: tyed: unknown key; did you mean 'tied'?"),
+    ('tied = false', 'tied = "no"', "w.toml: tied: found 'no', expected bool."),
+    ('class = "W"\n', '', "w.toml: class is missing."),
+    ('trunk = ', 'trunc = ', "w.toml: spellings[0].trunc: unknown key; did you mean 'trunk'?"),
+    ('"language_model."', '"language_model"', "w.toml: spellings[0].rest: 'language_model' must end with a dot: it stands before a name."),
+    ('["vision_tower"]', '"vision_tower"', "w.toml: beside.tower: found 'vision_tower', expected a list of first words of names, without a dot at their end."),
+    ('["vision_tower"]', '["vision_tower."]', "w.toml: beside.tower: found ['vision_tower.'], expected a list of first words of names, without a dot at their end."),
+])  # fmt: skip
+def test_a_wrappers_table_is_read_strictly(old: str, new: str, message: str) -> None:
+    assert read_wrapper(WRAPPER, "w.toml").what("model.vision_tower.x") == "tower"
+    with pytest.raises(TableError) as error:
+        read_wrapper(WRAPPER.replace(old, new), "w.toml")
+    assert message in str(error.value).splitlines()

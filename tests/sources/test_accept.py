@@ -259,6 +259,28 @@ def test_warnings_that_are_left_out_are_found(tmp_path: Path) -> None:
     assert "card" in failed(verify(folder))
 
 
+def test_the_pages_examples_plan(tmp_path: Path) -> None:
+    """Each block of the page, over sources that differ in what it names."""
+    import pages
+    import yaml
+
+    (page,) = [page for page in pages.pages() if page.name == "sources-that-differ.md"]
+    blocks = [block.text for block in pages.blocks(page) if block.language == "yaml"]
+    assert len(blocks) == 3
+    for text in blocks:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        wanted = yaml.safe_load(text)["accept"]
+        write_sources(folder, CONFIGS["llama_tied" if "head" in wanted else "llama"])
+        edit_config(folder / "law", **dict.fromkeys(wanted.get("config", ()), 1))
+        edit_config(folder / "law", **({"rms_norm_eps": 1e-3, "rope_theta": 500.0} if "facts" in wanted else {}))
+        if "head" in wanted:
+            tensors = load_file(folder / "law" / "model.safetensors")
+            save_file({**tensors, HEAD: tensors[EMBED] + 1}, folder / "law" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError):
+            plan_file(write_recipe(folder))
+        assert plan_file(write_recipe(folder, text)).accepted
+
+
 # ---- heads ---------------------------------------------------------------------------------------------------------------------
 
 

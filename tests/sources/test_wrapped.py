@@ -89,6 +89,9 @@ def test_inspect_and_diff_understand_them(name: str, llamas: Path, run: Any) -> 
     result = run("diff", llamas / "law", llamas / "other", "--json")
     assert json.loads(result.out)["changed"] == []
     assert result.status == 0
+    alone = json.loads(run("inspect", llamas / "other" / "model.safetensors", "--json").out)  # without a config.json
+    assert alone["parameters"]["total"] == plain["parameters"]["total"]
+    assert alone["unknown"] == []
 
 
 def test_two_prefixes_are_refused(llamas: Path, run: Any) -> None:
@@ -220,7 +223,7 @@ def test_a_wrappers_text_model_is_merged_as_its_family(name: str, tmp_path: Path
     plan = plan_file(write_recipe(tmp_path))
     assert set(plan.unused["law"]) == set(more)
     assert all(f"of {model_type}: the text model alone is read" in reason for reason in plan.unused["law"].values())
-    assert any(note.startswith(f"sources.law: text model of a {model_type} model, without its ") for note in plan.notes)
+    assert any(note.startswith(f"sources.law: the text model of model_type {model_type}, without its ") for note in plan.notes)
     lines = [line for line in run("plan", tmp_path / "recipe.yaml").out.splitlines() if line.startswith("not read     law: ")]
     assert len(lines) == len(set(plan.unused["law"].values()))
     assert all(" bytes (" in line or " kB (" in line for line in lines)
@@ -233,7 +236,7 @@ def test_a_wrappers_text_model_is_merged_as_its_family(name: str, tmp_path: Path
     assert inspected["model_type"] == model_type
     assert inspected["architecture"] == family
     assert inspected["parameters"]["total"] == json.loads(run("inspect", tmp_path / "code", "--json").out)["parameters"]["total"]
-    assert any(f"text model of a {model_type} model" in finding for finding in inspected["findings"])
+    assert any(f"the text model of model_type {model_type}" in finding for finding in inspected["findings"])
     difference = run("diff", tmp_path / "law", tmp_path / "code", "--json")
     assert difference.status == 1
     assert len(json.loads(difference.out)["changed"]) == len(load_file(tmp_path / "code" / "model.safetensors"))
@@ -284,16 +287,16 @@ def test_a_head_that_is_said_and_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "a gemma3 model around a text model of model_type 'gemma3_text', which is in no table here. Text models that can be taken out of a wrapper: llama, mistral, qwen2,"),
+    ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "model_type \'gemma3\' wraps a text model of model_type 'gemma3_text', which is in no table here. Text models that can be taken out of a wrapper: llama, mistral, qwen2,"),
     ({"model_type": "gemma3"}, "text_config must be an object with the text model's configuration, found null."),
-    ({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}, "a mistral3 model around a text model of model_type 'ministral3', which is in no table here."),
-    ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "a qwen3_5 model around a text model of model_type 'qwen3_5_text'"),
-    ({"model_type": "internvl", "text_config": {"model_type": "qwen3_moe"}}, "a internvl model around a text model of model_type 'qwen3_moe', which is a mixture."),
-    ({"model_type": "internvl_chat", "llm_config": {"model_type": "internlm2"}}, "a internvl_chat model around a text model of model_type 'internlm2'"),
-    ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, "a mllama model around a text model of model_type 'mllama_text_model'"),
+    ({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}, "model_type \'mistral3\' wraps a text model of model_type 'ministral3', which is in no table here."),
+    ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "model_type \'qwen3_5\' wraps a text model of model_type 'qwen3_5_text'"),
+    ({"model_type": "internvl", "text_config": {"model_type": "qwen3_moe"}}, "model_type \'internvl\' wraps a text model of model_type 'qwen3_moe', which is a mixture."),
+    ({"model_type": "internvl_chat", "llm_config": {"model_type": "internlm2"}}, "model_type \'internvl_chat\' wraps a text model of model_type 'internlm2'"),
+    ({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}}, "model_type \'mllama\' wraps a text model of model_type 'mllama_text_model'"),
     ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "model_type 'llama4' wraps a text model (text_config: model_type 'llama4_text'), and is no wrapper known here. Known: aya_vision, audioflamingo3"),
     ({"model_type": "llava", "text_config": [1]}, "text_config must be an object with the text model's configuration, found [1]."),
-    ({"model_type": "llava", "text_config": {"model_type": 7}}, "a llava model around a text model of model_type 7, which is in no table here."),
+    ({"model_type": "llava", "text_config": {"model_type": 7}}, "model_type \'llava\' wraps a text model of model_type 7, which is in no table here."),
 ])  # fmt: skip
 def test_what_has_no_table_is_refused_by_both_names(config: dict[str, Any], message: str, llamas: Path, run: Any) -> None:
     (llamas / "law" / "config.json").write_text(json.dumps(config))
