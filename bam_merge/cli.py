@@ -31,6 +31,8 @@ from bam_merge.process import (
 from bam_merge.text import printable
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help starts at once
+    from contextlib import AbstractContextManager
+
     from bam_merge.comparing.drift import Drift
     from bam_merge.comparing.two_models import Comparison
     from bam_merge.planning.plan import Plan
@@ -69,7 +71,9 @@ def merge(
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.values.threads import default_workers
 
-    plan, workers = plan_file(recipe), workers or default_workers()
+    with _downloads():
+        plan = plan_file(recipe)
+    workers = workers or default_workers()
     if dry_run:
         _show_plan(plan, workers, output=output)
         return
@@ -87,7 +91,8 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
     from bam_merge.planning.make import plan_file
     from bam_merge.values.threads import default_workers
 
-    plan = plan_file(recipe)
+    with _downloads():
+        plan = plan_file(recipe)
     if as_json:
         print_result(json.dumps(plan.document(default_workers()), indent=2))
         _check_place(plan, None)
@@ -124,7 +129,8 @@ def inspect(
     one_blas_thread()
     gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
     try:
-        found = look(path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, context=context)
+        with _downloads():
+            found = look(path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, context=context)
     finally:
         gc.enable()
     if as_json:
@@ -166,7 +172,8 @@ def diff(
         from bam_merge.showing.page import check_free, write_page
 
         check_free(Path(html), force)
-    found, text = _compared(models, seed, tol, only, ignore)
+    with _downloads():
+        found, text = _compared(models, seed, tol, only, ignore)
     if html is not None:
         write_page(found, Path(html), force)
     if as_json:
@@ -216,7 +223,8 @@ def verify(folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: 
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
-    report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
+    with _downloads():
+        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts))
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
@@ -254,6 +262,13 @@ def demo(folder: str, force: bool) -> None:
     print_result(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
+def _downloads() -> "AbstractContextManager[None]":
+    """Shows what is asked of the hub, and downloaded."""
+    from bam_merge.showing.downloads import downloads_shown
+
+    return downloads_shown(lambda text: tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}"))
+
+
 def _terminal() -> "Terminal":
     """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
     from bam_merge.showing.terminal import Terminal
@@ -263,6 +278,7 @@ def _terminal() -> "Terminal":
 
 def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
     """Merge with a progress bar, and print what came of it."""
+    from bam_merge.publishing.fetching import fetched
     from bam_merge.publishing.publish import publish
     from bam_merge.showing.plan import merge_progress, result_text
     from bam_merge.showing.verification import verdict_text
@@ -272,6 +288,9 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
     def notify(text: str) -> None:
         tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
 
+    if plan.remotes:
+        with _downloads():
+            plan = fetched(plan, output, replace(options, notify=notify))
     with merge_progress(plan) as advance:
         try:
             target = publish(plan, output, replace(options, notify=notify, progress=advance, on_report=reports.append))

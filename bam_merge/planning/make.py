@@ -26,6 +26,7 @@ from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.sources.headers_only import by_digests, unread_heads
 from bam_merge.sources.opening import open_sources, same_folder
 from bam_merge.sources.tied_heads import settle_heads
 from bam_merge.sources.tokenizer import compare_tokenizers
@@ -40,7 +41,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
-    models, notes = _sources(recipe, problems)
+    recipe, models, notes = _sources(recipe, problems)
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -85,16 +86,17 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], tuple[str, ...]]:
-    """The sources by name, opened and found to agree, and what is to be said of their tokenizers.
+def _sources(recipe: Recipe, problems: list[str]) -> tuple[Recipe, dict[str, DenseModel], tuple[str, ...]]:
+    """The recipe that says where each source was found; the sources by name, opened and found to agree; and what is to be said of them.
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
     """
-    models, broken = open_sources(recipe)
+    found = open_sources(recipe)
+    recipe, models, broken = found.recipe, dict(found.models), found.problems
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
     ordered, heads = settle_heads(ordered)
     models = {name: next(model for model in ordered if model.name == name) for name in models}
-    tokenizers = compare_tokenizers(ordered)
+    tokenizers = by_digests(ordered) or compare_tokenizers(ordered)
     if ordered:
         broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
         first = ordered[0]  # of the others it is said where they differ from it
@@ -103,7 +105,7 @@ def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel]
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    return models, tuple(tokenizers.notes)
+    return recipe, models, (*found.notes, *unread_heads(ordered), *tokenizers.notes)
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:

@@ -12,7 +12,7 @@ from bam_merge import expressions
 from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.folder import Checkpoint, Remote
 from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel
@@ -86,6 +86,11 @@ class Plan:
         return {name: model.checkpoint for name, model in self.models.items()}
 
     @property
+    def remotes(self) -> dict[str, Remote]:
+        """The sources of which headers alone are at hand, by name: a merge downloads them and plans again."""
+        return {name: model.checkpoint.remote for name, model in self.models.items() if model.checkpoint.remote is not None}
+
+    @property
     def parameters(self) -> int:
         return sum(prod(step.shape) for step in self.steps)
 
@@ -135,7 +140,19 @@ class Plan:
             "config": dict(self.config),
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
+            **self._hub(),
         }  # fmt: skip
+
+    def _hub(self) -> dict[str, Any]:
+        """Of each source that is a model of the hub its name with the commit, and the bytes of it that are yet to be downloaded."""
+        places = {name: self.recipe.known.get(self.recipe.source(name).path) for name in self.models}
+        remotes = self.remotes
+        found = {
+            name: {"model": place.recorded, "download": remotes[name].missing if name in remotes else 0}
+            for name, place in places.items()
+            if place is not None
+        }
+        return {"hub": found} if found else {}
 
 
 def moves_bytes(step: Step) -> bool:

@@ -20,6 +20,7 @@ from bam_merge.planning.plan import Plan, Step
 from bam_merge.publishing.companions import companion_files, write_companions
 from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.durable import sync_descriptor
+from bam_merge.publishing.fetching import fetched
 from bam_merge.publishing.options import MergeOptions
 from bam_merge.publishing.preflight import check_target
 from bam_merge.publishing.replacing import Which, why_kept
@@ -38,6 +39,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
 
     With `resume`, a target that is already what this plan gives is left as it is: the run was killed after it had published.
     """
+    plan = fetched(plan, output, options)
     target = target_path(plan, output)
     if options.resume and _is_result(plan, target, options.allow_nonfinite):
         _settle(target, options.notify)

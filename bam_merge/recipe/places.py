@@ -1,5 +1,7 @@
 """What stands for a source in a recipe: a folder's name, or a mapping that says more of it."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
@@ -7,10 +9,18 @@ from pydantic import Discriminator, Field, Tag
 from bam_merge.recipe.makes import Strict
 
 
+@dataclass(frozen=True)
+class Known:
+    """Where a model of the hub is that a recipe names: what documents record of it, with its commit, and its folder on this machine."""
+
+    recorded: str
+    folder: Path
+
+
 class Folder(Strict):
     """The long form of a source that is a model by itself."""
 
-    path: str = Field(description="a Hugging Face folder, relative to the recipe")
+    path: str = Field(description="a Hugging Face folder, relative to the recipe; or a model of the hub, org/name or org/name@revision")
 
 
 def _form(value: Any) -> str:

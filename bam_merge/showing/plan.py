@@ -32,6 +32,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "output": f"{printable(str(target), 1000)} ({human_bytes(free)} free)",
     }
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value)]
+    lines += [f"{'hub':12} {source}: {printable(text)}" for source, text in _from_hub(plan)]
     for source, reasons in plan.unused.items():
         for reason, names in _grouped(reasons).items():
             lines.append(
@@ -39,6 +40,15 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
             )
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _from_hub(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Which models of the hub the sources are, at which commit, and what is yet to be downloaded of each."""
+    for name in plan.models:
+        if (known := plan.recipe.known.get(plan.recipe.source(name).path)) is not None:
+            remote = plan.remotes.get(name)
+            what = f"{human_bytes(remote.missing)} of {human_bytes(remote.nbytes)} to download" if remote else "in the cache"
+            yield name, f"{known.recorded}, {what}"
 
 
 def _tokenizer(plan: Plan) -> str:

@@ -331,6 +331,8 @@ def _belongs(real: str, folder: Path) -> bool:
         return True
     for above in Path(home).parents:
         if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            if digest and file == Path(_real_folder(above.parents[1])) / "blobs" / file.name[:2] / file.name:
+                return True  # of the store that all models of a cache share
             blobs = above.parent / "blobs"  # which may be a link to another disk, or to anybody's folder: there only digests count
             return _inside(real, _real_folder(blobs)) and (digest or not blobs.is_symlink())
     return False

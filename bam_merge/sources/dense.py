@@ -37,10 +37,11 @@ class DenseModel:
     unknown_keys: Mapping[str, Any]
 
 
-def read_dense(name: str, path: Path) -> DenseModel:
-    """Open the source called `name` at `path`. Raises CheckpointError with all its problems, each prefixed with its name."""
+def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> DenseModel:
+    """Open the source called `name` at `path`, unless it is open already. Raises CheckpointError with all its problems, each prefixed with
+    its name."""
     try:
-        checkpoint = open_folder(path)
+        checkpoint = checkpoint or open_folder(path)
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
     family = find_by_model_type(checkpoint.config.get("model_type"))

@@ -1,27 +1,53 @@
 """Opening all sources of a recipe."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any
 
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.files import identity
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, read_dense
+from bam_merge.sources.places import Found, opened
+from bam_merge.sources.recipe_places import find_in, notes_of, pinned, spelled_note
 
 
-def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
-    """Every source, and all problems of all of them."""
+@dataclass(frozen=True)
+class Opened:
+    """What opening all sources gave: the models, all problems of all of them, what a plan has to say, and the recipe with every model of
+    the hub pinned to its commit."""
+
+    recipe: Recipe
+    models: Mapping[str, DenseModel]
+    problems: list[str]
+    notes: list[str]
+
+
+def open_sources(recipe: Recipe) -> Opened:
+    """Every source, as far as it can be opened."""
+    found: dict[str, Found] = {}
 
     def attempt(name: str) -> DenseModel | CheckpointError:
         try:
-            return read_dense(name, recipe.located(recipe.source(name).path))
+            place = found[name] = find_in(recipe, recipe.source(name).path)
+            checkpoint = opened(place, recipe.needs_tokenizers) if place.snapshot is not None else None
+        except CheckpointError as error:
+            return CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems))
+        try:
+            return read_dense(name, place.path, checkpoint)
         except CheckpointError as error:
             return error
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        opened = list(pool.map(attempt, recipe.sources))
-    models = {model.name: model for model in opened if isinstance(model, DenseModel)}
-    return models, [problem for error in opened if isinstance(error, BamMergeError) for problem in error.problems]
+        jobs = [pool.submit(copy_context().run, attempt, name) for name in recipe.sources]
+    results = [job.result() for job in jobs]
+    models = {model.name: model for model in results if isinstance(model, DenseModel)}
+    problems = [problem for error in results if isinstance(error, BamMergeError) for problem in error.problems]
+    notes = [note for name in recipe.sources if name in found for note in notes_of(name, found[name])]
+    notes += spelled_note(recipe, [name for name in recipe.sources if name in found and found[name].spelled])
+    return Opened(pinned(recipe, {recipe.source(name).path: place for name, place in found.items()}), models, problems, notes)
 
 
 def same_folder(models: list[DenseModel]) -> list[str]:
