@@ -137,7 +137,7 @@ def resolve(asked: HubId) -> Snapshot:
             commit = _reference(home, asked.revision or "main")
         if commit is None or not (asked.commit or isinstance(error, HubUnreachable)):
             raise
-        found = Snapshot(asked.at(commit), asked, home / "snapshots" / commit, None, note=error.problems[0].rstrip("."))
+        found = Snapshot(asked.at(commit), asked, home / "snapshots" / commit, None, note=error.problems[0].partition(". ")[0].rstrip("."))
         if missing := _missing(found):
             raise HubUnreachable(
                 f"{error.problems[0].rstrip('.')}; and the cache lacks {missing} of {found.id} ({cache_folder()})."

@@ -157,7 +157,7 @@ class Hub:
         nearest = ""
         if status == 404 and code == "RevisionNotFound":
             nearest = self._nearest_revision(of)
-        elif status == 404 and code != "EntryNotFound" and not name:
+        elif status in (401, 404) and code not in ("EntryNotFound", "GatedRepo") and not name and not bad_token:
             nearest = self._nearest_repo(of)
         return CheckpointError(hub_words.refused(of, name, status, code, logged_in, bad_token, nearest))
 

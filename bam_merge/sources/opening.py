@@ -11,7 +11,7 @@ from bam_merge.files import identity
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.places import Found, opened
-from bam_merge.sources.recipe_places import find_in, notes_of, pinned, spelled_note
+from bam_merge.sources.recipe_places import find_in, notes_of, pinned
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ def open_sources(recipe: Recipe) -> Opened:
     models = {model.name: model for model in results if isinstance(model, DenseModel)}
     problems = [problem for error in results if isinstance(error, BamMergeError) for problem in error.problems]
     notes = [note for name in recipe.sources if name in found for note in notes_of(name, found[name])]
-    notes += spelled_note(recipe, [name for name in recipe.sources if name in found and found[name].spelled])
     return Opened(pinned(recipe, {recipe.source(name).path: place for name, place in found.items()}), models, problems, notes)
 
 

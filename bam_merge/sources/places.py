@@ -24,11 +24,10 @@ if TYPE_CHECKING:  # what speaks to the hub is imported where a place is none of
 
 @dataclass(frozen=True)
 class Found:
-    """What stands at a place: a folder, or a snapshot of the hub. `spelled`: a folder whose name could be a model's of the hub."""
+    """What stands at a place: a folder, or a snapshot of the hub."""
 
     path: Path
     snapshot: "Snapshot | None" = None
-    spelled: bool = False
 
     @property
     def recorded(self) -> str | None:
@@ -51,7 +50,7 @@ def find(
     if not wanted.marked:
         path = located(text, home, error)
         if os.path.lexists(path):
-            return Found(path, spelled=True)
+            return Found(path)
         if recorded and wanted.commit is None:
             return Found(path)
     from bam_merge.sources.hub_cache import resolve

@@ -8,7 +8,6 @@ from bam_merge.hub_id import MARK
 from bam_merge.recipe.places import Known
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.places import Found, bring, find
-from bam_merge.text import printable
 
 
 def find_in(recipe: Recipe, text: str) -> Found:
@@ -43,13 +42,3 @@ def notes_of(name: str, found: Found) -> list[str]:
     if found.snapshot is not None and found.snapshot.note:
         return [f"sources.{name}: {found.recorded} as it is in the cache: {found.snapshot.note}."]
     return []
-
-
-def spelled_note(recipe: Recipe, names: list[str]) -> list[str]:
-    """The note on folders whose names could be models of the hub."""
-    if not names:
-        return []
-    which = ", ".join(f"sources.{name}" for name in names)
-    example = printable(recipe.source(names[0]).path)
-    verb = "is a folder" if len(names) == 1 else "are folders"
-    return [f"{which} {verb}; a model of the hub of that name would be hf://{example}."]
