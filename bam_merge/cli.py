@@ -67,12 +67,15 @@ def merge(
     recipe: str, output: str | None, force: bool, resume: bool, verify: bool, workers: int | None, dry_run: bool, allow_nonfinite: bool
 ) -> None:
     """Carry out RECIPE and publish the merged checkpoint."""
-    from bam_merge.planning.make import plan_file
+    from bam_merge.planning.make import make_plan
+    from bam_merge.publishing.earlier import as_before
     from bam_merge.publishing.options import MergeOptions
+    from bam_merge.recipe.load import load_recipe
     from bam_merge.values.threads import default_workers
 
     with _downloads():
-        plan = plan_file(recipe)
+        wanted = load_recipe(recipe)
+        plan = make_plan(as_before(wanted, output, _say) if resume and not dry_run else wanted)
     workers = workers or default_workers()
     if dry_run:
         _show_plan(plan, workers, output=output)
@@ -266,7 +269,12 @@ def _downloads() -> "AbstractContextManager[None]":
     """Shows what is asked of the hub, and downloaded."""
     from bam_merge.showing.downloads import downloads_shown
 
-    return downloads_shown(lambda text: tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}"))
+    return downloads_shown(_say)
+
+
+def _say(text: str) -> None:
+    """A message of a command that is at work."""
+    tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
 
 
 def _terminal() -> "Terminal":
@@ -285,17 +293,14 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
 
     reports: list[Report] = []
 
-    def notify(text: str) -> None:
-        tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
-
     if plan.remotes:
         with _downloads():
-            plan = fetched(plan, output, replace(options, notify=notify))
+            plan = fetched(plan, output, replace(options, notify=_say))
     with merge_progress(plan) as advance:
         try:
-            target = publish(plan, output, replace(options, notify=notify, progress=advance, on_report=reports.append))
+            target = publish(plan, output, replace(options, notify=_say, progress=advance, on_report=reports.append))
         except KeyboardInterrupt:
-            notify("what is finished is kept; run again with --resume to go on.")
+            _say("what is finished is kept; run again with --resume to go on.")
             raise
     try:
         print_result("\n".join([result_text(plan, target), *map(verdict_text, reports)]))
