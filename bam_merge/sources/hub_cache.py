@@ -19,7 +19,7 @@ from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
 from bam_merge.sources import hub_words
 from bam_merge.sources.hub_client import HubUnreachable, hub, library
-from bam_merge.text import some
+from bam_merge.text import printable, some
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -30,6 +30,10 @@ SMALL_FILES = (CONFIG, INDEX, ADAPTER[0], *TOKENIZER_FILES, MANIFEST)
 
 MOST_PAGES = 50
 """Pages of a listing, 1,000 files each, that are looked at."""
+
+
+class NotInCache(HubUnreachable):
+    """The hub cannot be asked for a model of which the cache has too little."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,10 @@ def resolve(asked: HubId) -> Snapshot:
             raise
         found = Snapshot(asked.at(commit), asked, home / "snapshots" / commit, None, note=error.problems[0].partition(". ")[0].rstrip("."))
         if missing := _missing(found):
-            raise HubUnreachable(
-                f"{error.problems[0].rstrip('.')}; and the cache lacks {missing} of {found.id} ({cache_folder()})."
-            ) from None
+            if not isinstance(error, HubUnreachable):
+                raise
+            why = error.problems[0].rstrip(".")
+            raise NotInCache(f"{found.id}: the cache ({printable(str(cache_folder()))}) lacks {missing} of it, and {why}.") from None
         return found
 
 
@@ -206,7 +211,7 @@ def _reference(home: Path, revision: str) -> str | None:
 def _missing(found: Snapshot) -> str:
     """What the cache lacks of a model that the hub cannot be asked for; '' when nothing."""
     if not (found.folder / CONFIG).is_file() and not (found.folder / ADAPTER[0]).is_file():
-        return f"{CONFIG}"
+        return CONFIG
     try:
         weights = found.weights()
     except CheckpointError:

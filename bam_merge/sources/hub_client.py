@@ -27,10 +27,6 @@ LONGEST_WAIT = 120
 """Seconds that the hub may ask to wait; where it asks for more, the run ends with these words."""
 
 
-PIECE = 2**16
-"""Bytes of a body that are read at a time."""
-
-
 Result = TypeVar("Result")
 
 
@@ -138,7 +134,7 @@ class Hub:
                 if response.status_code >= 400:
                     raise self.refused(response, of, name)
                 first, length = _extent(response)
-                yield Answer(response, first, length, lambda: response.iter_bytes(PIECE))
+                yield Answer(response, first, length, response.iter_bytes)  # as they come: a size would hold back the last ones
         except errors.OfflineModeIsEnabled:
             raise HubUnreachable(hub_words.OFFLINE) from None
         except broken as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +188,8 @@ def _by_the_library(connection: Hub, of: HubId, file: HubFile) -> None:
 
 
 def _has_xet() -> bool:
-    try:
-        from huggingface_hub.utils import is_xet_available
-    except ImportError:
-        return False
-    return bool(is_xet_available())
+    """Whether the library downloads in chunks here: hf_xet is installed, and not forbidden."""
+    return bool(getattr(import_module("huggingface_hub.file_download"), "is_xet_available", bool)())
 
 
 # ---- the cache's folders -----------------------------------------------------------------------------------------------------

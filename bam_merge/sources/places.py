@@ -53,10 +53,12 @@ def find(
             return Found(path)
         if recorded and wanted.commit is None:
             return Found(path)
-    from bam_merge.sources.hub_cache import resolve
+    from bam_merge.sources.hub_cache import NotInCache, resolve
 
     try:
         snapshot = resolve(wanted)
+    except NotInCache:  # no doubt that it is one
+        raise
     except CheckpointError as problem:
         if wanted.marked or wanted.revision is not None:
             raise
