@@ -281,6 +281,13 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(Request(self.command, self.path, self.headers.get("range"), token, self.is_store, sent))
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Of a client that went away, which is no error of the server; others show in what the client gets."""
+
+
 @contextmanager
 def serving() -> Iterator[FakeHub]:
     """A hub and its store, until the end of the block."""
@@ -288,8 +295,7 @@ def serving() -> Iterator[FakeHub]:
     servers = []
     for is_store in (False, True):
         handler = type("Bound", (Handler,), {"hub": hub, "is_store": is_store})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
+        server = Server(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
     hub.url, hub.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
