@@ -183,12 +183,12 @@ def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
     return json_object(path, data, way_out=f". {DAMAGED}"), data
 
 
-def read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
+def read_config(folder: Path, problems: list[str], name: str = CONFIG) -> tuple[dict[str, Any], str]:
     """A folder's config.json and its digest, or its problems and nothing."""
     try:
-        if not _is_there(folder / "config.json"):
-            raise CheckpointError(f"{printable(str(folder))}: config.json is missing. Is this a Hugging Face folder?")
-        config, data = _read_json_object(folder / "config.json")
+        if not _is_there(folder / name):
+            raise CheckpointError(f"{printable(str(folder))}: {name} is missing. Is this a Hugging Face folder?")
+        config, data = _read_json_object(folder / name)
     except CheckpointError as error:
         problems += error.problems
         return {}, ""

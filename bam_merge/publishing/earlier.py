@@ -21,7 +21,7 @@ def as_before(recipe: Recipe, output: str | os.PathLike[str] | None, notify: Cal
     """The recipe as the unfinished run of it took it, so that it can go on though a branch on the hub has moved."""
     known: dict[str, Known] = {}
     for text, recorded in _commits(staging_folder(target_of(recipe, output)) / JOURNAL).items():
-        if text in recipe.places.values() and _is_commit_of(text, recorded):
+        if text in {store.path for store in recipe.stores.values()} and _is_commit_of(text, recorded):
             known[text] = Known(recorded, Path())
             notify(f"{printable(text)} is taken as the unfinished run took it: {recorded}.")
     return recipe.knowing(known) if known else recipe

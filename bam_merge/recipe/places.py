@@ -10,6 +10,14 @@ from bam_merge.recipe.makes import Strict
 
 
 @dataclass(frozen=True)
+class Store:
+    """What tensors are read from, a folder or a model of the hub: its place as written, and whether an adapter is there, and no model."""
+
+    path: str
+    adapter: bool = False
+
+
+@dataclass(frozen=True)
 class Known:
     """Where a model of the hub is that a recipe names: what documents record of it, with its commit, and its folder on this machine."""
 

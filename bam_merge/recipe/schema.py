@@ -11,7 +11,7 @@ from bam_merge.errors import RecipeError
 from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
-from bam_merge.recipe.places import Folder, Known, Source, long_form, short_form
+from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, short_form
 from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
@@ -138,9 +138,9 @@ class Recipe(Strict):
         return router.initialiser()
 
     @property
-    def places(self) -> dict[str, str]:
-        """Every place that a model is read from, as it is written, by its key."""
-        return {f"sources.{name}": self.source(name).path for name in self.sources}
+    def stores(self) -> dict[str, Store]:
+        """Every folder that tensors are read from, by the name that plans and manifests call it."""
+        return {name: Store(self.source(name).path) for name in self.sources}
 
     @property
     def needs_tokenizers(self) -> bool:

@@ -24,8 +24,8 @@ from bam_merge.text import printable, some
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-SMALL_FILES = (CONFIG, INDEX, ADAPTER[0], *TOKENIZER_FILES, MANIFEST)
-"""Files beside the weights that are ever read: data, and never code."""
+SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, MANIFEST)
+"""Files beside the weights that are ever read of a model: data, and never code."""
 
 
 MOST_PAGES = 50
@@ -48,14 +48,16 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model of the hub at a commit. `files` and `folders` are those of its top folder, `files` None where the hub could not be asked;
-    `folder` is in the cache and holds what is there; `note` says why the hub was not asked, if it was not."""
+    """A model of the hub at a commit, or an `adapter`, of which other files are read. `files` and `folders` are those of its top folder,
+    `files` None where the hub could not be asked; `folder` is in the cache and holds what is there; `note` says why the hub was not asked.
+    """
 
     id: HubId
     asked: HubId
     folder: Path
     files: Mapping[str, HubFile] | None
     folders: tuple[str, ...] = ()
+    adapter: bool = False
     note: str = ""
 
     def has(self, name: str) -> bool:
@@ -72,6 +74,8 @@ class Snapshot:
 
     def weights(self) -> list[str]:
         """The files of tensors, by the index where there is one, which must be in the cache. Raises CheckpointError for none."""
+        if self.adapter:
+            return self._adapter_weights()
         if self.has(INDEX):
             path = self.folder / INDEX
             try:
@@ -88,14 +92,23 @@ class Snapshot:
                     f"{self.id}: both {SINGLE} and {INDEX} are on the hub, and the index does not name the file: one is stale."
                 )
             return names
-        for name in (SINGLE, ADAPTER[1]):
-            if self.has(name):
-                return [name]
-        raise CheckpointError(f"{self.id}: {_no_weights(self)}")
+        if self.has(SINGLE):
+            return [SINGLE]
+        raise CheckpointError(f"{self.id}: {_no_weights(self, f'{SINGLE} or {INDEX}')}")
+
+    def _adapter_weights(self) -> list[str]:
+        if self.has(ADAPTER[1]):
+            return [ADAPTER[1]]
+        raise CheckpointError(f"{self.id}: {_no_weights(self, ADAPTER[1])}")
+
+    @property
+    def config(self) -> str:
+        """The file that says what it is."""
+        return ADAPTER[0] if self.adapter else CONFIG
 
     def small_files(self) -> list[str]:
         """Every file beside the weights that is read of this model."""
-        return [name for name in SMALL_FILES if self.has(name)]
+        return [name for name in (ADAPTER[:1] if self.adapter else SMALL_FILES) if self.has(name)]
 
     def wanted(self) -> list[str]:
         """Every file that is read of this model, weights last. Raises as `weights`."""
@@ -104,7 +117,7 @@ class Snapshot:
     @property
     def complete(self) -> bool:
         """Whether all that is read of this model is in the cache."""
-        if self.has(INDEX) and not self.is_here(INDEX):
+        if not self.adapter and self.has(INDEX) and not self.is_here(INDEX):
             return False
         try:
             return all(map(self.is_here, self.wanted()))
@@ -112,7 +125,7 @@ class Snapshot:
             return False
 
 
-def _no_weights(snapshot: Snapshot) -> str:
+def _no_weights(snapshot: Snapshot, expected: str) -> str:
     there = sorted(snapshot.files) if snapshot.files is not None else _names(snapshot.folder)
     if pickled := [name for name in there if name.endswith((".bin", ".pt", ".pth"))]:
         return (
@@ -120,28 +133,29 @@ def _no_weights(snapshot: Snapshot) -> str:
             "with safetensors (the hub makes some: refs/pr/1, say), or for the same model in another repository."
         )
     if other := [name for name in there if name.endswith((".gguf", ".onnx", ".safetensors", ".npz", ".h5"))]:
-        return f"no {SINGLE} and no {INDEX} on the hub, but {some(other)}. Take the repository of the original model."
-    return f"no weights on the hub; expected {SINGLE} or {INDEX}."
+        return f"no {expected} on the hub, but {some(other)}. Take the repository of the original model."
+    return f"no weights on the hub; expected {expected}."
 
 
 # ---- which commit, which files -----------------------------------------------------------------------------------------------
 
 
-def resolve(asked: HubId) -> Snapshot:
-    """The model as it is now, by the hub; by the cache alone where the hub cannot be asked. Raises CheckpointError."""
+def resolve(asked: HubId, adapter: bool = False) -> Snapshot:
+    """The model, or adapter, as it is now, by the hub; by the cache alone where the hub cannot be asked. Raises CheckpointError."""
     home = repository_folder(asked)
     commit = asked.commit
     try:
         if commit is None:
             commit = _commit(asked)
         of = asked.at(commit)
-        return Snapshot(of, asked, home / "snapshots" / commit, *_listing(of))
+        return Snapshot(of, asked, home / "snapshots" / commit, *_listing(of), adapter)
     except CheckpointError as error:
         if commit is None and isinstance(error, HubUnreachable):
             commit = _reference(home, asked.revision or "main")
         if commit is None or not (asked.commit or isinstance(error, HubUnreachable)):
             raise
-        found = Snapshot(asked.at(commit), asked, home / "snapshots" / commit, None, note=error.problems[0].partition(". ")[0].rstrip("."))
+        why = error.problems[0].partition(". ")[0].rstrip(".")
+        found = Snapshot(asked.at(commit), asked, home / "snapshots" / commit, None, (), adapter, why)
         if missing := _missing(found):
             if not isinstance(error, HubUnreachable):
                 raise
@@ -210,8 +224,8 @@ def _reference(home: Path, revision: str) -> str | None:
 
 def _missing(found: Snapshot) -> str:
     """What the cache lacks of a model that the hub cannot be asked for; '' when nothing."""
-    if not (found.folder / CONFIG).is_file() and not (found.folder / ADAPTER[0]).is_file():
-        return CONFIG
+    if not (found.folder / found.config).is_file():
+        return found.config
     try:
         weights = found.weights()
     except CheckpointError:

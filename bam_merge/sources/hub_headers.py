@@ -8,7 +8,7 @@ from bam_merge.checkpoints.folder import CONFIG, INDEX, Checkpoint, Remote, asse
 from bam_merge.checkpoints.header import Header, header_of
 from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.errors import CheckpointError
-from bam_merge.sources.hub_cache import ADAPTER, SMALL_FILES, Snapshot
+from bam_merge.sources.hub_cache import ADAPTER, Snapshot
 from bam_merge.sources.hub_client import Hub, hub
 from bam_merge.sources.hub_download import bytes_missing, download
 
@@ -24,15 +24,14 @@ def open_headers(snapshot: Snapshot, tokenizers: bool = False) -> Checkpoint:
     """The checkpoint by its headers; with `tokenizers`, with every file beside the weights too. Raises CheckpointError."""
     files = snapshot.files
     assert files is not None, "else it is opened from the cache"
-    if CONFIG not in files:
-        other = f"an adapter ({ADAPTER[0]})" if ADAPTER[0] in files else "no model's"
-        raise CheckpointError(f"{snapshot.id}: {CONFIG} is missing on the hub: this repository is {other}.")
-    first = [name for name in (CONFIG, INDEX) if name in files]
-    small = [name for name in SMALL_FILES if name in files and name not in first]
+    if snapshot.config not in files:
+        raise CheckpointError(f"{snapshot.id}: {snapshot.config} is missing on the hub: {_instead(snapshot)}")
+    small = [name for name in snapshot.small_files() if name not in (CONFIG, INDEX)]
+    first = [name for name in snapshot.small_files() if name not in small]
     read = [name for name in small if files[name].size <= MOST_SMALL or (tokenizers and name != MANIFEST)]
     download((snapshot, name) for name in (*first, *read))
     problems: list[str] = []
-    config = read_config(snapshot.folder, problems)
+    config = read_config(snapshot.folder, problems, snapshot.config)
     names = snapshot.weights()
     connection = hub()
 
@@ -47,7 +46,7 @@ def open_headers(snapshot: Snapshot, tokenizers: bool = False) -> Checkpoint:
     found = {name: job.result() for name, job in jobs.items()}
     headers = {name: item for name, item in found.items() if isinstance(item, Header)}
     problems += dict.fromkeys(problem for item in found.values() if isinstance(item, CheckpointError) for problem in item.problems)
-    index = read_index(snapshot.folder) if INDEX in files and len(headers) == len(names) else (None, None)
+    index = read_index(snapshot.folder) if INDEX in first and len(headers) == len(names) else (None, None)
     checkpoint = assembled(snapshot.folder, config, headers, index, tied_heads, problems)
     wanted = snapshot.wanted()
     remote = Remote(
@@ -57,6 +56,15 @@ def open_headers(snapshot: Snapshot, tokenizers: bool = False) -> Checkpoint:
         {name: files[name].digest for name in small if name != MANIFEST and not snapshot.is_here(name)},
     )
     return Checkpoint(**{**vars(checkpoint), "remote": remote})
+
+
+def _instead(snapshot: Snapshot) -> str:
+    """What a repository without the file that says what it is seems to be, and what to write for it."""
+    if not snapshot.adapter and snapshot.has(ADAPTER[0]):
+        return f"this is an adapter ({ADAPTER[0]}). Write {{base: MODEL, adapter: {snapshot.asked}}} for a source."
+    if snapshot.adapter and snapshot.has(CONFIG):
+        return f"this is a model of its own ({CONFIG}), to be written as a plain source."
+    return "this is no model's repository."
 
 
 def _header(connection: Hub, snapshot: Snapshot, name: str) -> Header:

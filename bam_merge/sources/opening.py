@@ -31,7 +31,7 @@ def open_sources(recipe: Recipe) -> Opened:
 
     def attempt(name: str) -> DenseModel | CheckpointError:
         try:
-            place = found[name] = find_in(recipe, recipe.source(name).path)
+            place = found[name] = find_in(recipe, recipe.stores[name])
             checkpoint = opened(place, recipe.needs_tokenizers) if place.snapshot is not None else None
         except CheckpointError as error:
             return CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems))
@@ -46,7 +46,7 @@ def open_sources(recipe: Recipe) -> Opened:
     models = {model.name: model for model in results if isinstance(model, DenseModel)}
     problems = [problem for error in results if isinstance(error, BamMergeError) for problem in error.problems]
     notes = [note for name in recipe.sources if name in found for note in notes_of(name, found[name])]
-    return Opened(pinned(recipe, {recipe.source(name).path: place for name, place in found.items()}), models, problems, notes)
+    return Opened(pinned(recipe, {recipe.stores[name].path: place for name, place in found.items()}), models, problems, notes)
 
 
 def same_folder(models: list[DenseModel]) -> list[str]:

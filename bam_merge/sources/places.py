@@ -36,12 +36,17 @@ class Found:
 
 
 def find(
-    text: str | os.PathLike[str], home: Path | None = None, recorded: bool = False, error: type[BamMergeError] = CheckpointError
+    text: str | os.PathLike[str],
+    home: Path | None = None,
+    recorded: bool = False,
+    adapter: bool = False,
+    error: type[BamMergeError] = CheckpointError,
 ) -> Found:
     """What stands at the place `text`, relative to `home`. Raises `error` for what can be no place, CheckpointError for a model of the hub
     that is not to be had.
 
-    `recorded`: it comes from a document, which names a model of the hub with its commit, so that anything else is a folder.
+    `recorded`: it comes from a document, which names a model of the hub with its commit, so that anything else is a folder. `adapter`: an
+    adapter is looked for, and not a model.
     """
     text = os.fsdecode(text)
     wanted = hub_id(text, error)
@@ -56,7 +61,7 @@ def find(
     from bam_merge.sources.hub_cache import NotInCache, resolve
 
     try:
-        snapshot = resolve(wanted)
+        snapshot = resolve(wanted, adapter)
     except NotInCache:  # no doubt that it is one
         raise
     except CheckpointError as problem:

@@ -5,27 +5,30 @@ from pathlib import Path
 
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.hub_id import MARK
-from bam_merge.recipe.places import Known
+from bam_merge.recipe.places import Known, Store
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.places import Found, bring, find
 
 
-def find_in(recipe: Recipe, text: str) -> Found:
+def find_in(recipe: Recipe, store: Store) -> Found:
     """What stands at a place that the recipe names. Raises CheckpointError."""
-    if text in recipe.known:
-        return find(f"{MARK}{recipe.known[text].recorded}")
-    return find(text, recipe.folder, recipe.from_document)
+    if store.path in recipe.known:
+        return find(f"{MARK}{recipe.known[store.path].recorded}", adapter=store.adapter)
+    return find(store.path, recipe.folder, recipe.from_document, store.adapter)
 
 
 def at_hand(recipe: Recipe, output: Path | None = None, output_bytes: int = 0) -> Recipe:
-    """The recipe with every model of the hub that it names downloaded and pinned to its commit. Raises CheckpointError with all."""
+    """The recipe with every model of the hub that it names downloaded and pinned to its commit. Raises CheckpointError with all problems.
+
+    Room is looked for first, also for an output of so many bytes.
+    """
     found: dict[str, Found] = {}
     problems = []
-    for key, text in recipe.places.items():
+    for name, store in recipe.stores.items():
         try:
-            found[text] = find_in(recipe, text)
+            found[store.path] = find_in(recipe, store)
         except BamMergeError as error:
-            problems += [f"{key}: {problem}" for problem in error.problems]
+            problems += [f"sources.{name}: {problem}" for problem in error.problems]
     if problems:
         raise CheckpointError(*problems)
     bring(found.values(), output, output_bytes)

@@ -12,6 +12,9 @@ from hub_models import acme as acme  # a fixture
 from hub_models import hub as hub
 from hub_server import Content, FakeHub, Repo
 
+import bam_merge
+from bam_merge.checkpoints.header import encode_header
+
 
 def commits(fake: FakeHub) -> dict[str, str]:
     return {name: fake.repos[f"acme/{name}"].refs["main"] for name in SOURCES}
@@ -87,3 +90,45 @@ def test_tokenizers_that_differ_are_compared_at_the_merge(hub: FakeHub, tmp_path
     out = run("plan", write_hub_recipe(tmp_path, "{seed: acme/seed, code: acme/code}")).out
     assert "tokenizer.json is not known to be the same file in all sources; its tokens are compared when they are downloaded" in out
     assert "tokenizer    of seed" in out
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter(hub: FakeHub, tmp_path: Path) -> None:
+    """By its headers, then whole: of an adapter's repository two files are read, whatever else it has."""
+    from bam_merge.sources.places import bring, find, opened
+
+    header, spans = encode_header([("base_model.model.q_proj.lora_A.weight", "F32", (4, 8000))])
+    weights = Content(header + bytes(spans[0][1]))
+    files = {
+        "adapter_config.json": b'{"r": 4}',
+        "adapter_model.safetensors": weights,
+        "tokenizer.json": b"{}",
+        "adapter_model.bin": b"\x80",
+    }
+    hub.repos["acme/lora"] = Repo()
+    commit = hub.repos["acme/lora"].commit(files)  # type: ignore[arg-type]
+    found = find("acme/lora", adapter=True)
+    checkpoint = opened(found)
+    assert found.recorded == f"acme/lora@{commit}" and checkpoint.config == {"r": 4}
+    assert [entry.shape for entry in checkpoint.tensors.values()] == [(4, 8000)]
+    assert checkpoint.remote is not None and checkpoint.remote.missing == weights.length and not checkpoint.remote.unread
+    bring([found])
+    assert sorted(path.name for path in found.path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not hub.asked("tokenizer|bin")
+    assert find("acme/lora", adapter=True).snapshot.complete  # type: ignore[union-attr]
+
+
+def test_an_adapter_for_a_model_and_a_model_for_an_adapter(acme: FakeHub, tmp_path: Path, run: Any) -> None:
+    from bam_merge.sources.places import find, opened
+
+    acme.repos["acme/lora"] = Repo()
+    acme.repos["acme/lora"].commit({"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+    result = run("plan", write_hub_recipe(tmp_path, "{seed: acme/seed, code: acme/lora}"))
+    what = (
+        "config.json is missing on the hub: this is an adapter (adapter_config.json). Write {base: MODEL, adapter: acme/lora} for a source."
+    )
+    assert result.status == 2 and f"sources.code: acme/lora@{acme.repos['acme/lora'].refs['main']}: {what}" in result.err
+    with pytest.raises(bam_merge.CheckpointError, match=r"adapter_config\.json is missing on the hub: this is a model of its own"):
+        opened(find("acme/seed", adapter=True))

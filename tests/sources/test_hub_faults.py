@@ -302,7 +302,7 @@ def test_a_header_of_many_tensors(acme: FakeHub, tmp_path: Path, run: Any) -> No
     ("files", "message"),
     [
         ({"pytorch_model.bin": b"\x80"}, "only pytorch_model.bin on the hub. Pickled weights are never downloaded"),
-        ({"model-q4.gguf": b"GGUF"}, "no model.safetensors and no model.safetensors.index.json on the hub, but model-q4.gguf"),
+        ({"model-q4.gguf": b"GGUF"}, "no model.safetensors or model.safetensors.index.json on the hub, but model-q4.gguf"),
         ({}, "no weights on the hub; expected model.safetensors or model.safetensors.index.json."),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x"}}'}, "names ../x, which the hub does not have"),
         ({"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}, "names x.safetensors, which the hub does not have"),
