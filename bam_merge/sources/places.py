@@ -143,4 +143,8 @@ def bring(places: Iterable[Found], output: Path | None = None, output_bytes: int
     names = ", ".join(str(snapshot.id) for snapshot in snapshots.values())
     watch.notify(f"downloading {human_bytes(missing)} from {hub().shown}: {names}")
     watch.begin(missing)
-    download(wanted)
+    try:
+        download(wanted)
+    except KeyboardInterrupt:
+        watch.notify("what was downloaded is kept; run again to go on.")
+        raise

@@ -25,9 +25,9 @@ PAGES = {pages.name(page): page for page in pages.pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks(page)]
 FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
-    "docs/how-to/resume.md",
+    "docs/how-to/resume.md", "docs/how-to/models-from-the-hub.md",
 }  # fmt: skip
-"""Pages that a test carries out, here or in test_howto.py."""
+"""Pages that a test carries out, here, in test_howto.py or in test_hub_page.py."""
 
 FOUR = ("seed", "code", "law", "math")
 
