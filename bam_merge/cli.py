@@ -295,7 +295,10 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
 
     if plan.remotes:
         with _downloads():
-            plan = fetched(plan, output, replace(options, notify=_say))
+            said, plan = plan.notes, fetched(plan, output, replace(options, notify=_say))
+        for note in plan.notes:
+            if note not in said:
+                _say(note)
     with merge_progress(plan) as advance:
         try:
             target = publish(plan, output, replace(options, notify=_say, progress=advance, on_report=reports.append))

@@ -104,6 +104,7 @@ class FakeHub:
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     page: int = 1000
+    links: str = ""
 
     def add(self, repo: str, folder: Path, **more: bytes | Content) -> str:
         """A repository of the files of `folder`. Returns its commit."""
@@ -203,7 +204,9 @@ class Handler(BaseHTTPRequestHandler):
             first = int(query.get("cursor", ["0"])[0])
             more = {}
             if first + self.hub.page < len(entries):
-                more["link"] = f'<{self.hub.url}/api/models/{org}/{name}/tree/{commit}?cursor={first + self.hub.page}>; rel="next"'
+                more["link"] = (
+                    f'<{self.hub.links or self.hub.url}/api/models/{org}/{name}/tree/{commit}?cursor={first + self.hub.page}>; rel="next"'
+                )
             self.document(entries[first : first + self.hub.page], fault, more)
         else:
             self.document({"id": f"{org}/{name}", "sha": commit, "siblings": [{"rfilename": path} for path in files]}, fault)
@@ -237,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             linked = {**headers, "x-linked-etag": f'"{item.digest}"', "x-linked-size": str(item.length)}
             if item.xet:
                 linked["x-xet-hash"] = hashlib.sha256(b"xet" + item.data).hexdigest()
-                linked["link"] = f'<{self.hub.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"'
+                linked["link"] = f'<{self.hub.links or self.hub.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"'
             self.reply(302, b"", {**linked, "location": f"{self.hub.store}/{item.digest}?X-Signature=secret"}, None)
         else:
             self.content(item, {**headers, "etag": f'"{item.digest}"'}, fault)

@@ -7,7 +7,7 @@ special_tokens_map.json on to the tokenizer's constructor (5.23, tokenization_ut
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,13 @@ def companion_notes(folder: Path, names: Sequence[str], load: Callable[[bytes], 
         present = sorted(os.listdir(folder))
     except OSError:  # a folder whose files may be read and not listed
         present = []
-    if (folder / TEMPLATES).is_dir():
+    yield from left_behind(name for name in present if name != TEMPLATES or (folder / TEMPLATES).is_dir())
+
+
+def left_behind(present: Iterable[str]) -> Iterator[str]:
+    """Notes on what of these files and folders beside a model's weights no output gets."""
+    present = list(present)
+    if TEMPLATES in present:
         yield f"{TEMPLATES}/ is not copied: the output has the default chat template alone."
     others = [name for name in present if re.fullmatch(r"tokenizer\.model\..*|.*\.tiktoken|.*\.spm|spiece\.model|.*\.bpe\.model", name)]
     if others:

@@ -4,7 +4,6 @@ A request is made again a few times where that can help: the connection breaks, 
 ours (hub_words.py); words of the server or of a library are never repeated, since they can hold a token or a signed address.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 from bam_merge._version import __version__
+from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
 from bam_merge.sources import hub_words
@@ -21,6 +22,10 @@ from bam_merge.sources.watching import WATCH
 
 WAITS = (0.5, 1.0, 2.0)
 """Seconds before a request is made again. After as many failures in a row, the last one is told."""
+
+
+MOST_DOCUMENT = 20_000_000
+"""Bytes of a document that are read; a page of a listing has some 300 kB."""
 
 
 LONGEST_WAIT = 120
@@ -86,14 +91,15 @@ class Hub:
     # ---- what is asked for -------------------------------------------------------------------------------------------------
 
     def document(self, path: str, of: HubId) -> tuple[Any, str | None]:
-        """The JSON document at `path` of the interface, and the address of the next page. Raises CheckpointError."""
+        """The JSON document at `path` of the interface, and the path of the next page, if there is one. Raises CheckpointError."""
 
         def get() -> tuple[Any, str | None]:
-            with self.get(path if path.startswith("http") else f"{self.endpoint}/api/{path}", of) as answer:
-                data = b"".join(answer.pieces())
+            with self.get(f"{self.endpoint}/api/{path}", of) as answer:
+                data = answer.body(MOST_DOCUMENT)
                 link = answer.response.links.get("next", {}).get("url")
+            more = urlsplit(link).query if link else ""  # asked of the same hub, wherever the link leads: the token goes with it
             try:
-                return json.loads(data), link
+                return load_json(data), f"{path.partition('?')[0]}?{more}" if more else None
             except ValueError:
                 raise HubUnreachable(f"{of}: {hub_words.NO_HUB.format(self.shown)}") from None
 
@@ -101,8 +107,6 @@ class Hub:
 
     def file(self, of: HubId, name: str) -> str:
         """The address of a file at a commit."""
-        from urllib.parse import quote
-
         return f"{self.endpoint}/{of.repo}/resolve/{quote(of.revision or 'main', safe='')}/{quote(name)}"
 
     def span(self, of: HubId, name: str, first: int, count: int, size: int) -> bytes:
@@ -235,6 +239,6 @@ def _wait(headers: Any) -> int | None:
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return load_json(data)
     except ValueError:
         return {}

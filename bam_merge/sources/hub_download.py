@@ -15,10 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bam_merge.checkpoints.folder import MAX_JSON
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
 from bam_merge.sources import hub_words
-from bam_merge.sources.hub_cache import HubFile, Snapshot, cache_folder, repository_folder
+from bam_merge.sources.hub_cache import SMALL_FILES, HubFile, Snapshot, cache_folder, repository_folder
 from bam_merge.sources.hub_client import Hub, HubUnreachable, hub, library
 from bam_merge.sources.watching import WATCH
 from bam_merge.text import printable
@@ -39,6 +40,8 @@ def download(wanted: Iterable[tuple[Snapshot, str]]) -> None:
     missing = [(snapshot, snapshot.files[name]) for snapshot, name in wanted if snapshot.files is not None and not snapshot.is_here(name)]
     if not missing:
         return
+    if large := [(snapshot, file) for snapshot, file in missing if file.name in SMALL_FILES and file.size > MAX_JSON]:
+        raise CheckpointError(*(f"{snapshot.id}: {file.name} is larger than {MAX_JSON:,} bytes." for snapshot, file in large))
     connection = hub()
     with _written(), ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = [pool.submit(copy_context().run, _fetch, connection, snapshot, file) for snapshot, file in missing]

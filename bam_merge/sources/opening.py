@@ -45,7 +45,7 @@ def open_sources(recipe: Recipe) -> Opened:
     results = [job.result() for job in jobs]
     models = {model.name: model for model in results if isinstance(model, DenseModel)}
     problems = [problem for error in results if isinstance(error, BamMergeError) for problem in error.problems]
-    notes = [note for name in recipe.sources if name in found for note in notes_of(name, found[name])]
+    notes = [note for name in recipe.sources if name in found for note in notes_of(recipe, name, found[name])]
     return Opened(pinned(recipe, {recipe.stores[name].path: place for name, place in found.items()}), models, problems, notes)
 
 

@@ -7,6 +7,7 @@ from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.hub_id import MARK
 from bam_merge.recipe.places import Known, Store
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.companions import left_behind
 from bam_merge.sources.places import Found, bring, find
 
 
@@ -40,8 +41,14 @@ def pinned(recipe: Recipe, found: Mapping[str, Found]) -> Recipe:
     return recipe.knowing({text: Known(place.recorded, place.path) for text, place in found.items() if place.recorded is not None})
 
 
-def notes_of(name: str, found: Found) -> list[str]:
+def notes_of(recipe: Recipe, name: str, found: Found) -> list[str]:
     """What a plan has to say of where a source is."""
-    if found.snapshot is not None and found.snapshot.note:
-        return [f"sources.{name}: {found.recorded} as it is in the cache: {found.snapshot.note}."]
-    return []
+    snapshot = found.snapshot
+    if snapshot is None:
+        return []
+    if snapshot.files is None:
+        return [f"sources.{name}: {found.recorded} as it is in the cache: {snapshot.note}."]
+    if name != recipe.seed_name:
+        return []
+    absent = [item for item in (*snapshot.files, *snapshot.folders) if not (snapshot.folder / item).exists()]
+    return [f"sources.{name}: {note}" for note in left_behind(absent)]

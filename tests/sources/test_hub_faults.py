@@ -10,7 +10,7 @@ from conftest import SOURCES
 from hub_models import TOKEN, write_hub_recipe
 from hub_models import acme as acme  # a fixture
 from hub_models import hub as hub
-from hub_server import Content, FakeHub, Fault, Repo
+from hub_server import Content, FakeHub, Fault, Repo, serving
 from test_hub import commits
 
 import bam_merge
@@ -332,10 +332,24 @@ def test_a_listing_that_leads_out_of_the_cache(
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*evil*"))
 
 
-def test_a_listing_of_several_pages(acme: FakeHub, run: Any) -> None:
-    acme.page = 1
-    assert run("inspect", "acme/seed").status == 0
-    assert len(acme.asked("/tree/")) == 5
+def test_a_listing_of_several_pages(acme: FakeHub, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of the same hub, wherever the link to the next page leads: the token goes with it."""
+    acme.page, acme.token = 1, TOKEN
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serving() as other:
+        acme.links = other.url
+        assert run("inspect", "acme/seed").status == 0
+        assert len(acme.asked("/tree/")) == 5 and not other.requests
+
+
+def test_documents_that_are_too_large(acme: FakeHub, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Content(b"{", 100_000_001)
+    commit = acme.add("acme/code", tmp_path / "models" / "code", **{"config.json": large})  # type: ignore[arg-type]
+    result = run("inspect", "acme/code")
+    assert result.status == 2 and f"acme/code@{commit}: config.json is larger than 100,000,000 bytes." in result.err
+    assert not acme.asked("acme/code/resolve")
+    monkeypatch.setattr(hub_client, "MOST_DOCUMENT", 10)
+    assert "does not answer as the Hugging Face hub does" in run("inspect", "acme/seed").err
 
 
 def test_a_cache_that_cannot_be_written(acme: FakeHub, tmp_path: Path, run: Any) -> None:

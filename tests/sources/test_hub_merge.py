@@ -23,6 +23,7 @@ from test_hub import commits
 import bam_merge
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.sources import hub_cache, hub_download
+from bam_merge.sources.companions import read_companion
 
 
 def merged(run: Any, recipe: Path, *options: str) -> Any:
@@ -289,6 +290,61 @@ def test_files_in_chunks_come_by_the_library(acme: FakeHub, tmp_path: Path, run:
     assert not list((tmp_path / "cache" / "hub").rglob("model.safetensors"))
     assert run("inspect", "acme/seed", "--stats").status == 0 and not came
     huggingface_hub.close_session()
+
+
+def test_the_shared_store_of_the_cache(acme: FakeHub, tmp_path: Path, run: Any) -> None:
+    """huggingface_hub 2.4 keeps files in chunks once for all models: a blob is then a link into hub/blobs/XX/DIGEST."""
+    (tmp_path / "models" / "seed" / "generation_config.json").write_text('{"do_sample": true}')
+    acme.add("acme/seed", tmp_path / "models" / "seed")
+    merged(run, write_hub_recipe(tmp_path))
+    cache = tmp_path / "cache" / "hub"
+    for blob in list((cache / "models--acme--seed" / "blobs").iterdir()):
+        store = cache / "blobs" / blob.name[:2] / blob.name.ljust(64, "0")
+        store.parent.mkdir(parents=True, exist_ok=True)
+        blob.rename(store)
+        blob.symlink_to(os.path.relpath(store, blob.parent))
+    merged(run, tmp_path / "recipe.yaml", "--force")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"do_sample": true}'
+    assert json.loads(run("verify", tmp_path / "out", "--json").out)["ok"]
+    folder = next((cache / "models--acme--seed" / "snapshots").iterdir())
+    assert read_companion(folder / "generation_config.json") == b'{"do_sample": true}'
+    for outside in (cache / "blobs" / "ab" / "plain", cache / "blobs" / "ab" / ("c" * 64), cache / "models--x--y" / ("a" * 64)):
+        outside.parent.mkdir(parents=True, exist_ok=True)
+        outside.write_text("{}")
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        (folder / "chat_template.json").symlink_to(outside)
+        with pytest.raises(bam_merge.CheckpointError, match="leads out of the model's folder"):
+            read_companion(folder / "chat_template.json")
+
+
+def test_a_cache_without_links(acme: FakeHub, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    merged(run, write_hub_recipe(tmp_path))
+    found = sorted((tmp_path / "cache" / "hub" / "models--acme--seed" / "snapshots").rglob("*.*"))
+    assert [path.name for path in found] == ["config.json", "model.safetensors"] and not any(path.is_symlink() for path in found)
+    acme.requests.clear()
+    assert run("plan", tmp_path / "recipe.yaml").out.count("in the cache") == 3 and not acme.asked("resolve")
+
+
+def test_two_at_once(acme: FakeHub, tmp_path: Path) -> None:
+    """Two processes download the same models: each file comes once, or goes on from what the other left."""
+    acme.faults.append(Fault(r"\?X-Signature", pause=0.2))
+    command = [sys.executable, "-m", "bam_merge", "inspect", "acme/seed", "--stats", "--json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] and acme.sent(r"\?X-Signature") == 74_416
+
+
+def test_what_the_output_does_not_get_is_said(acme: FakeHub, tmp_path: Path, run: Any) -> None:
+    more = {"tokenizer.model.v3": b"x", "additional_chat_templates/tool.jinja": b""}
+    acme.add("acme/seed", tmp_path / "models" / "seed", **more)  # type: ignore[arg-type]
+    recipe = write_hub_recipe(tmp_path)
+    notes = json.loads(run("plan", recipe, "--json").out)["notes"]
+    assert "sources.seed: additional_chat_templates/ is not copied: the output has the default chat template alone." in notes
+    assert any(note.startswith("sources.seed: tokenizer.model.v3 not copied, and not compared") for note in notes)
+    result = merged(run, recipe)
+    assert all(result.err.count(note) == 1 for note in notes)
 
 
 # ---- what was merged, on the hub -----------------------------------------------------------------------------------------------
