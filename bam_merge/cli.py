@@ -31,6 +31,8 @@ from bam_merge.process import (
 from bam_merge.text import printable
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help starts at once
+    from contextlib import AbstractContextManager
+
     from bam_merge.comparing.drift import Drift
     from bam_merge.comparing.two_models import Comparison
     from bam_merge.planning.plan import Plan
@@ -82,11 +84,16 @@ def merge(
     allow_nonfinite: bool,
 ) -> None:
     """Carry out RECIPE and publish the merged checkpoint."""
-    from bam_merge.planning.make import plan_file
+    from bam_merge.planning.make import make_plan
+    from bam_merge.publishing.earlier import as_before
     from bam_merge.publishing.options import MergeOptions
+    from bam_merge.recipe.load import load_recipe
     from bam_merge.values.threads import default_workers
 
-    plan, workers = plan_file(recipe), workers or default_workers()
+    with _downloads():
+        wanted = load_recipe(recipe)
+        plan = make_plan(as_before(wanted, output, tell_note) if resume and not dry_run else wanted)
+    workers = workers or default_workers()
     if dry_run:
         _show_plan(plan, workers, output=output)
         return
@@ -104,7 +111,8 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
     from bam_merge.planning.make import plan_file
     from bam_merge.values.threads import default_workers
 
-    plan = plan_file(recipe)
+    with _downloads():
+        plan = plan_file(recipe)
     if as_json:
         print_result(json.dumps(plan.document(default_workers()), indent=2))
         _check_place(plan, None)
@@ -141,7 +149,8 @@ def inspect(
     one_blas_thread()
     gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
     try:
-        found = look(path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, context=context)
+        with _downloads():
+            found = look(path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, context=context)
     finally:
         gc.enable()
     if as_json:
@@ -183,7 +192,8 @@ def diff(
         from bam_merge.showing.page import check_free, write_page
 
         check_free(Path(html), force)
-    found, text = _compared(models, seed, tol, only, ignore)
+    with _downloads():
+        found, text = _compared(models, seed, tol, only, ignore)
     if html is not None:
         write_page(found, Path(html), force)
     if as_json:
@@ -238,7 +248,7 @@ def verify(
 
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
-    with verify_progress() as progress:
+    with _downloads(), verify_progress() as progress:
         options = VerifyOptions(level, device, progress=progress)
         report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options)
     if as_json:
@@ -297,6 +307,13 @@ def demo(folder: str, force: bool) -> None:
     print_result(" ".join(map(str, continuation(target, ids, DEMO_TOKENS))))
 
 
+def _downloads() -> "AbstractContextManager[None]":
+    """Shows what is asked of the hub, and downloaded."""
+    from bam_merge.showing.downloads import downloads_shown
+
+    return downloads_shown(tell_note)
+
+
 def _terminal() -> "Terminal":
     """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
     from bam_merge.showing.terminal import Terminal
@@ -311,12 +328,19 @@ def tell_note(text: str) -> None:
 
 def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
     """Merge with a progress bar, and print what came of it."""
+    from bam_merge.publishing.fetching import fetched
     from bam_merge.publishing.publish import publish
     from bam_merge.showing.plan import merge_progress, result_text
     from bam_merge.showing.verification import verdict_text, verify_progress
 
     reports: list[Report] = []
 
+    if plan.remotes:
+        with _downloads():
+            said, plan = plan.notes, fetched(plan, output, replace(options, notify=tell_note))
+        for note in plan.notes:
+            if note not in said:
+                tell_note(note)
     with merge_progress(plan) as advance, verify_progress() as verified:
         watched = replace(options, notify=tell_note, progress=advance, on_report=reports.append, on_verify=verified)
         try:

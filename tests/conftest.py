@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads of several test processes spin against each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is: no test asks a hub but its own, whatever a folder is called
 
 from bam_merge.demo.synthetic import branched_values, random_values, write_checkpoint
 

@@ -11,10 +11,10 @@ from bam_merge.checkpoints.folder import Checkpoint, open_checkpoint
 
 def open_folder(path: str | os.PathLike[str]) -> Checkpoint:
     """`open_checkpoint` for a model's folder: its index may list a head that no shard holds, where the head is tied."""
-    return open_checkpoint(path, _tied_heads)
+    return open_checkpoint(path, tied_heads)
 
 
-def _tied_heads(config: Mapping[str, Any]) -> set[str]:
+def tied_heads(config: Mapping[str, Any]) -> set[str]:
     """The names of a head that a model of this config.json need not store, since it is the embeddings."""
     inside = unwrap(config)
     table = find_by_model_type(inside.config.get("model_type"))

@@ -43,8 +43,20 @@ VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "tekken.json", "t
 
 
 @dataclass(frozen=True)
+class Remote:
+    """Of a model whose headers alone are at hand: its `name` where the rest is, the bytes of all files that are read of it and of those yet
+    to be downloaded, and the digests of those beside the weights that were not, by file: SHA-256, or git's of a blob."""
+
+    name: str
+    nbytes: int
+    missing: int
+    unread: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """One folder: `config` as written, every file's header, and every tensor by name. `notes` are harmless oddities."""
+    """One folder: `config` as written, every file's header, and every tensor by name. `notes` are harmless oddities. Where it is `remote`,
+    no tensor can be read yet."""
 
     path: Path
     config: dict[str, Any]
@@ -52,6 +64,7 @@ class Checkpoint:
     files: dict[str, Header]
     tensors: dict[str, TensorEntry]
     notes: tuple[str, ...] = field(default=())
+    remote: Remote | None = None
 
     @property
     def identities(self) -> dict[str, FileIdentity]:
@@ -59,7 +72,8 @@ class Checkpoint:
 
     def companions(self) -> list[str]:
         """Tokenizer and generation files of this folder, in a fixed order."""
-        return [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        unread = self.remote.unread if self.remote is not None else {}
+        return [name for name in TOKENIZER_FILES if name in unread or (self.path / name).is_file()]
 
 
 def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[str, Any]], set[str]] = lambda config: set()) -> Checkpoint:
@@ -75,9 +89,8 @@ def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[st
         way_out = f"It is {what}." if what else "Give the folder that holds config.json."
         raise CheckpointError(f"{printable(str(folder))}: not a folder. {way_out}")
     problems: list[str] = []
-    config, digest = _read_config(folder, problems)
+    config, digest = read_config(folder, problems)
     files: dict[str, Header] = {}
-    notes: list[str] = []
     try:
         names, weight_map, total = _weight_files(folder)
     except CheckpointError as error:
@@ -94,8 +107,25 @@ def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[st
             files[name] = read_header(str(folder / name), name)
         except CheckpointError as error:
             problems += error.problems
-    tensors = _all_tensors(folder, files, problems)
-    if weight_map is not None and len(files) == len(names):
+    index = (weight_map, total) if len(files) == len(names) else (None, None)
+    return assembled(folder, (config, digest), files, index, unneeded, problems)
+
+
+def assembled(
+    folder: Path,
+    config_digest: tuple[dict[str, Any], str],
+    files: dict[str, Header],
+    index: tuple[dict[str, str] | None, int | None],
+    unneeded: Callable[[Mapping[str, Any]], set[str]],
+    problems: list[str],
+) -> Checkpoint:
+    """The checkpoint of a config.json with its digest, the headers of its files, and weight_map and total_size of its index, if it has one.
+
+    Raises CheckpointError with `problems` and those of the parts with each other.
+    """
+    (config, digest), (weight_map, total) = config_digest, index
+    tensors, notes = _all_tensors(folder, files, problems), list[str]()
+    if weight_map is not None:
         problems += _index_problems(folder, weight_map, tensors, unneeded(config))
         left_out = sorted(unneeded(config) & weight_map.keys() - tensors.keys())
         if left_out:
@@ -172,11 +202,12 @@ def _read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
     return json_object(path, data, way_out=f". {DAMAGED}"), data
 
 
-def _read_config(folder: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
+def read_config(folder: Path, problems: list[str], name: str = CONFIG) -> tuple[dict[str, Any], str]:
+    """A folder's config.json and its digest, or its problems and nothing."""
     try:
-        if not _is_there(folder / "config.json"):
-            raise CheckpointError(f"{printable(str(folder))}: config.json is missing. Is this a Hugging Face folder?")
-        config, data = _read_json_object(folder / "config.json")
+        if not _is_there(folder / name):
+            raise CheckpointError(f"{printable(str(folder))}: {name} is missing. Is this a Hugging Face folder?")
+        config, data = _read_json_object(folder / name)
     except CheckpointError as error:
         problems += error.problems
         return {}, ""
@@ -188,15 +219,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
     where = printable(str(folder))
     single, index = os.path.lexists(folder / SINGLE), os.path.lexists(folder / INDEX)
     if index:
-        document, _ = _read_json_object(folder / INDEX)
-        weight_map = document.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names. {DAMAGED}.")
+        weight_map, total = read_index(folder)
         names = sorted(set(weight_map.values()))
-        unsafe = [name for name in names if not is_plain_name(name)]
-        if unsafe:
-            wrong = f"weight_map names {some(unsafe)}, which is no plain file in this folder"
-            raise CheckpointError(f"{where}/{INDEX}: {wrong}. Correct the index.")
         if single and SINGLE not in names:
             raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
         missing = [name for name in names if not _is_there(folder / name)]
@@ -209,9 +233,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
             raise CheckpointError(
                 f"{where}: {len(missing)} of {len(names)} files that {INDEX} names are missing: {some(missing)}. Is the download complete?"
             )
-        metadata = document.get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        return names, weight_map, total if isinstance(total, int) else None
+        return names, weight_map, total
     if single:
         return [SINGLE], None, None
     try:
@@ -227,6 +249,22 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
             f"them once: bam-merge convert {where} NEW_FOLDER."
         )
     raise CheckpointError(f"{where}: no weights found; expected {SINGLE} or {INDEX}.")
+
+
+def read_index(folder: Path) -> tuple[dict[str, str], int | None]:
+    """weight_map and total_size of a folder's index. Raises CheckpointError."""
+    where = printable(str(folder))
+    document, _ = _read_json_object(folder / INDEX)
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{where}/{INDEX}: weight_map must be an object that maps tensor names to file names. {DAMAGED}.")
+    unsafe = [name for name in sorted(set(weight_map.values())) if not is_plain_name(name)]
+    if unsafe:
+        wrong = f"weight_map names {some(unsafe)}, which is no plain file in this folder"
+        raise CheckpointError(f"{where}/{INDEX}: {wrong}. Correct the index.")
+    metadata = document.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, total if isinstance(total, int) else None
 
 
 def is_plain_name(name: str) -> bool:

@@ -7,7 +7,7 @@ Format: 8 bytes little-endian header length, that many bytes of JSON, then the t
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +20,10 @@ from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
 
 MAX_HEADER = 100_000_000
+
+
+FIRST_BYTES = 2**14
+"""Bytes that are asked for first of a file elsewhere: the whole header of most, which have some 25 tensors each."""
 
 
 _LOOKALIKES = [
@@ -111,16 +115,44 @@ def read_header(path: str, file: str | None = None) -> Header:
         raise CheckpointError(f"{printable(path)}: reading its header: {error.strerror}.") from error
     finally:
         os.close(descriptor)
+    return _header(path, file or os.path.basename(path), identity, start[:8], raw)
+
+
+def header_of(path: str, file: str, size: int, read: Callable[[int, int], bytes]) -> Header:
+    """The header of a file of `size` bytes of which `read(first, count)` gives some, and which `path` names in messages.
+
+    Raises CheckpointError as read_header does.
+    """
+    start = read(0, min(size, FIRST_BYTES))
+    length = _header_length(path, size, start)
+    raw = start[8 : 8 + length]
+    if len(raw) < length:
+        raw += read(8 + len(raw), length - len(raw))
+    return _header(path, file, FileIdentity(size, 0, 0), start[:8], raw)
+
+
+def _header(path: str, file: str, identity: FileIdentity, start: bytes, raw: bytes) -> Header:
     try:
         if not raw.startswith(b"{"):
             raise ValueError("the header does not begin with '{'")
-        metadata, tensors = _parse(parse_json(raw), file or os.path.basename(path), 8 + len(raw), identity.size)
+        metadata, tensors = _parse(parse_json(raw), file, 8 + len(raw), identity.size)
     except ValueError as error:
         raise CheckpointError(f"{printable(path)}: {error}. The file is damaged: download or write it again.") from None
-    return Header(path, identity, xxhash.xxh3_128_hexdigest(start[:8] + raw), metadata, tensors)
+    return Header(path, identity, xxhash.xxh3_128_hexdigest(start + raw), metadata, tensors)
 
 
 def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
+    length = _header_length(path, size, start)
+    raw = bytearray(length)
+    try:
+        fill(descriptor, [(8, length)], memoryview(raw))
+    except FileEnds:
+        raise CheckpointError(f"{printable(path)}: the file ends inside its header. Is the download complete?") from None
+    return bytes(raw)
+
+
+def _header_length(path: str, size: int, start: bytes) -> int:
+    """The bytes of the header that the file's first bytes promise. Raises CheckpointError where it can have no such header."""
     what, start = lookalike(start), start[:8]
     if what and not _plausible(start):
         raise CheckpointError(f"{printable(path)}: this is {what}.")
@@ -132,12 +164,7 @@ def _header_bytes(descriptor: int, path: str, size: int, start: bytes) -> bytes:
             f"{printable(path)}: its first 8 bytes promise a header of {length:,} bytes; the file has {size:,} bytes and "
             f"a header at most {MAX_HEADER:,}. It is truncated, or not a safetensors file."
         )
-    raw = bytearray(length)
-    try:
-        fill(descriptor, [(8, length)], memoryview(raw))
-    except FileEnds:
-        raise CheckpointError(f"{printable(path)}: the file ends inside its header. Is the download complete?") from None
-    return bytes(raw)
+    return length
 
 
 def lookalike(start: bytes) -> str | None:

@@ -25,9 +25,6 @@ STAGING = re.compile(r"\.(.+)\.bam-merge")
 HUB_FOLDER = re.compile(r"(model|dataset|space)s--(.+)")
 
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
-
-
 SOURCE_OF = "Write the Hugging Face folder that {} from"
 MADE, EXPORTED = SOURCE_OF.format("it was made"), SOURCE_OF.format("it was exported")
 
@@ -293,11 +290,8 @@ def other_kind(path: Path) -> str | None:
     return None if text is None else f"{shown(path)}: this is {text}{'' if text.endswith('?') else '.'}"
 
 
-def absent(written: str, path: Path) -> str:
-    """What more is said of a folder that is not there: that `written` may be meant for the hub, or another folder's name."""
-    if HUB_NAME.fullmatch(written) and not path.parent.exists():
-        name = printable(written.partition("@")[0])
-        return f" If {name} is a model of the hub, download it (hf download {name} --local-dir FOLDER), and write its folder."
+def absent(path: Path) -> str:
+    """What more is said of a folder that is not there: that another one has nearly its name."""
     close = nearest(path.name, Look(path.parent).folders("*"))
     return close.replace("; did", " Did")
 

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bam_merge.architectures import locate
-from bam_merge.architectures.anatomy import Anatomy, open_anatomy
+from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError
 from bam_merge.paths import located
+from bam_merge.sources.places import look
 from bam_merge.text import nearest, printable
 
 Place = locate.Place
@@ -50,9 +51,9 @@ def open_side(address: str | os.PathLike[str]) -> Side:
     text = os.fsdecode(address)
     path, mark, name = text.rpartition("#")
     if not mark or os.path.exists(located(text)):
-        found = open_anatomy(text)
-        return Side(text, found, None, _placed(found), dict(found.dropped))
-    found = open_anatomy(path)
+        found, label = look(text, values=True)
+        return Side(label, found, None, _placed(found), dict(found.dropped))
+    found, label = look(path, values=True)
     expert = _expert(found, path, name.removeprefix("experts."))
     leaves: dict[Place, Leaf] = {}
     left_out = dict(found.dropped)
@@ -63,7 +64,7 @@ def open_side(address: str | os.PathLike[str]) -> Side:
             leaves[role, layer, None] = leaf
         else:
             left_out[stored(leaf).tensor] = "another expert's"
-    return Side(text, found, expert, leaves, left_out)
+    return Side(f"{label}#{name}", found, expert, leaves, left_out)
 
 
 def _placed(found: Anatomy) -> dict[Place, Leaf]:

@@ -23,6 +23,7 @@ from bam_merge.checkpoints.pieces import Read
 from bam_merge.converting.child import Contents, Found, Limits, read_pickle
 from bam_merge.errors import CheckpointError, DurabilityUncertain, OutputError
 from bam_merge.files import write_file, writing
+from bam_merge.hub_id import hub_id
 from bam_merge.merging.outputs import prepare
 from bam_merge.paths import located
 from bam_merge.planning.plan import Shard, Step
@@ -90,7 +91,7 @@ def convert(
         most = parse_size(max_shard_size)
     except ValueError as error:
         raise OutputError(f"--max-shard-size: {error}") from None
-    source = find_source(located(folder))
+    source = find_source(_here(folder))
     target = Path(os.path.abspath(located(output, error=OutputError)))
     _check_target(source, target, force)
     with _opened(source):
@@ -121,6 +122,17 @@ def convert(
         *(f"{printable(name)} equals the embeddings, which config.json ties it to: left out" for name in dropped),
     ]
     return Converted(target, len(placed), nbytes, tuple(shard.file for shard in shards), tuple(notes))
+
+
+def _here(folder: str | os.PathLike[str]) -> Path:
+    """The folder or file on this machine. Raises CheckpointError for a model of the hub, of which pickled weights are never downloaded."""
+    wanted = hub_id(os.fsdecode(folder))
+    if wanted is not None and (wanted.marked or not os.path.lexists(located(folder))):
+        raise CheckpointError(
+            f"{printable(os.fsdecode(folder))}: no such folder, and of models of the hub pickled weights are never downloaded here. "
+            f"Download it (hf download {wanted.repo} --local-dir FOLDER), and convert FOLDER."
+        )
+    return located(folder)
 
 
 def _check_torch() -> None:

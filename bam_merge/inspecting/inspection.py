@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bam_merge.architectures.anatomy import Anatomy, open_anatomy
+from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.architectures.cost import CONTEXT, Cost, Kind, as_mixture, cost_of
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, format_note, origins, read_manifest
 from bam_merge.errors import CheckpointError, VerifyError
+from bam_merge.sources.places import look
 
 if TYPE_CHECKING:
     from bam_merge.inspecting.router_stats import RouterStats
@@ -177,7 +178,7 @@ def inspect(
     """
     if context < 1 or (as_bam is not None and as_bam < 1):
         raise CheckpointError("--context and --as-bam must be at least 1.")
-    anatomy = open_anatomy(path)
+    anatomy, called = look(path, values=stats)
     cost = cost_of(anatomy)
     made, fate, findings = _provenance(path, anatomy, where)
     shown = tuple(
@@ -187,7 +188,7 @@ def inspect(
     )
     mixtures: dict[str, Cost] = {kind: as_mixture(cost, as_bam, kind, top_k) for kind in KINDS} if as_bam else {}
     return Inspection(
-        path=str(path),
+        path=called,
         anatomy=anatomy,
         cost=cost,
         context=context,
@@ -207,7 +208,7 @@ def _provenance(
 ) -> tuple[Mapping[str, Origin], list[dict[str, Any]] | None, list[str]]:
     """The manifest's origins, what became of `where`, and what is odd: a manifest that is damaged, or of other tensors."""
     folder = anatomy.checkpoint.path
-    if not os.path.isdir(path) or not (folder / MANIFEST).exists():
+    if os.path.isfile(path) or not (folder / MANIFEST).exists():
         if where is not None:
             raise VerifyError(f"--where: {path} has no {MANIFEST}, which bam-merge writes beside what it merges.")
         return {}, None, []

@@ -29,6 +29,7 @@ from bam_merge.sources.accepted import apply_accepted
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.sources.headers_only import by_digests, unread_heads
 from bam_merge.sources.opening import open_sources, same_folder
 from bam_merge.sources.tied_heads import settle_heads
 from bam_merge.sources.tokenizer import align_tokenizers, compare_tokenizers
@@ -45,7 +46,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     layout, problems = _layout(recipe)
     found = _sources(recipe, problems)
-    models, alignment = found.models, found.alignment
+    recipe, models, alignment = found.recipe, found.models, found.alignment
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -97,9 +98,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
 @dataclass
 class _Sources:
-    """The sources by name, which files the result takes of them, and how their tokens are aligned, if they are; `notes` and `warnings`
-    (of what the recipe accepts) are what a plan has to say of them."""
+    """The recipe that says where each source was found; the sources by name, which files the result takes of them, and how their tokens are
+    aligned, if they are; `notes` and `warnings` (of what the recipe accepts) are what a plan has to say of them."""
 
+    recipe: Recipe
     models: dict[str, DenseModel]
     notes: list[str]
     warnings: list[str]
@@ -112,13 +114,14 @@ def _sources(recipe: Recipe, problems: list[str]) -> _Sources:
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
     """
-    models, broken = open_sources(recipe)
+    found = open_sources(recipe)
+    recipe, models, broken = found.recipe, dict(found.models), found.problems
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
     heads = settle_heads(ordered, recipe.accept.head if recipe.accept else None)
     accepted = apply_accepted(recipe, heads.models)
     ordered, alignment = accepted.models, None
     if recipe.tokenizer is None:
-        tokenizers = compare_tokenizers(ordered)
+        tokenizers = by_digests(ordered) or compare_tokenizers(ordered)
     elif broken:  # whose tokens are to be aligned cannot be told
         tokenizers = TokenizerFindings()
     else:
@@ -134,8 +137,8 @@ def _sources(recipe: Recipe, problems: list[str]) -> _Sources:
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    notes, warnings = [*heads.notes, *accepted.notes, *tokenizers.notes], [*heads.warnings, *accepted.warnings]
-    return _Sources(models, notes, warnings, tokenizers.files, alignment)
+    notes = [*found.notes, *unread_heads(ordered), *heads.notes, *accepted.notes, *tokenizers.notes]
+    return _Sources(recipe, models, notes, [*heads.warnings, *accepted.warnings], tokenizers.files, alignment)
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:

@@ -12,7 +12,7 @@ from bam_merge import expressions
 from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.folder import Checkpoint, Remote
 from bam_merge.checkpoints.pieces import Computed
 from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
@@ -96,6 +96,11 @@ class Plan:
         return {name: checkpoint for model in self.models.values() for name, checkpoint in model.stores.items()}
 
     @property
+    def remotes(self) -> dict[str, Remote]:
+        """The folders of which headers alone are at hand, by name: a merge downloads them and plans again."""
+        return {name: checkpoint.remote for name, checkpoint in self.checkpoints.items() if checkpoint.remote is not None}
+
+    @property
     def parameters(self) -> int:
         return sum(prod(step.shape) for step in self.steps)
 
@@ -149,7 +154,19 @@ class Plan:
             "notes": list(self.notes),
             "accepted": list(self.accepted),
             **({} if self.alignment is None else {"tokenizer": self.alignment.document()}),
+            **self._hub(),
         }  # fmt: skip
+
+    def _hub(self) -> dict[str, Any]:
+        """Of each folder that is a model of the hub its name with the commit, and the bytes of it that are yet to be downloaded."""
+        places = {name: self.recipe.known.get(store.path) for name, store in self.recipe.stores.items()}
+        remotes = self.remotes
+        found = {
+            name: {"model": place.recorded, "download": remotes[name].missing if name in remotes else 0}
+            for name, place in places.items()
+            if place is not None
+        }
+        return {"hub": found} if found else {}
 
 
 def _held(node: Computed) -> int:

@@ -12,6 +12,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.publishing.manifest import recipe_folder
 from bam_merge.publishing.replacing import why_kept
 from bam_merge.publishing.staging import staged_bytes
+from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
 
 SMALL_FILES = 20_000_000
@@ -23,8 +24,13 @@ def target_path(plan: Plan, output: str | os.PathLike[str] | None) -> Path:
 
     Raises OutputError when `output` can be no path.
     """
+    return target_of(plan.recipe, output)
+
+
+def target_of(recipe: Recipe, output: str | os.PathLike[str] | None) -> Path:
+    """`target_path` of a recipe that has no plan yet."""
     if output is None:
-        return Path(os.path.abspath(located(plan.recipe.output.path, plan.recipe.folder, OutputError)))
+        return Path(os.path.abspath(located(recipe.output.path, recipe.folder, OutputError)))
     return Path(os.path.abspath(located(output, error=OutputError)))
 
 

@@ -14,6 +14,11 @@ def line(record: dict[str, Any]) -> bytes:
     return b"%08x %08x %s\n" % (len(text), zlib.crc32(text), text)
 
 
+def begun(data: bytes) -> Any:
+    """What the journal says of its run, by the data that it begins with; None where it says nothing."""
+    return _record(data.partition(b"\n")[0])
+
+
 def read_journal(data: bytes, header: dict[str, Any], notify: Callable[[str], None]) -> tuple[dict[str, Finished], int]:
     """The finished tensors of an earlier run, and the bytes of the journal that say so; nothing when it was of another plan.
 

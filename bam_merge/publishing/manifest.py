@@ -12,6 +12,7 @@ from bam_merge.checkpoints.provenance import MANIFEST_FORMAT, companion_digests,
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import CheckpointError
 from bam_merge.merging.tensor import Finished
+from bam_merge.paths import relative
 from bam_merge.planning.plan import Plan
 
 
@@ -45,7 +46,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
 def recipe_folder(plan: Plan) -> str:
     """The way from the recipe's output path to the folder of the recipe, from which its sources are named."""
     folder = os.path.abspath(plan.recipe.folder)
-    return os.path.relpath(folder, os.path.join(folder, plan.recipe.relative(plan.recipe.output.path)))
+    return os.path.relpath(folder, os.path.join(folder, relative(plan.recipe.output.path, plan.recipe.folder)))
 
 
 def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from bam_merge.planning.plan import Plan, Step
 from bam_merge.publishing.companions import companion_files, write_companions
 from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.durable import sync_descriptor
+from bam_merge.publishing.earlier import as_before
+from bam_merge.publishing.fetching import fetched
 from bam_merge.publishing.options import MergeOptions
 from bam_merge.publishing.preflight import check_target
 from bam_merge.publishing.replacing import Which, why_kept
@@ -30,7 +32,8 @@ from bam_merge.text import printable
 
 def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options: MergeOptions | None = None) -> Path:
     """Plan and carry out `recipe`; returns the published folder. Raises BamMergeError, leaving the target untouched."""
-    return publish(make_plan(recipe), output, options or MergeOptions())
+    options = options or MergeOptions()
+    return publish(make_plan(as_before(recipe, output, options.notify) if options.resume else recipe), output, options)
 
 
 def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
@@ -38,6 +41,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
 
     With `resume`, a target that is already what this plan gives is left as it is: the run was killed after it had published.
     """
+    plan = fetched(plan, output, options)
     target = target_path(plan, output)
     if options.level is not None:  # a level or a device that there is not would be found after everything is written
         _check_proof(options.level, options.device)

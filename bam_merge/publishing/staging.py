@@ -109,7 +109,9 @@ class Staging:
         """Start the journal. Returns the tensors that an earlier run of the same plan finished, when resuming; not those with
         NaN or infinity, unless they are allowed in this run too."""
         path = self.folder / JOURNAL
-        header = {"fingerprint": plan.fingerprint, "version": __version__}
+        header: dict[str, Any] = {"fingerprint": plan.fingerprint, "version": __version__}
+        if plan.recipe.known:
+            header["hub"] = {text: known.recorded for text, known in plan.recipe.known.items()}
         done: dict[str, Finished] = {}
         sound: frozenset[str] = frozenset()
         kept = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
@@ -9,10 +10,18 @@ from pydantic import Discriminator, Field, Tag
 from bam_merge.recipe.makes import Finite, Strict
 
 
+@dataclass(frozen=True)
+class Known:
+    """Where a model of the hub is that a recipe names: what documents record of it, with its commit, and its folder on this machine."""
+
+    recorded: str
+    folder: Path
+
+
 class Folder(Strict):
     """The long form of a source that is a model by itself."""
 
-    path: str = Field(description="a Hugging Face folder, relative to the recipe")
+    path: str = Field(description="a Hugging Face folder, relative to the recipe; or a model of the hub, org/name or org/name@revision")
     dequantise: bool = Field(
         default=False, description="its 8-bit floats are multiplied with their scales, which makes bfloat16 of them (or its config's dtype)"
     )
@@ -21,16 +30,19 @@ class Folder(Strict):
 class WeightedAdapter(Strict):
     """One of several adapters on one base."""
 
-    path: str = Field(description="the folder of a LoRA adapter, relative to the recipe")
+    path: str = Field(description="the folder of a LoRA adapter, relative to the recipe, or one of the hub")
     weight: Finite = Field(default=1.0, description="multiplies the adapter's update")
 
 
 class Adapted(Strict):
     """A source that is a model with low-rank updates (PEFT's LoRA)."""
 
-    base: str = Field(description="the model that was adapted: a source's name, or a Hugging Face folder, relative to the recipe")
+    base: str = Field(
+        description="the model that was adapted: a source's name, or a Hugging Face folder, relative to the recipe, or a model of the hub"
+    )
     adapter: str | Annotated[tuple[WeightedAdapter, ...], Field(strict=False)] = Field(
-        description="the folder of its adapter, relative to the recipe; or a list of {path: ..., weight: ...}, whose updates are added"
+        description="the folder of its adapter, relative to the recipe, or one of the hub; or a list of {path: ..., weight: ...}, whose "
+        "updates are added"
     )
 
     @property
@@ -82,8 +94,8 @@ def recorded(source: Source, sources: Sources, place: Callable[[str], str]) -> A
 
 @dataclass(frozen=True)
 class Store:
-    """A folder that tensors are read from: its path as written, whether it holds an adapter instead of a model, and whether its weights
-    are dequantised."""
+    """What tensors are read from, a folder or a model of the hub: its place as written, whether an adapter is there instead of a model, and
+    whether its weights are dequantised."""
 
     path: str
     adapter: bool = False

@@ -1,5 +1,6 @@
 """The recipe: what to merge from what, typed and strict. Every wrong key, type or name is reported with its place."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -7,10 +8,11 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from bam_merge import expressions
 from bam_merge.errors import RecipeError
+from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
 from bam_merge.recipe.accepting import Accept
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
-from bam_merge.recipe.places import Folder, Source, Store, long_form, model_store, recorded, stores
+from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, model_store, recorded, stores
 from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
@@ -91,7 +93,9 @@ class Recipe(Strict):
         description="what becomes an expert: attention and FFN; FFN; FFN, of copies of one model; nothing, the result is dense"
     )
     sources: dict[str, Source] = Field(
-        min_length=1, description="name: a Hugging Face folder, relative to the recipe; or {base: ..., adapter: ...}: with a LoRA adapter"
+        min_length=1,
+        description="name: a Hugging Face folder, relative to the recipe, or a model of the hub; or {base: ..., adapter: ...}: with a LoRA "
+        "adapter",
     )
     experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
     attention: Attention | None = Field(default=None, description="method bam only")
@@ -114,6 +118,8 @@ class Recipe(Strict):
 
     _folder: Path = PrivateAttr(default_factory=Path)
     _file: str = PrivateAttr(default="recipe")
+    _known: Mapping[str, Known] = PrivateAttr(default_factory=dict)
+    _from_document: bool = PrivateAttr(default=False)
 
     @property
     def folder(self) -> Path:
@@ -155,9 +161,37 @@ class Recipe(Strict):
             router = router.attention if role == "router.attn" else router.ffn
         return router.initialiser()
 
+    @property
+    def needs_tokenizers(self) -> bool:
+        """Whether a plan depends on what the tokenizers hold, and not only on whether they are alike."""
+        return self.tokenizer is not None
+
+    @property
+    def known(self) -> Mapping[str, Known]:
+        """Where the models of the hub are that this recipe names, by what stands there; none before they were looked for."""
+        return self._known
+
+    @property
+    def from_document(self) -> bool:
+        """Whether a merge recorded this recipe, with the commit of every model of the hub."""
+        return self._from_document
+
+    def of_document(self) -> "Recipe":
+        """The same recipe, as one that a merge recorded."""
+        recipe = self.model_copy()
+        recipe._from_document = True
+        return recipe
+
+    def knowing(self, known: Mapping[str, Known]) -> "Recipe":
+        """The same recipe, where some models of the hub were found."""
+        recipe = self.model_copy()
+        recipe._known = {**self._known, **known}
+        return recipe
+
     def located(self, path: str) -> Path:
-        """Where a path of this recipe leads: from the recipe's folder, or from a home folder where it begins with ~."""
-        return located(path, self.folder, RecipeError)
+        """Where a path of this recipe leads: from the recipe's folder, or from a home folder where it begins with ~; into the hub's cache
+        where it is a model of the hub that was found."""
+        return self._known[path].folder if path in self._known else located(path, self.folder, RecipeError)
 
     def source(self, name: str) -> Folder:
         """Everything that the recipe says of the model that a source is, or is an adapter on."""
@@ -177,15 +211,17 @@ class Recipe(Strict):
         return recorded(self.sources[name], self.sources, self.relative)
 
     def relative(self, path: str) -> str:
-        """`path` relative to the recipe's folder, for documents that must not hold absolute paths."""
-        return relative(path, self.folder)
+        """`path` relative to the recipe's folder, for documents that must not hold absolute paths; a model of the hub with its commit."""
+        if path in self._known:
+            return self._known[path].recorded
+        return path if path.startswith(MARK) else relative(path, self.folder)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as a document with every default written out and no absolute path."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         document["experts"] = list(self.expert_names)
         document["sources"] = {name: self.recorded(name) for name in self.sources}
-        document["output"]["path"] = self.relative(self.output.path)
+        document["output"]["path"] = relative(self.output.path, self.folder)
         if self.method != "merge":
             top_k, renormalised = self.gates
             gate = "topk_then_softmax" if renormalised else "softmax_then_topk"

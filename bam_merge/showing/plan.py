@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.checkpoints.folder import VOCABULARIES
+from bam_merge.hub_id import hub_id
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.process import progress_console
-from bam_merge.text import count, human_bytes, printable, ranges
+from bam_merge.text import count, human_bytes, listed, printable, ranges
 
 
 def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None) -> str:
@@ -32,13 +33,31 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "output": f"{printable(str(target), 1000)} ({human_bytes(free)} free)",
     }
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value), *_tokens(plan)]
+    lines += [f"{'hub':12} {source}: {printable(text)}" for source, text in _from_hub(plan)]
     for source, reasons in plan.unused.items():
         for reason, names in _grouped(reasons).items():
             first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
             lines.append(f"{'not read':12} {source}: {count(len(names), 'tensor')}{_size(plan, source, names)} ({first}): {reason}")
     lines += [f"{'accepted':12} {warning}" for warning in plan.accepted]
-    lines += [f"{'note':12} {note}" for note in plan.notes]
+    lines += [f"{'note':12} {note}" for note in (*plan.notes, *_folders_like_models(plan))]
     return "\n".join(lines)
+
+
+def _from_hub(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Which models of the hub the sources are, at which commit, and what is yet to be downloaded of each."""
+    for name, store in plan.recipe.stores.items():
+        if (known := plan.recipe.known.get(store.path)) is not None:
+            remote = plan.remotes.get(name)
+            what = f"{human_bytes(remote.missing)} of {human_bytes(remote.nbytes)} to download" if remote else "in the cache"
+            yield name, f"{known.recorded}, {what}"
+
+
+def _folders_like_models(plan: Plan) -> Iterator[str]:
+    """A note on folders whose names could be those of models of the hub: the folders count."""
+    places = {name: store.path for name, store in plan.recipe.stores.items()}
+    if names := [name for name, text in places.items() if text not in plan.recipe.known and hub_id(text) is not None]:
+        are = "is a folder" if len(names) == 1 else "are folders"
+        yield f"{listed([f'sources.{name}' for name in names])} {are}; a model of the hub would be hf://{printable(places[names[0]])}."
 
 
 def _tokenizer(plan: Plan) -> str:

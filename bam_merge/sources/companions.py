@@ -7,7 +7,7 @@ special_tokens_map.json on to the tokenizer's constructor (5.23, tokenization_ut
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,13 @@ def companion_notes(folder: Path, names: Sequence[str], load: Callable[[bytes], 
         present = sorted(os.listdir(folder))
     except OSError:  # a folder whose files may be read and not listed
         present = []
-    if (folder / TEMPLATES).is_dir():
+    yield from left_behind(name for name in present if name != TEMPLATES or (folder / TEMPLATES).is_dir())
+
+
+def left_behind(present: Iterable[str]) -> Iterator[str]:
+    """Notes on what of these files and folders beside a model's weights no output gets."""
+    present = list(present)
+    if TEMPLATES in present:
         yield f"{TEMPLATES}/ is not copied: the output has the default chat template alone."
     others = [name for name in present if re.fullmatch(r"tokenizer\.model\..*|.*\.tiktoken|.*\.spm|spiece\.model|.*\.bpe\.model", name)]
     if others:
@@ -331,6 +337,8 @@ def _belongs(real: str, folder: Path) -> bool:
         return True
     for above in Path(home).parents:
         if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            if digest and file == Path(_real_folder(above.parents[1])) / "blobs" / file.name[:2] / file.name:
+                return True  # of the store that all models of a cache share
             blobs = above.parent / "blobs"  # which may be a link to another disk, or to anybody's folder: there only digests count
             return _inside(real, _real_folder(blobs)) and (digest or not blobs.is_symlink())
     return False

@@ -1,8 +1,10 @@
 """Opening all sources of a recipe."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bam_merge.checkpoints.adapter_folder import AdapterFolder, open_adapter
@@ -15,18 +17,36 @@ from bam_merge.sources.adapter_changes import Opened
 from bam_merge.sources.adapters import with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.dequantised import read_dequantised
+from bam_merge.sources.places import Found, opened
+from bam_merge.sources.recipe_places import find_in, notes_of, pinned
 from bam_merge.sources.tied_heads import settle_copies
 from bam_merge.text import nearest
 
 T = TypeVar("T")
 
 
-def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
-    """Every source, and all problems of all of them."""
+@dataclass(frozen=True)
+class Sources:
+    """What opening all sources gave: the models, all problems of all of them, what a plan has to say, and the recipe with every model of
+    the hub pinned to its commit."""
+
+    recipe: Recipe
+    models: Mapping[str, DenseModel]
+    problems: list[str]
+    notes: list[str]
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """Every source, as far as it can be opened."""
+    places: dict[str, Found] = {}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        opened = list(pool.map(lambda item: _attempt(_open_store, recipe, *item), recipe.stores.items()))
-    folders = dict(zip(recipe.stores, opened, strict=True))
-    problems = [problem for error in opened if isinstance(error, BamMergeError) for problem in error.problems]
+        jobs = [
+            pool.submit(copy_context().run, _attempt, _open_store, recipe, name, store, places) for name, store in recipe.stores.items()
+        ]
+    folders = dict(zip(recipe.stores, (job.result() for job in jobs), strict=True))
+    notes = [note for name in recipe.stores if name in places for note in notes_of(recipe, name, places[name])]
+    recipe = pinned(recipe, {recipe.stores[name].path: place for name, place in places.items()})
+    problems = [problem for error in folders.values() if isinstance(error, BamMergeError) for problem in error.problems]
     accept = recipe.accept.head if recipe.accept else None
     for name, folder in folders.items():
         if isinstance(folder, DenseModel):
@@ -40,7 +60,7 @@ def open_sources(recipe: Recipe) -> tuple[dict[str, DenseModel], list[str]]:
             made = _attempt(_adapted, recipe, name, models, folders)
             problems += made.problems if isinstance(made, CheckpointError) else []
             models |= {name: made} if isinstance(made, DenseModel) else {}
-    return {name: models[name] for name in recipe.sources if name in models}, list(dict.fromkeys(problems))
+    return Sources(recipe, {name: models[name] for name in recipe.sources if name in models}, list(dict.fromkeys(problems)), notes)
 
 
 def _attempt(open_one: Callable[..., T], *arguments: Any) -> T | CheckpointError:
@@ -50,23 +70,24 @@ def _attempt(open_one: Callable[..., T], *arguments: Any) -> T | CheckpointError
         return error
 
 
-def _open_store(recipe: Recipe, name: str, store: Store) -> DenseModel | AdapterFolder:
-    """A folder that tensors are read from, by its headers."""
-    path = recipe.located(store.path)
-    if not store.adapter:
-        try:
-            return read_dequantised(name, path) if store.dequantise else read_dense(name, path)
-        except CheckpointError as error:
-            if os.path.lexists(path):
-                raise
-            if name in recipe.sources:
-                raise CheckpointError(*(f"{problem}{absent(store.path, path)}" for problem in error.problems)) from None
-            close = nearest(store.path, recipe.sources)
-            raise CheckpointError(*error.problems, f"sources.{name}: {store.path!r} is no source of this recipe{close}") from None
+def _open_store(recipe: Recipe, name: str, store: Store, places: dict[str, Found]) -> DenseModel | AdapterFolder:
+    """What tensors are read from, by its headers; where it is, is entered in `places`."""
     try:
-        return open_adapter(path)
+        place = places[name] = find_in(recipe, store)
+        checkpoint = opened(place, recipe.needs_tokenizers) if place.snapshot is not None else None
+        if store.adapter:
+            return checkpoint if isinstance(checkpoint, AdapterFolder) else open_adapter(place.path)
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
+    try:
+        return (read_dequantised if store.dequantise else read_dense)(name, place.path, checkpoint)
+    except CheckpointError as error:
+        if os.path.lexists(place.path):
+            raise
+        if name in recipe.sources:
+            raise CheckpointError(*(f"{problem}{absent(place.path)}" for problem in error.problems)) from None
+        close = nearest(store.path, recipe.sources)
+        raise CheckpointError(*error.problems, f"sources.{name}: {store.path!r} is no source of this recipe{close}") from None
 
 
 def _base(recipe: Recipe, name: str, models: dict[str, DenseModel], folders: dict[str, Any]) -> DenseModel | None:

@@ -8,7 +8,8 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
+from bam_merge.sources.hub_cache import Snapshot
 from bam_merge.text import printable, some
 from bam_merge.verifying.report import Check
 
@@ -62,28 +64,53 @@ VOCABULARIES = {"tokenizer.json": ("model", "vocab"), "vocab.json": (), "added_t
 """Where the keys of a file are tokens, which may have any name: their values are then numbers."""
 
 
-def file_checks(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None) -> Iterator[Check]:
+@dataclass(frozen=True)
+class OnHub:
+    """Of a folder that is a model of the hub's: the files and folders there that were not downloaded, since only data is."""
+
+    model: str
+    files: frozenset[str]
+    folders: frozenset[str]
+
+
+def not_downloaded(manifest: Mapping[str, Any], snapshot: Snapshot | None) -> OnHub | None:
+    """What of a model of the hub is not here; None for a folder."""
+    if snapshot is None:
+        return None
+    known = snapshot.files if snapshot.files is not None else manifest["files"]
+    return OnHub(str(snapshot.id), frozenset(name for name in known if not snapshot.is_here(name)), frozenset(snapshot.folders))
+
+
+def file_checks(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None, on_hub: OnHub | None = None) -> Iterator[Check]:
     """The files of the manifest are there, as they were written and of this folder, and nothing else is; code is the package's.
 
     What `checkpoint` holds, the folder as it was opened, is not read again. It is None where the folder could not be opened.
     """
-    problems, harmless = [*_written_problems(folder, manifest, checkpoint), *_unwritten(manifest)], dict[str, str]()
-    problems += _foreign(folder, {*manifest["files"], *manifest["shards"], MANIFEST}, harmless)
+    left = on_hub.files if on_hub is not None else frozenset[str]()
+    problems, harmless = [*_written_problems(folder, manifest, checkpoint, left), *_unwritten(manifest)], dict[str, str]()
+    problems += _foreign(folder, {*manifest["files"], *manifest["shards"], MANIFEST}, harmless, on_hub)
     yield Check("files", not problems, "; ".join(problems))
+    if on_hub is not None and (unseen := sorted(left & manifest["files"].keys())):
+        what = (
+            f"{some(unseen, 8)}: on the hub, and not downloaded, for only data is: not compared. Verify a copy of {on_hub.model} to do so"
+        )
+        yield Check("not downloaded", None, what)
     if harmless:
         named = ", ".join(f"{printable(name)} ({why})" for name, why in harmless.items())
         yield Check("other files", None, f"{named}: not of this merge, and read by no loader; not looked into")
-    yield code_check(folder, manifest, checkpoint)
+    yield code_check(folder, manifest, checkpoint, left)
 
 
 # ---- what the manifest names -----------------------------------------------------------------------------------------------
 
 
-def _written_problems(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None) -> Iterator[str]:
+def _written_problems(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None, left: Collection[str]) -> Iterator[str]:
     for name in (*manifest["files"], *manifest["shards"], MANIFEST):
         if (link := _leads_away(folder, name)) is not None:
             yield f"{printable(name)} is a link to {printable(link)}, which is not of this folder: put the file itself here"
     for name, digest in manifest["files"].items():
+        if name in left:
+            continue
         try:
             known = checkpoint.config_digest if checkpoint is not None and name == CONFIG else None
             found = known or xxhash.xxh3_128_hexdigest(read_small_file(folder / name))
@@ -108,9 +135,15 @@ def _leads_away(folder: Path, name: str) -> str | None:
     if not path.is_symlink():
         return None
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    if home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs":
+    if home.parent.name == "snapshots" and (target.parent == home.parent.parent / "blobs" or _is_shared(target, home.parents[2])):
         return None
     return os.readlink(path)
+
+
+def _is_shared(target: Path, cache: Path) -> bool:
+    """Whether a file is in the store that all models of a hub cache share: blobs/XX/DIGEST."""
+    digest = target.name
+    return re.fullmatch("[0-9a-f]{64}", digest) is not None and target == cache / "blobs" / digest[:2] / digest
 
 
 def _unwritten(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -134,12 +167,14 @@ def _package_code() -> dict[str, bytes]:
 # ---- what it does not name -------------------------------------------------------------------------------------------------
 
 
-def _foreign(folder: Path, expected: set[str], harmless: dict[str, str]) -> Iterator[str]:
+def _foreign(folder: Path, expected: set[str], harmless: dict[str, str], on_hub: OnHub | None) -> Iterator[str]:
     """A message per kind of entry that is not of the merge. `harmless` is given what no loader reads, with whose it is."""
     spellings = {_plain(name): name for name in expected}
     kinds: dict[str, list[str]] = {}
     hub = False
-    for name, mode in _entries(folder, expected):
+    unseen = [(name, stat.S_IFREG) for name in sorted(on_hub.files - expected)] if on_hub is not None else []
+    unseen += [(f"{name}/", stat.S_IFREG) for name in sorted(on_hub.folders)] if on_hub is not None else []
+    for name, mode in (*_entries(folder, expected), *unseen):
         if name in HARMLESS and stat.S_ISREG(mode):
             harmless[name] = HARMLESS[name]
         elif HUB_NOTES.fullmatch(name) and stat.S_ISREG(mode):
@@ -201,7 +236,7 @@ def _plain(name: str) -> str:
 # ---- what would run --------------------------------------------------------------------------------------------------------
 
 
-def code_check(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None) -> Check:
+def code_check(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint | None, left: Collection[str] = ()) -> Check:
     """The folder's model code is the installed package's, and no key of its small files names any other."""
     problems: list[str] = []
     documents = dict(_documents(folder, manifest, checkpoint, problems))
@@ -221,7 +256,10 @@ def code_check(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint
     if others:
         problems.append(f"config.json has {some(others)}, which decides what code a loader runs, and which no merge writes: remove it")
     names = sorted({str(reference).partition(".")[0] + ".py" for reference in (ours or {}).values()})
-    other = _other_code(folder, names, problems, same_version=manifest.get("version") == __version__)
+    unseen = [name for name in names if name in left]
+    other = _other_code(folder, [name for name in names if name not in left], problems, same_version=manifest.get("version") == __version__)
+    if unseen and not problems:
+        return Check("code", None, f"{some(unseen)}: on the hub, and not downloaded: code never is. What would run was not compared")
     if problems or not other:
         held = f"{' and '.join(names)} are those of bam-merge {__version__}" if names else "none, and nothing names any"
         return Check("code", not problems, "; ".join(problems) or held)

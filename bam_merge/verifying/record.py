@@ -30,6 +30,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import STORED_DTYPES, buffer
+from bam_merge.verifying.files import OnHub
 from bam_merge.verifying.report import Check
 
 KEYS = {
@@ -269,8 +270,10 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, _shown(value)
 
 
-def card_check(folder: Path, plan: Plan, manifest: Mapping[str, Any], recorded: Recipe) -> Check:
+def card_check(folder: Path, plan: Plan, manifest: Mapping[str, Any], recorded: Recipe, left: OnHub | None = None) -> Check:
     """README.md is the card of this merge, word for word, with the places of the sources as the manifest's recipe has them."""
+    if left is not None and "README.md" in left.files:
+        return Check("card", None, f"README.md is on the hub, and was not downloaded: not compared. Verify a copy of {left.model} to do so")
     version = str(manifest.get("version"))
     expected = model_card(replace(plan, recipe=recorded)).replace(f"Made by bam-merge {__version__} ", f"Made by bam-merge {version} ")
     try:

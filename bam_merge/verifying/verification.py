@@ -15,17 +15,18 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
 from bam_merge.model.streaming import computing_on
-from bam_merge.paths import located
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.places import local
+from bam_merge.sources.recipe_places import at_hand
 from bam_merge.text import printable, some
 from bam_merge.verifying.aligned import rows_are_tokens
 from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
-from bam_merge.verifying.files import file_checks
+from bam_merge.verifying.files import OnHub, file_checks, not_downloaded
 from bam_merge.verifying.function import function_checks as _function
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
@@ -56,23 +57,27 @@ def verify(
     check_level(options.level)
     level, device = LEVELS[options.level], open_device(options.device)
     workers = torch_workers(options.workers)
-    path = located(folder, error=VerifyError)
+    path, snapshot = local(folder, VerifyError, MANIFEST)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
+    left = not_downloaded(manifest, snapshot)
+    if plan is not None and plan.remotes:
+        plan = make_plan(at_hand(plan.recipe))
     report = Report(level.name, tuple(map(printable, manifest["recipe"].get("experts", ()))))
     try:
         checkpoint = open_folder(path)
     except BamMergeError as error:  # nothing more can be read
-        report.add([*file_checks(path, manifest, None), Check("headers", False, "; ".join(error.problems))])
+        report.add([*file_checks(path, manifest, None, left), Check("headers", False, "; ".join(error.problems))])
         return report
-    report.add(file_checks(path, manifest, checkpoint))
+    report.add(file_checks(path, manifest, checkpoint, left))
     report.add(structure(checkpoint, manifest))
     report.add(engines(checkpoint))
     work = Work(options.progress)
     work.plan(checkpoint)
     report.add(digests(checkpoint, manifest, work, workers))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
-    sources = _Sources(checkpoint, manifest, report, [*contradictions(checkpoint, manifest), *wrong_counts], work, workers)
+    wrong = [*contradictions(checkpoint, manifest), *wrong_counts]
+    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
@@ -94,7 +99,7 @@ def verify(
 class _Sources:
     """Compares a folder with its sources, as far as they are at hand and still what was merged.
 
-    `wrong` collects what the manifest says wrongly.
+    `wrong` collects what the manifest says wrongly; `left` is what of the folder is on the hub alone.
     """
 
     checkpoint: Checkpoint
@@ -103,6 +108,7 @@ class _Sources:
     wrong: list[str]
     work: Work
     workers: int
+    left: OnHub | None = None
     proved: set[str] = field(default_factory=set)
 
     @property
@@ -113,7 +119,7 @@ class _Sources:
         """Add every check that needs sources; the plan whose models the output can be compared with, if there is one."""
         same_version = self.manifest.get("version") == __version__
         recorded = self._recorded(same_version)
-        recipe = given.recipe if given is not None else recorded
+        recipe = given.recipe if given is not None else self._at_hand(recorded)
         if recipe is None:
             self._record(None, same_version)
             return None
@@ -130,7 +136,7 @@ class _Sources:
             givers = {recipe.seed_name, plan.alignment.giver if plan.alignment is not None else recipe.seed_name}
             changed_seed = any(found.configs.get(recipe.model_store(name), []) != [] for name in givers)
             config = _config_check(self.checkpoint.config, plan, changed_seed)
-            card = card_check(self.folder, plan, self.manifest, recorded or recipe)
+            card = card_check(self.folder, plan, self.manifest, recorded or recipe, self.left)
             if changed_seed and card.ok is False:
                 card = Check("card", None, f"sources.{printable(recipe.seed_name)}: config.json changed since the merge; {card.detail}")
             self.report.add([config, card, *compared])
@@ -145,11 +151,19 @@ class _Sources:
         """The manifest's recipe, standing where its output path leads back from the folder."""
         home = os.path.normpath(self.folder.absolute() / str(self.manifest.get("recipe_folder", ".")))
         try:
-            return parse_recipe(self.manifest["recipe"], Path(home), str(self.folder / MANIFEST))
+            return parse_recipe(self.manifest["recipe"], Path(home), str(self.folder / MANIFEST)).of_document()
         except BamMergeError as error:
             self._not_at_hand(error)
             if same_version:
                 self.wrong.append(f"its recipe is none: {error.problems[0]}")
+            return None
+
+    def _at_hand(self, recipe: Recipe | None) -> Recipe | None:
+        """The recipe with the models of the hub that it names downloaded."""
+        try:
+            return at_hand(recipe) if recipe is not None else None
+        except BamMergeError as error:
+            self._not_at_hand(error)
             return None
 
     def _not_at_hand(self, error: BamMergeError) -> None:

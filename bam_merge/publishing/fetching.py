@@ -1,0 +1,24 @@
+"""From a plan by headers to one by folders: the models of the hub are downloaded, then all that a plan looks at is looked at."""
+
+import os
+from dataclasses import replace
+
+from bam_merge.planning.make import make_plan
+from bam_merge.planning.plan import Plan
+from bam_merge.publishing.destination import target_path
+from bam_merge.publishing.options import MergeOptions
+from bam_merge.publishing.preflight import check_target
+from bam_merge.sources.recipe_places import at_hand
+from bam_merge.sources.watching import WATCH, watched
+
+
+def fetched(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Plan:
+    """The plan over folders: the same one where all sources are folders. Raises BamMergeError, before a byte is downloaded where the result
+    cannot be put where it is to go."""
+    if not plan.remotes:
+        return plan
+    target = target_path(plan, output)
+    if not options.resume:  # what is there may be this plan's result, which is seen when the sources are here
+        check_target(plan, target, options)
+    with watched(replace(WATCH.get(), notify=options.notify)):
+        return make_plan(at_hand(plan.recipe, target, plan.bytes_written))

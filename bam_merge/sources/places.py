@@ -1,0 +1,152 @@
+"""What a place is, and how it is opened: a folder, or a model of the Hugging Face hub.
+
+A folder wins: org/name is a model of the hub where no such folder is; hf://org/name always is one.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bam_merge.architectures.anatomy import Anatomy, anatomy, open_anatomy
+from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.adapter_folder import open_adapter
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.hub_id import hub_id
+from bam_merge.paths import located
+from bam_merge.sources.watching import WATCH
+from bam_merge.text import human_bytes, nearest, printable
+
+if TYPE_CHECKING:  # what speaks to the hub is imported where a place is none of this machine's
+    from bam_merge.sources.hub_cache import Snapshot
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands at a place: a folder, or a snapshot of the hub."""
+
+    path: Path
+    snapshot: "Snapshot | None" = None
+
+    @property
+    def recorded(self) -> str | None:
+        """The model of the hub with its commit, as documents name it; None for a folder."""
+        return None if self.snapshot is None else str(self.snapshot.id)
+
+
+def find(
+    text: str | os.PathLike[str],
+    home: Path | None = None,
+    recorded: bool = False,
+    adapter: bool = False,
+    error: type[BamMergeError] = CheckpointError,
+) -> Found:
+    """What stands at the place `text`, relative to `home`. Raises `error` for what can be no place, CheckpointError for a model of the hub
+    that is not to be had.
+
+    `recorded`: it comes from a document, which names a model of the hub with its commit, so that anything else is a folder. `adapter`: an
+    adapter is looked for, and not a model.
+    """
+    text = os.fsdecode(text)
+    wanted = hub_id(text, error)
+    if wanted is None:
+        return Found(located(text, home, error))
+    if not wanted.marked:
+        path = located(text, home, error)
+        if os.path.lexists(path):
+            return Found(path)
+        if recorded and wanted.commit is None:
+            return Found(path)
+    from bam_merge.sources.hub_cache import NotInCache, resolve
+
+    try:
+        snapshot = resolve(wanted, adapter)
+    except NotInCache:  # no doubt that it is one
+        raise
+    except CheckpointError as problem:
+        if wanted.marked or wanted.revision is not None:
+            raise
+        raise type(problem)(_neither(path, problem)) from None
+    return Found(snapshot.folder, snapshot)
+
+
+def _neither(path: Path, error: CheckpointError) -> str:
+    """What is said of org/name that is no folder, and no model of the hub that could be had: either may have been meant."""
+    from bam_merge.sources.hub_client import HubUnreachable
+
+    try:
+        close = nearest(path.name, sorted(os.listdir(path.parent)))
+    except OSError:
+        close = ""
+    why = error.problems[0]
+    what = "and whether it is a model of the hub could not be seen" if isinstance(error, HubUnreachable) else "and"
+    end = "" if why.endswith((".", "?")) else "."
+    return f"{printable(str(path))}: no such folder{close.removesuffix('?')}, {what}{':' if what != 'and' else ''} {why}{end}"
+
+
+def opened(found: Found, tokenizers: bool = False) -> Checkpoint:
+    """The checkpoint at a place; of a model of the hub that is not in the cache, its headers. Raises CheckpointError.
+
+    With `tokenizers`, all files beside the weights are there.
+    """
+    snapshot = found.snapshot
+    if snapshot is None or snapshot.files is None or snapshot.complete:
+        return open_adapter(found.path) if snapshot is not None and snapshot.adapter else open_folder(found.path)
+    from bam_merge.sources.hub_headers import open_headers
+
+    return open_headers(snapshot, tokenizers)
+
+
+def look(path: str | os.PathLike[str], values: bool = False) -> tuple[Anatomy, str]:
+    """What is at a place, and how it is called; with `values`, so that its tensors can be read. Raises CheckpointError."""
+    found = find(path)
+    if found.snapshot is None:
+        return open_anatomy(path), str(path)
+    if values:
+        bring([found])
+    return anatomy(opened(found)), str(found.recorded)
+
+
+def local(path: str | os.PathLike[str], error: type[BamMergeError], needs: str) -> "tuple[Path, Snapshot | None]":
+    """The folder at a place, downloaded where it is a model of the hub. Raises `error` where that has no file `needs`, CheckpointError
+    where it cannot be had."""
+    found = find(path, error=error)
+    if found.snapshot is not None:
+        if not found.snapshot.has(needs):
+            raise error(f"{found.recorded}: no {needs} on the hub, so this is not what bam-merge wrote.")
+        bring([found])
+    return found.path, found.snapshot
+
+
+def bring(places: Iterable[Found], output: Path | None = None, output_bytes: int = 0) -> None:
+    """Download what is not in the cache of the models of the hub among `places`, to be read as folders. Raises CheckpointError.
+
+    Room is looked for first, also for an output of so many bytes.
+    """
+    found = [place.snapshot for place in places if place.snapshot is not None and place.snapshot.files is not None]
+    snapshots = {(snapshot.id, snapshot.adapter): snapshot for snapshot in found}
+    if not snapshots:
+        return
+    from bam_merge.sources.hub_client import hub
+    from bam_merge.sources.hub_download import bytes_missing, download, room_problem
+
+    small = [(snapshot, name) for snapshot in snapshots.values() for name in snapshot.small_files()]
+    download(small)
+    wanted = [(snapshot, name) for snapshot in snapshots.values() for name in snapshot.wanted()]
+    missing = bytes_missing(wanted)
+    if not missing:
+        download(wanted)  # whole, and without its name
+        return
+    if problem := room_problem(missing, output, output_bytes):
+        raise CheckpointError(problem)
+    watch = WATCH.get()
+    names = ", ".join(str(snapshot.id) for snapshot in snapshots.values())
+    watch.notify(f"downloading {human_bytes(missing)} from {hub().shown}: {names}")
+    watch.begin(missing)
+    try:
+        download(wanted)
+    except KeyboardInterrupt:
+        watch.notify("what was downloaded is kept; run again to go on.")
+        raise

@@ -1,0 +1,310 @@
+"""A hub on 127.0.0.1 for tests: what huggingface_hub 2.4 and bam_merge ask of one, with faults to order.
+
+GET  /api/models/ORG/NAME/revision/REVISION    {"id", "sha"}              GET /api/models/ORG/NAME/refs, /api/models?author=ORG
+GET  /api/models/ORG/NAME/tree/REVISION        [{"type", "path", "size", "oid", "lfs": {"oid", "size", "pointerSize"}}], in pages
+HEAD /ORG/NAME/resolve/REVISION/FILE           X-Repo-Commit, ETag; of a large file X-Linked-Etag, X-Linked-Size and a redirect
+GET  the same, with Range                      the bytes; of a large file a redirect to the store, another server, as the hub's
+"""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = 10_000
+"""Bytes from which a file is stored apart from git, as the hub does with binary files."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file's bytes, or those it begins with where it is as large as `size` and the rest is nowhere."""
+
+    data: bytes
+    size: int = -1
+    xet: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.size if self.size >= 0 else len(self.data)
+
+    @property
+    def apart(self) -> bool:
+        return self.length >= LARGE
+
+    @property
+    def digest(self) -> str:
+        if self.apart:
+            return hashlib.sha256(self.data + b"%d" % self.size if self.size >= 0 else self.data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+    def span(self, first: int, last: int) -> bytes:
+        """Bytes [first, last]; zeros where there are none."""
+        data = self.data[first : last + 1]
+        return data + bytes(last + 1 - first - len(data))
+
+
+@dataclass
+class Repo:
+    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+
+    def commit(self, files: dict[str, bytes | Content], ref: str = "main") -> str:
+        """A new commit of these files, to which `ref` then leads."""
+        contents = {name: item if isinstance(item, Content) else Content(item) for name, item in files.items()}
+        names = json.dumps([len(self.commits), sorted((name, item.digest) for name, item in contents.items())])
+        commit = hashlib.sha1(names.encode()).hexdigest()
+        self.commits[commit] = contents
+        self.refs[ref] = commit
+        return commit
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    span: str | None
+    token: str | None
+    store: bool
+    sent: int
+
+
+@dataclass
+class Fault:
+    """What the next `times` requests that match get: another answer, or a body that `spoil` changes, or that ends after `cut` bytes."""
+
+    pattern: str
+    times: int = 10**9
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    reset: bool = False
+    spoil: Callable[[bytes], bytes] | None = None
+    length: int | None = None
+    whole: bool = False
+    pause: float = 0
+    method: str = "GET"
+
+
+@dataclass
+class FakeHub:
+    url: str = ""
+    store: str = ""
+    repos: dict[str, Repo] = field(default_factory=dict)
+    token: str | None = None
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    page: int = 1000
+    links: str = ""
+
+    def add(self, repo: str, folder: Path, **more: bytes | Content) -> str:
+        """A repository of the files of `folder`. Returns its commit."""
+        files: dict[str, bytes | Content] = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+        return self.repos.setdefault(repo, Repo()).commit({**files, **more})
+
+    def sent(self, pattern: str = "") -> int:
+        """Bytes of all bodies so far, of requests that match."""
+        return sum(request.sent for request in self.requests if re.search(pattern, request.path))
+
+    def asked(self, pattern: str, method: str = "GET") -> list[Request]:
+        return [request for request in self.requests if request.method == method and re.search(pattern, request.path)]
+
+    def fault_of(self, method: str, path: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and fault.method == method and re.search(fault.pattern, path):
+                fault.times -= 1
+                return fault
+        return None
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: FakeHub
+    is_store = False
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        parts = urlsplit(self.path)
+        fault = self.hub.fault_of(self.command, self.path)
+        if fault and fault.pause:
+            time.sleep(fault.pause)
+        if fault and fault.status:
+            self.reply(fault.status, b'{"error": "a fault that a test ordered"}', fault.headers, None)
+        elif self.is_store:
+            name = parts.path.removeprefix("/")
+            found = [item for repo in self.hub.repos.values() for files in repo.commits.values() for item in files.values()]
+            self.content(next(item for item in found if item.digest == name), {}, fault)
+        elif parts.path.startswith("/api/models"):
+            self.interface(unquote(parts.path).removeprefix("/api/models").strip("/"), parse_qs(parts.query), fault)
+        else:
+            found_path = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", parts.path)
+            assert found_path, self.path
+            self.file(found_path[1], unquote(found_path[2]), unquote(found_path[3]), fault)
+
+    # ---- the interface -----------------------------------------------------------------------------------------------------
+
+    def allowed(self, repo: Repo | None, files: bool = False) -> bool:
+        """Whether the request may see the repository; the refusal is sent where it may not."""
+        sent = self.headers.get("authorization")
+        logged_in = self.hub.token is not None and sent == f"Bearer {self.hub.token}"
+        if sent is not None and not logged_in:
+            self.reply(401, b"{}", {"x-error-message": "Invalid credentials in Authorization header"}, None)
+        elif repo is None or (repo.private and not logged_in):
+            self.reply(404 if logged_in else 401, b"{}", {"x-error-code": "RepoNotFound", "x-error-message": "Repository not found"}, None)
+        elif files and repo.gated:
+            self.reply(403 if logged_in else 401, b"{}", {"x-error-code": "GatedRepo", "x-error-message": "Access is restricted"}, None)
+        else:
+            return True
+        return False
+
+    def commit_of(self, repo: Repo, revision: str) -> str | None:
+        commit = repo.refs.get(revision, revision)
+        if commit in repo.commits:
+            return commit
+        self.reply(404, b"{}", {"x-error-code": "RevisionNotFound", "x-error-message": f"Invalid rev id: {revision}"}, None)
+        return None
+
+    def interface(self, path: str, query: dict[str, list[str]], fault: Fault | None) -> None:
+        if not path:
+            owner = query.get("author", [""])[0]
+            self.document(
+                [{"id": name} for name, repo in self.hub.repos.items() if name.startswith(f"{owner}/") and not repo.private], fault
+            )
+            return
+        org, name, *rest = path.split("/")
+        repo = self.hub.repos.get(f"{org}/{name}")
+        if not self.allowed(repo):
+            return
+        assert repo is not None
+        if rest[:1] == ["refs"]:
+            self.document({"branches": [{"name": ref, "targetCommit": commit} for ref, commit in repo.refs.items()], "tags": []}, fault)
+            return
+        commit = self.commit_of(repo, "/".join(rest[1:]) if rest else "main")
+        if commit is None:
+            return
+        files = repo.commits[commit]
+        if rest[:1] == ["tree"]:
+            entries = [self.entry(path, files[path]) for path in sorted(files)]
+            first = int(query.get("cursor", ["0"])[0])
+            more = {}
+            if first + self.hub.page < len(entries):
+                more["link"] = (
+                    f'<{self.hub.links or self.hub.url}/api/models/{org}/{name}/tree/{commit}?cursor={first + self.hub.page}>; rel="next"'
+                )
+            self.document(entries[first : first + self.hub.page], fault, more)
+        else:
+            self.document({"id": f"{org}/{name}", "sha": commit, "siblings": [{"rfilename": path} for path in files]}, fault)
+
+    def entry(self, path: str, item: Content) -> dict[str, Any]:
+        if "/" in path:
+            return {"type": "directory", "oid": "0" * 40, "size": 0, "path": path.partition("/")[0]}
+        record: dict[str, Any] = {"type": "file", "oid": item.digest[:40], "size": item.length, "path": path}
+        if item.apart:
+            record["lfs"] = {"oid": item.digest, "size": item.length, "pointerSize": 134}
+        if item.xet:
+            record["xetHash"] = hashlib.sha256(b"xet" + item.data).hexdigest()
+        return record
+
+    def document(self, value: Any, fault: Fault | None, headers: dict[str, str] | None = None) -> None:
+        self.reply(200, json.dumps(value).encode(), {"content-type": "application/json", **(headers or {})}, fault)
+
+    def file(self, name: str, revision: str, path: str, fault: Fault | None) -> None:
+        repo = self.hub.repos.get(name)
+        if not self.allowed(repo, files=True):
+            return
+        assert repo is not None
+        commit = self.commit_of(repo, revision)
+        if commit is None:
+            return
+        item = repo.commits[commit].get(path)
+        headers = {"x-repo-commit": commit}
+        if item is None:
+            self.reply(404, b"{}", {**headers, "x-error-code": "EntryNotFound", "x-error-message": "Entry not found"}, None)
+        elif item.apart:
+            linked = {**headers, "x-linked-etag": f'"{item.digest}"', "x-linked-size": str(item.length)}
+            if item.xet:
+                linked["x-xet-hash"] = hashlib.sha256(b"xet" + item.data).hexdigest()
+                linked["link"] = f'<{self.hub.links or self.hub.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"'
+            self.reply(302, b"", {**linked, "location": f"{self.hub.store}/{item.digest}?X-Signature=secret"}, None)
+        else:
+            self.content(item, {**headers, "etag": f'"{item.digest}"'}, fault)
+
+    def content(self, item: Content, headers: dict[str, str], fault: Fault | None) -> None:
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
+        if span is None or (fault and fault.whole):
+            self.reply(200, item, headers, fault)
+            return
+        first, last = int(span[1]), min(int(span[2] or item.length - 1), item.length - 1)
+        self.reply(206, Content(item.span(first, last)), {**headers, "content-range": f"bytes {first}-{last}/{item.length}"}, fault)
+
+    def reply(self, status: int, body: bytes | Content, headers: dict[str, str], fault: Fault | None) -> None:
+        item = Content(body) if isinstance(body, bytes) else body
+        length = item.length
+        if fault and fault.spoil:
+            item = Content(fault.spoil(item.span(0, length - 1)))
+            length = item.length
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("content-length", str(fault.length if fault and fault.length is not None else length))
+        self.end_headers()
+        sent = 0
+        try:
+            while self.command != "HEAD" and sent < length:
+                piece = item.span(sent, min(sent + 2**16, length) - 1)
+                if fault and fault.cut is not None:
+                    piece = piece[: fault.cut - sent]
+                if not piece:
+                    self.close_connection = True
+                    if fault and fault.reset:
+                        self.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER of no time: the connection is reset
+                    break
+                self.wfile.write(piece)
+                sent += len(piece)
+        except OSError:  # the client has had enough
+            self.close_connection = True
+        finally:
+            token = self.headers.get("authorization")
+            self.hub.requests.append(Request(self.command, self.path, self.headers.get("range"), token, self.is_store, sent))
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Of a client that went away, which is no error of the server; others show in what the client gets."""
+
+
+@contextmanager
+def serving() -> Iterator[FakeHub]:
+    """A hub and its store, until the end of the block."""
+    hub = FakeHub()
+    servers = []
+    for is_store in (False, True):
+        handler = type("Bound", (Handler,), {"hub": hub, "is_store": is_store})
+        server = Server(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+    hub.url, hub.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    try:
+        yield hub
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
