@@ -142,7 +142,8 @@ class Adapted(StoredModel):
         return self._changed(parameter, self._base.read(self._below(parameter)), _places(self.leaves[parameter])).to(dtype)
 
     def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        return self._changed(parameter, self._base.read_rows(self._below(parameter), rows), rows).to(dtype)
+        places = _places(self.leaves[parameter])
+        return self._changed(parameter, self._base.read_rows(self._below(parameter), rows), [places[row] for row in rows]).to(dtype)
 
     @property
     def _base(self) -> StoredModel:
