@@ -25,6 +25,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "method": f"{recipe.method}, layout {plan.layout.name}",
         "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
         "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
+        "adapters": ", ".join(_adapted(name, len(model.adapters)) for name, model in plan.models.items() if model.adapters),
         "tokenizer": _tokenizer(plan),
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
         "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
@@ -39,6 +40,10 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
             )
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _adapted(name: str, adapters: int) -> str:
+    return name if adapters == 1 else f"{name} ({adapters})"
 
 
 def _tokenizer(plan: Plan) -> str:
