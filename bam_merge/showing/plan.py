@@ -26,6 +26,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "method": f"{recipe.method}, layout {plan.layout.name}",
         "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
         "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
+        "adapters": ", ".join(_adapted(name, len(model.adapters)) for name, model in plan.models.items() if model.adapters),
         "tokenizer": _tokenizer(plan),
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
         "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
@@ -58,6 +59,10 @@ def _folders_like_models(plan: Plan) -> Iterator[str]:
     if names := [name for name, text in places.items() if text not in plan.recipe.known and hub_id(text) is not None]:
         are = "is a folder" if len(names) == 1 else "are folders"
         yield f"{listed([f'sources.{name}' for name in names])} {are}; a model of the hub would be hf://{printable(places[names[0]])}."
+
+
+def _adapted(name: str, adapters: int) -> str:
+    return name if adapters == 1 else f"{name} ({adapters})"
 
 
 def _tokenizer(plan: Plan) -> str:

@@ -9,9 +9,11 @@ from bam_merge.sources.dense import DenseModel
 
 PREFIXES = (
     ("base_model.model.", ""), ("base_model.", ""), ("", ""), ("base_model.model.", "model."), ("base_model.model.model.", "model."),
-    ("base_model.model.model.", ""), ("base_model.", "model."), ("", "model."),
+    ("base_model.model.model.", ""), ("base_model.", "model."), ("", "model."), ("base_model.model.model.language_model.", "model."),
+    ("base_model.model.language_model.model.", "model."), ("base_model.model.language_model.", ""),
 )  # fmt: skip
-"""(what a file's names begin with, what the base's modules do in its place). The first is PEFT's own."""
+"""(what a file's names begin with, what the base's modules do in its place). The first is PEFT's own, the last those of an adapter on a
+text model inside a model of images."""
 
 
 HEAD = "lm_head"
@@ -75,6 +77,14 @@ def modules_of(base: DenseModel) -> dict[str, Module]:
             cells = {}
         modules[name] = Module(name, cells, embedding, head, linear, HEAD if head and name != HEAD else None)
     return modules
+
+
+def trained_names(module: Module, prefix: tuple[str, str]) -> tuple[str, ...]:
+    """What a module was called where the adapter was trained, by the prefix of its file: what the configuration's patterns are for."""
+    inside = prefix[0].removeprefix(PREFIXES[0][0])
+    if not prefix[0].startswith(PREFIXES[0][0]) or not inside:
+        return module.names
+    return tuple(inside + name.removeprefix(prefix[1]) for name in module.names)
 
 
 Parts = dict[str, dict[str, str]]

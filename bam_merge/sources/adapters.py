@@ -48,7 +48,7 @@ class _Adapting(Changing):
         found: list[str] = []
         config = read_adapter_config(adapter.folder.config, found)
         parts, unknown, prefix = parts_of(adapter.folder.tensors, self.modules)
-        one = OneAdapter(self, adapter, config or AdapterConfig(), parts)
+        one = OneAdapter(self, adapter, config or AdapterConfig(), parts, prefix)
         if config is not None:
             one.settle()
             found += one.problems

@@ -8,7 +8,7 @@ from bam_merge.checkpoints.pieces import Read, Shape
 from bam_merge.formulas import Dora, Shifted, TokenRows
 from bam_merge.sources.adapter_changes import Changes, Changing, Opened
 from bam_merge.sources.adapter_config import AdapterConfig
-from bam_merge.sources.adapter_tensors import Module, Parts
+from bam_merge.sources.adapter_tensors import Module, Parts, trained_names
 from bam_merge.text import printable, some
 
 
@@ -20,6 +20,7 @@ class OneAdapter:
     adapter: Opened
     config: AdapterConfig
     parts: Parts
+    prefix: tuple[str, str]
     problems: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -28,8 +29,8 @@ class OneAdapter:
     def settle(self) -> None:
         """Every module that the configuration names has its tensors, and every tensor is of such a module."""
         config, modules = self.config, self.work.modules
-        targets = [module for module in modules.values() if any(config.targets(name, module.linear, module.head) for name in module.names)]
-        saved = [module for module in modules.values() if any(map(config.saves, module.names))]
+        targets = [m for m in modules.values() if any(config.targets(name, m.linear, m.head) for name in self.names(m))]
+        saved = [module for module in modules.values() if any(map(config.saves, self.names(module)))]
         ends = [module for module in modules.values() if module.embedding or module.head]
         if self.work.tied and config.ensure_weight_tying and any(module in ends for module in (*targets, *saved)):
             self.problems.append(
@@ -63,6 +64,10 @@ class OneAdapter:
                 self.dropped[parts["velora"]] = "VeLoRA's: how gradients were stored while it was trained"
         self._left_over()
 
+    def names(self, module: Module) -> tuple[str, ...]:
+        """What a module was called where the adapter was trained."""
+        return trained_names(module, self.prefix)
+
     def read(self, name: str) -> Read:
         entry = self.adapter.folder.tensors[name]
         self.used.add(name)
@@ -91,7 +96,7 @@ class OneAdapter:
         if cell is None or not set(kinds) <= parts.keys():
             return False
         base, (a, b) = self.work.current(cell), (self.read(parts[kind]) for kind in kinds)
-        rank = self.config.rank(*module.names)
+        rank = self.config.rank(*self.names(module))
         rows, columns = base.shape if not module.embedding else base.shape[::-1]
         right = self._shape(a, (rank, columns), "rank, columns of the weight") and self._shape(b, (rows, rank), "rows of the weight, rank")
         if base.dtype not in ARITHMETIC_DTYPES:
@@ -102,7 +107,7 @@ class OneAdapter:
             self._base_layer(module, parts["base weight"], cell)
         if self.work.tied and not self.work.own_head and (module.embedding or module.head):
             self.reaches_both.append(module.name)
-        scale, changes = self.config.scale(*module.names) * self.adapter.weight, self.work.of(cell)
+        scale, changes = self.config.scale(*self.names(module)) * self.adapter.weight, self.work.of(cell)
         if self.config.use_dora:
             self._dora(module, changes, scale, a, b, rows)
         else:
@@ -165,7 +170,7 @@ class OneAdapter:
             return
         of = targets if self.config.bias == "lora_only" else list(self.work.modules.values())
         for module in of:
-            if "bias" in module.cells and not any(map(self.config.saves, module.names)):
+            if "bias" in module.cells and not any(map(self.config.saves, self.names(module))):
                 kind = "base bias" if "base bias" in self.parts.get(module.name, {}) else "bias"
                 if self.config.bias == "all" and kind not in self.parts.get(module.name, {}) and not module.linear:
                     continue  # a norm's
@@ -174,7 +179,7 @@ class OneAdapter:
     def _tokens(self, module: Module) -> None:
         """Rows of the embeddings, or of the head, that were trained alone."""
         name = self.parts.get(module.name, {}).get("tokens")
-        rows = next((rows for name in module.names if (rows := self.config.tokens(name, module.embedding)) is not None), None)
+        rows = next((rows for name in self.names(module) if (rows := self.config.tokens(name, module.embedding)) is not None), None)
         cell = self.work.cell(module, "weight")
         if rows is None or cell is None or (module.head and not module.cells and name is None):
             return

@@ -193,7 +193,7 @@ def _places(leaf: Leaf) -> Sequence[int]:
 def adapted(under: StoredModel, adapters: Sequence[tuple[Path, float]]) -> Adapted:
     """`under` with the adapters in these folders, each with its weight."""
     tied = under.config.tie_word_embeddings
-    names = [*under.checkpoint.tensors, *(HEAD_NAMES if tied else ())]
+    names = [*dict.fromkeys(stored(leaf).tensor for leaf in under.leaves.values()), *(HEAD_NAMES if tied else ())]
     parts: dict[str, list[Part]] = {}
     for folder, weight in adapters:
         for name, part in read_parts(folder, weight, names).items():

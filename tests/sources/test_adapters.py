@@ -184,6 +184,20 @@ def test_names_with_and_without_prefixes(seed: Path, prefix: str, noted: bool) -
     assert publish(plan, None, MergeOptions()).exists()
 
 
+@pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
+def test_names_of_a_text_model_inside_another(seed: Path, inside: str) -> None:
+    """Trained on a model of images: patterns are for the names that the modules had there."""
+    targets = r".*language_model\..*layers\.\d\.self_attn\.(q|v)_proj"
+    write_adapter(seed / "a/code", seed / "seed", target_modules=targets)
+    file = seed / "a/code/adapter_model.safetensors"
+    save_file(
+        {name.replace("base_model.model.model.", f"base_model.model.{inside}", 1): value for name, value in load_file(file).items()}, file
+    )
+    plan = planned(seed)
+    assert expressions_of(plan)["model.layers.0.self_attn.experts.1.q_proj.weight"].endswith("+ lora(code)")
+    assert publish(plan, None, MergeOptions()).exists()
+
+
 def test_names_of_a_model_without_a_head(seed: Path) -> None:
     """Trained on transformers' AutoModel, whose modules begin with `layers`."""
     write_adapter(seed / "a/code", seed / "seed")
