@@ -55,7 +55,7 @@ def _from_hub(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _folders_like_models(plan: Plan) -> Iterator[str]:
     """A note on folders whose names could be those of models of the hub: the folders count."""
-    places = {name: store.path for name, store in plan.recipe.stores.items()}
+    places = {name: store.path for name, store in plan.recipe.stores.items() if not store.adapter}
     if names := [name for name, text in places.items() if text not in plan.recipe.known and hub_id(text) is not None]:
         are = "is a folder" if len(names) == 1 else "are folders"
         yield f"{listed([f'sources.{name}' for name in names])} {are}; a model of the hub would be hf://{printable(places[names[0]])}."
@@ -94,8 +94,8 @@ def result_text(plan: Plan, target: Path) -> str:
 
 def _size(plan: Plan, source: str, names: list[str]) -> str:
     """How many bytes stand beside the text model of a wrapper: they may be a good part of a download."""
-    model = plan.models[source]
-    beside = [model.checkpoint.tensors[name].nbytes for name in names if name in model.naming.beside]
+    model = next((model for model in plan.models.values() if model.store_name == source), None)
+    beside = [model.checkpoint.tensors[name].nbytes for name in names if name in model.naming.beside] if model is not None else []
     return f", {human_bytes(sum(beside))}" if beside else ""
 
 

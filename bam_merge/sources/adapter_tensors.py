@@ -1,19 +1,22 @@
 """The tensors of an adapter by what they are: PEFT's names, with and without its prefixes, as pieces of the base's modules."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bam_merge.architectures.locate import Cell, applies, in_order
+from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.sources.dense import DenseModel
 
 PREFIXES = (
     ("base_model.model.", ""), ("base_model.", ""), ("", ""), ("base_model.model.", "model."), ("base_model.model.model.", "model."),
-    ("base_model.model.model.", ""), ("base_model.", "model."), ("", "model."), ("base_model.model.model.language_model.", "model."),
-    ("base_model.model.language_model.model.", "model."), ("base_model.model.language_model.", ""),
+    ("base_model.model.model.", ""), ("base_model.", "model."), ("", "model."),
 )  # fmt: skip
-"""(what a file's names begin with, what the base's modules do in its place). The first is PEFT's own, the last those of an adapter on a
-text model inside a model of images."""
+"""(what a file's names begin with, what the base's modules do in its place). The first is PEFT's own."""
+
+
+INSIDE = (("model.language_model.", ""), ("language_model.model.", "language_model."))
+"""What the names of a text model inside a model of images begin with, and its head's; further ones stand in the wrappers' tables."""
 
 
 HEAD = "lm_head"
@@ -79,32 +82,53 @@ def modules_of(base: DenseModel) -> dict[str, Module]:
     return modules
 
 
-def trained_names(module: Module, prefix: tuple[str, str]) -> tuple[str, ...]:
+Prefix = tuple[str, str, str]
+"""What a file's names begin with, what the base's modules do in its place, and what the names of its head begin with."""
+
+
+def prefixes_of(wrapper: Wrapper | None) -> Iterator[Prefix]:
+    """Every way to begin the names, of an adapter on a text model, and of one that was trained with a wrapper around it."""
+    yield from ((before, word, before) for before, word in PREFIXES)
+    spellings = [(spelling.trunk, spelling.rest) for spelling in wrapper.spellings] if wrapper is not None else []
+    for trunk, rest in dict.fromkeys((*INSIDE, *spellings)):
+        yield from ((before + trunk, "model.", before + rest) for before in (PREFIXES[0][0], "base_model.", ""))
+
+
+def trained_names(module: Module, prefix: Prefix) -> tuple[str, ...]:
     """What a module was called where the adapter was trained, by the prefix of its file: what the configuration's patterns are for."""
-    inside = prefix[0].removeprefix(PREFIXES[0][0])
-    if not prefix[0].startswith(PREFIXES[0][0]) or not inside:
+    before, word, rest = (part.removeprefix(PREFIXES[0][0]) for part in prefix)
+    if not prefix[0].startswith(PREFIXES[0][0]) or not before:
         return module.names
-    return tuple(inside + name.removeprefix(prefix[1]) for name in module.names)
+    return tuple(before + name.removeprefix(word) if name.startswith(word) else rest + name for name in module.names)
 
 
 Parts = dict[str, dict[str, str]]
 """By module, what the adapter has of it, by kind: the names of its tensors."""
 
 
-def parts_of(names: Iterable[str], modules: Mapping[str, Module]) -> tuple[Parts, list[str], tuple[str, str]]:
+def beside_of(name: str, wrapper: Wrapper | None) -> str | None:
+    """What of a wrapper an adapter's tensor changes that is no part of its text model."""
+    short = WRAPPERS.sub("", name)
+    starts = (PREFIXES[0][0], "base_model.", "")
+    found = (wrapper.what(short.removeprefix(start)) for start in starts if wrapper is not None and short.startswith(start))
+    return next((what for what in found if what is not None), None)
+
+
+def parts_of(names: Iterable[str], modules: Mapping[str, Module], wrapper: Wrapper | None = None) -> tuple[Parts, list[str], Prefix]:
     """(parts, the names that are of no module, the prefix that explains most): one prefix is to explain every tensor."""
     others = {module.other: module.name for module in modules.values() if module.other is not None}
     read = {name: _NAME.fullmatch(WRAPPERS.sub("", name)) for name in names}
-    best: tuple[Parts, list[str], tuple[str, str]] | None = None
-    for prefix in PREFIXES:
+    best: tuple[Parts, list[str], Prefix] | None = None
+    for prefix in prefixes_of(wrapper):
+        before, word, rest = prefix
         parts: Parts = {}
         unknown = []
         for name, match in read.items():
             stem = match["module"] if match else ""
-            module = prefix[1] + stem.removeprefix(prefix[0])
+            module = word + stem.removeprefix(before) if stem.startswith(before) else stem.removeprefix(rest)
             module = module if module in modules else others.get(module, module)
             kind = next((kind for i, kind in enumerate(_KINDS) if match and match[f"k{i}"]), "")
-            if match and stem.startswith(prefix[0]) and module in modules and kind not in parts.get(module, {}):
+            if match and stem.startswith((before, rest)) and module in modules and kind not in parts.get(module, {}):
                 parts.setdefault(module, {})[kind] = name
             else:
                 unknown.append(name)

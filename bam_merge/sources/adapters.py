@@ -7,14 +7,16 @@ name. Two questions are asked and must have one answer: which modules adapter_co
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from bam_merge.architectures.wrappers import beside_text
 from bam_merge.checkpoints.pieces import Computed, Whole, instead, whole
 from bam_merge.errors import CheckpointError
 from bam_merge.formulas import LowRank, Saved
 from bam_merge.records import Formula
 from bam_merge.sources.adapter_changes import Changes, Changing, Opened
 from bam_merge.sources.adapter_config import AdapterConfig, read_adapter_config
-from bam_merge.sources.adapter_tensors import PREFIXES, modules_of, parts_of
+from bam_merge.sources.adapter_tensors import PREFIXES, Prefix, beside_of, modules_of, parts_of
 from bam_merge.sources.dense import Adapter, DenseModel, Site
 from bam_merge.sources.one_adapter import OneAdapter
 from bam_merge.text import printable, some
@@ -47,8 +49,12 @@ class _Adapting(Changing):
         """Everything that one adapter does."""
         found: list[str] = []
         config = read_adapter_config(adapter.folder.config, found)
-        parts, unknown, prefix = parts_of(adapter.folder.tensors, self.modules)
+        wrapper = self.base.wrapper
+        beside = {name: what for name in adapter.folder.tensors if (what := beside_of(name, wrapper)) is not None}
+        parts, unknown, prefix = parts_of(adapter.folder.tensors.keys() - beside.keys(), self.modules, wrapper)
         one = OneAdapter(self, adapter, config or AdapterConfig(), parts, prefix)
+        if wrapper is not None:
+            one.dropped |= {name: beside_text(wrapper, beside[name]) for name in sorted(beside)}
         if config is not None:
             one.settle()
             found += one.problems
@@ -88,7 +94,7 @@ class _Adapting(Changing):
         adapters = (*self.base.adapters, *self.opened)
         return replace(
             self.base, name=self.name, tensors=tensors, facts=facts, store=self.base.store_name, adapters=adapters,
-            notes=(*self.base.notes, *self.notes),
+            notes=tuple(self.notes),
         )  # fmt: skip
 
     def _made(self, before: Whole, changes: Changes) -> Whole:
@@ -114,8 +120,8 @@ class _Adapting(Changing):
 # ---- what the plan says ------------------------------------------------------------------------------------------------------
 
 
-def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: tuple[str, str], one: OneAdapter) -> Iterator[str]:
-    named, folder = config.base_model_name_or_path or "", base.checkpoint.path.name
+def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: Prefix, one: OneAdapter) -> Iterator[str]:
+    named, folder = config.base_model_name_or_path or "", _called(base.checkpoint.path)
     if named and named.rstrip("/").rpartition("/")[2] != folder:
         yield f"adapter_config.json names the base {printable(named)}, here it is {printable(folder)}: see that they are the same weights."
     if QUANTISED.search(named):
@@ -125,7 +131,7 @@ def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: tup
         )
     if config.fan_in_fan_out:
         yield "fan_in_fan_out is ignored, as in PEFT: no module of the base stores its weight turned."
-    if prefix != PREFIXES[0]:
+    if prefix[:2] != PREFIXES[0] and not (base.wrapper is not None and prefix[2] != prefix[0]):
         named = f"{printable(prefix[0])}NAME" if prefix[0] else "NAME"
         yield f"tensors are named {named}, where PEFT writes {PREFIXES[0][0]}{prefix[1]}NAME: taken for these."
     if one.reaches_both:
@@ -133,3 +139,9 @@ def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: tup
             f"{some(one.reaches_both)}: head and embeddings are tied, so the update reaches both, as in PEFT's merge_and_unload; while "
             "it was trained it was in one of them."
         )
+
+
+def _called(folder: Path) -> str:
+    """The name of a model's folder; of one in the hub's cache the model's."""
+    above = folder.parent.parent.name
+    return above.rpartition("--")[2] if folder.parent.name == "snapshots" and above.startswith("models--") else folder.name

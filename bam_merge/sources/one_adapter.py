@@ -8,7 +8,7 @@ from bam_merge.checkpoints.pieces import Read, Shape
 from bam_merge.formulas import Dora, Shifted, TokenRows
 from bam_merge.sources.adapter_changes import Changes, Changing, Opened
 from bam_merge.sources.adapter_config import AdapterConfig
-from bam_merge.sources.adapter_tensors import Module, Parts, trained_names
+from bam_merge.sources.adapter_tensors import Module, Parts, Prefix, trained_names
 from bam_merge.text import printable, some
 
 
@@ -20,7 +20,7 @@ class OneAdapter:
     adapter: Opened
     config: AdapterConfig
     parts: Parts
-    prefix: tuple[str, str]
+    prefix: Prefix
     problems: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)

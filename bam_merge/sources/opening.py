@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from bam_merge.checkpoints.adapter_folder import AdapterFolder, open_adapter
@@ -109,7 +109,8 @@ def _adapted(recipe: Recipe, name: str, models: dict[str, DenseModel], folders: 
     ]
     if base is None or len(adapters) < len(source.adapters):
         return None
-    return with_adapters(name, base, adapters)
+    made = with_adapters(name, base, adapters)
+    return made if source.base in recipe.sources else replace(made, notes=(*base.checkpoint.notes, *base.notes, *made.notes))
 
 
 def same_folder(models: list[DenseModel]) -> list[str]:

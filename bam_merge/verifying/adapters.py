@@ -6,7 +6,7 @@ sources/adapter*.py and of what carries out a plan is imported: names, scales an
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.checkpoints.pieces import Leaf, Slice, stored
 from bam_merge.model.loading import StoredModel
+from bam_merge.model.wrapped import ANYWHERE, wrapper_of
 from bam_merge.verifying.rounding import nearest
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,8 +55,9 @@ class Part:
 # ---- files -------------------------------------------------------------------------------------------------------------------
 
 
-def read_parts(folder: Path, weight: float, names: Sequence[str]) -> dict[str, Part]:
-    """What an adapter has, by the base's tensor; `names` are all of these."""
+def read_parts(folder: Path, weight: float, names: Mapping[str, str], wrapper: Wrapper | None = None) -> dict[str, Part]:
+    """What an adapter has, by the base's tensor; `names` are all of these, by what they are called without what wrapping programs put into
+    them. What it has of a `wrapper` around the base's text model is none of it."""
     config = json.loads((folder / "adapter_config.json").read_bytes())
     found: dict[str, Part] = {}
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
@@ -63,9 +66,12 @@ def read_parts(folder: Path, weight: float, names: Sequence[str]) -> dict[str, P
                 continue
             clean = re.sub(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.|^module\.|\.modules_to_save(?:\.default)?(?=\.)", "", key)
             stem, what = _cut(clean)
-            target = _base_name(stem, "bias" if what.endswith("bias") else "weight", names)
-            module = target.rpartition(".")[0]
-            part = found.setdefault(target, Part(_scale(config, (module, *(("lm_head",) if target in HEAD_NAMES else ()))) * weight))
+            trained = re.sub(r"^base_model\.(model\.)?", "", stem)
+            if wrapper is not None and _is_beside(trained, wrapper):
+                continue
+            target = names[_base_name(stem, "bias" if what.endswith("bias") else "weight", names)]
+            modules = (trained, target.rpartition(".")[0], *(("lm_head",) if target in HEAD_NAMES else ()))
+            part = found.setdefault(target, Part(_scale(config, modules) * weight))
             value = file.get_tensor(key)
             part.float64 |= value.dtype == torch.float64
             _enter(part, what, value.double(), config, stem)
@@ -103,9 +109,22 @@ def _enter(part: Part, what: str, value: Tensor, config: Mapping[str, Any], stem
         part.whole, part.base_layer = value, what.startswith("base_layer") or not saved
 
 
-def _base_name(stem: str, part: str, names: Sequence[str]) -> str:
+def _plain(name: str) -> str:
+    """A stored name without the words that a wrapping program puts into it."""
+    return ".".join(word for word in name.split(".") if word not in ANYWHERE)
+
+
+def _is_beside(module: str, wrapper: Wrapper) -> bool:
+    """Whether a module of a wrapper is in one of its towers, whatever the wrapper's own words before that."""
+    words = module.split(".")
+    steps = next((at for at, word in enumerate(words) if word not in ("model", "module")), len(words))
+    return any(wrapper.what(".".join(words[at:])) is not None for at in range(steps + 1))
+
+
+def _base_name(stem: str, part: str, names: Collection[str]) -> str:
     """The tensor of the base that an adapter's name means: the one that ends as it does, from the longest end on."""
-    if "lm_head.weight" not in names and stem.endswith("lm_head"):  # what transformers 5 calls the head of every family
+    has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in names)
+    if not has_head and stem.endswith("lm_head"):  # what transformers 5 calls the head of every family
         stem = "embed_out"
     words = f"{stem}.{part}".split(".")
     for start in range(len(words)):
@@ -193,10 +212,12 @@ def _places(leaf: Leaf) -> Sequence[int]:
 def adapted(under: StoredModel, adapters: Sequence[tuple[Path, float]]) -> Adapted:
     """`under` with the adapters in these folders, each with its weight."""
     tied = under.config.tie_word_embeddings
-    names = [*dict.fromkeys(stored(leaf).tensor for leaf in under.leaves.values()), *(HEAD_NAMES if tied else ())]
+    text = {_plain(name): name for name in dict.fromkeys(stored(leaf).tensor for leaf in under.leaves.values())}
+    names = {**text, **dict(zip(HEAD_NAMES, HEAD_NAMES, strict=True))} if tied else text
+    wrapper = wrapper_of(under.checkpoint.config)
     parts: dict[str, list[Part]] = {}
     for folder, weight in adapters:
-        for name, part in read_parts(folder, weight, names).items():
+        for name, part in read_parts(folder, weight, names, wrapper).items():
             parts.setdefault(HEAD if name in HEAD_NAMES and tied else name, []).append(part)
     config, leaves, embeddings = under.config, dict(under.leaves), stored(under.leaves[EMBEDDINGS]).tensor
     if tied:
