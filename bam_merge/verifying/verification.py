@@ -263,8 +263,9 @@ def _function(checkpoint: Checkpoint, plan: Plan | None, report: Report) -> Iter
     mixture = stored_model(checkpoint)
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size)
     if plan is not None:
-        dense, checks = token_checks(checkpoint.path, plan, as_written(open_dense(plan), plan), mixture.config.vocab_size)
-        yield from checks
+        aligned = token_checks(checkpoint.path, plan, as_written(open_dense(plan), plan), mixture.config.vocab_size)
+        dense, ids_BT = aligned.models, aligned.sample(ids_BT)
+        yield from aligned.checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT)
     if plan is not None and plan.layout.kind == "mixture":
