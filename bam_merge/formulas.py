@@ -35,7 +35,7 @@ class LowRank(Formula):
         return 28 * rows * shapes[0][1] + 16 * rows * sum(ranks) + 16 * sum(map(prod, kept))
 
 
-class TokenRows(NamedTuple):
+class RowRun(NamedTuple):
     """Rows [first, first + rows) of the result, each the mean of one row of every input in `of` (input, its first row); zeros of none."""
 
     first: int
@@ -50,7 +50,7 @@ class ByToken(Formula):
     """
 
     own: str
-    runs: tuple[TokenRows, ...]
+    runs: tuple[RowRun, ...]
     name: ClassVar = "by_token"
 
     def shown(self, inputs: Sequence[str]) -> str:
@@ -60,13 +60,13 @@ class ByToken(Formula):
     def held(self, shapes: Sequence[Shape], rows: int) -> int:
         return 24 * rows * prod(shapes[0][1:])
 
-    def within(self, start: int, stop: int) -> Iterator[TokenRows]:
+    def within(self, start: int, stop: int) -> Iterator[RowRun]:
         """The runs that make up rows [start, stop)."""
         index = bisect_right(self.runs, start, key=lambda run: run.first) - 1
         while start < stop:
             run = self.runs[index]
             skip, last = start - run.first, min(stop, run.first + run.rows)
-            yield TokenRows(start, last - start, tuple((place, row + skip) for place, row in run.of))
+            yield RowRun(start, last - start, tuple((place, row + skip) for place, row in run.of))
             start, index = last, index + 1
 
     @property

@@ -4,9 +4,11 @@ Beside each value stands a bound for its error: of the stored numbers, which are
 Nothing that carries out a plan is imported (rederive.py says why, and a contract of import-linter holds it).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, 
 @computed_rows.register
 def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
     """The runs of the table that reach into rows [start, stop), each cut to them; the mean of what stands in them, one below the other."""
-    last = next((i for i in range(len(formula.runs) - 1, -1, -1) if formula.runs[i].first < stop), 0)
+    last = bisect_left(formula.runs, stop, key=lambda run: run.first) - 1
     values, slacks = [], []
     while last >= 0 and formula.runs[last].first + formula.runs[last].rows > start:
         first, rows, of = formula.runs[last]
@@ -91,7 +93,8 @@ def moved_rows(formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Ten
     """
     assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"
     parts = []
-    for first, rows, of in formula.runs:
+    reaching = formula.runs[bisect_left(formula.runs, start + 1, key=lambda run: run.first) - 1 :]
+    for first, rows, of in takewhile(lambda run: run.first < stop, reaching):
         a, b = max(start, first), min(stop, first + rows)
         if a < b and of:
             read, _ = inputs[of[0][0]]
