@@ -8,7 +8,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -92,15 +91,16 @@ def moved_rows(formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Ten
     An input is what reads its rows, and one row of zeros.
     """
     assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"
-    parts = []
-    reaching = formula.runs[bisect_left(formula.runs, start + 1, key=lambda run: run.first) - 1 :]
-    for first, rows, of in takewhile(lambda run: run.first < stop, reaching):
+    parts, index = [], bisect_left(formula.runs, start + 1, key=lambda run: run.first) - 1
+    while index < len(formula.runs) and formula.runs[index].first < stop:
+        first, rows, of = formula.runs[index]
         a, b = max(start, first), min(stop, first + rows)
-        if a < b and of:
+        if of:
             read, _ = inputs[of[0][0]]
             parts.append(read(of[0][1] + a - first, of[0][1] + b - first))
-        elif a < b:
+        else:
             parts.append(inputs[0][1].expand(b - a, *inputs[0][1].shape[1:]))
+        index += 1
     return torch.cat(parts)
 
 
