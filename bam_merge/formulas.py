@@ -46,10 +46,11 @@ class RowRun(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ByToken(Formula):
     """Rows by an index table: row r of the result belongs to token r. `own` is what plans show of the source's own tensor, which gives
-    the rows of the tokens that it has; `runs` cover all rows in order.
+    the rows of the tokens that it has; `sources` says whose each input is; `runs` cover all rows in order.
     """
 
     own: str
+    sources: tuple[str, ...]
     runs: tuple[RowRun, ...]
     name: ClassVar = "by_token"
 

@@ -53,7 +53,7 @@ def _tensors(model: DenseModel, models: Mapping[str, DenseModel], alignment: Ali
         )
         mine = _whole(own)
         shape = (alignment.rows, *mine.shape[1:])
-        yield site, Computed(model.name, mine.tensor, ByToken(str(mine), runs), tuple(inputs.values()), mine.dtype, shape)
+        yield site, Computed(model.name, mine.tensor, ByToken(str(mine), tuple(inputs), runs), tuple(inputs.values()), mine.dtype, shape)
 
 
 def _whole(expr: expressions.Expr) -> Whole:

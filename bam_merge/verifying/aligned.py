@@ -241,7 +241,7 @@ def _planned(expr: expressions.Expr, name: str, size: int) -> dict[str, Rows]:
     """The rows of every source that a plan makes a source's tensor of."""
     if not isinstance(expr, Computed) or not isinstance(expr.formula, ByToken):
         return {name: numpy.arange(expr.shape[0], dtype=numpy.int64)}
-    inputs = [part.source for part in expr.inputs]
+    inputs = expr.formula.sources
     rows = {source: numpy.full(expr.shape[0], NOBODY, numpy.int64) for source in inputs}
     for first, length, of in expr.formula.runs:
         for place, row in of:
