@@ -87,7 +87,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config, alignment),
-        files=tokenizers.files,
+        files=tokenizers.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),
         alignment=alignment,
     )
 
