@@ -4,6 +4,7 @@ Beside each value stands a bound for its error: of the stored numbers, which are
 Nothing that carries out a plan is imported (rederive.py says why, and a contract of import-linter holds it).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -101,7 +102,7 @@ def _saved(formula: formulas.Saved, inputs: Sequence[Operand], start: int, stop:
 @computed_rows.register
 def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
     """The runs of the table that reach into rows [start, stop), each cut to them; the mean of what stands in them, one below the other."""
-    last = next((i for i in range(len(formula.runs) - 1, -1, -1) if formula.runs[i].first < stop), 0)
+    last = bisect_left(formula.runs, stop, key=lambda run: run.first) - 1
     values, slacks = [], []
     while last >= 0 and formula.runs[last].first + formula.runs[last].rows > start:
         first, rows, of = formula.runs[last]
@@ -126,14 +127,16 @@ def moved_rows(formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Ten
     An input is what reads its rows, and one row of zeros.
     """
     assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"
-    parts = []
-    for first, rows, of in formula.runs:
+    parts, index = [], bisect_left(formula.runs, start + 1, key=lambda run: run.first) - 1
+    while index < len(formula.runs) and formula.runs[index].first < stop:
+        first, rows, of = formula.runs[index]
         a, b = max(start, first), min(stop, first + rows)
-        if a < b and of:
+        if of:
             read, _ = inputs[of[0][0]]
             parts.append(read(of[0][1] + a - first, of[0][1] + b - first))
-        elif a < b:
+        else:
             parts.append(inputs[0][1].expand(b - a, *inputs[0][1].shape[1:]))
+        index += 1
     return torch.cat(parts)
 
 

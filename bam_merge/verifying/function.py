@@ -38,14 +38,16 @@ def function_checks(
         own = open_dense(plan)
         yield from accepted_check(mixture, own, plan.recipe)
         written = as_accepted(as_written(own, plan), plan.recipe)
-        dense, checks = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)
-        yield from checks
+        aligned = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)
+        dense, sample_BT = aligned.models, aligned.sample(ids_BT if level.thorough else ids_BT[:1])
+        ids_BT = aligned.sample(ids_BT)
+        yield from aligned.checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT, computing)
     if plan is not None and plan.layout.kind == "mixture":
         asked = layers_asked(mixture.config, level)
         ran = work.of_layers("isolation", mixture, *dense.values(), asked=asked)
-        yield from against_dense(mixture, dense, plan, proved, ids_BT if level.thorough else ids_BT[:1], Way(level, computing, ran))
+        yield from against_dense(mixture, dense, plan, proved, sample_BT, Way(level, computing, ran))
     work.finish("isolation")
     yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.of_layers("probes", mixture)))
     work.finish("probes")
