@@ -89,7 +89,7 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
     problems: list[str] = []
     quantised = is_quantised(checkpoint.config)
     if quantised:
-        problems.append(quantised_refusal(name, path, checkpoint))
+        problems.append(quantised_refusal(name, checkpoint))
     facts = describe(family, checkpoint.config, problems)
     problems += refusals(checkpoint.config)
     problems += conflicts(family, checkpoint.config)

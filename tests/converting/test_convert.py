@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import write_adapter
 from conftest import CONFIGS, Result, write_recipe, write_sources
 from damage import tree
 from safetensors.torch import load_file
@@ -134,6 +135,22 @@ def test_a_tied_head_that_differs_is_kept(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "law" / "pytorch_model.bin")
     assert convert(tmp_path / "law", tmp_path / "new").notes == ()
     same(stored(tmp_path / "new"), tensors)
+
+
+def test_an_adapter_that_is_pickled(tmp_path: Path, run: Any) -> None:
+    """Old versions of PEFT saved adapter_model.bin; with its configuration it becomes what a source may name."""
+    write_sources(tmp_path, CONFIGS["llama"], ("seed",))
+    adapter = write_adapter(tmp_path / "a", tmp_path / "seed")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, adapter / "adapter_model.bin")
+    assert "has safetensors files already" in run("convert", adapter, tmp_path / "new").err
+    (adapter / "adapter_model.safetensors").unlink()
+    assert run("convert", adapter, tmp_path / "new").status == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    same(stored(tmp_path / "new"), tensors)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: btx\nsources: {seed: seed, tuned: {base: seed, adapter: new}}\noutput: {path: out}\n")
+    assert run("plan", recipe).status == 0
 
 
 # ---- what a file may hold --------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_without_the_key_it_is_named(tmp_path: Path, run: Any) -> None:
     quantised_sources(tmp_path)
     assert said(run, tmp_path, "plan", write_recipe(tmp_path)) == [
         "sources.law: config.json has a quantization_config (FP8 in blocks of 16 x 24, 8 bits): 14 weights are 8-bit floats with scales beside "
-        "them. To merge what they stand for, write sources: {law: {path: law, dequantise: true}}, which makes bfloat16 of them; or use the "
+        "them. To merge what they stand for, write sources: {law: {path: ..., dequantise: true}}, which makes bfloat16 of them; or use the "
         "full-precision model."
     ]
 
