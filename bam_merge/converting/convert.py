@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,10 @@ def convert(
 
 
 def _check_torch() -> None:
-    import torch
-
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < SAFE_TORCH:
+    installed = version("torch")  # it is not imported here
+    if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < SAFE_TORCH:
         raise CheckpointError(
-            f"torch {torch.__version__} cannot read pickled weights safely (CVE-2025-32434): 2.6 or later does. Update torch, or convert "
+            f"torch {installed} cannot read pickled weights safely (CVE-2025-32434): 2.6 or later does. Update torch, or convert "
             "on another machine."
         )
 
