@@ -70,7 +70,8 @@ def dequantised(checkpoint: Checkpoint) -> Dequantised:
     tensors = {name: entry for name, entry in checkpoint.tensors.items() if name not in beside or _is_buffer(name)}
     config = {key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "compression_config")}
     found = stored_model(replace(checkpoint, config=config, tensors=tensors), computes=False)
-    dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    stated = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(stated, "BF16")
     leaves = {
         parameter: instead(leaf, replace(stored(leaf), dtype=dtype)) if stored(leaf).tensor in scales else leaf
         for parameter, leaf in found.leaves.items()

@@ -75,6 +75,7 @@ def test_other_families_and_fused_tensors(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stated", "output", "expected"), [
     ({}, "source", torch.bfloat16), ({"torch_dtype": "bfloat16"}, "float32", torch.float32), ({"dtype": "float16"}, "float16", torch.float16),
+    ({"dtype": "torch.float32"}, "float32", torch.float32),
 ])  # fmt: skip
 def test_the_dtype_is_the_configs_or_the_recipes(stated: dict[str, str], output: str, expected: torch.dtype, tmp_path: Path) -> None:
     meant = quantised_sources(tmp_path)
