@@ -155,12 +155,11 @@ def _scaled(formula: formulas.Scaled, inputs: Sequence[Operand], start: int, sto
     weight, scales = inputs
     columns = weight.shape[1]
     across = -(-columns // formula.block[1])
-    numbers = scales.all().value.reshape(-1)
+    numbers = scales.all().value.reshape(-1).tolist()
     value_RC = weight.rows(start, stop).value.clone()
-    for index, number in enumerate(numbers):
-        down, over = divmod(index, across)
+    for down in range(start // formula.block[0], -(-stop // formula.block[0])):
         top, bottom = (min(max(edge * formula.block[0], start), stop) - start for edge in (down, down + 1))
-        left, right = over * formula.block[1], min(columns, (over + 1) * formula.block[1])
-        if top < bottom:
-            value_RC[top:bottom, left:right] *= number
+        for over in range(across):
+            left, right = over * formula.block[1], min(columns, (over + 1) * formula.block[1])
+            value_RC[top:bottom, left:right] *= numbers[down * across + over]
     return Derived(value_RC, value_RC.abs() * UNIT)
