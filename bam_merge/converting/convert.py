@@ -34,6 +34,7 @@ from bam_merge.publishing.durable import sync_descriptor
 from bam_merge.publishing.publish import put_in_place
 from bam_merge.publishing.staging import Staging
 from bam_merge.recipe.rules import parse_size
+from bam_merge.sources.companions import companion, companion_notes
 from bam_merge.system import sync
 from bam_merge.text import count, human_bytes, printable, some
 
@@ -73,6 +74,8 @@ def convert(
     source = find_source(_here(folder))
     target = Path(os.path.abspath(located(output, error=OutputError)))
     _check_target(source, target, force)
+    companions = [name for name in TOKENIZER_FILES if (source.folder / name).is_file()]
+    beside = {name: companion(source.folder / name) for name in companions}  # by the rule of a merge: no links to anywhere, no code's names
     with _opened(source):
         dropped = _look_inside(source, limits)
         steps = _steps(source, dropped)
@@ -86,7 +89,7 @@ def convert(
         staging = Staging.open(target, notify)
         try:
             staging.begin_afresh()
-            _write(source, placed, shards, staging, limits)
+            _write(source, placed, shards, beside, staging, limits)
             _check_unchanged(source)
             if not staging.is_ours():
                 raise OutputError(f"{printable(str(staging.folder))} was deleted while it was written. Nothing was published; run again.")
@@ -101,6 +104,7 @@ def convert(
             staging.close()
     notes = [
         *_left_out(source, dropped),
+        *(note.removesuffix(".") for note in companion_notes(source.folder, companions)),
         *(f"{printable(name)} equals the embeddings, which config.json ties it to: left out" for name in dropped),
     ]
     return Converted(target, len(placed), nbytes, tuple(shard.file for shard in shards), tuple(notes))
@@ -205,6 +209,8 @@ def _tensors(source: Source) -> dict[str, Found]:
 
 def _left_out(source: Source, dropped: tuple[str, ...]) -> Iterator[str]:
     """What is to be said of what stands beside the tensors, and of tensors that are one in the file."""
+    if source.config.get("auto_map"):
+        yield "config.json names Python code of the model (auto_map), which is not copied"
     for file, contents in source.contents.items():
         if contents.left_out:
             named = [f"{name} ({what})" for name, what in contents.left_out.items()]
@@ -231,7 +237,14 @@ def _steps(source: Source, dropped: tuple[str, ...]) -> list[Step]:
     return steps
 
 
-def _write(source: Source, steps: tuple[Step, ...], shards: tuple[Shard, ...], staging: Staging, limits: Limits | None) -> None:
+def _write(
+    source: Source,
+    steps: tuple[Step, ...],
+    shards: tuple[Shard, ...],
+    beside: Mapping[str, bytes],
+    staging: Staging,
+    limits: Limits | None,
+) -> None:
     """The tensors, then the files beside them, all synced."""
     with ExitStack() as stack:
         outputs: dict[str, int] = {}
@@ -257,10 +270,7 @@ def _write(source: Source, steps: tuple[Step, ...], shards: tuple[Shard, ...], s
         weight_map = {step.name: step.file for step in sorted(steps, key=lambda step: step.name)}
         index = {"metadata": {"total_size": sum(step.nbytes for step in steps)}, "weight_map": weight_map}
         documents[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-    for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            documents[name] = read_small_file(source.folder / name)
-    for name, data in documents.items():
+    for name, data in {**documents, **beside}.items():
         write_file(staging.output / name, data, staging.files)
     sync_descriptor(staging.files, staging.output)
 

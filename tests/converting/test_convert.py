@@ -132,6 +132,26 @@ def test_dtypes_shapes_and_an_old_file_stay_as_they_are(tmp_path: Path) -> None:
     assert result.notes == ("f64 and view and row share their memory: each is written for itself",)
 
 
+def test_nothing_beside_the_weights_leads_anywhere(tmp_path: Path, run: Any) -> None:
+    """Tokenizer files by the rule of a merge: a link to elsewhere is refused, names of code are left out; of the config's code it is told."""
+    pickle_folder(tmp_path / "law")
+    config = json.loads((tmp_path / "law" / "config.json").read_text())
+    (tmp_path / "law" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    (tmp_path / "law" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a", "auto_map": {"AutoTokenizer": ["code.T", None]}}))
+    result: Result = run("convert", tmp_path / "law", tmp_path / "new")
+    assert result.err.splitlines() == [
+        "bam-merge: config.json names Python code of the model (auto_map), which is not copied.",
+        "bam-merge: tokenizer_config.json: auto_map not copied: only keys that are known to be harmless are.",
+    ]
+    assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text()) == {"bos_token": "a"}
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "law" / "vocab.json").symlink_to(tmp_path / "secret")
+    before = tree(tmp_path)
+    refused: Result = run("convert", tmp_path / "law", tmp_path / "other")
+    assert refused.status == 2 and "vocab.json" in refused.err
+    assert tree(tmp_path) == before
+
+
 def test_a_tied_head_that_differs_is_kept(tmp_path: Path) -> None:
     """It is for a merge to say what counts: nothing is dropped that is not there twice."""
     tensors = pickle_folder(tmp_path / "law", "llama_tied")
