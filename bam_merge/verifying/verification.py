@@ -35,6 +35,7 @@ from bam_merge.verifying.record import card_check, contradictions, first_problem
 from bam_merge.verifying.report import Check, Report
 from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
+from bam_merge.verifying.updates import same_updates
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
 copy of the software. Let x be a real number such that x * x = 2; then x is not rational."""
@@ -258,9 +259,12 @@ def _function(checkpoint: Checkpoint, plan: Plan | None, report: Report) -> Iter
     mixture = stored_model(checkpoint)
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size)
     if plan is not None:
-        dense = as_written(open_dense(plan), plan)
+        stored = open_dense(plan)
+        dense = as_written(stored, plan)
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT)
+        if plan.layout.kind == "dense":
+            yield from same_updates(plan, stored)
     if plan is not None and plan.layout.kind == "mixture":
         yield from against_dense(mixture, dense, plan, ids_BT)
     yield from as_it_is(mixture, ids_BT, report, sample)
