@@ -46,7 +46,7 @@ def computed_rows(formula: Formula, inputs: Sequence[Operand], start: int, stop:
 
 @computed_rows.register
 def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
-    """Column by column of the low-rank factors: the sum of r outer products."""
+    """Every product by itself, and the same of magnitudes, which bounds the error of their sums in whatever order."""
     start_RC = inputs[0].rows(start, stop)
     value_RC, size_RC, terms = start_RC.value.clone(), start_RC.value.abs(), 2
     for index, (scale, a, b) in enumerate(zip(formula.scales, inputs[1::2], inputs[2::2], strict=True)):
@@ -54,10 +54,8 @@ def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, 
             left_Rr, right_rC = a.all().value[:, start:stop].T, b.all().value.T
         else:
             left_Rr, right_rC = b.rows(start, stop).value, a.all().value
-        for rank in range(right_rC.shape[0]):
-            outer_RC = torch.outer(left_Rr[:, rank], right_rC[rank]) * scale
-            value_RC += outer_RC
-            size_RC += outer_RC.abs()
+        value_RC += scale * (left_Rr @ right_rC)
+        size_RC += abs(scale) * (left_Rr.abs() @ right_rC.abs())
         terms += 3 + right_rC.shape[0]
     slack_RC = size_RC * (terms * UNIT)
     return Derived(value_RC, slack_RC if start_RC.slack is None else slack_RC + start_RC.slack)
