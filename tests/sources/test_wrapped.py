@@ -347,6 +347,21 @@ def test_old_and_new_keys_that_differ_are_refused(tmp_path: Path, run: Any) -> N
     )
 
 
+@pytest.mark.parametrize("outside", [
+    {"hidden_size": 32, "sliding_window": 32768, "use_cache": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+    {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 1, 1]}, "initializer_range": 0.5},
+])  # fmt: skip
+def test_old_and_new_keys_that_mean_the_same(outside: dict[str, Any], tmp_path: Path) -> None:
+    """A file as some versions of transformers saved it, with the text model's keys at the top too: a window that nothing uses, null inside."""
+    write_sources(tmp_path, CONFIGS["qwen2"], ("seed", "law"))
+    wrap(tmp_path / "law", "qwen2_vl", "text_config", NEW, {"model.visual.x": torch.ones(1)}, outside)
+    path = tmp_path / "law" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= {"sliding_window": None, "use_sliding_window": False, "image_token_id": None, "vision_token_id": 3}
+    path.write_text(json.dumps(config))
+    assert plan_file(write_recipe(tmp_path, names=("seed", "law"))).accepted == ()
+
+
 def test_vocab_size_and_dtype_may_stand_outside(tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS["llama"], ("seed", "law"))
     wrap(tmp_path / "law", "llava", "text_config", OLD, TOWER)
