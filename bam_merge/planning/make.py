@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bam_merge.sources.accepted import apply_accepted
 from bam_merge.sources.agreement import disagreements
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
+from bam_merge.sources.settled import Settled
 from bam_merge.sources.tied_heads import settle_heads
 from bam_merge.sources.tokenizer import compare_tokenizers
 from bam_merge.text import nearest, printable, some
@@ -87,15 +88,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-@dataclass
-class _Said:
-    """What a plan has to say of its sources; `warnings` of what the recipe accepts."""
-
-    notes: list[str]
-    warnings: list[str]
-
-
-def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], _Said]:
+def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], Settled]:
     """The sources by name, opened and found to agree, and what is to be said of them.
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
@@ -115,7 +108,8 @@ def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel]
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    return models, _Said([*heads.notes, *accepted.notes, *tokenizers.notes], [*heads.warnings, *accepted.warnings])
+    warnings, notes = [*heads.warnings, *accepted.warnings], [*heads.notes, *accepted.notes, *tokenizers.notes]
+    return models, Settled(ordered, warnings=warnings, notes=notes)
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:

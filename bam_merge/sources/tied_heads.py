@@ -6,7 +6,7 @@ question of a plan that headers cannot answer: the two tensors are compared byte
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
@@ -16,23 +16,14 @@ from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
 from bam_merge.sources.dense import DenseModel
+from bam_merge.sources.settled import Settled
 from bam_merge.text import printable
 
 PIECE = 2**20
 """Elements that are compared at a time: a multiple of eight, so that pieces of the smallest dtypes begin at a byte."""
 
 
-@dataclass
-class Heads:
-    """The sources with every head settled, and what is to be said of it."""
-
-    models: list[DenseModel]
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
+def settle_heads(models: list[DenseModel], accept: str | None = None) -> Settled:
     """`models` with every head either its own or the embeddings, and what stands against that.
 
     A tied source may store a head that equals its embeddings: it is dropped. Beside tied sources, an untied one whose head equals its
@@ -40,7 +31,7 @@ def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
     has a head of its own takes the embeddings of those that have none. (Else an untied one whose head differs is left, and disagrees with
     the others in tie_word_embeddings.)
     """
-    heads = Heads(models)
+    heads = Settled(models)
     tied = next((model.name for model in models if model.facts["tie_word_embeddings"]), None)
     if tied is not None:
         settled = [_settled(model, accept, heads) for model in models]
@@ -55,7 +46,7 @@ def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
     return heads
 
 
-def _settled(model: DenseModel, accept: str | None, heads: Heads) -> tuple[DenseModel, bool]:
+def _settled(model: DenseModel, accept: str | None, heads: Settled) -> tuple[DenseModel, bool]:
     """`model` under what is accepted of its head, and whether that is then another matrix than the embeddings."""
     tensors, embeddings = model.checkpoint.tensors, _stored_name(model, "embed")
     try:
@@ -106,7 +97,7 @@ def _untied(model: DenseModel, head: Expr) -> DenseModel:
     )
 
 
-def _with_embeddings_as_head(model: DenseModel, own: DenseModel, heads: Heads) -> DenseModel:
+def _with_embeddings_as_head(model: DenseModel, own: DenseModel, heads: Settled) -> DenseModel:
     """A tied model beside one with a head of its own: what it computes with as its head is its embeddings."""
     if not model.facts["tie_word_embeddings"]:
         return model
