@@ -23,6 +23,9 @@ LARGE = 10_000
 """Bytes from which a file is stored apart from git, as the hub does with binary files."""
 
 
+COUNTING = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Content:
     """A file's bytes, or those it begins with where it is as large as `size` and the rest is nowhere."""
@@ -102,9 +105,18 @@ class FakeHub:
     repos: dict[str, Repo] = field(default_factory=dict)
     token: str | None = None
     faults: list[Fault] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
+    answered: list[Request] = field(default_factory=list)
+    busy: int = 0
     page: int = 1000
     links: str = ""
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests so far, when those that are being answered are: the client may have gone on meanwhile."""
+        deadline = time.monotonic() + 5
+        while self.busy and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return self.answered
 
     def add(self, repo: str, folder: Path, **more: bytes | Content) -> str:
         """A repository of the files of `folder`. Returns its commit."""
@@ -134,10 +146,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
     def do_HEAD(self) -> None:
-        self.answer()
+        with COUNTING:
+            self.hub.busy += 1
+        try:
+            self.answer()
+        finally:
+            with COUNTING:
+                self.hub.busy -= 1
 
-    def do_GET(self) -> None:
-        self.answer()
+    do_GET = do_HEAD
 
     def answer(self) -> None:
         parts = urlsplit(self.path)
@@ -281,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             token = self.headers.get("authorization")
-            self.hub.requests.append(Request(self.command, self.path, self.headers.get("range"), token, self.is_store, sent))
+            self.hub.answered.append(Request(self.command, self.path, self.headers.get("range"), token, self.is_store, sent))
 
 
 class Server(ThreadingHTTPServer):

@@ -14,7 +14,7 @@ from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.adapter_folder import open_adapter
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.errors import BamMergeError, CheckpointError
-from bam_merge.hub_id import hub_id
+from bam_merge.hub_id import HubId, hub_id
 from bam_merge.paths import located
 from bam_merge.sources.watching import WATCH
 from bam_merge.text import human_bytes, nearest, printable
@@ -67,9 +67,15 @@ def find(
         raise
     except CheckpointError as problem:
         if wanted.marked or wanted.revision is not None:
-            raise
+            raise type(problem)(*(_of(wanted, text) for text in problem.problems)) from None
         raise type(problem)(_neither(path, problem)) from None
     return Found(snapshot.folder, snapshot)
+
+
+def _of(wanted: HubId, problem: str) -> str:
+    """A problem as one of this model, in a sentence."""
+    named = problem if problem.startswith(wanted.repo) else f"{wanted}: {problem}"
+    return named if named.endswith((".", "?")) else f"{named}."
 
 
 def _neither(path: Path, error: CheckpointError) -> str:

@@ -202,6 +202,10 @@ def test_a_folder_that_is_not_there(llamas: Path, run: Any) -> None:
         (line,) = said(run, llamas, "plan", recipe)
         return line
 
+    assert refused("org/model-1b@main") == "sources.law: org/model-1b@main: the Hugging Face hub is not asked, for HF_HUB_OFFLINE is set."
+    assert refused("seed/x").startswith(
+        "sources.law: HOME/seed/x: no such folder, and whether it is a model of the hub could not be seen: "
+    )
     assert refused("cod") == "sources.law: HOME/cod: no such folder. Did you mean 'code'?"
     assert refused("quite-another") == "sources.law: HOME/quite-another: no such folder."
     assert absent(llamas / "seed" / "x") == ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from adapter_files import write_adapter
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from hub_models import acme as acme  # a fixture
 from hub_models import hub as hub
@@ -184,7 +185,7 @@ def test_a_download_that_failed_goes_on_in_the_next_run(acme: FakeHub, tmp_path:
 
 
 def test_a_merge_that_is_killed_while_it_downloads(acme: FakeHub, tmp_path: Path, run: Any) -> None:
-    acme.faults += [Fault(r"\?X-Signature", times=1), Fault(r"\?X-Signature", times=1, cut=20_000), Fault(r"\?X-Signature", pause=30)]
+    acme.faults += [Fault(r"\?X-Signature", times=1), Fault(r"\?X-Signature", times=1, cut=20_000), Fault(r"\?X-Signature", pause=3)]
     process = subprocess.Popen([sys.executable, "-m", "bam_merge", "merge", str(seed_only(tmp_path))], stderr=subprocess.DEVNULL)
     blobs = tmp_path / "cache" / "hub" / "models--acme--seed" / "blobs"
     deadline = time.monotonic() + 60
@@ -388,3 +389,35 @@ def test_verify_of_a_model_that_is_no_merge(acme: FakeHub, run: Any) -> None:
     result = run("verify", "acme/seed")
     assert result.status == 2 and "no bam_merge.json on the hub, so this is not what bam-merge wrote." in result.err
     assert acme.sent(r"\?X-Signature") == 0
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_and_bases_of_the_hub(acme: FakeHub, tmp_path: Path, run: Any) -> None:
+    """An adapter on a model of the hub, planned by its headers, is what it is in folders; the manifest pins both."""
+    models = tmp_path / "models"
+    adapter = write_adapter(models / "lora", models / "seed", r=400)
+    acme.add("acme/lora", adapter, **{"adapter_model.bin": b"\x80", "tokenizer.json": b"{}"})  # type: ignore[arg-type]
+    recipe = write_hub_recipe(
+        tmp_path, "{seed: acme/seed, code: {base: seed, adapter: acme/lora}, law: {base: acme/law, adapter: hf://acme/lora@main}}"
+    )
+    shown = run("plan", recipe)
+    assert shown.status == 0, shown.err
+    assert "+ lora(code)" in shown.out
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    assert 0 < acme.sent(r"\?X-Signature") < size
+    merged(run, recipe)
+    local = models / "recipe.yaml"
+    local.write_text(
+        "method: bam\nsources: {seed: seed, code: {base: seed, adapter: lora}, law: {base: ./law, adapter: lora}}\noutput: {path: out}\n"
+    )
+    merged(run, local)
+    assert folder_bytes(tmp_path / "out")["model.safetensors"] == folder_bytes(models / "out")["model.safetensors"]
+    recorded = json.loads((tmp_path / "out" / "bam_merge.json").read_text())
+    lora, law = (f"acme/{name}@{acme.repos[f'acme/{name}'].refs['main']}" for name in ("lora", "law"))
+    assert recorded["recipe"]["sources"]["law"] == {"base": law, "adapter": lora}
+    assert recorded["sources"]["code"]["path"] == lora
+    shutil.rmtree(tmp_path / "cache")
+    assert json.loads(run("verify", tmp_path / "out", "--json").out)["ok"]
+    assert not acme.asked("acme/lora/resolve/.*(bin|tokenizer)")
