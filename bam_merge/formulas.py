@@ -119,7 +119,7 @@ class Scaled(Formula):
         return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
 
 
-class TokenRun(NamedTuple):
+class RowRun(NamedTuple):
     """Rows [first, first + rows) of the result, each the mean of one row of every input in `of` (input, its first row); zeros of none."""
 
     first: int
@@ -130,11 +130,12 @@ class TokenRun(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ByToken(Formula):
     """Rows by an index table: row r of the result belongs to token r. `own` is what plans show of the source's own tensor, which gives
-    the rows of the tokens that it has; `runs` cover all rows in order.
+    the rows of the tokens that it has; `sources` says whose each input is; `runs` cover all rows in order.
     """
 
     own: str
-    runs: tuple[TokenRun, ...]
+    sources: tuple[str, ...]
+    runs: tuple[RowRun, ...]
     name: ClassVar = "by_token"
 
     def shown(self, inputs: Sequence[str]) -> str:
@@ -144,13 +145,13 @@ class ByToken(Formula):
     def held(self, shapes: Sequence[Shape], rows: int) -> int:
         return 24 * rows * prod(shapes[0][1:])
 
-    def within(self, start: int, stop: int) -> Iterator[TokenRun]:
+    def within(self, start: int, stop: int) -> Iterator[RowRun]:
         """The runs that make up rows [start, stop)."""
         index = bisect_right(self.runs, start, key=lambda run: run.first) - 1
         while start < stop:
             run = self.runs[index]
             skip, last = start - run.first, min(stop, run.first + run.rows)
-            yield TokenRun(start, last - start, tuple((place, row + skip) for place, row in run.of))
+            yield RowRun(start, last - start, tuple((place, row + skip) for place, row in run.of))
             start, index = last, index + 1
 
     @property

@@ -75,7 +75,8 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
         )
     if checkpoint.config_digest:
         architecture, guessed = find_by_model_type(config.get("model_type")), False
-        naming = find_naming(checkpoint.tensors, architecture, inside.wrapper) if architecture else naming
+        names = checkpoint.tensors if quantised else _weights(checkpoint.tensors)
+        naming = find_naming(names, architecture, inside.wrapper) if architecture else naming
         if architecture:
             config = {**config, **ties_of(inside, architecture, naming)}
             facts = facts_of(architecture, config, findings)
@@ -91,7 +92,7 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     found.run()
     dropped = found.dropped
     if inside.wrapper is not None and architecture is not None:
-        findings.append(f"{wrapper_note(inside.wrapper, naming.beside)}{_weight(checkpoint, naming)}.")
+        findings.append(f"{wrapper_note(inside.wrapper, naming.beside)}{_beside(checkpoint, naming)}.")
         dropped |= {name: beside_text(inside.wrapper, what) for name, what in naming.beside.items()}
     return Anatomy(
         checkpoint, architecture, guessed, facts, found.places, found.leaves, dropped,
@@ -99,7 +100,12 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     )  # fmt: skip
 
 
-def _weight(checkpoint: Checkpoint, naming: Naming) -> str:
+def _weights(names: Iterable[str]) -> dict[str, None]:
+    """Names without the ending of scales: what they are the scales of."""
+    return dict.fromkeys(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name for name in names)
+
+
+def _beside(checkpoint: Checkpoint, naming: Naming) -> str:
     """How much stands beside a text model."""
     entries = [checkpoint.tensors[name] for name in naming.beside]
     parameters, nbytes = sum(entry.numel for entry in entries), sum(entry.nbytes for entry in entries)
@@ -163,7 +169,7 @@ class _Described:
         for name in self.checkpoint.tensors:
             if name in self.naming.beside:
                 continue
-            plain = name.removesuffix(SCALE) if name.endswith("weight" + SCALE) and not self.quantised else name
+            (plain,) = [name] if self.quantised else _weights([name])
             cell = read_name(self.naming.own_name(plain), known)
             if self.quantised and (cell is None or self.is_weight(name)) and self.place_quantised(name, known):
                 continue
@@ -220,7 +226,7 @@ class _Described:
         """A dense model against all that its table and config.json imply: absent, present in vain, of another shape."""
         assert self.architecture is not None
         tensors, layers = self.checkpoint.tensors, self.facts["num_hidden_layers"]
-        stored = self.naming.names
+        stored = {own: name for own, name in self.naming.names.items() if name in tensors}
         if self.quantised:
             packed = (name for name, what in self.beside.items() if what in (*PACKED, "blocks"))
             held = {owner for name in packed for owner, _ in owners(self.naming.own_name(name))}

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
@@ -213,7 +212,7 @@ def advice(quantised: Quantisation) -> str:
     return "To merge it, take the 16-bit original."
 
 
-def quantised_refusal(source: str, path: Path, checkpoint: Checkpoint) -> str:
+def quantised_refusal(source: str, checkpoint: Checkpoint) -> str:
     """Why a quantised source cannot be merged as it is, and what to do: of 8-bit floats they can be multiplied out."""
     found = quantisation(checkpoint.config)
     assert found is not None
@@ -222,7 +221,7 @@ def quantised_refusal(source: str, path: Path, checkpoint: Checkpoint) -> str:
     if found.method in DEQUANTISED and floats:
         return (
             f"{head} ({found.words()}): {len(floats)} weights are 8-bit floats with scales beside them. To merge what they stand for, "
-            f"write sources: {{{source}: {{path: {printable(path.name)}, dequantise: true}}}}, which makes bfloat16 of them; or use the "
+            f"write sources: {{{source}: {{path: ..., dequantise: true}}}}, which makes bfloat16 of them; or use the "
             "full-precision model."
         )
     if found.method in ("?", "fp8"):

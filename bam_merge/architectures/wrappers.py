@@ -11,9 +11,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from bam_merge.architectures.config import ROPE_KEYS
+from bam_merge.architectures.config import ROPE_KEYS, describe
 from bam_merge.architectures.strict_tables import check_wrapper
-from bam_merge.architectures.tables import find_by_model_type
+from bam_merge.architectures.tables import Architecture, find_by_model_type, load_architecture
 from bam_merge.text import listed, printable, some
 from bam_merge.validation_words import shown
 
@@ -129,7 +129,6 @@ def unwrap(config: Mapping[str, Any]) -> Unwrapped:
         return Unwrapped(config, problems=tuple(_stranger(config)))
     key = next((key for key in wrapper.config if config.get(key) is not None), None)
     inner = config if key is None else config[key]
-    where = key or "config.json"
     if not isinstance(inner, dict) or (key is None and not wrapper.flat):
         wanted = f"{' or '.join(wrapper.config)} must be an object with the text model's configuration"
         return Unwrapped({}, wrapper, problems=(f"config.json: {wanted}, found {shown(config.get(key or wrapper.config[0]))}.",))
@@ -145,7 +144,7 @@ def unwrap(config: Mapping[str, Any]) -> Unwrapped:
         found = {name: _without_mrope(value) if name in ("rope_scaling", "rope_parameters") else value for name, value in found.items()}
     ties = {side["tie_word_embeddings"] for side in (config, inner) if isinstance(side.get("tie_word_embeddings"), bool)}
     said = next(iter(ties)) if len(ties) == 1 else None
-    problems = tuple(_contradictions(config, inner, where)) if key and wrapper.flat else ()
+    problems = tuple(_contradictions(config, inner, text, found, key)) if key and wrapper.flat else ()
     return Unwrapped({"model_type": text.family, **found}, wrapper, said, len(ties) > 1, problems)
 
 
@@ -165,16 +164,27 @@ def _without_mrope(rope: Any) -> Any:
     return {key: "default" if key in ("type", "rope_type") and value == "mrope" else value for key, value in plain.items()}
 
 
-def _contradictions(config: Mapping[str, Any], inner: Mapping[str, Any], key: str) -> Iterator[str]:
-    """Keys of the text model that stand at the top as well, with another value: old and new spelling of one file."""
-    for name in sorted(inner.keys() & config.keys()):
-        counts = not name.startswith("_") and name not in ("architectures", "model_type", "tie_word_embeddings", *OUTSIDE)
-        if counts and inner[name] != config[name] and name not in ("transformers_version", "use_cache"):
+def _contradictions(
+    config: Mapping[str, Any], inner: Mapping[str, Any], text: TextModel, found: Mapping[str, Any], key: str
+) -> Iterator[str]:
+    """Keys of the text model that stand at the top as well and mean something else there: the older and the newer form of one file."""
+    family = load_architecture(text.family)
+    means = _meaning(family, found)
+    for name in sorted((inner.keys() & config.keys()) - {*OUTSIDE, "model_type", "architectures", "tie_word_embeddings"}):
+        value = _without_mrope(config[name]) if text.mrope and name in ("rope_scaling", "rope_parameters") else config[name]
+        if inner[name] != config[name] and means and _meaning(family, {**found, name: value}) != means:
             rope = " (the rotary embedding)" if name in ROPE_KEYS else ""
             yield (
                 f"config.json: {printable(name)}{rope} = {shown(config[name])}, and {key} has {shown(inner[name])}: two spellings that "
                 f"differ. transformers takes {key}'s. Make them equal, or remove the other one."
             )
+
+
+def _meaning(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says, in facts; empty where it says nothing usable, which is said elsewhere."""
+    facts = describe(family, config, [])
+    silent = ("max_position_embeddings", "use_sliding_window", "max_window_layers")
+    return {name: value for name, value in facts.items() if name not in silent}
 
 
 def _unknown_text(wrapper: Wrapper, stated: object) -> str:

@@ -127,7 +127,7 @@ def assembled(
     tensors, notes = _all_tensors(folder, files, problems), list[str]()
     if weight_map is not None:
         problems += _index_problems(folder, weight_map, tensors, unneeded(config))
-        left_out = sorted(unneeded(config) & weight_map.keys() - tensors.keys())
+        left_out = sorted(name for name in weight_map.keys() - tensors.keys() if _is_one_of(name, unneeded(config)))
         if left_out:
             notes.append(f"{INDEX} lists {some(left_out)}, which no shard holds: the head is tied, so nothing is missing.")
         size = sum(entry.nbytes for entry in tensors.values())
@@ -276,10 +276,15 @@ def is_plain_name(name: str) -> bool:
         return False
 
 
+def _is_one_of(name: str, names: set[str]) -> bool:
+    """Whether a tensor is one of `names`, with or without a prefix."""
+    return name in names or any(name.endswith(f".{known}") for known in names)
+
+
 def _index_problems(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry], unneeded: set[str]) -> list[str]:
     where = f"{printable(str(folder))}/{INDEX}"
     problems = []
-    absent = sorted(name for name in weight_map if name not in tensors and name not in unneeded)
+    absent = sorted(name for name in weight_map if name not in tensors and not _is_one_of(name, unneeded))
     if absent:
         problems.append(f"{where}: lists {some(absent)}, which no shard holds. Is the download complete?")
     unlisted = sorted(name for name in tensors if name not in weight_map)

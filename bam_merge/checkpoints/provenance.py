@@ -12,7 +12,7 @@ import xxhash
 
 from bam_merge.checkpoints.folder import is_plain_name, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1, reads_in
-from bam_merge.checkpoints.kinds import told
+from bam_merge.checkpoints.kinds import told, told_of_file
 from bam_merge.documents import load_json
 from bam_merge.errors import VerifyError
 from bam_merge.text import nearest, printable, some
@@ -73,7 +73,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a merged folder. Raises VerifyError when there is none that can be used."""
     path = folder / MANIFEST
     if not os.path.isdir(folder):
-        raise VerifyError(f"{printable(str(folder))}: {'not a' if os.path.exists(folder) else 'no such'} folder.")
+        what = told_of_file(folder) if os.path.exists(folder) else None
+        is_none = "no such folder" if not os.path.exists(folder) else f"not a folder{f'. It is {what}' if what else ''}"
+        raise VerifyError(f"{printable(str(folder))}: {is_none}.")
     if not path.exists():
         what = told(folder)
         raise VerifyError(

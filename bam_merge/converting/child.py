@@ -193,6 +193,8 @@ def _refusal(problem: str, detail: str, limits: Limits, size: int) -> str:
             return f"{_too_much_memory(limits, size)}"
         case "unfit":
             return f"{detail}. Nothing was written."
+        case "output":
+            return f"what was read could not be written: {detail}. Free some space, or look after the disk, and run again."
         case "system":
             return f"{detail}."
     return f"damaged, or no file of torch ({detail}). Download it again, or {STATE_DICT}."

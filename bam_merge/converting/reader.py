@@ -71,6 +71,10 @@ def main() -> None:
     os._exit(0)
 
 
+class Unwritten(OSError):
+    """What was read could not be written."""
+
+
 class Unfit(ValueError):
     """It was read, and is not what can be written. Its text says why."""
 
@@ -147,8 +151,11 @@ def _bytes(tensor: "Tensor") -> memoryview:
 
 def write(descriptor: int, offset: int, data: memoryview) -> None:
     done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done : done + PIECE], offset + done)
+    try:
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done : done + PIECE], offset + done)
+    except OSError as error:
+        raise Unwritten(error.errno, error.strerror) from None
 
 
 def problem(error: BaseException) -> dict[str, str]:
@@ -161,6 +168,8 @@ def problem(error: BaseException) -> dict[str, str]:
         return {"problem": "unfit", "detail": text[:500]}
     if isinstance(error, MemoryError) or "alloc" in text.lower() or "mmap" in text.lower():
         return {"problem": "memory", "detail": text[:300]}
+    if isinstance(error, Unwritten):
+        return {"problem": "output", "detail": (error.strerror or text)[:300]}
     if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is what mapping a file that is cut off gives
         return {"problem": "system", "detail": (error.strerror or text)[:300]}
     if asked := GLOBAL.search(text):

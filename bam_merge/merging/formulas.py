@@ -101,9 +101,9 @@ def by_token(formula: formulas.ByToken, inputs: Sequence[Input], start: int, sto
     """Rows of the inputs by the table; where it names several, their mean."""
     parts = []
     for run in formula.within(start, stop):
-        shape = (run.rows, *inputs[0].shape[1:])
-        total = torch.zeros(shape, dtype=torch.float64)
-        for place, row in run.of:
-            total += inputs[place].rows(row, row + run.rows)
-        parts.append(total.div_(len(run.of)) if len(run.of) > 1 else total)
+        rows = [inputs[place].rows(row, row + run.rows).double() for place, row in run.of]
+        total = rows[0] if rows else torch.zeros(run.rows, *inputs[0].shape[1:], dtype=torch.float64)
+        for more in rows[1:]:
+            total += more
+        parts.append(total.div_(len(rows)) if len(rows) > 1 else total)
     return torch.cat(parts)

@@ -101,8 +101,8 @@ def own_names(
     """
     wanted = list(wanted)
     if wrapper is None and all(any(name in stored for name in names) for names in wanted):
-        own = _heads({name: name for name in stored}, heads, _first_word(wanted[0][0])[0])
-        return {name: name for name in stored if name not in own.values()} | own
+        tops = _heads({name: name for name in stored}, heads, _first_word(wanted[0][0])[0])
+        return {name: name for name in stored if name not in tops.values()} | tops
     short = {".".join(word for word in name.split(".") if word not in ANYWHERE): name for name in stored}
     if len(short) < len(stored):
         raise CheckpointError("two tensors have one name, but for the words that a wrapping program puts into it.")

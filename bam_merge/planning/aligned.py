@@ -8,7 +8,7 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.checkpoints.pieces import Computed, Whole, whole
-from bam_merge.formulas import ByToken, TokenRun
+from bam_merge.formulas import ByToken, RowRun
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.alignment import UNION, Alignment
 from bam_merge.sources.dense import DenseModel
@@ -48,12 +48,12 @@ def _tensors(model: DenseModel, models: Mapping[str, DenseModel], alignment: Ali
         place = {name: index for index, name in enumerate(inputs)}
         firsts = accumulate((run.rows for run in aligned.runs), initial=0)
         runs = tuple(
-            TokenRun(first, run.rows, tuple((place[name], row) for name, row in run.of))
+            RowRun(first, run.rows, tuple((place[name], row) for name, row in run.of))
             for first, run in zip(firsts, aligned.runs, strict=False)
         )
         mine = _whole(own)
         shape = (alignment.rows, *mine.shape[1:])
-        yield site, Computed(model.name, mine.tensor, ByToken(str(mine), runs), tuple(inputs.values()), mine.dtype, shape)
+        yield site, Computed(model.name, mine.tensor, ByToken(str(mine), tuple(inputs), runs), tuple(inputs.values()), mine.dtype, shape)
 
 
 def _whole(expr: expressions.Expr) -> Whole:

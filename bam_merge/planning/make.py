@@ -91,7 +91,7 @@ def make_plan(recipe: Recipe) -> Plan:
         accepted=tuple(found.warnings),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config, alignment),
-        files=found.files,
+        files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),
         alignment=alignment,
     )
 

@@ -17,6 +17,7 @@ from bam_merge.merging.tensor import Finished
 from bam_merge.planning.card import model_card
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.manifest import manifest
+from bam_merge.sources.companions import companion
 from bam_merge.sources.tokenizer_writing import companion_documents
 
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished], de
         total = sum(step.nbytes for step in plan.steps)
         documents[INDEX] = _json({"metadata": {"total_parameters": plan.parameters, "total_size": total}, "weight_map": weight_map})
     folders = {name: model.checkpoint.path for name, model in plan.models.items()}
-    documents.update(companion_documents(plan.files, folders, plan.alignment))
+    documents.update(companion_documents(plan.files, folders, plan.alignment, companion))
     documents.update(model_code(plan.config))
     documents["README.md"] = model_card(plan).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}

@@ -5,8 +5,11 @@ default to, and what is looked up for which tensor. What gives other numbers her
 has no words here is named, and then there is no recipe.
 """
 
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +217,12 @@ def _named(make: Mapping[str, Any], everyone: list[str]) -> Iterator[str]:
 
 # ---- mixtures --------------------------------------------------------------------------------------------------------------
 
-LAYOUTS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "qwen3_moe": "qwen3_moe"}
-"""mergekit-moe's architectures that are layouts here."""
+
+@cache
+def layouts() -> Mapping[str, str]:
+    """mergekit-moe's architectures that are layouts here."""
+    table: dict[str, str] = tomllib.loads((files("bam_merge.recipe") / "mergekit.toml").read_text(encoding="utf-8"))["layouts"]
+    return table
 
 
 GATES: dict[str, tuple[dict[str, Any], str]] = {
@@ -244,10 +251,10 @@ class _Moe(_Reading):
                 found.lacks.append(f"{key} of an expert, which {what}")
         if document.get("shared_experts"):
             found.lacks.append("shared_experts: experts of every token")
-        layout = LAYOUTS.get(str(document.get("architecture") or "mixtral").lower())
+        layout = layouts().get(str(document.get("architecture") or next(iter(layouts()))).lower())
         if layout is None:
             found.lacks.append(
-                f"architecture {printable(repr(document['architecture']), 40)}; the layouts with an equivalent are {', '.join(LAYOUTS)}"
+                f"architecture {printable(repr(document['architecture']), 40)}; the layouts with an equivalent are {', '.join(layouts())}"
             )
         if mode not in GATES:
             found.lacks.append(

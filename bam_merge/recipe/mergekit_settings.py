@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bam_merge.text import printable
+from bam_merge.text import printable, ranges
 
 NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -162,7 +162,7 @@ def _rules(texts: Sequence[str], roles: Sequence[str], most: str) -> list[dict[s
     for text in dict.fromkeys(texts):
         if text != most:
             where = [layer for layer, found in enumerate(texts) if found == text]
-            layers = {} if len(where) == len(texts) else {"layers": _ranges(where)}
+            layers = {} if len(where) == len(texts) else {"layers": ranges(where).strip("{}")}
             rules.append({"roles": _globs(roles), **layers, **json.loads(text)})
     return rules
 
@@ -174,14 +174,3 @@ def _globs(roles: Sequence[str]) -> list[str]:
         if set(members) <= set(found):
             found = [glob, *(role for role in found if role not in members)]
     return [role for role in found if role not in OPTIONAL]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2,5'."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -3,7 +3,7 @@
 Each acceptance that is needed becomes a warning, which travels in plan, card and manifest; one that is not needed becomes a note.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from bam_merge.architectures.config import describe
 from bam_merge.recipe.accepting import ACCEPTABLE
@@ -11,23 +11,14 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.agreement import ABSENT, fact_differences
 from bam_merge.sources.dense import DenseModel
 from bam_merge.sources.harmless import is_harmless
+from bam_merge.sources.settled import Settled
 from bam_merge.text import listed, nearest, printable
 from bam_merge.validation_words import shown
 
 
-@dataclass
-class Accepted:
-    """The sources as they count from now on, and what is to be said of it."""
-
-    models: list[DenseModel]
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def apply_accepted(recipe: Recipe, models: list[DenseModel]) -> Accepted:
+def apply_accepted(recipe: Recipe, models: list[DenseModel]) -> Settled:
     """`models`, the first of which the others are compared with, under what `recipe` accepts of their configurations."""
-    found = Accepted(models)
+    found = Settled(models)
     accept = recipe.accept
     if accept is None or len(models) < len(recipe.sources):  # a source that cannot be opened is said, and the rest when it can
         return found
@@ -38,7 +29,7 @@ def apply_accepted(recipe: Recipe, models: list[DenseModel]) -> Accepted:
     return found
 
 
-def _accept_key(recipe: Recipe, found: Accepted, key: str, where: str) -> None:
+def _accept_key(recipe: Recipe, found: Settled, key: str, where: str) -> None:
     models, name = found.models, printable(key)
     values = {model.name: model.config.get(key, ABSENT) for model in models}
     if all(value is ABSENT for value in values.values()):
@@ -61,7 +52,7 @@ def _accept_key(recipe: Recipe, found: Accepted, key: str, where: str) -> None:
     found.models = [replace(model, unknown_keys=unknown) for model, unknown in zip(models, kept, strict=True)]
 
 
-def _accept_fact(recipe: Recipe, found: Accepted, fact: str, source: str) -> None:
+def _accept_fact(recipe: Recipe, found: Settled, fact: str, source: str) -> None:
     where = f"{recipe.file}: accept.facts.{fact}"
     models = [model for model in found.models if model.family.name == found.models[0].family.name]
     decides = next((model for model in found.models if model.name == source), None)

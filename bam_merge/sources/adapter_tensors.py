@@ -28,18 +28,18 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.|^modul
 
 
 _KINDS = {
-    "A": r"\.lora_A(?:\.[^.]+)?\.weight",
-    "B": r"\.lora_B(?:\.[^.]+)?\.weight",
-    "B.bias": r"\.lora_B(?:\.[^.]+)?\.bias",
-    "magnitude": r"\.lora_magnitude_vector(?:\.[^.]+){0,2}",
-    "velora": r"\.lora_velora_embed(?:\.[^.]+)?",
-    "embedding A": r"\.lora_embedding_A(?:\.[^.]+)?",
-    "embedding B": r"\.lora_embedding_B(?:\.[^.]+)?",
-    "tokens": r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?",
+    "A": r"\.lora_A(?:\.[\w-]+)?\.weight",
+    "B": r"\.lora_B(?:\.[\w-]+)?\.weight",
+    "B.bias": r"\.lora_B(?:\.[\w-]+)?\.bias",
+    "magnitude": r"\.lora_magnitude_vector(?:\.[\w-]+){0,2}",
+    "velora": r"\.lora_velora_embed(?:\.[\w-]+)?",
+    "embedding A": r"\.lora_embedding_A(?:\.[\w-]+)?",
+    "embedding B": r"\.lora_embedding_B(?:\.[\w-]+)?",
+    "tokens": r"\.token_adapter\.trainable_tokens_delta(?:\.[\w-]+)?",
     "base weight": r"\.base_layer\.weight",
     "base bias": r"\.base_layer\.bias",
-    "weight": r"(?:\.modules_to_save(?:\.[^.]+)?)?\.weight",
-    "bias": r"(?:\.modules_to_save(?:\.[^.]+)?)?\.bias",
+    "weight": r"(?:\.modules_to_save(?:\.[\w-]+)?)?\.weight",
+    "bias": r"(?:\.modules_to_save(?:\.[\w-]+)?)?\.bias",
 }
 """What a tensor is of its module, by the end of its name; the adapter's own name may stand inside."""
 

@@ -102,7 +102,7 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
     quantised = is_quantised(checkpoint.config) or is_quantised(unwrapped.config)
     if quantised:
         stated = checkpoint.config if is_quantised(checkpoint.config) else unwrapped.config
-        problems.append(quantised_refusal(name, path, replace(checkpoint, config=dict(stated))))
+        problems.append(quantised_refusal(name, replace(checkpoint, config=dict(stated))))
     naming = find_naming(checkpoint.tensors, family, unwrapped.wrapper)
     config = {**unwrapped.config, **ties_of(unwrapped, family, naming)}
     facts = describe(family, config, problems)

@@ -181,13 +181,13 @@ class OneAdapter:
         name = self.parts.get(module.name, {}).get("tokens")
         rows = next((rows for name in self.names(module) if (rows := self.config.tokens(name, module.embedding)) is not None), None)
         cell = self.work.cell(module, "weight")
-        if rows is None or cell is None or (module.head and not module.cells and name is None):
+        if rows is None or cell is None or (name is None and (not rows or (module.head and not module.cells))):
             return
         if name is None:
             self.problems.append(f"{module.name}: trainable_token_indices names {len(rows)} tokens, and their rows are missing.")
             return
         vocabulary, columns = self.work.current(cell).shape
-        if len(set(rows)) < len(rows) or max(rows) >= vocabulary:
+        if len(set(rows)) < len(rows) or max(rows, default=0) >= vocabulary:
             self.problems.append(
                 f"trainable_token_indices: {len(rows)} ids up to {max(rows)}, of which each may stand once and be below {vocabulary}."
             )

@@ -6,7 +6,7 @@ question of a plan that headers cannot answer: the two tensors are compared byte
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
@@ -16,20 +16,11 @@ from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
 from bam_merge.sources.dense import DenseModel
+from bam_merge.sources.settled import Settled
 from bam_merge.text import printable
 
 PIECE = 2**20
 """Elements that are compared at a time: a multiple of eight, so that pieces of the smallest dtypes begin at a byte."""
-
-
-@dataclass
-class Heads:
-    """The sources with every head settled, and what is to be said of it."""
-
-    models: list[DenseModel]
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def settle_copies(model: DenseModel, accept: str | None = None) -> tuple[DenseModel, list[str]]:
@@ -81,14 +72,14 @@ def _where(model: DenseModel, embeddings: TensorEntry, head: TensorEntry, plain:
     return difference(model.checkpoint, embeddings, head) if plain and not head.dtype.startswith("F8_E") else QUANTISED
 
 
-def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
+def settle_heads(models: list[DenseModel], accept: str | None = None) -> Settled:
     """`models`, whose copies are settled, with every head either its own or the embeddings, and what stands against that.
 
     Beside tied sources, an untied one whose head equals its embeddings is tied as well. Where the recipe accepts heads of their own
     ("stored"), tied ones take their embeddings for one. (Else an untied one whose head differs is left, and disagrees with the others in
     tie_word_embeddings.)
     """
-    heads = Heads(models, warnings=list(dict.fromkeys(warning for model in models for warning in model.warnings)))
+    heads = Settled(models, warnings=list(dict.fromkeys(warning for model in models for warning in model.warnings)))
     tied = next((model.name for model in models if model.facts["tie_word_embeddings"]), None)
     if tied is not None:
         own = {model.name: model for model in models if _has_own_head(model, heads)}
@@ -101,7 +92,7 @@ def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
     return heads
 
 
-def _has_own_head(model: DenseModel, heads: Heads) -> bool:
+def _has_own_head(model: DenseModel, heads: Settled) -> bool:
     """Whether the head is another matrix than the embeddings. Of one that an adapter changed, or that is computed, it is taken to be."""
     if model.facts["tie_word_embeddings"]:
         return False
@@ -123,7 +114,7 @@ def _untied(model: DenseModel, head: Expr) -> DenseModel:
     )
 
 
-def _with_embeddings_as_head(model: DenseModel, own: str, heads: Heads) -> DenseModel:
+def _with_embeddings_as_head(model: DenseModel, own: str, heads: Settled) -> DenseModel:
     """A tied model beside one with a head of its own: what it computes with as its head is its embeddings."""
     if not model.facts["tie_word_embeddings"]:
         return model

@@ -37,6 +37,7 @@ def compare_tokenizers(models: Sequence[DenseModel]) -> TokenizerFindings:
     _within(tokenizers, found)
     _between(tokenizers, found)
     _absences(tokenizers, found)
+    found.notes += _without_rows(tokenizers[0], models[0].facts["vocab_size"])
     return found
 
 
@@ -303,6 +304,19 @@ def _unread(tokenizers: Sequence[Tokenizer]) -> Iterator[str]:
         for form in tokenizer.forms.values():
             if form.unread:
                 yield f"sources.{tokenizer.source}: {form.file} cannot be read ({form.unread}): compared with the same bytes only."
+
+
+def _without_rows(tokenizer: Tokenizer, rows: int) -> Iterator[str]:
+    """Tokens that the output's files name and that its embeddings have no row for: whoever feeds one in gets an error, or memory."""
+    beyond = {n: names[0] for form in tokenizer.forms.values() for n, names in form.names.items() if not 0 <= n < rows}
+    if beyond:
+        first = min(beyond)
+        more = f" nor for {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        which = f"{_shown(beyond[first])} of id {_id(first)}{more}"
+        yield (
+            f"sources.{tokenizer.source}: the embeddings have {rows} rows, none for the token {which}: no program can read a text with it. "
+            "Remove it from the tokenizer, or resize the embeddings."
+        )
 
 
 def _named(sources: Sequence[str]) -> str:

@@ -59,9 +59,12 @@ class Added:
         return {"id": self.number, "content": self.token, **self.flags}
 
 
-def companion_documents(files: Mapping[str, str], folders: Mapping[str, Path], alignment: Alignment | None) -> dict[str, bytes]:
-    """The bytes of every tokenizer and generation file of the output. `files` says which source gives each. Raises CheckpointError."""
-    documents = {name: companion(folders[source] / name) for name, source in files.items()}
+def companion_documents(
+    files: Mapping[str, str], folders: Mapping[str, Path], alignment: Alignment | None, read: Callable[[Path], bytes] = companion
+) -> dict[str, bytes]:
+    """The bytes of every tokenizer and generation file of the output. `files` says which source gives each, `read` gives one as it may be
+    published. Raises CheckpointError."""
+    documents = {name: read(folders[source] / name) for name, source in files.items()}
     if alignment is not None and (alignment.template or alignment.giver) != alignment.giver:
         _set_template(documents, folders[str(alignment.template)])
     if alignment is not None and alignment.renumbered and files.get(GENERATION) not in (None, alignment.giver):

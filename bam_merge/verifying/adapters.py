@@ -29,26 +29,42 @@ HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 """A head's names in the families' own models."""
 
 
+@dataclass(frozen=True)
+class InFile:
+    """A tensor of an adapter, read when it is needed: adapters of large models are large."""
+
+    file: Path
+    name: str
+
+    def value(self) -> Tensor:
+        """All of it, in float64."""
+        with safe_open(self.file, "pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor.double()
+
+
 @dataclass
 class Part:
-    """What one adapter has of one tensor of the base, in float64: factors of an update, or what stands in its place."""
+    """What one adapter has of one tensor of the base: factors of an update, or what stands in its place."""
 
     scale: float
-    a: Tensor | None = None
-    b: Tensor | None = None
+    a: InFile | None = None
+    b: InFile | None = None
     turned: bool = False
-    lengths: Tensor | None = None
-    shift: Tensor | None = None
-    whole: Tensor | None = None
+    lengths: InFile | None = None
+    shift: InFile | None = None
+    whole: InFile | None = None
     base_layer: bool = False
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    ids: Sequence[int] = ()
+    rows: InFile | None = None
     float64: bool = False
 
     def update(self, places: Sequence[int]) -> Tensor:
         """Rows of s B A [len(places), C]."""
         assert self.a is not None
         assert self.b is not None
-        product = self.a[:, places].T @ self.b.T if self.turned else self.b[places] @ self.a
+        a, b = self.a.value(), self.b.value()
+        product = a[:, places].T @ b.T if self.turned else b[places] @ a
         return self.scale * product
 
 
@@ -72,9 +88,8 @@ def read_parts(folder: Path, weight: float, names: Mapping[str, str], wrapper: W
             target = names[_base_name(stem, "bias" if what.endswith("bias") else "weight", names)]
             modules = (trained, target.rpartition(".")[0], *(("lm_head",) if target in HEAD_NAMES else ()))
             part = found.setdefault(target, Part(_scale(config, modules) * weight))
-            value = file.get_tensor(key)
-            part.float64 |= value.dtype == torch.float64
-            _enter(part, what, value.double(), config, stem)
+            part.float64 |= file.get_slice(key).get_dtype() == "F64"
+            _enter(part, what, InFile(folder / "adapter_model.safetensors", key), config, stem)
     return found
 
 
@@ -88,7 +103,7 @@ def _cut(name: str) -> tuple[str, str]:
     return stem, what
 
 
-def _enter(part: Part, what: str, value: Tensor, config: Mapping[str, Any], stem: str) -> None:
+def _enter(part: Part, what: str, value: InFile, config: Mapping[str, Any], stem: str) -> None:
     if what.startswith("lora_magnitude_vector"):
         part.lengths = value
     elif what.startswith("lora_") and what.endswith("bias"):
@@ -103,7 +118,7 @@ def _enter(part: Part, what: str, value: Tensor, config: Mapping[str, Any], stem
         ids = config["trainable_token_indices"]
         if isinstance(ids, dict):
             ids = next(rows for name, rows in ids.items() if f".{stem}".endswith(f".{name}"))
-        part.rows = dict(zip(ids, value, strict=True))
+        part.ids, part.rows = ids, value
     else:
         saved = any(stem.endswith(name) for name in config.get("modules_to_save") or ())
         part.whole, part.base_layer = value, what.startswith("base_layer") or not saved
@@ -185,19 +200,21 @@ class Adapted(StoredModel):
         def once(value: Tensor) -> Tensor:
             return value if wide else nearest(value, "F32")
 
-        value = next((part.whole[places] for part in parts if part.whole is not None), before.double())
+        value = next((part.whole.value()[places] for part in parts if part.whole is not None), before.double())
         plain = [part for part in parts if part.a is not None and part.lengths is None]
         if plain:
             value = once(sum((part.update(places) for part in plain), value))
         for part in parts:
             if part.lengths is not None:
                 value = value + part.update(places)
-                value = once(value * (part.lengths[places] / value.norm(dim=1))[:, None])
+                value = once(value * (part.lengths.value()[places] / value.norm(dim=1))[:, None])
             if part.shift is not None:
-                value = once(value + part.scale * part.shift[places])
-            for index, place in enumerate(places):
-                if place in part.rows:
-                    value[index] = once(part.rows[place])
+                value = once(value + part.scale * part.shift.value()[places])
+            if part.rows is not None:
+                rows, row_of = part.rows.value(), {row: index for index, row in enumerate(part.ids)}
+                for index, place in enumerate(places):
+                    if place in row_of:
+                        value[index] = once(rows[row_of[place]])
         return value if wide else value.float()
 
 

@@ -172,18 +172,35 @@ def in_result_ids(folder: Path, plan: Plan, dense: Mapping[str, StoredModel], si
 # ---- the checks ----------------------------------------------------------------------------------------------------------------
 
 
-def token_checks(folder: Path, plan: Plan, dense: Mapping[str, StoredModel], size: int) -> tuple[dict[str, StoredModel], list[Check]]:
+@dataclass(frozen=True)
+class Found:
+    """The dense models in the result's token ids, what is said of these, and the tokens [n] that are not the same row in every source."""
+
+    models: dict[str, StoredModel]
+    checks: list[Check]
+    unlike: Tensor
+
+    def sample(self, ids_BT: Tensor) -> Tensor:
+        """A sample whose last third of the last sequence are tokens that some source has elsewhere, or lacks: as many as there are."""
+        count = min(len(self.unlike), ids_BT.shape[1] // 3)
+        sample_BT = ids_BT.clone()
+        sample_BT[-1, ids_BT.shape[1] - count :] = self.unlike[:count]
+        return sample_BT
+
+
+def token_checks(folder: Path, plan: Plan, dense: Mapping[str, StoredModel], size: int) -> Found:
     """The dense models in the result's token ids, and one check: every row is that of its token, by the files and by the plan, and gives
     what the source computes for its own id."""
     wanted = plan.recipe.tokenizer
+    none = torch.zeros(0, dtype=torch.long)
     if wanted is None:
-        return dict(dense), []
+        return Found(dict(dense), [], none)
     try:
         table, wrong = read_table(folder, plan, dense, wanted, size)
     except BamMergeError as error:
-        return dict(dense), [Check("tokens", False, "; ".join(error.problems))]
+        return Found(dict(dense), [Check("tokens", False, "; ".join(error.problems))], none)
     except UNREADABLE as error:
-        return dict(dense), [Check("tokens", False, f"the tokenizer files cannot be read: {printable(str(error))}")]
+        return Found(dict(dense), [Check("tokens", False, f"the tokenizer files cannot be read: {printable(str(error))}")], none)
     models = aligned_models(dense, table, size)
     wrong += _other_rows(plan, table)
     worst = 0.0
@@ -193,7 +210,9 @@ def token_checks(folder: Path, plan: Plan, dense: Mapping[str, StoredModel], siz
         wrong += problems
     tokens = sum(int((rows != NOBODY).sum()) for rows in table.own.values())
     passed = f"{count(size, 'row')} are those of their tokens; {count(len(dense), 'source')} give {tokens:,} and compute the same by them"
-    return models, [Check("tokens", not wrong, some(wrong, 6) if wrong else passed, worst, HEAD_TOLERANCE)]
+    unlike = numpy.flatnonzero((numpy.stack(list(table.own.values())) != numpy.arange(size)).any(0))
+    check = Check("tokens", not wrong, some(wrong, 6) if wrong else passed, worst, HEAD_TOLERANCE)
+    return Found(models, [check], torch.from_numpy(unlike))
 
 
 def _other_rows(plan: Plan, table: Table) -> Iterator[str]:
@@ -222,7 +241,7 @@ def _planned(expr: expressions.Expr, name: str, size: int) -> dict[str, Rows]:
     """The rows of every source that a plan makes a source's tensor of."""
     if not isinstance(expr, Computed) or not isinstance(expr.formula, ByToken):
         return {name: numpy.arange(expr.shape[0], dtype=numpy.int64)}
-    inputs = [part.source for part in expr.inputs]
+    inputs = expr.formula.sources
     rows = {source: numpy.full(expr.shape[0], NOBODY, numpy.int64) for source in inputs}
     for first, length, of in expr.formula.runs:
         for place, row in of:

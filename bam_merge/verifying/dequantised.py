@@ -72,7 +72,8 @@ def dequantised(checkpoint: Checkpoint, head: str | None = None) -> Dequantised:
     config = _plain(checkpoint.config)
     found = stored_model(replace(checkpoint, config=config, tensors=tensors), computes=False, head=head)
     text = config if wrapper_of(config) is None else text_config(config, has_head=True)
-    dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(str(text.get("dtype") or text.get("torch_dtype")), "BF16")
+    stated = str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch.")
+    dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(stated, "BF16")
     leaves = {
         parameter: instead(leaf, replace(stored(leaf), dtype=dtype)) if stored(leaf).tensor in scales else leaf
         for parameter, leaf in found.leaves.items()

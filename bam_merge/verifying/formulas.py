@@ -4,6 +4,7 @@ Beside each value stands a bound for its error: of the stored numbers, which are
 Nothing that carries out a plan is imported (rederive.py says why, and a contract of import-linter holds it).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -45,7 +46,7 @@ def computed_rows(formula: Formula, inputs: Sequence[Operand], start: int, stop:
 
 @computed_rows.register
 def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
-    """Column by column of the low-rank factors: the sum of r outer products."""
+    """Every product by itself, and the same of magnitudes, which bounds the error of their sums in whatever order."""
     start_RC = inputs[0].rows(start, stop)
     value_RC, size_RC, terms = start_RC.value.clone(), start_RC.value.abs(), 2
     for index, (scale, a, b) in enumerate(zip(formula.scales, inputs[1::2], inputs[2::2], strict=True)):
@@ -53,10 +54,8 @@ def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, 
             left_Rr, right_rC = a.all().value[:, start:stop].T, b.all().value.T
         else:
             left_Rr, right_rC = b.rows(start, stop).value, a.all().value
-        for rank in range(right_rC.shape[0]):
-            outer_RC = torch.outer(left_Rr[:, rank], right_rC[rank]) * scale
-            value_RC += outer_RC
-            size_RC += outer_RC.abs()
+        value_RC += scale * (left_Rr @ right_rC)
+        size_RC += abs(scale) * (left_Rr.abs() @ right_rC.abs())
         terms += 3 + right_rC.shape[0]
     slack_RC = size_RC * (terms * UNIT)
     return Derived(value_RC, slack_RC if start_RC.slack is None else slack_RC + start_RC.slack)
@@ -101,7 +100,7 @@ def _saved(formula: formulas.Saved, inputs: Sequence[Operand], start: int, stop:
 @computed_rows.register
 def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
     """The runs of the table that reach into rows [start, stop), each cut to them; the mean of what stands in them, one below the other."""
-    last = next((i for i in range(len(formula.runs) - 1, -1, -1) if formula.runs[i].first < stop), 0)
+    last = bisect_left(formula.runs, stop, key=lambda run: run.first) - 1
     values, slacks = [], []
     while last >= 0 and formula.runs[last].first + formula.runs[last].rows > start:
         first, rows, of = formula.runs[last]
@@ -126,14 +125,16 @@ def moved_rows(formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Ten
     An input is what reads its rows, and one row of zeros.
     """
     assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"
-    parts = []
-    for first, rows, of in formula.runs:
+    parts, index = [], bisect_left(formula.runs, start + 1, key=lambda run: run.first) - 1
+    while index < len(formula.runs) and formula.runs[index].first < stop:
+        first, rows, of = formula.runs[index]
         a, b = max(start, first), min(stop, first + rows)
-        if a < b and of:
+        if of:
             read, _ = inputs[of[0][0]]
             parts.append(read(of[0][1] + a - first, of[0][1] + b - first))
-        elif a < b:
+        else:
             parts.append(inputs[0][1].expand(b - a, *inputs[0][1].shape[1:]))
+        index += 1
     return torch.cat(parts)
 
 
@@ -152,12 +153,11 @@ def _scaled(formula: formulas.Scaled, inputs: Sequence[Operand], start: int, sto
     weight, scales = inputs
     columns = weight.shape[1]
     across = -(-columns // formula.block[1])
-    numbers = scales.all().value.reshape(-1)
+    numbers = scales.all().value.reshape(-1).tolist()
     value_RC = weight.rows(start, stop).value.clone()
-    for index, number in enumerate(numbers):
-        down, over = divmod(index, across)
+    for down in range(start // formula.block[0], -(-stop // formula.block[0])):
         top, bottom = (min(max(edge * formula.block[0], start), stop) - start for edge in (down, down + 1))
-        left, right = over * formula.block[1], min(columns, (over + 1) * formula.block[1])
-        if top < bottom:
-            value_RC[top:bottom, left:right] *= number
+        for over in range(across):
+            left, right = over * formula.block[1], min(columns, (over + 1) * formula.block[1])
+            value_RC[top:bottom, left:right] *= numbers[down * across + over]
     return Derived(value_RC, value_RC.abs() * UNIT)

@@ -13,7 +13,7 @@ from bam_merge.model.streaming import Computing
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.planning.plan import Plan
 from bam_merge.verifying.accepted import accepted_check, as_accepted
-from bam_merge.verifying.aligned import token_checks
+from bam_merge.verifying.aligned import in_result_ids, token_checks
 from bam_merge.verifying.computed import against_dense
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
@@ -21,6 +21,7 @@ from bam_merge.verifying.levels import Level, layers_asked
 from bam_merge.verifying.measuring import Way
 from bam_merge.verifying.probes import as_it_is
 from bam_merge.verifying.report import Check, Report
+from bam_merge.verifying.updates import same_updates
 from bam_merge.verifying.work import Work
 
 SAMPLE = """The quick brown fox jumps over the lazy dog. def add(a, b): return a + b. This licence is granted to any person who obtains a \
@@ -38,14 +39,19 @@ def function_checks(
         own = open_dense(plan)
         yield from accepted_check(mixture, own, plan.recipe)
         written = as_accepted(as_written(own, plan), plan.recipe)
-        dense, checks = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)
-        yield from checks
+        aligned = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)
+        dense, sample_BT = aligned.models, aligned.sample(ids_BT if level.thorough else ids_BT[:1])
+        ids_BT = aligned.sample(ids_BT)
+        yield from aligned.checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT, computing)
+        if plan.layout.kind == "dense":
+            stored = in_result_ids(checkpoint.path, plan, as_accepted(own, plan.recipe), mixture.config.vocab_size)
+            yield from same_updates(plan, stored)
     if plan is not None and plan.layout.kind == "mixture":
         asked = layers_asked(mixture.config, level)
         ran = work.of_layers("isolation", mixture, *dense.values(), asked=asked)
-        yield from against_dense(mixture, dense, plan, proved, ids_BT if level.thorough else ids_BT[:1], Way(level, computing, ran))
+        yield from against_dense(mixture, dense, plan, proved, sample_BT, Way(level, computing, ran))
     work.finish("isolation")
     yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.of_layers("probes", mixture)))
     work.finish("probes")

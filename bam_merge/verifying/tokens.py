@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from bam_merge.checkpoints.folder import read_small_file
 from bam_merge.documents import load_json
 from bam_merge.text import printable
 
@@ -32,9 +33,10 @@ class Tokens:
 
 
 def tokens_of(folder: Path) -> Tokens | None:
-    """The tokens that a folder's files name; None where none does. Raises ValueError, KeyError, ... for files that are no tokenizer."""
+    """The tokens that a folder's files name; None where none does. Raises ValueError, KeyError, ... for files that are no tokenizer, and
+    CheckpointError for those that cannot be read."""
     for name, read in READERS.items():
-        if (folder / name).is_file() and (found := read((folder / name).read_bytes())) is not None:
+        if (folder / name).is_file() and (found := read(read_small_file(folder / name))) is not None:
             text, added = found
             break
     else:
@@ -144,11 +146,11 @@ READERS = {
 def _beside(folder: Path) -> Iterator[tuple[int, str]]:
     """(id, token) of what added_tokens.json and tokenizer_config.json add."""
     if (folder / "added_tokens.json").is_file():
-        for token, number in load_json((folder / "added_tokens.json").read_bytes()).items():
+        for token, number in load_json(read_small_file(folder / "added_tokens.json")).items():
             if type(number) is int:
                 yield number, token
     if (folder / "tokenizer_config.json").is_file():
-        settings = load_json((folder / "tokenizer_config.json").read_bytes())
+        settings = load_json(read_small_file(folder / "tokenizer_config.json"))
         for number, entry in (settings.get("added_tokens_decoder") or {}).items():
             yield int(number), entry["content"]
 

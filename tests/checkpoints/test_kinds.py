@@ -187,6 +187,7 @@ def test_a_file_is_named_with_what_to_write(name: str, llamas: Path, run: Any) -
     recipe = llamas / "recipe.yaml"
     recipe.write_text(f"method: bam\nsources: {{seed: seed, law: {name}}}\noutput: {{path: out}}\n")
     assert said(run, llamas, "plan", recipe) == [f"sources.law: HOME/{name}: not a folder. It is {FILES[name]}"]
+    assert said(run, llamas, "verify", llamas / name) == [f"HOME/{name}: not a folder. It is {FILES[name]}"]
     looked = run("inspect", llamas / name)
     if name.endswith(".safetensors"):
         assert looked.status == (0 if Path(name).name == "model.safetensors" else 2)  # a file alone can be looked at

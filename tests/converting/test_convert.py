@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import write_adapter
 from conftest import CONFIGS, Result, write_recipe, write_sources
 from damage import tree
 from safetensors.torch import load_file
 
 from bam_merge.checkpoints.folder import INDEX, open_checkpoint
-from bam_merge.converting.convert import PICKLED_INDEX, convert
+from bam_merge.converting import convert as conversion
+from bam_merge.converting.child import read_pickle
+from bam_merge.converting.convert import convert
 from bam_merge.converting.reader import Unfit, find
+from bam_merge.converting.source import PICKLED_INDEX
+from bam_merge.errors import CheckpointError
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -127,6 +132,26 @@ def test_dtypes_shapes_and_an_old_file_stay_as_they_are(tmp_path: Path) -> None:
     assert result.notes == ("f64 and view and row share their memory: each is written for itself",)
 
 
+def test_nothing_beside_the_weights_leads_anywhere(tmp_path: Path, run: Any) -> None:
+    """Tokenizer files by the rule of a merge: a link to elsewhere is refused, names of code are left out; of the config's code it is told."""
+    pickle_folder(tmp_path / "law")
+    config = json.loads((tmp_path / "law" / "config.json").read_text())
+    (tmp_path / "law" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    (tmp_path / "law" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a", "auto_map": {"AutoTokenizer": ["code.T", None]}}))
+    result: Result = run("convert", tmp_path / "law", tmp_path / "new")
+    assert result.err.splitlines() == [
+        "bam-merge: config.json names Python code of the model (auto_map), which is not copied.",
+        "bam-merge: tokenizer_config.json: auto_map not copied: only keys that are known to be harmless are.",
+    ]
+    assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text()) == {"bos_token": "a"}
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "law" / "vocab.json").symlink_to(tmp_path / "secret")
+    before = tree(tmp_path)
+    refused: Result = run("convert", tmp_path / "law", tmp_path / "other")
+    assert refused.status == 2 and "vocab.json" in refused.err
+    assert tree(tmp_path) == before
+
+
 def test_a_tied_head_that_differs_is_kept(tmp_path: Path) -> None:
     """It is for a merge to say what counts: nothing is dropped that is not there twice."""
     tensors = pickle_folder(tmp_path / "law", "llama_tied")
@@ -134,6 +159,22 @@ def test_a_tied_head_that_differs_is_kept(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "law" / "pytorch_model.bin")
     assert convert(tmp_path / "law", tmp_path / "new").notes == ()
     same(stored(tmp_path / "new"), tensors)
+
+
+def test_an_adapter_that_is_pickled(tmp_path: Path, run: Any) -> None:
+    """Old versions of PEFT saved adapter_model.bin; with its configuration it becomes what a source may name."""
+    write_sources(tmp_path, CONFIGS["llama"], ("seed",))
+    adapter = write_adapter(tmp_path / "a", tmp_path / "seed")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, adapter / "adapter_model.bin")
+    assert "has safetensors files already" in run("convert", adapter, tmp_path / "new").err
+    (adapter / "adapter_model.safetensors").unlink()
+    assert run("convert", adapter, tmp_path / "new").status == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    same(stored(tmp_path / "new"), tensors)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: btx\nsources: {seed: seed, tuned: {base: seed, adapter: new}}\noutput: {path: out}\n")
+    assert run("plan", recipe).status == 0
 
 
 # ---- what a file may hold --------------------------------------------------------------------------------------------------
@@ -230,6 +271,63 @@ def test_a_tensor_in_two_shards(tmp_path: Path, run: Any) -> None:
     result: Result = run("convert", tmp_path / "law", tmp_path / "new")
     assert result.status == 2
     assert "pytorch_model-00002-of-00002.bin: lm_head.weight is in pytorch_model-00001-of-00002.bin too. Keep one." in result.err
+
+
+WHEN: dict[str, Callable[[Any], None]] = {
+    "in the middle of writing": lambda write: write is not None and _stop(KeyboardInterrupt()),
+    "a full disk": lambda write: write is not None and _stop(OSError(28, "No space left on device")),
+    "while it is looked at": lambda write: write is None and _stop(KeyboardInterrupt()),
+}  # fmt: skip
+
+
+def _stop(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_stopped_at_any_time_it_leaves_what_was_there(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickle_folder(tmp_path / "law")
+    write_sources(tmp_path, CONFIGS["llama"], ("new",))
+    before = tree(tmp_path)
+
+    def stopped(*arguments: Any, write: Any = None, **options: Any) -> Any:
+        if write is not None:
+            read_pickle(*arguments, write=dict(list(write.items())[:3]), **options)
+        WHEN[when](write)
+        return read_pickle(*arguments, write=write, **options)
+
+    monkeypatch.setattr(conversion, "read_pickle", stopped)
+    for force, output in ((False, "other"), (True, "new")):
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            convert(tmp_path / "law", tmp_path / output, force)
+        assert tree(tmp_path) == before
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = pickle_folder(tmp_path / "law")
+
+    def changing(*arguments: Any, write: Any = None, **options: Any) -> Any:
+        found = read_pickle(*arguments, write=write, **options)
+        if write is None:
+            torch.save({**tensors, HEAD: tensors[HEAD] + 1}, tmp_path / "law" / "pytorch_model.bin")
+        return found
+
+    monkeypatch.setattr(conversion, "read_pickle", changing)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin changed while it was converted"):
+        convert(tmp_path / "law", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("found", "safe"), [("2.5.1+cu124", False), ("2.6.0", True), ("1.13", False), ("3.0", True)])
+def test_an_old_torch_reads_no_pickle(found: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickle_folder(tmp_path / "law")
+    monkeypatch.setattr(conversion, "version", lambda name: found)
+    if safe:
+        convert(tmp_path / "law", tmp_path / "new")
+    else:
+        with pytest.raises(CheckpointError, match="cannot read pickled weights safely"):
+            convert(tmp_path / "law", tmp_path / "new")
+    assert (tmp_path / "new").exists() == safe
 
 
 # ---- where it goes ---------------------------------------------------------------------------------------------------------

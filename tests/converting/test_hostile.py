@@ -177,6 +177,15 @@ def test_the_process_gets_no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "HF_TOKEN" not in given["env"] and given["start_new_session"] is True
 
 
+def test_a_file_that_takes_no_bytes_is_named_as_that(tmp_path: Path) -> None:
+    """The output's descriptor cannot be written to: it is the disk's fault, and not that of what is read."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.bin")
+    (tmp_path / "out").touch()
+    refused = pytest.raises(CheckpointError, match="what was read could not be written: Bad file descriptor")
+    with open(tmp_path / "x.bin", "rb") as stream, open(tmp_path / "out", "rb") as closed, refused:
+        child.read_pickle(tmp_path / "x.bin", stream.fileno(), write={"a": (closed.fileno(), 0)})
+
+
 @pytest.mark.parametrize("answer", [b"", b"[]", b"{", b'{"tensors": {"a": ["F32", [-1], null, 0]}, "left_out": {}}', b'{"tensors": {"a": ["F33", [1], null, 0]}, "left_out": {}}', b'{"tensors": {"a": ["F32", [1]]}, "left_out": {}}', b'{"tensors": 3}'])  # fmt: skip
 def test_an_answer_is_believed_in_nothing(answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.bin").write_bytes(b"x")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from adapter_files import shapes_of, write_adapter
 from conftest import CONFIGS
 from hypothesis import strategies as st
 from mutations import inputs, text_of
+from torch import zeros
 
 import bam_merge.sources.opening
 from bam_merge.checkpoints.folder import INDEX
@@ -150,6 +152,7 @@ def targets(home: Path) -> list[Target]:
         target(code / "tokenizer.json", lambda draw: plan(loaded, draw)),
         target(recipe, lambda draw: plan(recipe, draw), good=RECIPE),
         target(merged / "bam_merge.json", lambda draw: look_at_provenance(merged, draw), to_bytes=resealed),
+        *adapter_targets(home),
     ]
 
 
@@ -172,6 +175,35 @@ def header_target(shard: Path, recipe: Recipe) -> Target:
     folder = shard.parent
     readers = (lambda draw: plan(recipe, draw), lambda draw: look(folder, draw), lambda draw: look(shard, draw), lambda _: accept(shard))
     return Target("a shard's header", shard, good, inputs(json.loads(good[8 : 8 + length]), framed), readers)
+
+
+def adapter_targets(home: Path) -> list[Target]:
+    """The configuration of an adapter, and the header of its tensors."""
+    write_checkpoint(home / "base", CONFIGS["llama_biased"], lambda name, shape: None, "BF16")
+    keys = {"bias": "lora_only", "rank_pattern": {"v_proj": 4}, "alpha_pattern": {"q_proj": 8}, "layers_to_transform": [0, 1]}
+    biases = {
+        f"model.layers.{layer}.self_attn.{part}.base_layer.bias": zeros(rows)
+        for layer in (0, 1)
+        for part, rows in (("q_proj", 32), ("v_proj", 16))
+    }
+    saved = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [3]}}
+    norms = {name: zeros(*shape) for name, shape in shapes_of(home / "base").items() if name.endswith("norm.weight")}
+    tokens = {"model.embed_tokens.token_adapter.trainable_tokens_delta": zeros(1, 32)}
+    folder = write_adapter(home / "adapter", home / "base", more={**biases, **norms, **tokens}, **keys, **saved)
+    recipe = home / "adapters.yaml"
+    recipe.write_text("method: bam\nsources: {base: base, code: {base: base, adapter: adapter}}\noutput: {path: out}\n")
+    loaded = load_recipe(recipe)
+    file = folder / "adapter_model.safetensors"
+    good = file.read_bytes()
+    length = int.from_bytes(good[:8], "little")
+
+    def framed(document: Any) -> bytes:
+        raw = text_of(document).encode("utf-8", "surrogatepass")
+        return len(raw).to_bytes(8, "little") + raw + good[8 + length :]
+
+    readers = (lambda draw: plan(loaded, draw), lambda _: accept(file))
+    header = Target("an adapter's header", file, good, inputs(json.loads(good[8 : 8 + length]), framed), readers)
+    return [target(folder / "adapter_config.json", lambda draw: plan(loaded, draw)), header]
 
 
 def accept(shard: Path) -> None:

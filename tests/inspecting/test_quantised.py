@@ -215,7 +215,7 @@ def test_public_models_are_named_and_counted(name: str, tmp_path: Path, run: Any
     recipe.write_text("method: sparse_upcycling\nsources: {seed: model}\nexperts: [seed, seed]\noutput: {path: out}\n")
     (line,) = said(run, tmp_path, "plan", recipe)
     assert line.startswith(f"sources.seed: config.json has a {key} ({words})")
-    way_out = "sources: {seed: {path: model, dequantise: true}}" if store is fp8 else "Use the 16-bit model that it was made from."
+    way_out = "sources: {seed: {path: ..., dequantise: true}}" if store is fp8 else "Use the 16-bit model that it was made from."
     assert way_out in line
 
 

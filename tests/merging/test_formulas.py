@@ -52,7 +52,7 @@ UPDATE = [Held([[1.0, 0.0, -1.0]]), Held([[2.0], [3.0]])]
 TURNED = [Held([[2.0, 3.0]]), Held([[1.0], [0.0], [-1.0]])]
 SECOND = [Held([[0.0, 1.0, 0.0]]), Held([[1.0], [-1.0]])]
 LENGTHS = [Held([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]]), Held([[0.0, 4.0, 0.0]]), Held([[1.0], [2.0]]), Held([10.0, 5.0])]
-TOKENS = formulas.ByToken("a:w", (formulas.TokenRun(0, 1, ((0, 1),)), formulas.TokenRun(1, 1, ((0, 0), (1, 0)))))
+TOKENS = formulas.ByToken("a:w", ("a", "b"), (formulas.RowRun(0, 1, ((0, 1),)), formulas.RowRun(1, 1, ((0, 0), (1, 0)))))
 """Row 1 of W; the mean of its row 0 and the other's."""
 
 BY_HAND: list[tuple[Formula, list[Held], Any]] = [

@@ -305,7 +305,7 @@ def test_refused_by_name(seed: Path, case: str) -> None:
     "changes",
     [{"velora_config": {"num_groups": 2}}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "eva", "eva_config": {"rho": 2}},
      {"revision": "main"}, {"megatron_core": "x"}, {"loftq_config": {"loftq_bits": 4}}, {"future_key": None}, {"future_key": []},
-     {"ensure_weight_tying": True}],
+     {"ensure_weight_tying": True}, {"trainable_token_indices": {"embed_tokens": []}}, {"trainable_token_indices": []}],
     ids=str,
 )  # fmt: skip
 def test_keys_that_change_nothing(seed: Path, changes: dict[str, Any]) -> None:

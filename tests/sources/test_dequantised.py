@@ -75,6 +75,7 @@ def test_other_families_and_fused_tensors(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stated", "output", "expected"), [
     ({}, "source", torch.bfloat16), ({"torch_dtype": "bfloat16"}, "float32", torch.float32), ({"dtype": "float16"}, "float16", torch.float16),
+    ({"dtype": "torch.float32"}, "float32", torch.float32),
 ])  # fmt: skip
 def test_the_dtype_is_the_configs_or_the_recipes(stated: dict[str, str], output: str, expected: torch.dtype, tmp_path: Path) -> None:
     meant = quantised_sources(tmp_path)
@@ -222,7 +223,7 @@ def test_without_the_key_it_is_named(tmp_path: Path, run: Any) -> None:
     quantised_sources(tmp_path)
     assert said(run, tmp_path, "plan", write_recipe(tmp_path)) == [
         "sources.law: config.json has a quantization_config (FP8 in blocks of 16 x 24, 8 bits): 14 weights are 8-bit floats with scales beside "
-        "them. To merge what they stand for, write sources: {law: {path: law, dequantise: true}}, which makes bfloat16 of them; or use the "
+        "them. To merge what they stand for, write sources: {law: {path: ..., dequantise: true}}, which makes bfloat16 of them; or use the "
         "full-precision model."
     ]
 

@@ -309,6 +309,30 @@ def test_tekken_of_two_versions(models: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("file", "content"), [
+    ("tokenizer.json", whole(numbered(TOKENS), ["a b"], added=[(64, "<pad>")])),
+    ("tokenizer.json", whole({**numbered(TOKENS), "<pad>": 64}, ["a b"])),
+    ("vocab.json", {**numbered(TOKENS), "<pad>": 64}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"64": {"content": "<pad>"}}}),
+    ("added_tokens.json", {"<pad>": 64}),
+])  # fmt: skip
+def test_a_token_without_a_row_is_said(file: str, content: dict[str, Any], models: Path) -> None:
+    """A padding token that was added to the tokenizer of every source, and to the embeddings of none."""
+    files = {"tokenizer.json": whole(numbered(TOKENS), ["a b"]), file: content}
+    assert notes(models, files, files, files) == [
+        "sources.seed: the embeddings have 64 rows, none for the token '<pad>' of id 64: no program can read a text with it. "
+        "Remove it from the tokenizer, or resize the embeddings."
+    ]
+
+
+def test_the_last_row_is_one_and_an_id_below_the_first_is_none(models: Path) -> None:
+    good = {"tokenizer.json": whole({**numbered(TOKENS), "last": 63})}
+    assert notes(models, good, good, good) == []
+    bad = {"tokenizer.json": whole({**numbered(TOKENS), "last": 10**20, "x": -1})}
+    [note] = notes(models, bad, bad, bad)
+    assert "the embeddings have 64 rows, none for the token 'x' of id -1 nor for 1 more: " in note
+
+
 # ---- reading the forms -----------------------------------------------------------------------------------------------------
 
 BROKEN: dict[str, tuple[str, Any, str]] = {

@@ -94,6 +94,17 @@ def test_inspect_and_diff_understand_them(name: str, llamas: Path, run: Any) -> 
     assert alone["unknown"] == []
 
 
+@pytest.mark.parametrize(("method", "layout"), [("bam", "bam"), ("btx", "mixtral")])
+def test_a_mixture_with_a_prefix(method: str, layout: str, llamas: Path, run: Any) -> None:
+    """As a trainer saves it again: loaded, and inspected, as what it is."""
+    folder = publish(plan_file(write_recipe(llamas, method=method, output=f"{{path: out, layout: {layout}}}")), None, UNPROVED)
+    expected, plain = load_model(folder)(IDS), json.loads(run("inspect", folder, "--json").out)
+    rename(folder, lambda name: f"module._orig_mod.{name}")
+    assert torch.equal(load_model(folder)(IDS), expected)
+    found = json.loads(run("inspect", folder, "--json").out)
+    assert (found["parameters"], found["experts"], found["unknown"]) == (plain["parameters"], plain["experts"], [])
+
+
 def test_two_prefixes_are_refused(llamas: Path, run: Any) -> None:
     """A file with two models, or one twice."""
     law = llamas / "law"
@@ -347,6 +358,21 @@ def test_old_and_new_keys_that_differ_are_refused(tmp_path: Path, run: Any) -> N
     )
 
 
+@pytest.mark.parametrize("outside", [
+    {"hidden_size": 32, "sliding_window": 32768, "use_cache": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+    {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 1, 1]}, "initializer_range": 0.5},
+])  # fmt: skip
+def test_old_and_new_keys_that_mean_the_same(outside: dict[str, Any], tmp_path: Path) -> None:
+    """A file as some versions of transformers saved it, with the text model's keys at the top too: a window that nothing uses, null inside."""
+    write_sources(tmp_path, CONFIGS["qwen2"], ("seed", "law"))
+    wrap(tmp_path / "law", "qwen2_vl", "text_config", NEW, {"model.visual.x": torch.ones(1)}, outside)
+    path = tmp_path / "law" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= {"sliding_window": None, "use_sliding_window": False, "image_token_id": None, "vision_token_id": 3}
+    path.write_text(json.dumps(config))
+    assert plan_file(write_recipe(tmp_path, names=("seed", "law"))).accepted == ()
+
+
 def test_vocab_size_and_dtype_may_stand_outside(tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS["llama"], ("seed", "law"))
     wrap(tmp_path / "law", "llava", "text_config", OLD, TOWER)
@@ -366,6 +392,23 @@ def test_an_index_may_list_a_wrappers_tied_head(tmp_path: Path) -> None:
     (tmp_path / "law" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
     plan = plan_file(write_recipe(tmp_path, names=("seed", "law")))
     assert any("lists language_model.lm_head.weight, which no shard holds" in note for note in plan.notes)
+
+
+def test_an_index_may_list_a_tied_head_with_a_prefix(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["llama_tied"], ("seed", "law"))
+    shard = "model-00001-of-00001.safetensors"
+    rename(tmp_path / "law", lambda name: f"module.{name}")
+    (tmp_path / "law" / "model.safetensors").rename(tmp_path / "law" / shard)
+    for extra, fine in (("module.lm_head.weight", True), ("module.model.norm.bias", False)):
+        names = [*load_file(tmp_path / "law" / shard), extra]
+        (tmp_path / "law" / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)})
+        )
+        if fine:
+            assert plan_file(write_recipe(tmp_path, names=("seed", "law"))).config["tie_word_embeddings"] is True
+        else:
+            with pytest.raises(CheckpointError, match=r"lists module\.model\.norm\.bias, which no shard holds"):
+                plan_file(write_recipe(tmp_path, names=("seed", "law")))
 
 
 def test_a_quantised_text_model_is_refused(tmp_path: Path, run: Any) -> None:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import write_recipe
 from proofs import UNPROVED, Forger, failed
+from safetensors.torch import save_file
 from vocabularies import END, SETTINGS, UNION, entry, put, source, three, tokenizer_json, weights
 
+import bam_merge
+from bam_merge import MergeOptions
 from bam_merge.architectures.tables import load_architecture
 from bam_merge.planning import make
 from bam_merge.planning.make import plan_file
@@ -83,14 +86,10 @@ def test_rows_that_only_move_are_moved_bit_by_bit(dtype: str, tmp_path: Path) ->
     nan = {name: tensor.clone() for name, tensor in weights(tmp_path / "law").items()}
     bits = nan[EMBED].view(torch.int16 if dtype == "BF16" else torch.int32)
     bits[END + 2, 0], bits[0, 0] = -1, torch.iinfo(bits.dtype).min
-    from safetensors.torch import save_file
-
     save_file(nan, tmp_path / "law/model.safetensors")
     plan = plan_file(recipe)
     step = next(step for step in plan.steps if step.name == EMBED)
     assert moves_bytes(step) and step.expression == f"law:{EMBED}[by token]"
-    from bam_merge import MergeOptions
-
     folder = publish(plan, None, MergeOptions(verify=False, allow_nonfinite=True))
     found, law, code, seed = (
         weights(path)[EMBED].view(bits.dtype) for path in (folder, tmp_path / "law", tmp_path / "code", tmp_path / "seed")
@@ -99,6 +98,21 @@ def test_rows_that_only_move_are_moved_bit_by_bit(dtype: str, tmp_path: Path) ->
     assert torch.equal(found[: len(rows)], torch.stack(rows))
     assert torch.equal(found[32:], code[32:]) and torch.equal(found[24:32], code[24:32]) and seed.shape[0] == 32
     assert not failed(verify(folder, plan)).keys() & {"copies", "tokens", "companions"}
+
+
+@pytest.mark.parametrize("name", ["seed", "code", "law"])
+def test_a_source_computes_the_same_by_the_results_ids(name: str, tmp_path: Path) -> None:
+    """The result is one source in the ids of a union: its logits are the source's, token by token."""
+    recipe = three(tmp_path, "{source: union, pad_to_multiple_of: 16}", f"shared: {{make: copy, from: {name}}}", method="merge")
+    folder, plan = merged(recipe)
+    assert all(map(moves_bytes, plan.steps)) == (name == "seed")  # code lacks <r1>, law padding, which two others have
+    tokens = {token: number for number, token in tokens_of(tmp_path / name).text.items()}  # type: ignore[union-attr]
+    ids = {number: UNION.get(token, number) for token, number in tokens.items()}
+    own = torch.tensor([[*range(len(tokens)), 3, END, END + 1, 4]])
+    source_logits, logits = bam_merge.load_model(tmp_path / name)(own), bam_merge.load_model(folder)(own.clone().apply_(ids.__getitem__))
+    assert logits.shape[-1] == 48
+    assert torch.equal(logits[..., list(ids.values())], source_logits[..., list(ids)])
+    passed(folder, plan)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

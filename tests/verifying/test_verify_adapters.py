@@ -14,8 +14,10 @@ from conftest import CONFIGS, write_sources
 from proofs import UNPROVED, Forger, failed
 from safetensors.torch import load_file, save_file
 
+from bam_merge.merging import source_rows as merging_rows
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
+from bam_merge.sources.adapter_config import AdapterConfig
 from bam_merge.verifying import adapters
 from bam_merge.verifying.verification import verify
 
@@ -141,6 +143,43 @@ def test_a_resumed_run_notices_an_adapter(merged: Path) -> None:
     other = plan_file(merged.parent / "recipe.yaml")
     assert other.fingerprint != plan.fingerprint
     assert not _is_result(other, merged, allow_nonfinite=False)
+
+
+MISREADINGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "the scale": lambda patch: patch.setattr(AdapterConfig, "scale", lambda self, *names: 1.001 * self.lora_alpha / self.r),
+    "the sign": lambda patch: patch.setattr(AdapterConfig, "scale", lambda self, *names: -self.lora_alpha / self.r),
+    "one layer": lambda patch: patch.setattr(
+        AdapterConfig, "scale", lambda self, *names: self.lora_alpha / self.r * (2 if ".1." in names[0] else 1)
+    ),
+    "the kernel": lambda patch: patch.setattr(merging_rows, "compute", lambda formula, inputs, start, stop: inputs[0].rows(start, stop)),
+}
+
+
+@pytest.mark.parametrize("misreading", MISREADINGS)
+@pytest.mark.parametrize("method", ["bam", "merge"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_the_plan_misreads_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, misreading: str, method: str, family: str
+) -> None:
+    """A fault of the first reading, or of the kernel, shows in what the second makes of the same files; in dense results too."""
+    write_sources(tmp_path, CONFIGS[family], ("seed",), "F32")
+    write_adapter(tmp_path / "code", tmp_path / "seed", ("q_proj", "qkv_proj", "down_proj"))
+    shared = "shared: {make: copy, from: code}\n" if method == "merge" else ""
+    (tmp_path / "recipe.yaml").write_text(
+        f"method: {method}\nsources: {{seed: seed, code: {{base: seed, adapter: code}}}}\n{shared}output: {{path: out}}\n"
+    )
+    MISREADINGS[misreading](monkeypatch)
+    plan = plan_file(tmp_path / "recipe.yaml")
+    found = failed(verify(publish(plan, None, UNPROVED), plan))
+    if misreading == "the kernel":
+        assert "merges" in found
+    else:
+        assert ("expert isolation" if method == "bam" else "adapters") in found
+    monkeypatch.undo()
+    plan = plan_file(tmp_path / "recipe.yaml")
+    report = verify(publish(plan, tmp_path / "right", UNPROVED), plan)
+    assert report.ok, report.failures
+    assert ("adapters" in {check.name for check in report.checks}) == (method == "merge")
 
 
 def test_it_reads_adapters_by_code_of_its_own() -> None:

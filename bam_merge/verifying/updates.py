@@ -1,0 +1,62 @@
+"""Do the plan's updates and the second reading of the adapters give the same weights?
+
+In a mixture expert isolation shows it. A dense result has no experts, and that its tensors follow from the plan proves nothing of what
+the plan made of adapter_config.json; so there every tensor that an adapter changes is compared with the reference model's own.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from bam_merge.architectures.locate import Cell
+from bam_merge.checkpoints.pieces import Read, Slice
+from bam_merge.expressions import Expr
+from bam_merge.model.loading import StoredModel, parameter_name
+from bam_merge.planning.plan import Plan
+from bam_merge.sources.dense import DenseModel
+from bam_merge.verifying.measuring import Worst
+from bam_merge.verifying.report import Check
+from bam_merge.verifying.rows import RowReader, SourceTensors, row_blocks
+
+TOLERANCE = 2.0**-20
+"""Largest difference, relative to the largest number of the tensor, that two ways to a sum in float32 may have."""
+
+
+def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check]:
+    """Every tensor of a source that is not its base's own, against the reference model of base and adapters."""
+    worst, count = Worst("adapters", TOLERANCE), 0
+    sources = SourceTensors(plan, RowReader())
+    for name, model in plan.models.items():
+        if not model.adapters:
+            continue
+        for (role, layer), expr in model.tensors.items():
+            row = next(row for row in model.family.rows if role in row.roles)
+            parameter = parameter_name(role, Cell(row, layer))
+            if not _is_the_bases(expr, model):
+                count += 1
+                worst.add(_difference(sources, expr, dense[name], parameter), f"sources.{name}: {parameter}")
+    if count:
+        yield worst.check(f"{count} tensors are what the adapters' own files make of their bases")
+
+
+def _is_the_bases(expr: Expr, model: DenseModel) -> bool:
+    of = expr.of if isinstance(expr, Slice) else expr
+    return isinstance(of, Read) and of.source == model.store_name
+
+
+def _difference(sources: SourceTensors, expr: Expr, dense: StoredModel, parameter: str) -> float:
+    """The largest difference, relative to the largest number."""
+    whole = dense.read(parameter) if isinstance(dense.leaves[parameter], Slice) else None
+    largest, size = 0.0, 1e-30
+    for start, stop in row_blocks(expr.shape, 8):
+        rows = whole[start:stop] if whole is not None else dense.read_rows(parameter, range(start, stop))
+        off, block = _of_block(sources.piece(expr, start, stop).double(), rows.double())
+        largest, size = max(largest, off), max(size, block)
+    return largest / size
+
+
+def _of_block(mine: Tensor, theirs: Tensor) -> tuple[float, float]:
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    off = (mine - theirs).abs().masked_fill(same, 0.0).nan_to_num(torch.inf, torch.inf)
+    return float(off.max()), float(theirs.abs().nan_to_num(0.0, 0.0).max())
