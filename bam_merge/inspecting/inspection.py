@@ -178,7 +178,7 @@ def inspect(
     """
     if context < 1 or (as_bam is not None and as_bam < 1):
         raise CheckpointError("--context and --as-bam must be at least 1.")
-    anatomy, called = look(path, values=stats)
+    anatomy, called = look(path, values=stats, manifest=where is not None)
     cost = cost_of(anatomy)
     made, fate, findings = _provenance(path, anatomy, where)
     shown = tuple(

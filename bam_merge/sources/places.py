@@ -5,7 +5,7 @@ A folder wins: org/name is a model of the hub where no such folder is; hf://org/
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from bam_merge.architectures.anatomy import Anatomy, anatomy, open_anatomy
 from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.adapter_folder import open_adapter
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.hub_id import HubId, hub_id
 from bam_merge.paths import located
@@ -105,14 +106,26 @@ def opened(found: Found, tokenizers: bool = False) -> Checkpoint:
     return open_headers(snapshot, tokenizers)
 
 
-def look(path: str | os.PathLike[str], values: bool = False) -> tuple[Anatomy, str]:
-    """What is at a place, and how it is called; with `values`, so that its tensors can be read. Raises CheckpointError."""
+def look(path: str | os.PathLike[str], values: bool = False, manifest: bool = False) -> tuple[Anatomy, str]:
+    """What is at a place, and how it is called; with `values`, so that its tensors can be read; with `manifest`, the record of its merge.
+
+    Of a model of the hub a large manifest is else left there, which is a finding. Raises CheckpointError.
+    """
     found = find(path)
-    if found.snapshot is None:
+    snapshot = found.snapshot
+    if snapshot is None:
         return open_anatomy(path), str(path)
     if values:
         bring([found])
-    return anatomy(opened(found)), str(found.recorded)
+    elif manifest and snapshot.has(MANIFEST):
+        from bam_merge.sources.hub_download import download
+
+        download([(snapshot, MANIFEST)])
+    checkpoint = opened(found)
+    if checkpoint.remote is not None and snapshot.has(MANIFEST) and not snapshot.is_here(MANIFEST):
+        left = f"{MANIFEST} was not read, for it is large: how the tensors were made is not known. --where and --stats read it."
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, left))
+    return anatomy(checkpoint), str(found.recorded)
 
 
 def local(path: str | os.PathLike[str], error: type[BamMergeError], needs: str) -> "tuple[Path, Snapshot | None]":

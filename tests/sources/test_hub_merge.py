@@ -23,7 +23,7 @@ from test_hub import commits
 
 import bam_merge
 from bam_merge.demo.synthetic import random_values, write_checkpoint
-from bam_merge.sources import hub_cache, hub_download
+from bam_merge.sources import hub_cache, hub_download, hub_headers
 from bam_merge.sources.companions import read_companion
 
 
@@ -383,6 +383,18 @@ def test_inspect_and_diff_of_a_mixture_on_the_hub(published: FakeHub, tmp_path: 
     assert json.loads(result.out)["verdicts"] == {"identical": 14}, result.out
     drift = run("diff", "--seed", "acme/seed", "acme/code", tmp_path / "models" / "law")
     assert drift.status in (0, 1) and "code" in drift.out
+
+
+def test_a_large_manifest_is_read_where_it_is_needed(published: FakeHub, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_headers, "MOST_SMALL", 1000)
+    found = json.loads(run("inspect", "acme/mix", "--json").out)
+    assert any("bam_merge.json was not read, for it is large" in finding for finding in found["findings"])
+    assert not published.asked("acme/mix/resolve/.*bam_merge.json")
+    result = run("inspect", "acme/mix", "--where", "code:model.layers.1.self_attn.q_proj.weight")
+    assert result.status == 0 and "model.layers.1.self_attn.experts.1.q_proj.weight" in result.out
+    weights = published.asked("acme/mix/resolve/.*safetensors")
+    assert {request.span for request in weights} == {"bytes=0-16383"}
+    assert "acme/seed has no bam_merge.json" in run("inspect", "acme/seed", "--where", "x:*").err
 
 
 def test_verify_of_a_model_that_is_no_merge(acme: FakeHub, run: Any) -> None:
