@@ -36,11 +36,12 @@ Result = TypeVar("Result")
 
 
 class HubUnreachable(CheckpointError):
-    """The hub gave no answer, or one that may be another later: what is in the cache can be used. `wait`: seconds that it asks to wait."""
+    """The hub gave no answer, or one that may be another later: what is in the cache can be used. `wait`: seconds that it asks to wait;
+    `reached`: whether there was a connection at all."""
 
-    def __init__(self, problem: str, wait: int | None = None) -> None:
+    def __init__(self, problem: str, wait: int | None = None, reached: bool = True) -> None:
         super().__init__(problem)
-        self.wait = wait
+        self.wait, self.reached = wait, reached
 
 
 def library() -> ModuleType:
@@ -142,7 +143,8 @@ class Hub:
         except errors.OfflineModeIsEnabled:
             raise HubUnreachable(hub_words.OFFLINE) from None
         except broken as error:
-            raise HubUnreachable(hub_words.broken(of, name, type(error).__name__, self.shown)) from None
+            kind = type(error).__name__
+            raise HubUnreachable(hub_words.broken(of, name, kind, self.shown), reached=not kind.startswith("Connect")) from None
 
     # ---- what goes wrong ---------------------------------------------------------------------------------------------------
 
@@ -169,7 +171,12 @@ class Hub:
                 return call()
             except HubUnreachable as error:
                 failures, had = (0 if got() > had else failures + 1), max(had, got())
-                if failures > len(WAITS) or self.offline() or (error.wait or 0) > LONGEST_WAIT or self.stop.is_set():
+                if (
+                    failures > (len(WAITS) if error.reached else 1)
+                    or self.offline()
+                    or (error.wait or 0) > LONGEST_WAIT
+                    or self.stop.is_set()
+                ):
                     raise
                 if error.wait:
                     WATCH.get().notify(f"{of}: the hub asks to wait {error.wait} seconds.")

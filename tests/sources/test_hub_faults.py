@@ -126,6 +126,24 @@ def test_a_folder_that_was_mistyped(acme: FakeHub, tmp_path: Path, run: Any, mon
     )
 
 
+def test_a_machine_without_network_is_not_kept_waiting(acme: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no connection at all, one more try is made; where the hub has faults, three."""
+
+    def waits(message: str) -> list[float]:
+        found: list[float] = []
+        connection = hub_client.hub()
+        monkeypatch.setattr(connection.stop, "wait", found.append)
+        with pytest.raises(hub_client.HubUnreachable, match=message):
+            connection.document("models/acme/seed", HubId("acme/seed"))
+        return found
+
+    monkeypatch.setattr(hub_client, "WAITS", (0.1, 0.2, 0.3))
+    acme.faults.append(Fault("/models/", status=500))
+    assert waits("it answers 500") == [0.1, 0.2, 0.3]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert waits("could not be reached") == [0.1]
+
+
 @pytest.mark.parametrize("logged_in", [False, True])
 def test_private_and_gated(acme: FakeHub, run: Any, logged_in: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     acme.token = TOKEN
