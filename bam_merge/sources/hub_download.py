@@ -22,6 +22,7 @@ from bam_merge.sources import hub_words
 from bam_merge.sources.hub_cache import SMALL_FILES, HubFile, Snapshot, cache_folder, repository_folder
 from bam_merge.sources.hub_client import Hub, HubUnreachable, hub, library
 from bam_merge.sources.watching import WATCH
+from bam_merge.system import sync
 from bam_merge.text import printable
 
 AT_ONCE = 4
@@ -139,7 +140,7 @@ def _append(connection: Hub, of: HubId, file: HubFile, partial: Path) -> None:
         if at < file.size:
             raise HubUnreachable(hub_words.broken(of, file.name, "Ended", connection.shown))
         stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream.fileno())
 
 
 def _is_what_is_listed(path: Path, file: HubFile) -> bool:
