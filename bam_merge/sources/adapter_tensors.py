@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bam_merge.architectures.locate import Cell, applies, in_order
+from bam_merge.architectures.naming import INSERTED
 from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.sources.dense import DenseModel
 
@@ -23,7 +24,7 @@ HEAD = "lm_head"
 """What transformers 5 calls the head of every family."""
 
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.|^module\.")
+WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(INSERTED)})\.|^module\.")
 """Parts of a name that torch.compile, FSDP and DDP put there."""
 
 

@@ -15,6 +15,7 @@ from bam_merge.model.loading import load_model
 from bam_merge.model.positions import Cache
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
+from bam_merge.verifying.options import VerifyOptions
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.verification import verify
 
@@ -23,7 +24,7 @@ def proved(folder: Path, config: dict[str, Any], method: str = "bam") -> dict[st
     """The checks of a merge of three models of this configuration."""
     write_sources(folder, config)
     plan = plan_file(write_recipe(folder, "", method))
-    return {check.name: check for check in verify(publish(plan, None, UNPROVED), plan).checks}
+    return {check.name: check for check in verify(publish(plan, None, UNPROVED), plan, options=VerifyOptions("full")).checks}
 
 
 # ---- heads of an odd size
