@@ -57,9 +57,10 @@ class _Probes:
         self.cut, self.span = first_part(T), decodable(mixture.config, T)
         later_BT = ids_BT.clone()
         later_BT[:, self.cut :] = (later_BT[:, self.cut :] + 1) % mixture.config.vocab_size
-        left_BT = torch.cat((torch.zeros_like(ids_BT[:1, :PADDING]), ids_BT[:1, : T - PADDING]), 1)
-        positions_1T = torch.arange(T)[None]
-        whole, left = positions_1T.expand_as(ids_BT), torch.where(positions_1T < PADDING, -1, positions_1T - PADDING)
+        kept = T if way.level.thorough else T - PADDING  # alone it may be longer, and is then as long as what it is compared with
+        left_BT = torch.cat((torch.zeros_like(ids_BT[:1, :PADDING]), ids_BT[:1, :kept]), 1)
+        positions_1T, left = torch.arange(T)[None], torch.arange(-PADDING, kept)[None].clamp(min=-1)
+        whole = positions_1T.expand_as(ids_BT)
         later_BT = later_BT if way.level.thorough else later_BT[:1]
         together = [(ids_BT, whole), (later_BT, whole[: len(later_BT)]), (left_BT, left)]
         self.rows = [len(ids) for ids, _ in together]
@@ -129,7 +130,7 @@ class _Probes:
         else:
             yield Check("cached decoding", None, f"not run: {scaled} from the second token on")
         yield self.worst["batch"].check(f"a sequence computes the same alone and in a batch{of}")
-        yield _same("padding", left[:, PADDING:], whole[:1, :-PADDING], "padding on the left changes nothing")
+        yield _same("padding", left[:, PADDING:], whole[:1, : left.shape[1] - PADDING], "padding on the left changes nothing")
 
 
 def _ten_times(name: str) -> Worst:

@@ -11,6 +11,7 @@ from proofs import SQUARE, UNPROVED, Forger
 from safetensors.torch import load_file, save_file
 
 from bam_merge import expressions, formulas
+from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Computed, Read, instead, whole
 from bam_merge.merging.formulas import compute
 from bam_merge.planning.make import plan_file
@@ -128,8 +129,8 @@ PLACES = {  # the tensor that is computed, and stored ones whose shapes fit its 
 def _computing(family: str) -> Any:
     """read_dense, after which a tensor of every source but the seed is computed from three stored ones."""
 
-    def opened(name: str, path: Path) -> DenseModel:
-        model = read_dense(name, path)
+    def opened(name: str, path: Path, checkpoint: Checkpoint | None) -> DenseModel:
+        model = read_dense(name, path, checkpoint)
         if name == "seed":
             return model
         entries = model.checkpoint.tensors

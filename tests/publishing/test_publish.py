@@ -63,7 +63,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     import bam_merge.verifying.verification
     from bam_merge.verifying.report import Check, Report
 
-    monkeypatch.setattr(bam_merge.verifying.verification, "verify", lambda folder, plan: Report(checks=[Check("digests", False, "wrong")]))
+    monkeypatch.setattr(
+        bam_merge.verifying.verification, "verify", lambda folder, plan, options: Report(checks=[Check("digests", False, "wrong")])
+    )
 
 
 def test_a_failed_result_takes_nobodys_place(plan: Plan, llamas: Path, failing: None) -> None:

@@ -296,7 +296,9 @@ def test_a_failed_result_goes_through_no_planted_name(plan: Plan, llamas: Path, 
     from bam_merge.errors import VerificationFailed
     from bam_merge.verifying.report import Check, Report
 
-    monkeypatch.setattr(bam_merge.verifying.verification, "verify", lambda folder, plan: Report(checks=[Check("digests", False, "wrong")]))
+    monkeypatch.setattr(
+        bam_merge.verifying.verification, "verify", lambda folder, plan, options: Report(checks=[Check("digests", False, "wrong")])
+    )
     before = victim.state()
     (llamas / "out.failed").symlink_to(victim.folder / "inside")
     (llamas / "out.failed-2").symlink_to(victim.folder / "nowhere")
