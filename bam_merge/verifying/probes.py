@@ -47,7 +47,7 @@ PADDING = 2
 
 class _Probes:
     """The batch, a batch with its last third changed, and the first sequence padded on the left go through all blocks: together, as one
-    batch, or each by itself. In the layers that are asked, the block also computes the batch's first sequence alone, and the batch, or as
+    batch, or each by itself (`apart`). In the layers that are asked, the block also computes the batch's first sequence alone, and the batch, or as
     much of it as a cache can decode, in two cached parts.
     """
 
@@ -57,7 +57,8 @@ class _Probes:
         self.cut, self.span = first_part(T), decodable(mixture.config, T)
         later_BT = ids_BT.clone()
         later_BT[:, self.cut :] = (later_BT[:, self.cut :] + 1) % mixture.config.vocab_size
-        kept = T if way.level.thorough else T - PADDING  # alone it may be longer, and is then as long as what it is compared with
+        self.apart = way.level.thorough or self.span < T  # where frequencies depend on the length, only one of the same length compares
+        kept = T if self.apart else T - PADDING
         left_BT = torch.cat((torch.zeros_like(ids_BT[:1, :PADDING]), ids_BT[:1, :kept]), 1)
         positions_1T, left = torch.arange(T)[None], torch.arange(-PADDING, kept)[None].clamp(min=-1)
         whole = positions_1T.expand_as(ids_BT)
@@ -83,7 +84,7 @@ class _Probes:
 
     def _advance(self, block: Block, layer: int) -> None:
         """Every probe's hidden states after the block."""
-        if self.way.level.thorough:
+        if self.apart:
             outs = []
             for index, (x_BTD, positions) in enumerate(zip(self.x, self.positions, strict=True)):
                 with _router_logits(block) as logits_of:
