@@ -47,8 +47,8 @@ PADDING = 2
 
 class _Probes:
     """The batch, a batch with its last third changed, and the first sequence padded on the left go through all blocks: together, as one
-    batch, or each by itself (`apart`). In the layers that are asked, the block also computes the batch's first sequence alone, and the batch, or as
-    much of it as a cache can decode, in two cached parts.
+    batch, or each by itself (`apart`). In the layers that are asked, the block also computes the batch's first sequence alone, and the
+    batch, or as much of it as a cache can decode, in two cached parts.
     """
 
     def __init__(self, mixture: StoredModel, ids_BT: Tensor, computing: Computing, way: Way) -> None:
