@@ -1,4 +1,4 @@
-"""How deep a verification looks: what quick leaves to full. docs/how-to/verify.md says what each proves."""
+"""How deep a verification looks: what quick leaves to full. docs/explanation/verification.md says what each proves."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
