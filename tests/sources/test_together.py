@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapter_files import PEFT, PREFIX, scale_of, write_adapter
 from conftest import CONFIGS, write_sources
-from damage import edit_config
+from damage import edit_config, edit_tensors
 from proofs import UNPROVED, Forger, failed
 from quantised_files import quantise
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,8 @@ from test_wrapped import NEW, OLD, TOWER, WRAPPED, rename, wrap
 from vocabularies import END, source
 
 from bam_merge import MergeOptions
+from bam_merge.errors import CheckpointError
+from bam_merge.inspecting.inspection import inspect
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.publish import publish
@@ -185,6 +187,31 @@ def test_an_adapter_on_a_base_of_8_bit_floats(tmp_path: Path) -> None:
     assert torch.equal(made, (meant.float().double() + scale_of(PEFT) * (b @ a)).float().bfloat16())
     for report in found(folder, left_out):
         assert "layer 1, expert 1 (code)" in report["expert isolation"]
+
+
+@pytest.mark.parametrize("names", [OLD, NEW])
+def test_inspect_of_a_wrapped_model_that_is_packed(names: Callable[[str], str], tmp_path: Path) -> None:
+    """Its parameters are those that it stands for, and the tower's are none of them."""
+    write_sources(tmp_path, CONFIGS["llama"], ("seed",))
+    plain = inspect(tmp_path / "seed").document()["parameters"]
+    module = "model.layers.0.mlp.up_proj."
+    packed = {"qweight": torch.ones(32, 5, dtype=torch.int32), "qzeros": torch.ones(4, 5, dtype=torch.int32), "scales": torch.ones(4, 40)}
+    added = {f"{module}{name}": tensor for name, tensor in packed.items()}
+    edit_tensors(tmp_path / "seed", lambda t: (t.pop(f"{module}weight"), t.update(added)))
+    wrap(
+        tmp_path / "seed",
+        "llava",
+        "text_config",
+        names,
+        TOWER if names is OLD else {f"model.{name}": value for name, value in TOWER.items()},
+    )
+    edit_config(tmp_path / "seed", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 8})
+    found = inspect(tmp_path / "seed").document()
+    assert found["parameters"] == plain
+    assert (found["missing"], found["unknown"]) == ([], [])
+    assert "AWQ, 4 bits in groups of 8" in found["findings"][0]
+    with pytest.raises(CheckpointError, match="quantised weights cannot be merged"):
+        planned(tmp_path, "seed: seed", "experts: [seed, seed]")
 
 
 # ---- vocabularies ------------------------------------------------------------------------------------------------------------------
