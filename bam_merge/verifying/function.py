@@ -45,9 +45,8 @@ def function_checks(
         yield from aligned.checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT, computing)
-        if plan.layout.kind == "dense":
-            stored = in_result_ids(checkpoint.path, plan, as_accepted(own, plan.recipe), mixture.config.vocab_size)
-            yield from same_updates(plan, stored)
+        if any(model.adapters for model in plan.models.values()):
+            yield from same_updates(plan, in_result_ids(checkpoint.path, plan, as_accepted(own, plan.recipe), mixture.config.vocab_size))
     if plan is not None and plan.layout.kind == "mixture":
         asked = layers_asked(mixture.config, level)
         ran = work.of_layers("isolation", mixture, *dense.values(), asked=asked)
