@@ -39,11 +39,10 @@ class Sources:
 def open_sources(recipe: Recipe) -> Sources:
     """Every source, as far as it can be opened."""
     places: dict[str, Found] = {}
+    jobs = [(copy_context(), *item) for item in recipe.stores.items()]  # the context: who is told of downloads
     with ThreadPoolExecutor(max_workers=4) as pool:
-        jobs = [
-            pool.submit(copy_context().run, _attempt, _open_store, recipe, name, store, places) for name, store in recipe.stores.items()
-        ]
-    folders = dict(zip(recipe.stores, (job.result() for job in jobs), strict=True))
+        results = list(pool.map(lambda job: job[0].run(_attempt, _open_store, recipe, job[1], job[2], places), jobs))
+    folders = dict(zip(recipe.stores, results, strict=True))
     notes = [note for name in recipe.stores if name in places for note in notes_of(recipe, name, places[name])]
     recipe = pinned(recipe, {recipe.stores[name].path: place for name, place in places.items()})
     problems = [problem for error in folders.values() if isinstance(error, BamMergeError) for problem in error.problems]
