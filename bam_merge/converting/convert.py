@@ -86,28 +86,33 @@ def convert(
         nbytes = sum(shard.nbytes for shard in shards)
         if lack := lack_of_space(nbytes, target, "the model takes"):
             raise OutputError(lack)
-        staging = Staging.open(target, notify)
-        try:
-            staging.begin_afresh()
-            _write(source, placed, shards, beside, staging, limits)
-            _check_unchanged(source)
-            if not staging.is_ours():
-                raise OutputError(f"{printable(str(staging.folder))} was deleted while it was written. Nothing was published; run again.")
-            (open_adapter if source.is_adapter else open_folder)(staging.output)  # what appears can be opened
-            put_in_place(staging, target, force)
-        except DurabilityUncertain:  # it is published
-            raise
-        except BaseException:
-            staging.remove()
-            raise
-        finally:
-            staging.close()
+        _publish(source, target, force, notify, lambda staging: _write(source, placed, shards, beside, staging, limits))
     notes = [
         *_left_out(source, dropped),
         *(note.removesuffix(".") for note in companion_notes(source.folder, companions)),
         *(f"{printable(name)} equals the embeddings, which config.json ties it to: left out" for name in dropped),
     ]
     return Converted(target, len(placed), nbytes, tuple(shard.file for shard in shards), tuple(notes))
+
+
+def _publish(source: Source, target: Path, force: bool, notify: Callable[[str], None], write: Callable[[Staging], None]) -> None:
+    """Have everything written beside the target, and put it in its place when it is whole."""
+    staging = Staging.open(target, notify)
+    try:
+        staging.begin_afresh()
+        write(staging)
+        _check_unchanged(source)
+        if not staging.is_ours():
+            raise OutputError(f"{printable(str(staging.folder))} was deleted while it was written. Nothing was published; run again.")
+        (open_adapter if source.is_adapter else open_folder)(staging.output)  # what appears can be opened
+        put_in_place(staging, target, force)
+    except DurabilityUncertain:  # it is published
+        raise
+    except BaseException:
+        staging.remove()
+        raise
+    finally:
+        staging.close()
 
 
 def _here(folder: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise RecipeError(*dict.fromkeys(problems))
     steps = [replace(step, dtype=DTYPE_NAMES.get(recipe.output.dtype, step.dtype)) for step in steps]
     placed, shards = place(steps, parse_size(recipe.output.max_shard_size))
-    dominant = Counter({step.dtype: 0 for step in steps})
-    for step in steps:
-        dominant[step.dtype] += step.nbytes
-    config = output_config(layout, seed, values, dominant.most_common(1)[0][0])
+    config = output_config(layout, seed, values, _dtype_of_most(steps))
     if alignment is not None:
         config = aligned_config(config, recipe, alignment, models[alignment.giver])
     return Plan(
@@ -94,6 +91,14 @@ def make_plan(recipe: Recipe) -> Plan:
         files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),
         alignment=alignment,
     )
+
+
+def _dtype_of_most(steps: Sequence[Step]) -> str:
+    """The dtype that most bytes of the result have."""
+    dominant = Counter({step.dtype: 0 for step in steps})
+    for step in steps:
+        dominant[step.dtype] += step.nbytes
+    return dominant.most_common(1)[0][0]
 
 
 @dataclass
