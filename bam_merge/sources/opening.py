@@ -82,11 +82,16 @@ def _open_store(recipe: Recipe, name: str, store: Store, places: dict[str, Found
         return (read_dequantised if store.dequantise else read_dense)(name, place.path, checkpoint)
     except CheckpointError as error:
         if os.path.lexists(place.path):
-            raise
+            raise error if name in recipe.sources else CheckpointError(*map(_of_a_base, error.problems)) from None
         if name in recipe.sources:
             raise CheckpointError(*(f"{problem}{absent(place.path)}" for problem in error.problems)) from None
         close = nearest(store.path, recipe.sources)
         raise CheckpointError(*error.problems, f"sources.{name}: {store.path!r} is no source of this recipe{close}") from None
+
+
+def _of_a_base(problem: str) -> str:
+    """What is said of a base that is no source: where the way out is a key of sources, it has to be one."""
+    return f"{problem} (As a source of its own, with a name that base: then has.)" if "dequantise: true" in problem else problem
 
 
 def _base(recipe: Recipe, name: str, models: dict[str, DenseModel], folders: dict[str, Any]) -> DenseModel | None:

@@ -214,6 +214,17 @@ def test_inspect_of_a_wrapped_model_that_is_packed(names: Callable[[str], str], 
         planned(tmp_path, "seed: seed", "experts: [seed, seed]")
 
 
+def test_a_base_of_8_bit_floats_that_is_no_source(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["llama"], ("seed", "law"), "BF16")
+    write_adapter(tmp_path / "a", tmp_path / "law")
+    quantise(tmp_path / "law", "blocks")
+    with pytest.raises(CheckpointError) as caught:
+        planned(tmp_path, "seed: seed, code: {base: ./law, adapter: a}")
+    (problem,) = caught.value.problems
+    assert "dequantise: true" in problem
+    assert problem.endswith("(As a source of its own, with a name that base: then has.)")
+
+
 # ---- vocabularies ------------------------------------------------------------------------------------------------------------------
 
 
