@@ -77,23 +77,27 @@ class Aligned(StoredModel):
         return self.own.read(parameter, dtype)
 
     def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """The rows of these tokens: the mean of those that the sources give, and in float32 where it is one of several."""
+        """The rows of these tokens: the mean of those that the sources give, wider than stored where it is one of several, or where these
+        are (of what an adapter changes, or 8-bit floats stand for)."""
         if parameter not in PARAMETERS:
             return self.own.read_rows(parameter, rows, dtype)
         wanted = numpy.asarray(rows, numpy.int64)
         shape = (len(wanted), *self.leaves[parameter].shape[1:])
         total, number = torch.zeros(shape, dtype=torch.float64), torch.zeros(len(wanted), dtype=torch.int64)
+        found = set[torch.dtype]()
         for name, table in self.rows.items():
             taken = table[wanted]
             there = numpy.flatnonzero(taken != NOBODY)
             if len(there):
                 places = torch.from_numpy(there)
-                total[places] += self.sources[name].read_rows(parameter, taken[there].tolist(), torch.float64)
+                rows_of = self.sources[name].read_rows(parameter, taken[there].tolist())
+                total[places] += rows_of.double()
                 number[places] += 1
+                found.add(rows_of.dtype)
         total /= number.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
         stored = self.own.leaves[parameter].dtype
-        exact = bool((number < 2).all()) and stored in TORCH_DTYPES
-        return total.to(dtype or (TORCH_DTYPES[stored] if exact else torch.float32))
+        exact = stored in TORCH_DTYPES and bool((number < 2).all()) and found <= {TORCH_DTYPES[stored]}
+        return total.to(dtype or (TORCH_DTYPES[stored] if exact else torch.float64 if torch.float64 in found else torch.float32))
 
 
 def aligned_models(dense: Mapping[str, StoredModel], table: Table, size: int) -> dict[str, StoredModel]:

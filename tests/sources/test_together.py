@@ -250,17 +250,18 @@ def test_a_union_with_an_adapter_on_resized_embeddings(tmp_path: Path) -> None:
         assert "model.embed_tokens.weight" in " ".join(report.values())
 
 
-@pytest.mark.parametrize("method", ["bam", "merge"])
-def test_a_union_of_wrapped_sources_with_an_accepted_fact(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("method", ["bam", "btx", "merge"])
+def test_a_union_of_wrapped_sources_with_an_accepted_fact(method: str, dtype: str, tmp_path: Path) -> None:
     """Tokens at other ids, a text model in a wrapper, an adapter and a norm's eps of one's own, all in one recipe."""
-    source(tmp_path, "seed", ["<r0>", "<r1>"], 32, 0)
-    source(tmp_path, "code", ["<r0>", "<call>"], 24, 1, rms_norm_eps=1e-6)
-    source(tmp_path, "law", ["<note>"], 40, 2)
+    source(tmp_path, "seed", ["<r0>", "<r1>"], 32, 0, dtype=dtype)
+    source(tmp_path, "code", ["<r0>", "<call>"], 24, 1, rms_norm_eps=1e-6, dtype=dtype)
+    source(tmp_path, "law", ["<note>"], 40, 2, dtype=dtype)
     write_adapter(tmp_path / "a", tmp_path / "code", ("q_proj", "embed_tokens", "lm_head"))
     wrap(tmp_path / "code", "llava", "text_config", OLD, TOWER)
     sources = "seed: seed, law: law, base: code, code: {base: base, adapter: a}"
-    shared = "experts: [seed, law, code]\n" if method == "bam" else ""
-    make = "shared: {make: mean}\n" if method == "bam" else "shared: {make: linear, weights: {seed: 0.5, law: 0.25, code: 0.25}}\n"
+    shared = "experts: [seed, law, code]\n" if method != "merge" else ""
+    make = "shared: {make: mean}\n" if method != "merge" else "shared: {make: linear, weights: {seed: 0.5, law: 0.25, code: 0.25}}\n"
     text = f"{shared}{make}tokenizer: {{source: union}}\naccept: {{facts: {{rms_norm_eps: seed}}}}"
     plan = planned(tmp_path, sources, text, method)
     assert len(plan.accepted) == 1 and plan.accepted[0].startswith("rms_norm_eps of seed counts for all sources")
