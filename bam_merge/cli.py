@@ -90,7 +90,7 @@ def merge(
     if dry_run:
         _show_plan(plan, workers, output=output)
         return
-    for note in plan.notes:
+    for note in (*(f"accepted: {warning}" for warning in plan.accepted), *plan.notes):
         tell(f"bam-merge: {note}")
     _execute(plan, output, MergeOptions(force, resume, workers, allow_nonfinite, "none" if no_verify else verify, device))
 
@@ -250,6 +250,25 @@ def verify(
 
 
 @cli.command()
+@click.argument("folder", type=UserPath())
+@click.argument("output", type=UserPath())
+@click.option("--force", is_flag=True, help="Replace an existing OUTPUT folder that holds a saved model and nothing else.")
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="The most bytes of tensors in one file.")
+def convert(folder: str, output: str, force: bool, max_shard_size: str) -> None:
+    """Write the pickled weights (.bin, .pt, .pth) of FOLDER as safetensors into OUTPUT, with config.json and the tokenizer's files.
+
+    No code of the files is run: torch's weights_only loader reads them, in a process without network that has a limit of memory and time.
+    """
+    from bam_merge.converting.convert import convert as run
+    from bam_merge.converting.convert import summary
+
+    result = run(folder, output, force, tell_note, max_shard_size=max_shard_size)
+    for note in result.notes:
+        tell_note(f"{note}.")
+    print_result(summary(result))
+
+
+@cli.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for editors."""
     from bam_merge.recipe.schema import schema as recipe_schema
@@ -285,6 +304,11 @@ def _terminal() -> "Terminal":
     return Terminal(result_width(), results_in_colour(), results_in_unicode())
 
 
+def tell_note(text: str) -> None:
+    """A remark of what a command does, on stderr."""
+    tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
+
+
 def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
     """Merge with a progress bar, and print what came of it."""
     from bam_merge.publishing.publish import publish
@@ -293,15 +317,12 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
 
     reports: list[Report] = []
 
-    def notify(text: str) -> None:
-        tell(f"bam-merge: {printable(text, PROBLEM_LENGTH)}")
-
     with merge_progress(plan) as advance, verify_progress() as verified:
-        watched = replace(options, notify=notify, progress=advance, on_report=reports.append, on_verify=verified)
+        watched = replace(options, notify=tell_note, progress=advance, on_report=reports.append, on_verify=verified)
         try:
             target = publish(plan, output, watched)
         except KeyboardInterrupt:
-            notify("what is finished is kept; run again with --resume to go on.")
+            tell_note("what is finished is kept; run again with --resume to go on.")
             raise
     try:
         print_result("\n".join([result_text(plan, target), *map(verdict_text, reports)]))

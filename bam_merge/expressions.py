@@ -1,6 +1,6 @@
 """Expressions: how one output tensor is made from source tensors. Frozen, plain data, no torch.
 
-An expression is a shallow tree: Read, maybe Slice, maybe Merge, maybe Concat; or Init. Its `str` is what plans and
+An expression is a shallow tree: Read or Computed, maybe Slice, maybe Merge, maybe Concat; or Init. Its `str` is what plans and
 manifests show. The arithmetic that carries them out is in kernels.py, one function per method record.
 """
 
@@ -10,8 +10,10 @@ from fractions import Fraction
 from math import gcd, lcm
 from typing import ClassVar
 
-from bam_merge.checkpoints.pieces import Read, Shape, Slice, leaf_runs, numel, stored
+from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.pieces import Computed, Piece, Read, Shape, Slice, inputs, leaf_runs, numel, stored, whole
 from bam_merge.records import About
+from bam_merge.records import Formula as Formula
 from bam_merge.records import Initialiser as Initialiser
 from bam_merge.records import Method as Method
 
@@ -242,14 +244,14 @@ class Init:
         return f"{self.method.name}({shown})" if shown else self.method.name
 
 
-Expr = Read | Slice | Merge | Concat | Init
+Expr = Read | Computed | Slice | Merge | Concat | Init
 
 
 # ---- what one can ask of an expression ------------------------------------------------------------------------------------
 
 
 def parts(expr: Expr) -> Iterator[Expr]:
-    """`expr` and every expression inside it, outermost first."""
+    """`expr` and every expression inside it, outermost first, down to the pieces of sources."""
     yield expr
     match expr:
         case Merge():
@@ -260,24 +262,50 @@ def parts(expr: Expr) -> Iterator[Expr]:
                 yield from parts(part)
 
 
-def leaves(expr: Expr) -> Iterator[Read | Slice]:
-    """The stored pieces that `expr` reads, in order of appearance."""
-    return (part for part in parts(expr) if isinstance(part, Read | Slice))
+def leaves(expr: Expr) -> Iterator[Piece]:
+    """The sources' pieces that `expr` is made of, in order of appearance."""
+    return (part for part in parts(expr) if isinstance(part, Read | Computed | Slice))
 
 
 def reads(expr: Expr) -> Iterator[Read]:
     """The stored tensors that `expr` reads, in order of appearance."""
-    return map(stored, leaves(expr))
+    return (read for leaf in leaves(expr) for read in inputs(whole(leaf)))
+
+
+def computed(expr: Expr) -> Iterator[Computed]:
+    """The tensors inside `expr` that are computed from stored ones, each with those that it is itself made of."""
+
+    def inside(of: Read | Computed) -> Iterator[Computed]:
+        if isinstance(of, Computed):
+            yield of
+            for part in of.inputs:
+                yield from inside(part)
+
+    return (node for leaf in leaves(expr) for node in inside(whole(leaf)))
+
+
+def bytes_read(expr: Expr) -> int:
+    """Bytes that are read to make `expr`, each piece once; of what a slice of a computed tensor is made of, the slice's share."""
+    total = 0
+    for leaf in leaves(expr):
+        of = whole(leaf)
+        size = sum(numel(read) * DTYPE_BITS[read.dtype] // 8 for read in inputs(of))
+        total += size * numel(leaf) // numel(of) if numel(of) else 0
+    return total
 
 
 def is_copy(expr: Expr) -> bool:
     """Whether `expr` only moves bytes."""
-    return isinstance(expr, Read | Slice) or (isinstance(expr, Concat) and all(map(is_copy, expr.parts)))
+    if isinstance(expr, Concat):
+        return all(map(is_copy, expr.parts))
+    if isinstance(expr, Computed):
+        return expr.formula.moves and all(isinstance(part, Read) and part.dtype == expr.dtype for part in expr.inputs)
+    return isinstance(expr, Read | Slice) and isinstance(whole(expr), Read)
 
 
 def in_float64(expr: Expr) -> bool:
     """Whether `expr` is computed in float64, which it is where a source is float64; else in float32."""
-    return any(leaf.dtype == "F64" for leaf in leaves(expr))
+    return any(read.dtype == "F64" for read in reads(expr))
 
 
 def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -312,11 +340,17 @@ def concat_runs(concat: Concat, start: int, stop: int) -> Iterator[tuple[Expr, i
         group += 1
 
 
-def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read, int, int]]:
-    """(tensor, first element, count) of the stored runs that make up elements [start, stop) of a copying expression."""
+def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read | None, int, int]]:
+    """(tensor, first element, count) of the stored runs that make up elements [start, stop) of a copying expression; None for zeros."""
     if isinstance(expr, Concat):
         for part, first, last in concat_runs(expr, start, stop):
             yield from copy_runs(part, first, last)
+    elif isinstance(expr, Computed):
+        row = numel(expr) // expr.shape[0]
+        for place, of, rows in expr.formula.moved(start // row, -(-stop // row)):
+            read = None if place is None else expr.inputs[place]
+            assert not isinstance(read, Computed), "rows that are computed are not copied"
+            yield read, of * row, rows * row
     elif isinstance(expr, Read | Slice):
         for first, count in leaf_runs(expr, start, stop):
             yield stored(expr), first, count

@@ -1,6 +1,6 @@
-"""What a record of a merge method, or of an initialiser, must say of itself; the records themselves are in expressions.py."""
+"""What a record of a merge method, an initialiser or a formula must say of itself; the records themselves are in expressions.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -75,7 +75,44 @@ INITIALISERS: dict[str, type[Initialiser]] = {}
 """The records of all initialisers, by name."""
 
 
-T = TypeVar("T", bound="Method | Initialiser")
+class Formula:
+    """The record of how a tensor that no file holds is computed from stored ones, row by row: its numbers, as a frozen dataclass.
+
+    Row i of the result is made of some rows of the stored tensors, or of whole ones that are small, never of another row of the result.
+    Its kernel (merging/formulas.py) and its second way (verifying/formulas.py) are found by its class.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        if not {"shown", "held"} <= vars(cls).keys():
+            raise TypeError(f"{cls.__name__} lacks `shown`, which plans show, or `held`, by which memory is bounded")
+        _enter(cls, Formula, FORMULAS)
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        """What a plan shows of a tensor that is computed so, from what it shows of the inputs."""
+        raise NotImplementedError
+
+    def held(self, shapes: Sequence[tuple[int, ...]], rows: int) -> int:
+        """Bytes that a worker holds at most while it makes `rows` rows from inputs of these shapes; those it keeps between the rows too."""
+        raise NotImplementedError
+
+    @property
+    def moves(self) -> bool:
+        """Whether every row of the result is a row of an input, or zeros: nothing is computed then, and `moved` says which."""
+        return False
+
+    def moved(self, start: int, stop: int) -> Iterator[tuple[int | None, int, int]]:
+        """(input, its first row, count) of the rows that are rows [start, stop) of the result; zeros where the input is None."""
+        raise NotImplementedError
+
+
+FORMULAS: dict[str, type[Formula]] = {}
+"""The records of all formulas, by name."""
+
+
+T = TypeVar("T", bound="Method | Initialiser | Formula")
 
 
 def _enter(record: type[T], kind: type[T], records: dict[str, type[T]]) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 """What a kernel or a file system says that lacks a call. On macOS the last two differ."""
@@ -121,3 +122,40 @@ def name_of(descriptor: int) -> str:
 def available_processors() -> int:
     """Processors that this process may use. macOS knows only how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- confinement -------------------------------------------------------------------------------------------------------------
+
+
+def cut_network() -> bool:
+    """Leave the network, by a namespace of this process's own. False where the system does not let it. Before any thread is started."""
+    unshare = getattr(ctypes.CDLL(None, use_errno=True), "unshare", None)
+    if unshare is None:
+        return False
+    new_user, new_network = 0x10000000, 0x40000000
+    return unshare(new_network) == 0 or (os.geteuid() != 0 and unshare(new_user | new_network) == 0)
+
+
+def address_space() -> int | None:
+    """Bytes of addresses that this process has; None where the system does not tell, and so cannot be asked to keep a limit."""
+    try:
+        with open("/proc/self/statm", "rb") as stream:
+            return int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def lower_limit(name: str, most: int, more: int = 0) -> None:
+    """Lower a limit of this process and its children (setrlimit(2)), by its name without RLIMIT_. One that is lower already stays.
+
+    `more`: how much further the hard limit is, at which the system kills and says nothing.
+    """
+    which = getattr(resource, f"RLIMIT_{name}", None)
+    if which is None:
+        return
+    _, hard = resource.getrlimit(which)
+    soft, last = (most if hard == resource.RLIM_INFINITY else min(most, hard) for most in (most, most + more))
+    try:
+        resource.setrlimit(which, (soft, last))
+    except ValueError as error:  # macOS, for addresses
+        raise OSError(errno.EINVAL, str(error)) from None

@@ -12,12 +12,14 @@ from typing import Any
 
 from bam_merge.architectures.config import dense_layers, facts_of, is_quantised
 from bam_merge.architectures.locate import Cell, Place, applies, cut, in_order, locate, read_name, shape_of, spellings, words
+from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type
+from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, stored
 from bam_merge.paths import located
-from bam_merge.text import printable, some
+from bam_merge.text import count, human_bytes, printable, some
 
 SCALE = "_scale_inv"
 """Ending of a block-quantised weight's scales (the float8 files of DeepSeek and Qwen): their role is the weight's with ".scale"."""
@@ -31,6 +33,7 @@ class Anatomy:
     tensor or rows of a fused one. A fused tensor that cannot be cut, because its sizes are unknown, stands under its joined roles.
     `dropped` are known and not part of the model, with the reason; `unknown` no row explains; `missing` ought to be there.
     `guessed`: the architecture was chosen by the names. `facts` is empty where config.json is of no use; `findings` says why.
+    `config` is the text model's, of a wrapper (`wrapper`) too; names are those in the files.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +46,8 @@ class Anatomy:
     unknown: tuple[str, ...]
     missing: tuple[str, ...]
     findings: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    wrapper: Wrapper | None = None
 
 
 def open_anatomy(path: str | os.PathLike[str], source: str = "model") -> Anatomy:
@@ -58,20 +63,39 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
     facts: dict[str, Any] = {}
     if is_quantised(checkpoint.config):
         findings.append("config.json has a quantization_config: sizes and values are those of the quantised weights as stored.")
+    inside = unwrap(checkpoint.config)
+    config, naming = inside.config, Naming({})
     if checkpoint.config_digest:
-        architecture, guessed = find_by_model_type(checkpoint.config.get("model_type")), False
+        architecture, guessed = find_by_model_type(config.get("model_type")), False
+        naming = find_naming(checkpoint.tensors, architecture, inside.wrapper) if architecture else naming
         if architecture:
-            facts = facts_of(architecture, checkpoint.config, findings)
+            config = {**config, **ties_of(inside, architecture, naming)}
+            facts = facts_of(architecture, config, findings)
+        elif inside.problems:
+            findings += inside.problems
         else:
             findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
     else:
         architecture, guessed = guess(checkpoint.tensors), True
-    found = _Described(checkpoint, architecture, facts, source, findings)
+        naming = find_naming(checkpoint.tensors, architecture) if architecture else naming
+    findings += [text for text in (naming.problem, f"{naming.note}." if naming.note else None) if text]
+    found = _Described(checkpoint, architecture, facts, source, findings, naming, config)
     found.run()
+    dropped = found.dropped
+    if inside.wrapper is not None and architecture is not None:
+        findings.append(f"{wrapper_note(inside.wrapper, naming.beside)}{_weight(checkpoint, naming)}.")
+        dropped |= {name: beside_text(inside.wrapper, what) for name, what in naming.beside.items()}
     return Anatomy(
-        checkpoint, architecture, guessed, facts, found.places, found.leaves, found.dropped,
-        tuple(found.unknown), tuple(found.missing), tuple(findings),
+        checkpoint, architecture, guessed, facts, found.places, found.leaves, dropped,
+        tuple(found.unknown), tuple(found.missing), tuple(findings), config, inside.wrapper,
     )  # fmt: skip
+
+
+def _weight(checkpoint: Checkpoint, naming: Naming) -> str:
+    """How much stands beside a text model."""
+    entries = [checkpoint.tensors[name] for name in naming.beside]
+    parameters, nbytes = sum(entry.numel for entry in entries), sum(entry.nbytes for entry in entries)
+    return f" ({count(len(entries), 'tensor')}, {parameters:,} parameters, {human_bytes(nbytes)})" if entries else ""
 
 
 def guess(names: Iterable[str]) -> Architecture | None:
@@ -104,6 +128,8 @@ class _Described:
     facts: Mapping[str, Any]
     source: str
     findings: list[str]
+    naming: Naming
+    config: Mapping[str, Any]
     places: dict[str, Place] = field(default_factory=dict)
     leaves: dict[Place, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
@@ -111,9 +137,12 @@ class _Described:
     missing: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        known = spellings(self.architecture) if self.architecture else {}
+        known, own = spellings(self.architecture) if self.architecture else {}, self.naming.stored
         for name in self.checkpoint.tensors:
-            cell = read_name(name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name, known)
+            if name in self.naming.beside:
+                continue
+            plain = name.removesuffix(SCALE) if name.endswith("weight" + SCALE) else name
+            cell = read_name(own.get(plain, plain), known)
             if cell is None:
                 self.unknown.append(name)
             elif not cell.row.roles:
@@ -146,9 +175,12 @@ class _Described:
         """A dense model against all that its table and config.json imply: absent, present in vain, of another shape."""
         assert self.architecture is not None
         tensors, layers = self.checkpoint.tensors, self.facts["num_hidden_layers"]
-        found = locate(tensors, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
+        stored = self.naming.names
+        found = locate(stored, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
         self.missing += [cell.names[0] for cell in found.missing]
-        expected = {name: shape_of(cell.row, self.facts) for cell, names, wanted in found.met if wanted for name in names}
+        expected = {
+            name: shape_of(cell.row, self.facts) for cell, names, wanted in found.met if wanted for name in map(stored.get, names) if name
+        }
         vain = [name for name, (_, layer, _) in self.places.items() if name not in expected and (layer or 0) < layers]
         self.report("present, though config.json does not imply it: {} tensor(s).", [name for name in vain if not name.endswith(SCALE)])
         for name, shape in expected.items():
@@ -158,7 +190,7 @@ class _Described:
     def find_gaps(self) -> None:
         """What a mixture lacks: roles that each layer needs or that other layers have, and experts, all of which it has elsewhere."""
         assert self.architecture is not None
-        layers, config = self.facts["num_hidden_layers"], self.checkpoint.config
+        layers, config = self.facts["num_hidden_layers"], self.config
         blank = dense_layers(config, layers)
         rows: dict[str, list[Row]] = {}
         for row in (*self.architecture.rows, *self.architecture.others):

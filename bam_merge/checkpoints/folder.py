@@ -9,6 +9,8 @@ from typing import Any
 import xxhash
 
 from bam_merge.checkpoints.header import FileIdentity, Header, TensorEntry, lookalike, open_regular, read_header, reason
+from bam_merge.checkpoints.kinds import other_kind, pointers, told_of_file
+from bam_merge.checkpoints.look import pickled
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.paths import located
@@ -69,29 +71,30 @@ def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[st
     if not _is_there(folder):
         raise CheckpointError(f"{printable(str(folder))}: no such folder.")
     if not folder.is_dir():
-        raise CheckpointError(f"{printable(str(folder))}: not a folder. Give the folder that holds config.json.")
+        what = told_of_file(folder)
+        way_out = f"It is {what}." if what else "Give the folder that holds config.json."
+        raise CheckpointError(f"{printable(str(folder))}: not a folder. {way_out}")
     problems: list[str] = []
     config, digest = _read_config(folder, problems)
     files: dict[str, Header] = {}
-    tensors: dict[str, TensorEntry] = {}
     notes: list[str] = []
     try:
         names, weight_map, total = _weight_files(folder)
     except CheckpointError as error:
         problems += error.problems
         names, weight_map, total = [], None, None
+    unfetched = pointers(folder, names) if len(names) > 1 else []
+    if len(unfetched) > 1:
+        of = f"{some(unfetched)}: {len(unfetched)} of {len(names)} files"
+        problems.append(f"{printable(str(folder))}: {of} are git-lfs pointers, not the weights themselves: run `git lfs pull` there.")
     for name in names:
+        if len(unfetched) > 1 and name in unfetched:
+            continue
         try:
             files[name] = read_header(str(folder / name), name)
         except CheckpointError as error:
             problems += error.problems
-    for name, header in files.items():
-        twice: dict[str, list[str]] = {}
-        for entry in header.tensors:
-            if entry.name in tensors:
-                twice.setdefault(tensors[entry.name].file, []).append(entry.name)
-            tensors[entry.name] = entry
-        problems += [f"{printable(str(folder))}: {some(both)} in {other} and in {name}. Keep one." for other, both in twice.items()]
+    tensors = _all_tensors(folder, files, problems)
     if weight_map is not None and len(files) == len(names):
         problems += _index_problems(folder, weight_map, tensors, unneeded(config))
         left_out = sorted(unneeded(config) & weight_map.keys() - tensors.keys())
@@ -101,13 +104,29 @@ def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[st
         if total is not None and total != size:
             notes.append(f"{INDEX} says total_size {total:,}, the tensors take {size:,} bytes; the headers are believed.")
     if problems:
-        raise CheckpointError(*problems)
+        other = other_kind(folder)
+        raise CheckpointError(*([other] if other else problems))
     return Checkpoint(folder, config, digest, files, tensors, tuple(notes))
+
+
+def _all_tensors(folder: Path, files: Mapping[str, Header], problems: list[str]) -> dict[str, TensorEntry]:
+    """Every tensor by its name; a name in two files is a problem."""
+    tensors: dict[str, TensorEntry] = {}
+    for name, header in files.items():
+        twice: dict[str, list[str]] = {}
+        for entry in header.tensors:
+            if entry.name in tensors:
+                twice.setdefault(tensors[entry.name].file, []).append(entry.name)
+            tensors[entry.name] = entry
+        problems += [f"{printable(str(folder))}: {some(both)} in {other} and in {name}. Keep one." for other, both in twice.items()]
+    return tensors
 
 
 def open_file(path: str | os.PathLike[str]) -> Checkpoint:
     """One safetensors file as a checkpoint without a config.json; `path` is its folder. Raises CheckpointError."""
     file = located(path)
+    if not file.name.endswith(".safetensors") and file.is_file() and (what := told_of_file(file)):
+        raise CheckpointError(f"{printable(str(file))}: this is {what}.")
     header = read_header(str(file), file.name)
     return Checkpoint(file.parent, {}, "", {file.name: header}, {entry.name: entry for entry in header.tensors})
 
@@ -182,6 +201,11 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
             raise CheckpointError(f"{where}: both {SINGLE} and {INDEX} are present. Remove the stale one.")
         missing = [name for name in names if not _is_there(folder / name)]
         if missing:
+            if len(missing) == len(names) > 1:
+                raise CheckpointError(
+                    f"{where}: {INDEX} is there, but none of the {len(names)} files that it names ({some(missing)}): the weights were not "
+                    "downloaded. Download them, into this folder."
+                )
             raise CheckpointError(
                 f"{where}: {len(missing)} of {len(names)} files that {INDEX} names are missing: {some(missing)}. Is the download complete?"
             )
@@ -197,11 +221,10 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
     present = [name for name in there if name.endswith(".safetensors")]
     if present:
         raise CheckpointError(f"{where}: {INDEX} is missing, and there is no {SINGLE} (found {some(present)}).")
-    pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth"))]
-    if pickled:
+    if unsafe := pickled(there):
         raise CheckpointError(
-            f"{where}: only {some(pickled)} present. Pickled weights are never loaded, since loading them runs code. Convert "
-            "them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)."
+            f"{where}: only {some(unsafe)} present. Pickled weights are never loaded, since loading them runs code. Convert "
+            f"them once: bam-merge convert {where} NEW_FOLDER."
         )
     raise CheckpointError(f"{where}: no weights found; expected {SINGLE} or {INDEX}.")
 

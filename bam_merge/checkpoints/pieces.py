@@ -1,11 +1,12 @@
-"""Stored pieces: a tensor as it is in a file, or rows of a fused one, and where their elements are."""
+"""A source's tensors: as they are in a file, computed from what is in files, or rows of a fused one; and where their elements are."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.records import Formula
 
 Shape = tuple[int, ...]
 
@@ -27,10 +28,33 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A source's tensor that no file holds: `formula` computes it, row by row, from `inputs`. It stands wherever a Read stands.
+
+    Its value is that of float64 arithmetic, rounded once to float32 (or float64, where an input is float64); what is made of it is
+    computed from that, as from a stored number. `dtype` is the one in which the source would store it, had it been saved.
+    """
+
+    source: str
+    tensor: str
+    formula: Formula
+    inputs: tuple["Read | Computed", ...]
+    dtype: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        return self.formula.shown([str(part) for part in self.inputs])
+
+
+Whole = Read | Computed
+"""A source's whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Rows of a fused tensor: its first axis is `groups` equal blocks, of each block rows [start, start + rows)."""
 
-    of: Read
+    of: Whole
     groups: int
     start: int
     rows: int
@@ -43,10 +67,16 @@ class Slice:
     def __str__(self) -> str:
         block = self.of.shape[0] // self.groups
         rows = f"{self.start}:{self.start + self.rows}"
-        return f"{self.of}[{rows}]" if self.groups == 1 else f"{self.of}[{self.groups} x {rows} of {block}]"
+        of = f"({self.of})" if isinstance(self.of, Computed) else str(self.of)
+        return f"{of}[{rows}]" if self.groups == 1 else f"{of}[{self.groups} x {rows} of {block}]"
 
 
 Leaf = Read | Slice
+"""What is stored of a role, where nothing is computed: of a folder that is looked at as it is."""
+
+
+Piece = Whole | Slice
+"""What a source has of a role."""
 
 
 class Shaped(Protocol):
@@ -59,9 +89,30 @@ def numel(piece: Shaped) -> int:
     return prod(piece.shape)
 
 
+def whole(piece: Piece) -> Whole:
+    """The whole tensor that a piece is, or is cut from."""
+    return piece.of if isinstance(piece, Slice) else piece
+
+
 def stored(leaf: Leaf) -> Read:
-    """The whole tensor that a leaf is, or is cut from."""
-    return leaf.of if isinstance(leaf, Slice) else leaf
+    """The stored tensor that a leaf is, or is cut from."""
+    of = whole(leaf)
+    assert isinstance(of, Read), "a tensor that is computed is stored nowhere"
+    return of
+
+
+def instead(piece: Piece, of: Whole) -> Piece:
+    """`piece` with `of` in the place of the whole tensor that it is, or is cut from."""
+    return replace(piece, of=of) if isinstance(piece, Slice) else of
+
+
+def inputs(of: Whole) -> Iterator[Read]:
+    """The stored tensors that a source's tensor is made of, in order: itself, or what it is computed from."""
+    if isinstance(of, Read):
+        yield of
+    else:
+        for part in of.inputs:
+            yield from inputs(part)
 
 
 # ---- where an expression's elements are ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import xxhash
 
 from bam_merge.checkpoints.folder import is_plain_name, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1, reads_in
+from bam_merge.checkpoints.kinds import told
 from bam_merge.documents import load_json
 from bam_merge.errors import VerifyError
 from bam_merge.text import nearest, printable, some
@@ -74,7 +75,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not os.path.isdir(folder):
         raise VerifyError(f"{printable(str(folder))}: {'not a' if os.path.exists(folder) else 'no such'} folder.")
     if not path.exists():
-        raise VerifyError(f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote.")
+        what = told(folder)
+        raise VerifyError(
+            f"{printable(str(folder))}: no {MANIFEST}, so this is not a folder that bam-merge wrote{f': it is {what}' if what else ''}."
+        )
     try:
         data = read_small_file(path)
         document = load_json(data)

@@ -123,7 +123,7 @@ def _layout(side: Side, places: set[Place]) -> list[tuple[int, str]]:
 
 def config_findings(sides: Sequence[Side], called: Sequence[str] = "AB") -> list[Finding]:
     """Keys of config.json that differ. Where the model types do, what the two configurations mean is compared instead."""
-    a, b = (side.checkpoint.config for side in sides)
+    a, b = (side.anatomy.config for side in sides)
     if not all(side.checkpoint.config_digest for side in sides):
         return [Finding("config.json", "config.json is not there on both sides: not compared", (), False)] if a or b else []
     what = "config.json"

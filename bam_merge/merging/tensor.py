@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import xxhash
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Slice, byte_runs, numel, stored
+from bam_merge.checkpoints.pieces import Computed, Read, Slice, byte_runs, inputs, leaf_runs, numel, whole
 from bam_merge.checkpoints.reading import COPY_BUFFER, SourceFiles
 from bam_merge.errors import NonFiniteError
 from bam_merge.expressions import concat_runs, copy_runs
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bam_merge.merging.kernels import Chunk
+    from bam_merge.merging.source_rows import ComputedRows, InOrder
 
 Progress = Callable[[int], None]
 """Called with the number of output bytes that have just been written."""
@@ -65,7 +67,8 @@ class TensorWriter:
     settings: Settings
     stop: threading.Event
     digest: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
-    read_digests: dict[Read, xxhash.xxh3_128] = field(default_factory=dict)
+    orders: "dict[Read, InOrder]" = field(default_factory=dict)
+    opened: "dict[int, ComputedRows]" = field(default_factory=dict)
     written: int = 0
     nonfinite: int = 0
 
@@ -77,7 +80,7 @@ class TensorWriter:
             whole = self.compute()
         if not whole:
             return None
-        reads = {str(read): digest.hexdigest() for read, digest in self.read_digests.items()}
+        reads = {str(read): order.whole for read, order in self.orders.items() if order.whole is not None}
         if isinstance(self.step.expr, Read) and moves_bytes(self.step):
             reads[str(self.step.expr)] = self.digest.hexdigest()
         return Finished(self.digest.hexdigest(), reads, self.nonfinite)
@@ -97,7 +100,10 @@ class TensorWriter:
                 if self.stop.is_set():
                     return False
                 piece = view[: min(len(view), end - position)]
-                self.sources.read(read, [(position, len(piece))], piece)
+                if read is None:
+                    piece[:] = bytes(len(piece))
+                else:
+                    self.sources.read(read, [(position, len(piece))], piece)
                 self._check_copied(piece)
                 self._emit(piece)
                 position += len(piece)
@@ -107,6 +113,7 @@ class TensorWriter:
         """Evaluate the expression chunk by chunk."""
         import torch
 
+        from bam_merge.merging.source_rows import InOrder
         from bam_merge.values.streams import initialise
         from bam_merge.values.tensors import encode
 
@@ -118,21 +125,23 @@ class TensorWriter:
             return True
         known = {id(node): self._survey(node) for node in expressions.parts(expr) if isinstance(node, expressions.Merge)}
         total = numel(expr)
-        self.read_digests = {leaf: xxhash.xxh3_128() for leaf in _whole_reads(expr)}
-        for start in range(0, total, CHUNK_ELEMENTS):
+        self.opened.clear()
+        self.orders = {read: InOrder(numel(read) * DTYPE_BITS[read.dtype] // 8) for read in _whole_reads(expr)}
+        chunk = _chunk_elements(expr)
+        for start in range(0, total, chunk):
             if self.stop.is_set():
                 return False
-            values_C = self._load(expr, start, min(total, start + CHUNK_ELEMENTS), known)
+            values_C = self._load(expr, start, min(total, start + chunk), known)
             self._emit(encode(self._checked(values_C, start), self.step.dtype))
         return True
 
     def _survey(self, merge: expressions.Merge) -> object:
         from bam_merge.merging.kernels import survey
 
-        total = numel(merge)
+        total, chunk = numel(merge), _chunk_elements(merge)
         return survey(
             merge.method,
-            lambda: (self._chunk(merge, s, min(total, s + CHUNK_ELEMENTS), {}) for s in range(0, total, CHUNK_ELEMENTS)),
+            lambda: (self._chunk(merge, s, min(total, s + chunk), {}) for s in range(0, total, chunk)),
             total,
         )
 
@@ -157,15 +166,28 @@ class TensorWriter:
                 return combine(expr.method, self._chunk(expr, start, stop, known), known[id(expr)])
             case expressions.Concat():
                 return torch.cat([self._load(part, first, last, known) for part, first, last in concat_runs(expr, start, stop)])
+            case Computed():
+                return self._open(expr).elements(start, stop)
+            case Slice(of=Computed() as of):
+                return torch.cat([self._open(of).elements(first, first + count) for first, count in leaf_runs(expr, start, stop)])
             case Read() | Slice():
-                read = stored(expr)
+                read = whole(expr)
+                assert isinstance(read, Read)
                 bytes_B, view = buffer((stop - start) * DTYPE_BITS[read.dtype] // 8)
                 self.sources.read(read, byte_runs(expr, start, stop), view)
-                if read in self.read_digests:
-                    self.read_digests[read].update(view)
+                if read in self.orders:
+                    self.orders[read].add(start * DTYPE_BITS[read.dtype] // 8, view)
                 return decode(bytes_B, read.dtype).to(torch.float64 if read.dtype == "F64" else torch.float32)
             case expressions.Init():
                 raise AssertionError("an initialised tensor is no operand")
+
+    def _open(self, node: Computed) -> "ComputedRows":
+        """A computed tensor with what its formula keeps from one chunk to the next."""
+        from bam_merge.merging.source_rows import ComputedRows
+
+        if id(node) not in self.opened:
+            self.opened[id(node)] = ComputedRows(node, self.sources.read, self.orders)
+        return self.opened[id(node)]
 
     def _checked(self, values_C: "Tensor", start: int) -> "Tensor":
         """`values_C` in the output's dtype, after counting what is not finite there."""
@@ -210,11 +232,18 @@ class TensorWriter:
         import torch
 
         match expr:
+            case Computed() | Slice(of=Computed()):
+                from bam_merge.merging.source_rows import all_finite
+
+                return not all(all_finite(read, self.sources.read) for read in inputs(whole(expr)))
             case expressions.Concat():
                 return any(self._is_a_sources(part, first) for part, first, _ in concat_runs(expr, index, index + 1))
             case expressions.Merge():
                 operands = (*expr.operands, *((expr.base,) if expr.base else ()))
-                return not all(bool(torch.isfinite(self._load(operand, index, index + 1, {})).all()) for _, operand in operands)
+                stored = [operand for _, operand in operands if next(expressions.computed(operand), None) is None]
+                return any(self._is_a_sources(operand, index) for _, operand in operands if operand not in stored) or not all(
+                    bool(torch.isfinite(self._load(operand, index, index + 1, {})).all()) for operand in stored
+                )
         return True
 
     def _emit(self, data: memoryview) -> None:
@@ -226,10 +255,17 @@ class TensorWriter:
 
 
 def _whole_reads(expr: expressions.Expr) -> set[Read]:
-    """The tensors that evaluating `expr` in order reads from first byte to last, once: those that can be digested on the way."""
-    if isinstance(expr, Read):
-        return {expr}
-    if isinstance(expr, expressions.Merge):
-        leaves = list(expressions.leaves(expr))
-        return {leaf for leaf in leaves if isinstance(leaf, Read) and leaves.count(leaf) == 1}
+    """The tensors that evaluating `expr` in order may read from first byte to last, once: those that can be digested on the way."""
+    if isinstance(expr, Read | Computed | expressions.Merge):
+        reads = list(expressions.reads(expr))
+        cut = {read for leaf in expressions.leaves(expr) if isinstance(leaf, Slice) for read in inputs(whole(leaf))}
+        return {read for read in reads if reads.count(read) == 1} - cut
     return set()
+
+
+def _chunk_elements(expr: expressions.Expr) -> int:
+    """Elements that are made at a time: whole rows, where a computed tensor is made by rows."""
+    row = prod(expr.shape[1:])
+    if next(expressions.computed(expr), None) is None or not row:
+        return CHUNK_ELEMENTS
+    return max(1, CHUNK_ELEMENTS // row) * row

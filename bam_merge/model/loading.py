@@ -7,7 +7,7 @@ headers only; tensors are read when asked for, so that a verifier can hold one b
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -17,8 +17,9 @@ from torch.nn.functional import embedding
 
 from bam_merge.architectures.locate import Cell, cells, cut, locate, rows_of
 from bam_merge.architectures.opening import open_folder
-from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture
+from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, head_names, load_architecture
 from bam_merge.architectures.vocabulary import SYMBOLS
+from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Leaf, Read, byte_runs, numel, stored
@@ -26,6 +27,7 @@ from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
 from bam_merge.model.model import Block, Model, ModelConfig, Norm, head
+from bam_merge.model.wrapped import own_names, text_config, wrapper_of
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode, read_tensor
 
@@ -131,19 +133,34 @@ def open_model(path: str | os.PathLike[str], computes: bool = True) -> StoredMod
     return stored_model(open_folder(path), computes)
 
 
-def stored_model(checkpoint: Checkpoint, computes: bool = True) -> StoredModel:
-    """`open_model` of a folder that is open already: its headers and its config.json are not read again."""
+def stored_model(checkpoint: Checkpoint, computes: bool = True, head: str | None = None) -> StoredModel:
+    """`open_model` of a folder that is open already: its headers and its config.json are not read again.
+
+    `head` decides where a head is stored that differs from the embeddings it is tied to: "stored" takes it, "tied" the embeddings; None
+    makes it a problem.
+    """
     where = printable(str(checkpoint.path))
+    wrapper = wrapper_of(checkpoint.config)
     try:
-        config = model_config(checkpoint.config)
+        has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in checkpoint.tensors)
+        stated = checkpoint.config if wrapper is None else text_config(checkpoint.config, has_head)
+        config = model_config(stated)
+        architecture = find_by_model_type(stated["model_type"])
+        assert architecture is not None
+        parameters = _Parameters(checkpoint, architecture, config, computes, wrapper)
+        parameters.settle()
     except CheckpointError as error:
         raise CheckpointError(*(f"{where}: {problem}" for problem in error.problems)) from None
-    architecture = find_by_model_type(checkpoint.config["model_type"])
-    assert architecture is not None
-    parameters = _Parameters(checkpoint, architecture, config, computes)
-    parameters.settle()
-    if config.tie_word_embeddings and not parameters.problems:
-        parameters.check_heads()
+    if config.tie_word_embeddings and not parameters.problems and head != "tied":
+        own = parameters.other_head()
+        if own is not None and head == "stored" and own.shape == parameters.found["model.embed_tokens.weight"].shape:
+            config = replace(config, tie_word_embeddings=False)
+            parameters.found["lm_head.weight"] = own
+        elif own is not None:
+            parameters.problems.append(
+                f"{printable(own.tensor)} is stored and differs from the embeddings, but config.json has tie_word_embeddings=true. Set it "
+                f"to false, so that the stored head counts; or remove {printable(own.tensor)}, so that the embeddings count."
+            )
     if parameters.problems:
         raise CheckpointError(*(f"{where}: {problem}" for problem in parameters.problems))
     return StoredModel(checkpoint, config, parameters.found)
@@ -173,6 +190,7 @@ class _Parameters:
     architecture: Architecture
     config: ModelConfig
     computes: bool = True
+    wrapper: Wrapper | None = None
     found: dict[str, Leaf] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unreadable: list[TensorEntry] = field(default_factory=list)
@@ -183,10 +201,17 @@ class _Parameters:
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in Model(self.config).state_dict().items()}
         tensors, config = self.checkpoint.tensors, self.config
-        walked = cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts))
-        found = locate(tensors, walked, lambda cell: bool(cell.row.roles) and all(name in wanted for name in _parameters(cell)))
-        over = set(found.extra)
-        for cell, names, is_wanted in found.met:
+
+        def is_wanted_cell(cell: Cell) -> bool:
+            return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell))
+
+        walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
+        trunk = (tuple(cell.names) for cell in walked if is_wanted_cell(cell) and cell.row.roles != ("head",))
+        stored = own_names(tensors, trunk, head_names(self.architecture), self.wrapper)
+        found = locate(stored, walked, is_wanted_cell)
+        over = {stored[name] for name in found.extra}
+        for cell, own, is_wanted in found.met:
+            names = tuple(stored[name] for name in own)
             if is_wanted and len(names) == 1:
                 self.take(cell, tensors[names[0]], {name: wanted[name] for name in _parameters(cell)})
             elif is_wanted:
@@ -221,16 +246,14 @@ class _Parameters:
                 self.problems.append(f"{entry.name} holds {role} as {list(leaf.shape)}, config.json implies {list(shape)}.")
             self.found[parameter] = leaf
 
-    def check_heads(self) -> None:
-        """A tied head that is stored as well must equal the embeddings: where it does not, transformers computes with it."""
+    def other_head(self) -> Read | None:
+        """A stored head that differs from the embeddings it is tied to: transformers computes with it."""
         for name in self.heads:
             entry = self.checkpoint.tensors[name]
-            leaves = {**self.found, name: Read("model", name, entry.dtype, entry.shape)}
-            if not StoredModel(self.checkpoint, self.config, leaves).equals_embeddings(name):
-                self.problems.append(
-                    f"{printable(name)} is stored and differs from the embeddings, but config.json has tie_word_embeddings=true. Set it to "
-                    f"false, so that the stored head counts; or remove {printable(name)}, so that the embeddings count."
-                )
+            read = Read("model", name, entry.dtype, entry.shape)
+            if not StoredModel(self.checkpoint, self.config, {**self.found, name: read}).equals_embeddings(name):
+                return read
+        return None
 
     def report(self, problem: str, names: list[str]) -> None:
         if names:

@@ -111,8 +111,9 @@ def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[st
     role, layer = site
     method = rule.method(names, f"{role}:{layer}", recipe.random_seed)
     parts = tuple((name, models[name].tensors[site]) for name in names)
-    if method is None and len(parts) == 1:
-        return Made(label, (parts[0][1],))
+    same = len({expr for _, expr in parts}) == 1
+    if (method is None and len(parts) == 1) or (isinstance(method, expressions.Mean) and len(parts) > 1 and same):
+        return Made(label, (parts[0][1],))  # the mean of adapters' tensors that are all their base's is that one
     if method is None or type(method) is not rule.record:
         raise TypeError(f"{type(rule).__name__}.method makes {method} of {len(parts)} operands, and its record is {rule.record}")
     base = (rule.from_base, models[rule.from_base].tensors[site]) if rule.from_base else None

@@ -7,6 +7,9 @@ from bam_merge._version import __version__
 from bam_merge.architectures.cost import Cost, cost_of_tensors
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_name
 from bam_merge.planning.plan import Plan
+from bam_merge.recipe.places import Adapted
+from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.alignment import Alignment
 from bam_merge.text import printable
 
 METHODS = {
@@ -89,7 +92,7 @@ def model_card(plan: Plan) -> str:
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in _facts(plan)),
     ]
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n" + _accepted(plan)
     if plan.layout.name == "bam":
         balance, z = config["router_aux_loss_coef"], config["router_z_loss_coef"]
         return text + LOADING.format(floor=TRANSFORMERS_FLOOR) + TRAINING.format(balance=balance, z=z)
@@ -98,13 +101,22 @@ def model_card(plan: Plan) -> str:
     return text + PUBLIC_LOADING.format(name=plan.layout.class_name)
 
 
+def _accepted(plan: Plan) -> str:
+    """What the recipe accepted of sources that differ, each with its consequence."""
+    if not plan.accepted:
+        return ""
+    lines = ["", "## Accepted differences", "", "These sources were not alike. The recipe accepts:", ""]
+    return "\n".join([*lines, *(f"* {_prose(warning)}" for warning in plan.accepted)]) + "\n"
+
+
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     """The rows of the card's table."""
     recipe, config, names = plan.recipe, plan.config, plan.recipe.expert_names
     dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
     yield "layout", f"`{plan.layout.name}`"
-    places = (f"{name} ({_literal(recipe.relative(recipe.source(name).path))})" for name in plan.models)
-    yield "sources", ", ".join(places)
+    yield "sources", ", ".join(f"{name} ({_place(recipe, name)})" for name in plan.models)
+    if plan.alignment is not None:
+        yield "vocabulary", ", ".join(_vocabulary(plan.alignment))
     if recipe.method == "merge":
         yield "parameters", f"{plan.parameters:,}"
         return
@@ -125,9 +137,41 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "attention experts", f"{config['num_attention_experts']}, {kv}; {routing}"
 
 
+def _place(recipe: Recipe, name: str) -> str:
+    """Where a source is, and of an adapted one on what it is."""
+    source = recipe.sources[name]
+    if not isinstance(source, Adapted):
+        return _literal(recipe.relative(recipe.source(name).path))
+    base = source.base if source.base in recipe.sources else _literal(recipe.relative(source.base))
+    adapters = (
+        f"{item.weight:g} x {place}" if item.weight != 1 else place
+        for item in source.adapters
+        for place in [_literal(recipe.relative(item.path))]
+    )
+    return " + ".join([base, *(f"adapter {adapter}" for adapter in adapters)])
+
+
+def _vocabulary(found: Alignment) -> Iterator[str]:
+    """What the rows of embeddings and head are, aligned by token."""
+    yield (
+        f"{len(found.ids):,} tokens of {found.giver}"
+        if not found.added
+        else f"{len(found.ids):,} tokens, {len(found.added):,} not of {found.giver}"
+    )
+    for name, mine in found.sources.items():
+        if mine.made or mine.lost:
+            yield f"{mine.made:,} that {name} lacks" + (f" and {len(mine.lost):,} of its own left out" if mine.lost else "")
+    yield f"{found.rows:,} rows"
+
+
 def _literal(path: str) -> str:
     """`path` for Markdown, with nothing in it that Markdown or HTML would take for their own."""
     return "".join(c if c.isalnum() or c in "/.-_ ," else f"&#{ord(c)};" for c in printable(path))
+
+
+def _prose(text: str) -> str:
+    """A sentence with values from a config.json in it, for Markdown: nothing in it is a link, a tag or code."""
+    return "".join(f"&#{ord(c)};" if c in "<>&[]*`\\|!" else c for c in printable(text, 2000))
 
 
 def _dense_cost(plan: Plan) -> Cost:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bam_merge.architectures.cost import cost_of_tensors
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
+from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
 from bam_merge.planning.assign import Made, assign, check_axes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
@@ -24,11 +25,14 @@ from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.accepted import apply_accepted
 from bam_merge.sources.agreement import disagreements
+from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.opening import open_sources, same_folder
 from bam_merge.sources.tied_heads import settle_heads
-from bam_merge.sources.tokenizer import compare_tokenizers
+from bam_merge.sources.tokenizer import align_tokenizers, compare_tokenizers
+from bam_merge.sources.tokenizer_reading import TokenizerFindings
 from bam_merge.text import nearest, printable, some
 
 # ---- making the plan -------------------------------------------------------------------------------------------------------
@@ -40,7 +44,8 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
     """
     layout, problems = _layout(recipe)
-    models, notes = _sources(recipe, problems)
+    found = _sources(recipe, problems)
+    models, alignment = found.models, found.alignment
     seed = models[recipe.seed_name]
     if layout is None and recipe.output.layout in (None, seed.family.name) and recipe.method == "merge":
         layout = seed.family
@@ -67,6 +72,8 @@ def make_plan(recipe: Recipe) -> Plan:
     for step in steps:
         dominant[step.dtype] += step.nbytes
     config = output_config(layout, seed, values, dominant.most_common(1)[0][0])
+    if alignment is not None:
+        config = aligned_config(config, recipe, alignment, models[alignment.giver])
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -78,32 +85,57 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *copied_only_note(placed),
-            *notes,
+            *found.notes,
         ),
+        accepted=tuple(found.warnings),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
-        fingerprint=_fingerprint(recipe, models, config),
+        fingerprint=_fingerprint(recipe, models, config, alignment),
+        files=found.files,
+        alignment=alignment,
     )
 
 
-def _sources(recipe: Recipe, problems: list[str]) -> tuple[dict[str, DenseModel], tuple[str, ...]]:
-    """The sources by name, opened and found to agree, and what is to be said of their tokenizers.
+@dataclass
+class _Sources:
+    """The sources by name, which files the result takes of them, and how their tokens are aligned, if they are; `notes` and `warnings`
+    (of what the recipe accepts) are what a plan has to say of them."""
+
+    models: dict[str, DenseModel]
+    notes: list[str]
+    warnings: list[str]
+    files: Mapping[str, str]
+    alignment: Alignment | None
+
+
+def _sources(recipe: Recipe, problems: list[str]) -> _Sources:
+    """The sources, opened and found to agree, or aligned.
 
     Raises CheckpointError with all that is wrong with them, after the recipe's own `problems`.
     """
     models, broken = open_sources(recipe)
     ordered = [models[name] for name in dict.fromkeys((recipe.seed_name, *recipe.sources)) if name in models]
-    ordered, heads = settle_heads(ordered)
+    heads = settle_heads(ordered, recipe.accept.head if recipe.accept else None)
+    accepted = apply_accepted(recipe, heads.models)
+    ordered, alignment = accepted.models, None
+    if recipe.tokenizer is None:
+        tokenizers = compare_tokenizers(ordered)
+    elif broken:  # whose tokens are to be aligned cannot be told
+        tokenizers = TokenizerFindings()
+    else:
+        tokenizers, alignment = align_tokenizers(ordered, recipe.tokenizer, recipe.file)
+        ordered = with_one_vocabulary(ordered, alignment)
+        tokenizers.problems += dict.fromkeys(alignment_problems(recipe, ordered))
     models = {name: next(model for model in ordered if model.name == name) for name in models}
-    tokenizers = compare_tokenizers(ordered)
     if ordered:
-        broken += [*heads, *same_folder(ordered), *disagreements(ordered), *tokenizers.problems]
+        broken += [*heads.problems, *same_folder(ordered), *accepted.problems, *disagreements(ordered), *tokenizers.problems]
         first = ordered[0]  # of the others it is said where they differ from it
         broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
     if broken:
         if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
-    return models, tuple(tokenizers.notes)
+    notes, warnings = [*heads.notes, *accepted.notes, *tokenizers.notes], [*heads.warnings, *accepted.warnings]
+    return _Sources(models, notes, warnings, tokenizers.files, alignment)
 
 
 def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:
@@ -130,17 +162,18 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
     used = {(read.source, read.tensor) for step in steps for read in expressions.reads(step.expr)}
     unused: dict[str, dict[str, str]] = {}
     for name, model in models.items():
-        unused[name] = dict(model.dropped)
+        for store, dropped in model.unread.items():
+            unused.setdefault(store, {}).update(dropped)
         for site, expr in model.tensors.items():
             for read in expressions.reads(expr):
-                if (name, read.tensor) not in used:
-                    unused[name][read.tensor] = f"{made[site].by} makes {site[0]} without {name}"
+                if (read.source, read.tensor) not in used:
+                    unused.setdefault(read.source, {})[read.tensor] = f"{made[site].by} makes {site[0]} without {name}"
     return unused
 
 
 def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
     for model in models:
-        yield from (f"sources.{model.name}: {note}" for note in model.checkpoint.notes)
+        yield from (f"sources.{model.name}: {note}" for note in (*(model.checkpoint.notes if not model.adapters else ()), *model.notes))
     unknown = models[0].unknown_keys
     if unknown:
         yield (
@@ -152,17 +185,21 @@ def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, 
         yield "ffn: top_k 1 with renormalised gates: the gate is always 1, so the router gets no gradient from the language-model loss."
 
 
-def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any]) -> str:
+def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any], alignment: Alignment | None) -> str:
     """What a finished tensor of an earlier run must have been made from to be worth keeping.
 
-    Tokenizer and generation files are not part of it: no tensor depends on them, and they are written anew at the end of every run.
+    Tokenizer and generation files are not part of it, but for the rows that they align: no other tensor depends on them, and they are
+    written anew at the end of every run.
     """
     sources = {
-        name: [model.checkpoint.config_digest]
-        + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in model.checkpoint.files.items()]
-        for name, model in models.items()
+        name: [checkpoint.config_digest]
+        + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in checkpoint.files.items()]
+        for model in models.values()
+        for name, checkpoint in model.stores.items()
     }
     document = [__version__, recipe.resolved(), sources, dict(config)]
+    if alignment is not None:
+        document.append({name: mine.runs for name, mine in alignment.sources.items()})
     return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 

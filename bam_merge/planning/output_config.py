@@ -78,7 +78,7 @@ def _is_written(source: Mapping[str, Any], key: str) -> bool:
 
 def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json of the output, keys sorted. For a dense layout: the seed's known keys, spelled as there."""
-    source = seed.checkpoint.config
+    source = seed.config
     config: dict[str, Any] = {
         "architectures": [layout.class_name],
         "model_type": layout.model_types[0],

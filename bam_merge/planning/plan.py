@@ -13,8 +13,10 @@ from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.pieces import Computed
 from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel
 
 CHUNK_ELEMENTS = 2**17
@@ -67,7 +69,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's."""
+    """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's;
+    `accepted` are warnings, one for each difference between the sources that the recipe accepts.
+
+    `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
+    were aligned.
+    """
 
     recipe: Recipe
     layout: Architecture
@@ -79,11 +86,14 @@ class Plan:
     notes: tuple[str, ...]
     cost: Cost
     fingerprint: str
+    files: Mapping[str, str]
+    alignment: Alignment | None
+    accepted: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
-        """The sources' folders, by the sources' names."""
-        return {name: model.checkpoint for name, model in self.models.items()}
+        """Every folder that is read, by the name that expressions call it: the sources', their bases', their adapters'."""
+        return {name: checkpoint for model in self.models.values() for name, checkpoint in model.stores.items()}
 
     @property
     def parameters(self) -> int:
@@ -103,17 +113,19 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes that the merge reads from the sources, each operand once (methods that survey a tensor first read it again)."""
-        return sum(prod(part.shape) * DTYPE_BITS[part.dtype] // 8 for step in self.steps for part in expressions.leaves(step.expr))
+        return sum(expressions.bytes_read(step.expr) for step in self.steps)
 
     def peak_memory(self, workers: int = 2) -> int:
-        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result."""
-        per_element = 0
+        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result,
+        with what a computed operand is made of."""
+        per_element, held = 0, 0
         for step in self.steps:
+            held = max(held, sum(_held(node) for node in expressions.computed(step.expr)))
             merges = [part for part in expressions.parts(step.expr) if isinstance(part, expressions.Merge)]
             for merge in merges:
                 operands = len(merge.operands) + (merge.base is not None)
                 per_element = max(per_element, merge.method.about.operand_bytes * operands + 16)
-        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16))
+        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16) + held)
 
     def document(self, workers: int = 2) -> dict[str, Any]:
         """The plan as `plan --json` prints it."""
@@ -135,7 +147,15 @@ class Plan:
             "config": dict(self.config),
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
             "notes": list(self.notes),
+            "accepted": list(self.accepted),
+            **({} if self.alignment is None else {"tokenizer": self.alignment.document()}),
         }  # fmt: skip
+
+
+def _held(node: Computed) -> int:
+    """Bytes that a worker holds at most while it makes a chunk's rows of a computed tensor."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, prod(node.shape[1:])))
+    return node.formula.held([part.shape for part in node.inputs], min(rows, node.shape[0]))
 
 
 def moves_bytes(step: Step) -> bool:

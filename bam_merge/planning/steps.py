@@ -7,7 +7,7 @@ from bam_merge import expressions
 from bam_merge.architectures.tables import Architecture, evaluate, load_architecture, natural_order
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS, DTYPE_NAMES
 from bam_merge.checkpoints.header import encode_header
-from bam_merge.checkpoints.pieces import stored
+from bam_merge.checkpoints.pieces import whole
 from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
 from bam_merge.planning.fuse import fuse
@@ -31,7 +31,7 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
         if len(parts) < len(row.roles):
             continue
         stored.update((role, layer) for role in row.roles)
-        spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.checkpoint.tensors), 0)
+        spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.naming.names), 0)
         for index in range(len(parts[0].exprs)):
             expert = index if row.per_expert else None
             exprs = tuple(part.exprs[index] for part in parts)
@@ -69,7 +69,7 @@ def dtype_problems(recipe: Recipe, steps: list[Step]) -> list[str]:
     unfit: dict[str, str] = {}
     for step in steps:
         for leaf in expressions.leaves(step.expr):
-            read = stored(leaf)
+            read = whole(leaf)
             per_site.setdefault((step.role, step.layer), {}).setdefault(read.dtype, str(read))
             if target and read.dtype != target and read.dtype not in ARITHMETIC_DTYPES:
                 unfit.setdefault(read.dtype, str(read))

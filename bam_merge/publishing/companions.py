@@ -17,27 +17,36 @@ from bam_merge.merging.tensor import Finished
 from bam_merge.planning.card import model_card
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.manifest import manifest
-from bam_merge.sources.companions import companion
+from bam_merge.sources.tokenizer_writing import companion_documents
 
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
 
 
-def companion_files(plan: Plan) -> set[tuple[Path, FileIdentity]]:
-    """The files that are copied from the seed, as they are now."""
-    seed = plan.models[plan.recipe.seed_name].checkpoint
-    return {(seed.path / name, FileIdentity.of(os.stat(seed.path / name))) for name in seed.companions()}
+def companion_files(plan: Plan) -> set[tuple[str, Path, FileIdentity | None]]:
+    """The files that the output's tokenizer and generation files are made of, as they are now: (source, path, identity)."""
+    readers = {plan.recipe.seed_name, *plan.files.values(), *(plan.models if plan.alignment is not None else ())}
+    names = {(source, name) for name, source in plan.files.items()}
+    names.update((source, name) for source in readers for name in plan.models[source].checkpoint.companions())
+    paths = ((source, plan.models[source].checkpoint.path / name) for source, name in names)
+    return {(source, path, _identity(path)) for source, path in paths}
+
+
+def _identity(path: Path) -> FileIdentity | None:
+    try:
+        return FileIdentity.of(os.stat(path))
+    except FileNotFoundError:
+        return None
 
 
 def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished], descriptor: int) -> None:
     """config.json, index, tokenizer files, model code, model card and, last, the manifest."""
-    seed = plan.models[plan.recipe.seed_name].checkpoint
     documents = {"config.json": _json(plan.config)}
     if len(plan.shards) > 1:
         weight_map = {step.name: step.file for step in sorted(plan.steps, key=lambda step: step.name)}
         total = sum(step.nbytes for step in plan.steps)
         documents[INDEX] = _json({"metadata": {"total_parameters": plan.parameters, "total_size": total}, "weight_map": weight_map})
-    for name in seed.companions():
-        documents[name] = companion(seed.path / name)
+    folders = {name: model.checkpoint.path for name, model in plan.models.items()}
+    documents.update(companion_documents(plan.files, folders, plan.alignment))
     documents.update(model_code(plan.config))
     documents["README.md"] = model_card(plan).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}

@@ -34,22 +34,32 @@ def misplaced(plan: Plan, target: Path) -> list[str]:
     if os.path.lexists(target) and (why := _senseless(target)):
         return [f"{shown} {why}."]
     problems = []
-    here, path = identity(target), Path(os.path.realpath(target))
-    above = {identity(parent) for parent in target.parents} - {None}
-    for name, model in plan.models.items():
-        source = model.checkpoint.path.resolve()
-        if (here is not None and here in {identity(source), *map(identity, source.parents)}) or within(source, path):
-            problems.append(f"output.path: {shown} is, or holds, sources.{name} ({printable(str(source))}). Choose another folder.")
-        elif identity(source) in above or within(path, source):
-            problems.append(f"output.path: {shown} is inside sources.{name} ({printable(str(source))}). Choose another folder.")
+    for name, checkpoint in plan.checkpoints.items():
+        source = checkpoint.path.resolve()
+        if how := overlap(target, source):
+            problems.append(f"output.path: {shown} {how} sources.{name} ({printable(str(source))}). Choose another folder.")
     return problems or list(_unrecorded(plan))
+
+
+def overlap(target: Path, source: Path) -> str | None:
+    """How a result at `target` would overlap the folder `source`, in words between the two; None when it does not."""
+    here, path = identity(target), Path(os.path.realpath(target))
+    if (here is not None and here in {identity(source), *map(identity, source.parents)}) or within(source, path):
+        return "is, or holds,"
+    above = {identity(parent) for parent in target.parents} - {None}
+    return "is inside" if identity(source) in above or within(path, source) else None
 
 
 def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
     """Why `target` cannot be written, found before a byte is: misplaced, there already, no permission."""
-    shown = printable(str(target))
-    if problems := misplaced(plan, target):
-        return problems
+    return misplaced(plan, target) or occupied(target, force)
+
+
+def occupied(target: Path, force: bool) -> list[str]:
+    """Why nothing can be written at `target`: what stands there, or no permission."""
+    shown, problems = printable(str(target)), list[str]()
+    if os.path.lexists(target) and (why := _senseless(target)):
+        return [f"{shown} {why}."]
     if os.path.lexists(target):
         if not force:
             problems.append(f"{shown} already exists. Choose another --output, or replace it as a whole with --force.")
@@ -66,7 +76,7 @@ def preflight(plan: Plan, target: Path, force: bool) -> list[str]:
 def _unrecorded(plan: Plan) -> Iterator[str]:
     """The ways between recipe, sources and output that bam_merge.json, which is UTF-8, cannot record."""
     recipe = plan.recipe
-    ways = {f"sources.{name}": recipe.relative(recipe.source(name).path) for name in recipe.sources}
+    ways = {f"sources.{name}": recipe.relative(store.path) for name, store in recipe.stores.items()}
     for key, way in {**ways, "output.path": recipe_folder(plan)}.items():
         if way != way.encode(errors="replace").decode():
             what = "back from there to the recipe" if key == "output.path" else "there from the recipe"
@@ -78,12 +88,17 @@ def _unrecorded(plan: Plan) -> Iterator[str]:
 
 def space_problem(plan: Plan, target: Path) -> str | None:
     """A message when the file system lacks room for the output; what an unfinished run holds counts as room."""
+    return lack_of_space(plan.bytes_written, target, "the merge writes")
+
+
+def lack_of_space(nbytes: int, target: Path, who_writes: str) -> str | None:
+    """A message when the file system lacks room for `nbytes` at `target`; what an unfinished run holds counts as room."""
     parent = _existing_parent(target)
-    needed, free = plan.bytes_written + SMALL_FILES, shutil.disk_usage(parent).free + staged_bytes(target)
+    needed, free = nbytes + SMALL_FILES, shutil.disk_usage(parent).free + staged_bytes(target)
     if needed <= free:
         return None
     return (
-        f"{printable(str(parent))}: {free / 1e9:.2f} GB free, the merge writes {plan.bytes_written / 1e9:.2f} GB. "
+        f"{printable(str(parent))}: {free / 1e9:.2f} GB free, {who_writes} {nbytes / 1e9:.2f} GB. "
         "Free some space, or choose another --output."
     )
 

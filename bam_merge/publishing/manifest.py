@@ -32,6 +32,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
         "version": __version__,
         "recipe": plan.recipe.resolved(),
         "recipe_folder": recipe_folder(plan),
+        **({"accepted": list(plan.accepted)} if plan.accepted else {}),
         "sources": _source_records(plan, finished),
         "parameters": {"total": plan.parameters, "active": plan.active_parameters},
         "files": dict(sorted(files.items())),
@@ -48,7 +49,7 @@ def recipe_folder(plan: Plan) -> str:
 
 
 def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:
-    """For each source its path and, for each file read, a digest; for weights their size, and digests of header and tensors.
+    """For each folder that was read its path and, for each file read, a digest; for weights their size, and digests of header and tensors.
 
     A file's `digest` is the XXH3-128 of the header's digest and the digests of the tensors read, in file order.
     """
@@ -59,27 +60,27 @@ def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]
                 raise CheckpointError(
                     f"{key} changed while it was being merged (read again for {name}). Run again when nothing writes to it."
                 )
-    used: dict[str, dict[str, Read]] = {name: {} for name in plan.models}
+    used: dict[str, dict[str, Read]] = {name: {} for name in plan.checkpoints}
     for step in plan.steps:
         for read in expressions.reads(step.expr):
             used[read.source][read.tensor] = read
     records = {}
-    for source, model in plan.models.items():
+    for source, checkpoint in plan.checkpoints.items():
         files = {}
-        for file, header in model.checkpoint.files.items():
+        for file, header in checkpoint.files.items():
             entries = [entry for entry in header.tensors if entry.name in used[source]]
             digests = {}
             for entry in entries:
                 key = str(used[source][entry.name])
-                digests[entry.name] = known.get(key) or digest_range(model.checkpoint.path / file, entry.offset, entry.nbytes)
+                digests[entry.name] = known.get(key) or digest_range(checkpoint.path / file, entry.offset, entry.nbytes)
             if entries:
                 whole = xxhash.xxh3_128_hexdigest("".join([header.digest, *digests.values()]).encode())
                 files[file] = {"bytes": header.identity.size, "header": header.digest, "digest": whole, "tensors": digests}
         records[source] = {
-            "path": plan.recipe.relative(plan.recipe.source(source).path),
-            "config": model.checkpoint.config_digest,
-            "config_keys": key_digests(model.checkpoint.config),
-            "companions": companion_digests(model.checkpoint.path, model.checkpoint.companions()),
+            "path": plan.recipe.relative(plan.recipe.stores[source].path),
+            "config": checkpoint.config_digest,
+            "config_keys": key_digests(checkpoint.config),
+            "companions": companion_digests(checkpoint.path, checkpoint.companions()),
             "files": files,
         }
     return records

@@ -57,10 +57,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
             if staging.is_ours():
                 raise
             raise _deleted(staging) from error  # and that is why
-        checked = _checked(target, options)
-        staging.appear(target, replace_existing=checked is not None)
-        _make_durable(staging, target)
-        staging.remove(checked)
+        put_in_place(staging, target, options.force)
     except SyncFailed:
         staging.forget()
         raise
@@ -76,7 +73,7 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     finished = _run(plan, staging, options, done)
     write_companions(plan, staging.output, finished, staging.files)
     check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
-    if changes := [changed(plan.recipe.seed_name, path) for path, _ in companions ^ companion_files(plan)]:
+    if changes := [changed(source, path) for source, path, _ in companions ^ companion_files(plan)]:
         raise CheckpointError(*dict.fromkeys(changes))
     sync_descriptor(staging.files, staging.output)
     if options.level is not None and staging.is_ours():  # verification looks where the name leads
@@ -89,9 +86,17 @@ def _deleted(staging: Staging) -> OutputError:
     return OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
 
 
-def _checked(target: Path, options: MergeOptions) -> Mapping[str, Which] | None:
+def put_in_place(staging: Staging, target: Path, force: bool) -> None:
+    """Give what is finished its final name, durably, in place of what `force` may replace; and clear up. Raises OutputError."""
+    checked = _checked(target, force)
+    staging.appear(target, replace_existing=checked is not None)
+    _make_durable(staging, target)
+    staging.remove(checked)
+
+
+def _checked(target: Path, force: bool) -> Mapping[str, Which] | None:
     """The files of what --force is about to replace, which may be deleted then; None when it replaces nothing. Raises OutputError."""
-    if not options.force or not os.path.lexists(target):
+    if not force or not os.path.lexists(target):
         return None
     why, found = why_kept(target)
     if why is not None:
@@ -155,8 +160,8 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
         document = read_manifest(target)
         made = os.stat(target / MANIFEST).st_mtime_ns
         complete = all(os.stat(target / shard.file).st_size == shard.nbytes for shard in plan.shards)
-        for name, model in plan.models.items():
-            known, checkpoint = document["sources"][name], model.checkpoint
+        for name, checkpoint in plan.checkpoints.items():
+            known = document["sources"][name]
             files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
             found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
             changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]

@@ -137,6 +137,14 @@ class Staging:
             self._append(header)
         return done
 
+    def begin_afresh(self) -> None:
+        """Start with an empty output folder, for what is made in one go and never resumed."""
+        if JOURNAL in os.listdir(self.lock):
+            self.notify("an unfinished run is discarded; --resume would have continued it.")
+        self.forget()
+        with writing(self.output):
+            self._begin_output()
+
     def _begin_output(self) -> None:
         """A new, empty output folder. Its mode is by the umask, as it will be published; until then nobody gets through ours."""
         self._close_files()

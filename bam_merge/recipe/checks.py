@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
+from bam_merge.recipe.accepting import accept_problems
 from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging
+from bam_merge.recipe.places import Adapted, base_problems, based_on
 from bam_merge.recipe.rules import covers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
@@ -30,18 +32,54 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     for index, rule in enumerate(recipe.rules):
         yield from _rule(recipe, rule, ("rules", index))
     used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging) for name in make.named)}
+    used |= {name for _, name in _of_tokenizer(recipe)}
+    yield from _tokenizer(recipe)
     for name in recipe.sources:
-        if name not in used:
+        if name not in used | based_on(recipe.sources):
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
+    yield from base_problems(recipe.sources)
     yield from _paths(recipe)
+    yield from accept_problems(recipe.accept, recipe.sources)
     try:
         parse_size(recipe.output.max_shard_size)
     except ValueError as error:
         yield ("output", "max_shard_size"), str(error)
 
 
+TOKENIZER_WORDS = {"source": ("union",), "missing": ("mean", "zeros")}
+"""What may stand at these keys of `tokenizer` in the place of a source."""
+
+
+def _of_tokenizer(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    """(key, source) of the sources that `tokenizer` names."""
+    if recipe.tokenizer is not None:
+        for key in ("source", "missing", "chat_template"):
+            name = getattr(recipe.tokenizer, key)
+            if name is not None and name not in TOKENIZER_WORDS.get(key, ()):
+                yield key, name
+
+
+def _tokenizer(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    for key, name in _of_tokenizer(recipe):
+        if name not in recipe.sources:
+            known = (*TOKENIZER_WORDS.get(key, ()), *recipe.sources)
+            yield ("tokenizer", key), f"{printable(name)!r} is not among the sources{nearest(name, known)}"
+    for key, words in TOKENIZER_WORDS.items():
+        word = getattr(recipe.tokenizer, key, None)
+        if word in words and word in recipe.sources:
+            yield ("tokenizer", key), f"{word} is a word of this key, and a source is called so too; rename the source."
+
+
 def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
-    paths: dict[DocumentPath, str] = {("sources", name): recipe.source(name).path for name in recipe.sources}
+    paths: dict[DocumentPath, str] = {}
+    for name, source in recipe.sources.items():
+        if not isinstance(source, Adapted):
+            paths["sources", name] = source if isinstance(source, str) else source.path
+            continue
+        paths["sources", name, "base"] = source.base
+        for index, item in enumerate(source.adapters):
+            place: DocumentPath = () if isinstance(source.adapter, str) else (index, "path")
+            paths["sources", name, "adapter", *place] = item.path
     for place, path in {**paths, ("output", "path"): recipe.output.path}.items():
         wrong = path_problem(path)
         if wrong:

@@ -50,7 +50,8 @@ def _described(path: DocumentPath, items: list[tuple[Any, list[str]]], root: typ
         key = "init" if path[:1] == ("router",) else "make"
         match item["type"]:
             case "extra_forbidden":
-                yield path, f"unknown key{nearest(str(path[-1]), _valid_keys(path, tags, root))}"
+                others = [key for key in _valid_keys(path, tags, root) if key != path[-1]]  # it may be one of another form
+                yield path, f"unknown key{nearest(str(path[-1]), others)}"
             case "missing" if item not in lacking:
                 yield path, "is required and missing"
             case "union_tag_not_found":

@@ -8,8 +8,9 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag
 from bam_merge import expressions
 from bam_merge.errors import RecipeError
 from bam_merge.paths import located, relative
+from bam_merge.recipe.accepting import Accept
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
-from bam_merge.recipe.places import Folder, Source, long_form, short_form
+from bam_merge.recipe.places import Folder, Source, Store, long_form, model_store, recorded, stores
 from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
@@ -57,6 +58,21 @@ else:
     ]
 
 
+class Vocabulary(Strict):
+    source: str = Field(
+        default="union",
+        min_length=1,
+        description="union: the first source's tokenizer, with the tokens that only others have after its own; or the source whose it is",
+    )
+    pad_to_multiple_of: Count | None = Field(default=None, description="embeddings and head have a multiple of so many rows")
+    missing: str = Field(
+        default="mean",
+        min_length=1,
+        description="a token's row for a source that lacks it: mean of the rows of those that have it, zeros, or a source's name",
+    )
+    chat_template: str | None = Field(default=None, min_length=1, description="the source whose chat template the result has")
+
+
 class Output(Strict):
     path: str = Field(min_length=1, description="the folder where the result appears, relative to the recipe")
     layout: str | None = Field(default=None, description="names and config of the result; default bam, for method merge the dense family")
@@ -72,7 +88,9 @@ class Recipe(Strict):
     method: Literal["bam", "btx", "sparse_upcycling", "merge"] = Field(
         description="what becomes an expert: attention and FFN; FFN; FFN, of copies of one model; nothing, the result is dense"
     )
-    sources: dict[str, Source] = Field(min_length=1, description="name: a Hugging Face folder, relative to the recipe")
+    sources: dict[str, Source] = Field(
+        min_length=1, description="name: a Hugging Face folder, relative to the recipe; or {base: ..., adapter: ...}: with a LoRA adapter"
+    )
     experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
     attention: Attention | None = Field(default=None, description="method bam only")
     ffn: Ffn | None = Field(default=None, description="methods of mixtures only")
@@ -83,6 +101,10 @@ class Recipe(Strict):
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = Field(
         default=(), description="before the method's own rules; the first rule that matches a tensor makes it"
     )
+    tokenizer: Vocabulary | None = Field(
+        default=None, description="align sources whose vocabularies differ a little, token by token; without it they must agree"
+    )
+    accept: Accept | None = Field(default=None, description="differences between the sources that are refused otherwise")
     random_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="with a tensor's name it seeds that tensor's generator, and nothing else does"
     )
@@ -136,13 +158,21 @@ class Recipe(Strict):
         return located(path, self.folder, RecipeError)
 
     def source(self, name: str) -> Folder:
-        """Everything that the recipe says of a source."""
-        return long_form(self.sources[name])
+        """Everything that the recipe says of the model that a source is, or is an adapter on."""
+        return long_form(self.sources, name)
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """Every folder that tensors are read from, by the name that plans and manifests call it."""
+        return stores(self.sources)
+
+    def model_store(self, name: str) -> str:
+        """The name in `stores` of the folder that has a source's config.json and tokenizer."""
+        return model_store(self.sources, name)
 
     def recorded(self, name: str) -> Any:
         """A source as a document has it that must not hold absolute paths."""
-        source = self.source(name)
-        return short_form(source.model_copy(update={"path": self.relative(source.path)}))
+        return recorded(self.sources[name], self.sources, self.relative)
 
     def relative(self, path: str) -> str:
         """`path` relative to the recipe's folder, for documents that must not hold absolute paths."""

@@ -31,22 +31,33 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {count(workers, 'worker')}",
         "output": f"{printable(str(target), 1000)} ({human_bytes(free)} free)",
     }
-    lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value)]
+    lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value), *_tokens(plan)]
     for source, reasons in plan.unused.items():
         for reason, names in _grouped(reasons).items():
-            lines.append(
-                f"{'not read':12} {source}: {count(len(names), 'tensor')} ({names[0]}{', ...' if len(names) > 1 else ''}): {reason}"
-            )
+            first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
+            lines.append(f"{'not read':12} {source}: {count(len(names), 'tensor')}{_size(plan, source, names)} ({first}): {reason}")
+    lines += [f"{'accepted':12} {warning}" for warning in plan.accepted]
     lines += [f"{'note':12} {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
 def _tokenizer(plan: Plan) -> str:
     """Whose tokenizer the output gets; a plan's notes say more where the sources differ."""
-    have = [name for name, model in plan.models.items() if VOCABULARIES.intersection(model.checkpoint.companions())]
-    if plan.recipe.seed_name in have:
-        return f"of {plan.recipe.seed_name}"
-    return f"none: {plan.recipe.seed_name} has none" if have else "none: no source has one, so their ids could not be compared"
+    given = next((source for name, source in plan.files.items() if name in VOCABULARIES), None)
+    if plan.alignment is None:
+        return f"of {given}" if given else "none: no source has one, so their ids could not be compared"
+    found = plan.alignment
+    added = f" and {count(len(found.added), 'token')} of others" if found.added else ""
+    return f"of {given}{added}: {count(len(found.ids), 'token')}, {found.shared:,} in all sources; {count(found.rows, 'row')}"
+
+
+def _tokens(plan: Plan) -> Iterator[str]:
+    """What each source gives to one vocabulary."""
+    if plan.alignment is not None:
+        for name, mine in plan.alignment.sources.items():
+            counts = {"moved": mine.moved, "left out": len(mine.lost), "made": mine.made}
+            parts = [f"{number:,} {what}" for what, number in counts.items() if number]
+            yield f"{'tokens':12} {name}: {', '.join([f'{mine.tokens:,}', *parts])}"
 
 
 def result_text(plan: Plan, target: Path) -> str:
@@ -55,6 +66,13 @@ def result_text(plan: Plan, target: Path) -> str:
         f"{printable(str(target), 1000)}: {plan.parameters:,} parameters ({plan.active_parameters:,} active per token), "
         f"{count(len(plan.steps), 'tensor')}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}"
     )
+
+
+def _size(plan: Plan, source: str, names: list[str]) -> str:
+    """How many bytes stand beside the text model of a wrapper: they may be a good part of a download."""
+    model = plan.models[source]
+    beside = [model.checkpoint.tensors[name].nbytes for name in names if name in model.naming.beside]
+    return f", {human_bytes(sum(beside))}" if beside else ""
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,10 +1,11 @@
 """Whether the sources can be merged: a table of all that they disagree in."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from bam_merge.architectures import rope_function
 from bam_merge.architectures.config import NEUTRAL
+from bam_merge.recipe.accepting import ACCEPTABLE
 from bam_merge.sources.dense import DenseModel
 from bam_merge.sources.harmless import find
 from bam_merge.text import printable
@@ -18,8 +19,9 @@ SILENT = ("untied", "sliding", "use_sliding_window", "max_position_embeddings", 
 
 
 ADVICE = {
-    "vocab_size": "Embeddings are never cut; align the tokenizers first.",
-    "tie_word_embeddings": "Tied and untied models cannot be mixed; untie the others first (save lm_head as a copy).",
+    "vocab_size": "Embeddings are never cut; align the tokenizers first: tokenizer: {source: union} in the recipe does it, by token.",
+    "tie_word_embeddings": "Tied and untied models cannot be mixed; untie the others first (save lm_head as a copy), or "
+    "accept: {head: stored}.",
 }
 
 
@@ -47,7 +49,7 @@ def _facts(model: DenseModel, first: DenseModel) -> Iterator[str]:
             yield from _rotary(model, first)
         elif key in differ and not _follows(key, differ, model, first):
             label, mine, theirs, more = contrast(key, model.facts.get(key), first.facts.get(key))
-            advice = ADVICE.get(key, "Experts must share it.")
+            advice = ADVICE.get(key) or f"Experts must share it{_or_accept(key, first)}."
             yield f"sources.{model.name}: {label} = {mine}, sources.{first.name} has {theirs} (config.json){more}. {advice}"
 
 
@@ -57,7 +59,7 @@ def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) 
     trait = str(model.family.traits.get(key, ""))
     if trait.startswith("config:") and trait != f"config:{key}":  # qk_norm of use_qk_norm, the output's bias of attention_bias
         return True
-    unsaid = all(side.checkpoint.config.get(key) is None for side in (model, first)) and key not in model.family.defaults
+    unsaid = all(side.config.get(key) is None for side in (model, first)) and key not in model.family.defaults
     match key:
         case "layer_types":
             no_window = facts["sliding_window"] is None or others["sliding_window"] is None
@@ -69,7 +71,33 @@ def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) 
     return False
 
 
+def _or_accept(key: str, first: DenseModel) -> str:
+    """The recipe's way out, for a fact that has one."""
+    fact = next((fact for fact, what in ACCEPTABLE.items() if key in what.keys), None)
+    return f", or the recipe accepts one for all: accept: {{facts: {{{fact}: {first.name}}}}}" if fact else ""
+
+
+def fact_differences(keys: Iterable[str], model: DenseModel, first: DenseModel) -> Iterator[tuple[str, str, str]]:
+    """(what differs, in `model`, in `first`), in words, of all that differs in these facts."""
+    for key in keys:
+        mine, theirs = model.facts.get(key), first.facts.get(key)
+        if key == "rope_parameters":
+            yield from ((label, here, there) for label, here, there, _ in _rotary_differences(model, first))
+        elif mine != theirs:
+            yield contrast(key, mine, theirs)[:3]
+
+
 def _rotary(model: DenseModel, first: DenseModel) -> Iterator[str]:
+    found = list(_rotary_differences(model, first))
+    if found:
+        parts = [f"{label} {here} here, {there} there{more}" for label, here, there, more in found]
+        way_out = "" if any(label == "partial_rotary_factor" for label, *_ in found) else _or_accept("rope_parameters", first)
+        said = "; ".join(parts)
+        yield f"sources.{model.name}: rotary embedding differs from sources.{first.name}: {said}. Experts must share it{way_out}."
+
+
+def _rotary_differences(model: DenseModel, first: DenseModel) -> Iterator[tuple[str, str, str, str]]:
+    """(what differs, here, there, how much more) of what the two rotary embeddings compute."""
     mine, theirs = (
         rope_function.effective(side.facts["rope_parameters"], side.facts["max_position_embeddings"]) for side in (model, first)
     )
@@ -78,18 +106,13 @@ def _rotary(model: DenseModel, first: DenseModel) -> Iterator[str]:
         different = [
             key for key in different if key not in rope_function.WORDS or key in ("rope_type", "rope_theta", "partial_rotary_factor")
         ]
-    parts = []
-    for key in different:
-        label, here, there, more = contrast(key, mine.get(key, ABSENT), theirs.get(key, ABSENT))
-        parts.append(f"{label} {here} here, {there} there{more}")
-    if parts:
-        yield f"sources.{model.name}: rotary embedding differs from sources.{first.name}: {'; '.join(parts)}. Experts must share it."
+    yield from (contrast(key, mine.get(key, ABSENT), theirs.get(key, ABSENT)) for key in different)
 
 
 def _unknown_keys(model: DenseModel, first: DenseModel) -> Iterator[str]:
     """Keys that neither the family's table nor the list of harmless ones has at this value, where the sources differ in them."""
     for key in sorted({*model.unknown_keys, *first.unknown_keys}):
-        mine, theirs = (side.checkpoint.config.get(key, ABSENT) for side in (model, first))
+        mine, theirs = (side.config.get(key, ABSENT) for side in (model, first))
         if mine == theirs:
             continue
         label, here, there, more = contrast(key, mine, theirs)
@@ -102,7 +125,8 @@ def _unknown_keys(model: DenseModel, first: DenseModel) -> Iterator[str]:
         other = "has none" if theirs is ABSENT else f"has {label} = {there}" if mine is ABSENT else f"has {there}"
         if mine is ABSENT:
             has = f"has no {printable(key)}"
-        yield f"sources.{model.name}: config.json {has}, sources.{first.name} {other}{more}; {why}. Make them agree."
+        way_out = f"Make them agree, or accept it: accept: {{config: [{printable(key)}]}}"
+        yield f"sources.{model.name}: config.json {has}, sources.{first.name} {other}{more}; {why}. {way_out}."
 
 
 def contrast(key: str, mine: Any, theirs: Any) -> tuple[str, str, str, str]:

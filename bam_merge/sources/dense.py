@@ -1,16 +1,21 @@
 """A dense checkpoint read through its family's table: what it computes (facts) and where each role's tensor is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
 from bam_merge.architectures.locate import Cell, applies, cells, cut, locate, shape_of
+from bam_merge.architectures.naming import Naming, adapter_problem, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
+from bam_merge.architectures.quantisation import quantised_refusal
 from bam_merge.architectures.spellings import conflicts, settled_keys
 from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
+from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
+from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.kinds import staged
 from bam_merge.checkpoints.pieces import Leaf, Read
 from bam_merge.errors import CheckpointError
 from bam_merge.expressions import Expr
@@ -22,47 +27,103 @@ Site = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
-class DenseModel:
-    """One source. `facts` is its configuration in one vocabulary for all families; `tensors` says where each role is.
+class Adapter:
+    """An adapter of a source: what plans call its folder, what its updates are multiplied with, and which of its tensors are known and
+    not used, with the reason."""
 
-    `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows.
+    store: str
+    folder: AdapterFolder
+    weight: float
+    dropped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """One source. `config` is that of its text model, in the family's own keys; `facts` what it says, in one vocabulary for all families;
+    `tensors` says where each role is.
+
+    `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows;
+    `copies` the heads that are stored although the configuration ties them; `naming` says what its tensors are called in the files,
+    `notes` what is unlike a plain folder of the family, and `warnings` what the recipe accepts of it.
+    One with `adapters` is a base with these; `checkpoint`, `config` and the rest are the base's, which plans call `store`.
     """
 
     name: str
     checkpoint: Checkpoint
     family: Architecture
+    config: Mapping[str, Any]
     facts: Mapping[str, Any]
     tensors: Mapping[Site, Expr]
     dropped: Mapping[str, str]
     unknown_keys: Mapping[str, Any]
+    store: str = ""
+    adapters: tuple[Adapter, ...] = ()
+    copies: tuple[str, ...] = ()
+    naming: Naming = field(default_factory=lambda: Naming({}))
+    wrapper: Wrapper | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def store_name(self) -> str:
+        """What plans call the folder of `checkpoint`."""
+        return self.store or self.name
+
+    @property
+    def stores(self) -> dict[str, Checkpoint]:
+        """Every folder that its tensors are read from, by the name that plans call it."""
+        return {self.store_name: self.checkpoint, **{adapter.store: adapter.folder for adapter in self.adapters}}
+
+    @property
+    def unread(self) -> dict[str, Mapping[str, str]]:
+        """The tensors of each of these folders that are known and not used, with the reason."""
+        return {self.store_name: self.dropped, **{adapter.store: adapter.dropped for adapter in self.adapters}}
 
 
-def read_dense(name: str, path: Path) -> DenseModel:
-    """Open the source called `name` at `path`. Raises CheckpointError with all its problems, each prefixed with its name."""
+def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> DenseModel:
+    """Open the source called `name` at `path`, unless it is open already. Raises CheckpointError with all its problems, each prefixed with
+    its name."""
+    if unfinished := staged(path):
+        raise CheckpointError(f"sources.{name}: {printable(str(path), 1000)}: this is {unfinished}.")
     try:
-        checkpoint = open_folder(path)
+        checkpoint = checkpoint or open_folder(path)
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
-    family = find_by_model_type(checkpoint.config.get("model_type"))
+    unwrapped = unwrap(checkpoint.config)
+    if unwrapped.problems:
+        raise CheckpointError(*(f"sources.{name}: {problem}" for problem in unwrapped.problems))
+    family = find_by_model_type(unwrapped.config.get("model_type"))
     if family is None or family.kind != "dense":
         known = ", ".join(a.name for a in dense_families())
         found = checkpoint.config.get("model_type")
         what = "a mixture already" if family else "not a dense family known here"
         raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. Known dense families: {known}.")
     problems: list[str] = []
-    if is_quantised(checkpoint.config):
-        problems.append("config.json has a quantization_config; quantised weights cannot be merged. Use the full-precision model.")
-    facts = describe(family, checkpoint.config, problems)
-    problems += refusals(checkpoint.config)
-    problems += conflicts(family, checkpoint.config)
-    tensors = _Tensors(name, family, facts, checkpoint, problems)
-    if facts:
+    quantised = is_quantised(checkpoint.config) or is_quantised(unwrapped.config)
+    if quantised:
+        stated = checkpoint.config if is_quantised(checkpoint.config) else unwrapped.config
+        problems.append(quantised_refusal(name, path, replace(checkpoint, config=dict(stated))))
+    naming = find_naming(checkpoint.tensors, family, unwrapped.wrapper)
+    config = {**unwrapped.config, **ties_of(unwrapped, family, naming)}
+    facts = describe(family, config, problems)
+    problems += refusals(config)
+    problems += conflicts(family, config)
+    tensors = _Tensors(name, family, facts, checkpoint, naming, problems)
+    if facts and not quantised:  # whose tensors are others
         tensors.settle()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
     known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *settled_keys(family)}
-    unknown = {k: v for k, v in checkpoint.config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
-    return DenseModel(name, checkpoint, family, facts, tensors.taken, tensors.dropped, unknown)
+    unknown = {k: v for k, v in config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
+    notes = [naming.note] if naming.note else []
+    dropped = tensors.dropped
+    if unwrapped.wrapper is not None:
+        notes.append(wrapper_note(unwrapped.wrapper, naming.beside))
+        dropped = {**dropped, **{tensor: beside_text(unwrapped.wrapper, what) for tensor, what in naming.beside.items()}}
+    return DenseModel(
+        name, checkpoint, family, config, facts, tensors.taken, dropped, unknown, copies=tuple(tensors.copies), naming=naming,
+        wrapper=unwrapped.wrapper, notes=tuple(notes),
+    )  # fmt: skip
 
 
 # ---- the tensors ---------------------------------------------------------------------------------------------------------
@@ -76,15 +137,21 @@ class _Tensors:
     family: Architecture
     facts: Mapping[str, Any]
     checkpoint: Checkpoint
+    naming: Naming
     problems: list[str]
     taken: dict[Site, Leaf] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
 
     def settle(self) -> None:
         """Every cell of the family's table is taken, dropped with a reason, or a problem."""
-        layers = self.facts["num_hidden_layers"]
-        found = locate(self.checkpoint.tensors, cells(self.family, layers), lambda cell: applies(cell, self.facts))
-        for cell, names, wanted in found.met:
+        if self.naming.problem is not None:
+            self.problems.append(self.naming.problem)
+            return
+        layers, stored = self.facts["num_hidden_layers"], self.naming.names
+        found = locate(stored, cells(self.family, layers), lambda cell: applies(cell, self.facts))
+        for cell, own, wanted in found.met:
+            names = [stored[name] for name in own]
             if not cell.row.roles:
                 self.dropped[names[0]] = "a buffer that loading recomputes"
             elif len(names) > 1:
@@ -93,15 +160,18 @@ class _Tensors:
                 (self.take if wanted else self.refuse)(cell, names[0])
         if found.missing:
             self.report_missing(found.missing)
-        if found.extra:
+        extra = [*(stored[name] for name in found.extra), *self.naming.others]
+        if extra:
             self.problems.append(
-                f"{some(found.extra)}: {len(found.extra)} tensor(s) that {self.family.name} with {layers} layers does not have. "
+                adapter_problem(extra)
+                or f"{some(extra)}: {len(extra)} tensor(s) that {self.family.name} with {layers} layers does not have. "
                 "Nothing is dropped silently: remove them, or correct config.json."
             )
 
     def refuse(self, cell: Cell, name: str) -> None:
         if cell.row.roles == ("head",):
-            self.dropped[name] = "config.json ties the head to the embeddings"  # settle_heads sees whether this copy equals them
+            self.copies.append(name)
+            self.dropped[name] = "config.json ties the head to the embeddings"  # settle_copies sees whether this copy equals them
         else:
             self.problems.append(
                 f"{name} is present, but config.json has {cell.row.when}=false, so that transformers would ignore it. "

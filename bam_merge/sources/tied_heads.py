@@ -6,14 +6,15 @@ question of a plan that headers cannot answer: the two tensors are compared byte
 
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from bam_merge.architectures.tables import head_names
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
+from bam_merge.checkpoints.pieces import Read, whole
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
+from bam_merge.expressions import Expr
 from bam_merge.sources.dense import DenseModel
 from bam_merge.text import printable
 
@@ -21,47 +22,127 @@ PIECE = 2**20
 """Elements that are compared at a time: a multiple of eight, so that pieces of the smallest dtypes begin at a byte."""
 
 
-def settle_heads(models: list[DenseModel]) -> tuple[list[DenseModel], list[str]]:
-    """`models` with every head either its own or the embeddings, and what stands against that.
+@dataclass
+class Heads:
+    """The sources with every head settled, and what is to be said of it."""
 
-    A tied source may store a head that equals its embeddings: it is dropped. Beside tied sources, an untied one whose head equals its
-    embeddings is tied as well. (One whose head differs is left, and disagrees with the others in tie_word_embeddings.)
+    models: list[DenseModel]
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def settle_copies(model: DenseModel, accept: str | None = None) -> tuple[DenseModel, list[str]]:
+    """A tied model without the heads that it stores all the same, and what stands against that.
+
+    A head that equals the embeddings is dropped. Where the recipe accepts one, a head that differs counts ("stored"), so that the model is
+    untied, or is dropped ("tied"): that is a warning of the model's.
     """
+    if not model.copies:
+        return model, []
+    tensors, embeddings = model.checkpoint.tensors, whole(model.tensors["embed", None]).tensor  # type: ignore[arg-type]
+    plain = isinstance(model.tensors["embed", None], Read)
+    try:
+        places = {name: _where(model, tensors[embeddings], tensors[name], plain) for name in model.copies}
+    except CheckpointError as error:
+        return model, [f"sources.{model.name}: {problem}" for problem in error.problems]
+    name, where = next(((name, where) for name, where in places.items() if where), ("", ""))
+    if not name:
+        why = "the head is tied to the embeddings, and this copy equals them"
+        return replace(model, dropped={**model.dropped, **dict.fromkeys(model.copies, why)}), []
+    stored, embed = printable(name), printable(embeddings)
+    differs = f"differs from {embed} ({where})"
+    if accept == "tied":
+        why = "it differs from the embeddings that config.json ties it to, and the recipe accepts head: tied"
+        warning = (
+            f"{stored} of {model.name} {differs} and is dropped, since config.json ties it: the embeddings are the head, which is not what "
+            "transformers computes with."
+        )
+        return replace(model, dropped={**model.dropped, name: why}, warnings=(*model.warnings, warning)), []
+    entry = tensors[name]
+    if accept == "stored" and entry.shape == tensors[embeddings].shape and where != QUANTISED:
+        warning = f"{stored} of {model.name} {differs} and counts, though config.json ties it: the result is untied."
+        kept = {tensor: why for tensor, why in model.dropped.items() if tensor != name}
+        untied = replace(model, dropped=kept, copies=(), warnings=(*model.warnings, warning))
+        return _untied(untied, Read(model.name, name, entry.dtype, entry.shape)), []
+    return model, [
+        f"sources.{model.name}: config.json has tie_word_embeddings=true, but the file holds {stored}, which {differs}. transformers "
+        "computes with the stored head, other programs with the embeddings. Set tie_word_embeddings to false in config.json, so that the "
+        f"stored head counts; or remove {stored}, so that the embeddings count. Or say it in the recipe: accept: {{head: stored}}, or "
+        "accept: {head: tied}."
+    ]
+
+
+QUANTISED = "stored as 8-bit floats: not compared"
+
+
+def _where(model: DenseModel, embeddings: TensorEntry, head: TensorEntry, plain: bool) -> str:
+    """Where a stored head differs from the embeddings; 8-bit floats, which have scales beside them, are not compared."""
+    return difference(model.checkpoint, embeddings, head) if plain and not head.dtype.startswith("F8_E") else QUANTISED
+
+
+def settle_heads(models: list[DenseModel], accept: str | None = None) -> Heads:
+    """`models`, whose copies are settled, with every head either its own or the embeddings, and what stands against that.
+
+    Beside tied sources, an untied one whose head equals its embeddings is tied as well. Where the recipe accepts heads of their own
+    ("stored"), tied ones take their embeddings for one. (Else an untied one whose head differs is left, and disagrees with the others in
+    tie_word_embeddings.)
+    """
+    heads = Heads(models, warnings=list(dict.fromkeys(warning for model in models for warning in model.warnings)))
     tied = next((model.name for model in models if model.facts["tie_word_embeddings"]), None)
-    settled, problems = [], []
-    for model in models:
-        try:
-            found = _tied(model, tied) if tied is not None else model
-        except CheckpointError as error:
-            problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
-            found = model
-        settled.append(found)
-    return settled, problems
+    if tied is not None:
+        own = {model.name: model for model in models if _has_own_head(model, heads)}
+        if own and accept == "stored":
+            heads.models = [_with_embeddings_as_head(model, next(iter(own)), heads) for model in models]
+        else:
+            heads.models = [model if model.name in own else _tied(model, tied) for model in models]
+    if accept is not None and not heads.warnings and not heads.problems:
+        heads.notes.append(f"accept.head: {accept} need not be accepted: no head differs from embeddings that it is tied to.")
+    return heads
+
+
+def _has_own_head(model: DenseModel, heads: Heads) -> bool:
+    """Whether the head is another matrix than the embeddings. Of one that an adapter changed, or that is computed, it is taken to be."""
+    if model.facts["tie_word_embeddings"]:
+        return False
+    embed, head = model.tensors["embed", None], model.tensors["head", None]
+    if not all(isinstance(end, Read) and end.source == model.store_name for end in (embed, head)):
+        return embed != head
+    tensors = model.checkpoint.tensors
+    try:
+        return bool(difference(model.checkpoint, *(tensors[whole(end).tensor] for end in (embed, head))))  # type: ignore[arg-type]
+    except CheckpointError as error:
+        heads.problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
+        return False
+
+
+def _untied(model: DenseModel, head: Expr) -> DenseModel:
+    """`model` with a head of its own, which the table's order puts last."""
+    return replace(
+        model, facts={**model.facts, "tie_word_embeddings": False, "untied": True}, tensors={**model.tensors, ("head", None): head}
+    )
+
+
+def _with_embeddings_as_head(model: DenseModel, own: str, heads: Heads) -> DenseModel:
+    """A tied model beside one with a head of its own: what it computes with as its head is its embeddings."""
+    if not model.facts["tie_word_embeddings"]:
+        return model
+    heads.warnings.append(
+        f"{model.name} is tied and {own} has a head of its own, so the result is untied: the embeddings of {model.name} serve as its head."
+    )
+    return _untied(model, model.tensors["embed", None])
 
 
 def _tied(model: DenseModel, other: str) -> DenseModel:
-    """`model` without a head of its own, where that changes nothing. Raises CheckpointError where it claims so and it would."""
-    tensors = model.checkpoint.tensors
-    names = [name for name in head_names(model.family) if name in tensors]
-    embeddings = next(name for row in model.family.rows if row.roles == ("embed",) for name in row.names if name in tensors)
+    """A model whose head equals its embeddings without it, beside one that is tied."""
     if model.facts["tie_word_embeddings"]:
-        problems = [
-            f"config.json has tie_word_embeddings=true, but the file holds {printable(name)}, which differs from {printable(embeddings)} "
-            f"({where}). transformers computes with the stored head, other programs with the embeddings. Set tie_word_embeddings to "
-            f"false in config.json, so that the stored head counts; or remove {printable(name)}, so that the embeddings count."
-            for name in names
-            if (where := difference(model.checkpoint, tensors[embeddings], tensors[name]))
-        ]
-        if problems:
-            raise CheckpointError(*problems)
-        why = "the head is tied to the embeddings, and this copy equals them"
-        return replace(model, dropped={**model.dropped, **dict.fromkeys(names, why)})
-    if any(difference(model.checkpoint, tensors[embeddings], tensors[name]) for name in names):
         return model
     why = f"the head equals the embeddings, and sources.{other} has it tied to them: so has the result"
     facts = {**model.facts, "tie_word_embeddings": True, "untied": False}
     kept = {site: expr for site, expr in model.tensors.items() if site[0] != "head"}
-    return replace(model, facts=facts, tensors=kept, dropped={**model.dropped, **dict.fromkeys(names, why)})
+    head = model.tensors["head", None]
+    dropped = {head.tensor: why} if isinstance(head, Read) else {}
+    return replace(model, facts=facts, tensors=kept, dropped={**model.dropped, **dropped})
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------------

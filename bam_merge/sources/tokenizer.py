@@ -1,20 +1,19 @@
 """Do the sources tokenise alike? Models whose token ids mean different words cannot share embeddings."""
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-import xxhash
-
-from bam_merge.checkpoints.folder import TOKENIZER_FILES, VOCABULARIES
-from bam_merge.checkpoints.header import lookalike
-from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
-from bam_merge.sources.companions import companion, companion_notes, read_companion
+from bam_merge.recipe.schema import Vocabulary as Wanted
+from bam_merge.sources.alignment import UNION, Alignment, align
+from bam_merge.sources.companions import companion
 from bam_merge.sources.dense import DenseModel
-from bam_merge.sources.tokenizer_forms import FORMS, PARTIAL, Form, Load, as_json, read_form, same_token
+from bam_merge.sources.tokenizer_forms import PARTIAL, Form, as_json, same_token
+from bam_merge.sources.tokenizer_reading import Tokenizer, TokenizerFindings, open_tokenizers
+from bam_merge.sources.tokenizer_writing import writing_notes, writing_problems
+from bam_merge.sources.vocabulary import base_differs, in_numbers, vocabulary
 from bam_merge.text import printable, some
 
 __all__ = ["TokenizerFindings", "companion", "compare_tokenizers"]
@@ -26,98 +25,64 @@ REMEDY = "The embeddings would be averaged over different words; align the token
 STALE = "Remove the one that is out of date."
 
 
-@dataclass
-class TokenizerFindings:
-    """What the sources' tokenizers, and the files that go with them, have wrong (`problems`) and what a plan has to say (`notes`)."""
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A source's tokenizer: its forms by file name, in the order in which a loader looks for them."""
-
-    source: str
-    forms: dict[str, Form]
-
-    @property
-    def there(self) -> bool:
-        """Whether a file names tokens: what only adds to a tokenizer is none."""
-        return not VOCABULARIES.isdisjoint(self.forms)
-
-
 def compare_tokenizers(models: Sequence[DenseModel]) -> TokenizerFindings:
     """Compare every form of every source's tokenizer with the others', and check what the output takes of the first source, the seed.
 
     Ids must mean the same tokens wherever two sources name them, and merges or scores be the same; how text is split before that may
     differ between versions of a library, so it is a note, as is what cannot be compared.
     """
-    found = TokenizerFindings()
-    for model in models:
-        found.problems += [f"sources.{model.name}: {problem}" for problem in _unreadable(model)]
-    if found.problems or not models:
+    found, tokenizers = open_tokenizers(models)
+    if not tokenizers:
         return found
-    parsed: dict[str, Any] = {}
-
-    def load(data: bytes) -> Any:
-        digest = xxhash.xxh3_128_hexdigest(data)
-        if digest not in parsed:
-            parsed[digest] = load_json(data)
-        return parsed[digest]
-
-    cache: dict[tuple[str, str], Form] = {}
-    tokenizers = [_read(models[0], cache, found.problems, load)]
-    copied = models[0].checkpoint.companions()
-    _companions_of(models[0], [name for name in copied if name in tokenizers[0].forms or name not in FORMS], found, load)
-    parsed.clear()  # the others' are not looked at twice, and take much memory
-    tokenizers += [_read(model, cache, found.problems, load_json) for model in models[1:]]
-    if found.problems:
-        return TokenizerFindings(list(dict.fromkeys(found.problems)))
     _within(tokenizers, found)
     _between(tokenizers, found)
     _absences(tokenizers, found)
     return found
 
 
-def _companions_of(seed: DenseModel, names: list[str], found: TokenizerFindings, load: Load) -> None:
-    """What the output does not get of the seed's files, and which of them cannot be copied at all."""
-    try:
-        found.notes += [f"sources.{seed.name}: {note}" for note in companion_notes(seed.checkpoint.path, names, load)]
-    except CheckpointError as error:
-        found.problems += [f"sources.{seed.name}: {problem}" for problem in error.problems]
-
-
-def _unreadable(model: DenseModel) -> Iterator[str]:
-    """Why files beside the weights that are there cannot be read: a dangling symlink is not the absence of a tokenizer."""
-    for name in TOKENIZER_FILES:
-        if os.path.lexists(model.checkpoint.path / name):
-            try:
-                read_companion(model.checkpoint.path / name)
-            except CheckpointError as error:
-                yield from error.problems
-
-
-def _read(model: DenseModel, cache: dict[tuple[str, str], Form], problems: list[str], load: Load) -> Tokenizer:
-    """The forms in the source's folder, the same bytes read once."""
-    forms: dict[str, Form] = {}
-    for name in FORMS:
-        path = model.checkpoint.path / name
-        if not os.path.lexists(path):
-            continue
+def align_tokenizers(models: Sequence[DenseModel], wanted: Wanted, file: str) -> tuple[TokenizerFindings, Alignment | None]:
+    """The sources' tokens aligned as `wanted`, where no folder contradicts itself. `file` is what messages call the recipe."""
+    found, tokenizers = open_tokenizers(models, None if wanted.source == UNION else wanted.source)
+    if not tokenizers:
+        return found, None
+    _within(tokenizers, found)
+    vocabularies = {}
+    for tokenizer in tokenizers:
         try:
-            data = read_companion(path)
-            key = name, xxhash.xxh3_128_hexdigest(data)
-            if key not in cache:
-                cache[key] = read_form(name, data, key[1], load)
-        except CheckpointError as error:
-            problems += [f"sources.{model.name}: {problem}" for problem in error.problems]
+            vocabularies[tokenizer.source] = mine = vocabulary(tokenizer.source, tokenizer.forms)
         except ValueError as error:
-            what = lookalike(data) if name.endswith(".json") else ""
-            problems.append(f"sources.{model.name}: {printable(str(path))}: {f'this is {what}' if what else error}.")
+            found.problems.append(f"sources.{tokenizer.source}: {error}.")
         else:
-            forms[name] = cache[key]
-    return Tokenizer(model.name, forms)
+            if mine is not None and mine.misnumbered:
+                found.notes.append(f"sources.{tokenizer.source}: tokenizer.json: {mine.misnumbered}; the file is believed.")
+    if found.problems:
+        return found, None
+    try:
+        aligned = align(wanted, vocabularies, {model.name: model.facts["vocab_size"] for model in models}, file)
+        folders = {model.name: model.checkpoint.path for model in models}
+        found.problems += writing_problems(found.files, folders, aligned, file)
+    except CheckpointError as error:
+        found.problems += error.problems
+        return found, None
+    found.problems += _numbered_otherwise(next(t for t in tokenizers if t.source == aligned.giver), aligned)
+    pairs = [(mine, theirs) for mine, theirs in combinations(tokenizers, 2) if mine.there and theirs.there]
+    found.notes += dict.fromkeys(note for mine, theirs in pairs for note in _cut_otherwise(theirs, mine))
+    found.notes += [*_unread(tokenizers), *aligned.notes, *writing_notes(found.files, aligned)]
+    return found, aligned
+
+
+def _numbered_otherwise(giver: Tokenizer, aligned: Alignment) -> Iterator[str]:
+    """Why added tokens would have other ids in the library tokenizers than in the result, where the giver's own have the right ones."""
+    form = giver.forms.get("tokenizer.json")
+    if form is None or form.misnumbered or not aligned.added:
+        return
+    after = sorted(number for token, number in aligned.ids.items() if token not in form.ids)
+    if after and after != list(range(form.next_number, form.next_number + len(after))):
+        yield (
+            f"sources.{giver.source}: tokenizer.json leaves ids unused below {after[-1]}: the library tokenizers would give the tokens of "
+            f"other sources ids from {form.next_number} on, they are to have {after[0]} and up. Use the tokenizer of another source "
+            "(tokenizer.source)."
+        )
 
 
 # ---- the forms in one folder -----------------------------------------------------------------------------------------------
@@ -196,11 +161,25 @@ def _between(tokenizers: Sequence[Tokenizer], found: TokenizerFindings) -> None:
     for index, mine in enumerate(distinct):
         for theirs in distinct[:index]:
             if problem := _differ(mine, theirs):
-                found.problems.append(f"sources.{mine.source}: {problem}. {REMEDY}")
+                found.problems.append(f"sources.{mine.source}: {problem}{_way_out(mine, theirs)}. {REMEDY}")
                 break
         else:
             pairs = ((mine, theirs) for theirs in distinct[:index] if mine.there and theirs.there)
             found.notes += (note for pair in pairs for note in _not_compared(*pair))
+
+
+def _way_out(mine: Tokenizer, theirs: Tokenizer) -> str:
+    """How two sources that differ can be aligned, or why no recipe can, with numbers; '' where their tokens cannot be told."""
+    try:
+        ours, others = (vocabulary(side.source, side.forms) for side in (mine, theirs))
+    except ValueError:
+        return ""
+    if ours is None or others is None:
+        return ""
+    numbers = in_numbers(ours, others)
+    if base_differs(ours, others):
+        return f" ({numbers}; the base vocabularies differ, so that no recipe can align them)"
+    return f" ({numbers}; tokenizer: {{source: union}} in the recipe aligns them by token)"
 
 
 def _fingerprint(tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -279,9 +258,14 @@ def _not_compared(mine: Tokenizer, theirs: Tokenizer) -> Iterator[str]:
     if not orders[0] & orders[1] and (orders[0] or orders[1]):
         has = [" and ".join(sorted(order)) or "neither merges nor scores" for order in orders]
         yield f"{where}: the order in which pieces are joined is not compared ({has[0]} in one, {has[1]} in the other)."
+    yield from _cut_otherwise(mine, theirs)
+
+
+def _cut_otherwise(mine: Tokenizer, theirs: Tokenizer) -> Iterator[str]:
     for name, form in mine.forms.items():
         other = theirs.forms.get(name)
         if other and not form.unread and as_json(form.split) != as_json(other.split):
+            where = f"sources.{mine.source} and sources.{theirs.source}"
             yield f"{where}: {name} splits text otherwise before its tokens are looked up; the output takes the seed's files."
 
 
@@ -292,16 +276,16 @@ def _absences(tokenizers: Sequence[Tokenizer], found: TokenizerFindings) -> None
     if have and lack:
         found.notes.append(f"{_named(lack)} no tokenizer: taken to have that of {_named_plain(have)}, which nothing here can check.")
     if have and tokenizers[0].source in lack:
-        found.notes.append(
-            f"the output gets no tokenizer, for sources.{lack[0]}, which gives it, has none; {_named(have)} one. "
-            f"Copy its files into the folder of sources.{lack[0]} to have it in the output."
-        )
+        seed = tokenizers[0].source
+        found.notes.append(f"the output takes the tokenizer of sources.{found.giver}, for sources.{seed}, which would give it, has none.")
+    found.notes += _unread(tokenizers)
+
+
+def _unread(tokenizers: Sequence[Tokenizer]) -> Iterator[str]:
     for tokenizer in tokenizers:
         for form in tokenizer.forms.values():
             if form.unread:
-                found.notes.append(
-                    f"sources.{tokenizer.source}: {form.file} cannot be read ({form.unread}): compared with the same bytes only."
-                )
+                yield f"sources.{tokenizer.source}: {form.file} cannot be read ({form.unread}): compared with the same bytes only."
 
 
 def _named(sources: Sequence[str]) -> str:

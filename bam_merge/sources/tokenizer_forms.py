@@ -20,7 +20,8 @@ from bam_merge.text import printable
 class Form:
     """What one file says. `ids` maps tokens to ids and is empty where the file names none; `added` are ids of tokens that were added to a
     finished vocabulary. `order` names and holds what joins pieces: "merges", or "scores". `split` is how text is cut before that.
-    `unread` says why a file of another kind than expected could not be read; then only `digest`, of its bytes, is known.
+    `unread` says why a file of another kind than expected could not be read; then only `digest`, of its bytes, is known. `misnumbered`
+    says of which added token the library tokenizers has another id than the file; `next_number` is the id that it gives the next one.
     """
 
     file: str
@@ -30,6 +31,8 @@ class Form:
     order: tuple[str, Any] | None = None
     split: Any = None
     unread: str = ""
+    misnumbered: str = ""
+    next_number: int = 0
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
@@ -106,7 +109,24 @@ def _tokenizer_json(name: str, document: Any, digest: str) -> Form:
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
     order = ("scores", (1, scores)) if scores is not None else ("merges", merges)
     known = frozenset(i for i in added.values() if type(i) is int)
-    return Form(name, digest, ids, known, order, _split(document, model))
+    misnumbered, last = _numbered(vocab, added)
+    return Form(name, digest, ids, known, order, _split(document, model), misnumbered=misnumbered, next_number=last)
+
+
+def _numbered(vocab: Any, added: Mapping[str, Any]) -> tuple[str, int]:
+    """(the first added token to which the library tokenizers gives another id than the file, in words, or ''; the id of the next one).
+
+    It keeps the id of one that the vocabulary has, and numbers the others from the vocabulary's size on, in the file's order (tokenizers
+    0.23, AddedVocabulary.add_tokens).
+    """
+    known = vocab if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+    text, last = "", len(vocab)
+    for token, number in added.items():
+        given = known.get(token, last)
+        if given != number and not text:
+            text = f"{printable(repr(token))} has id {printable(str(number), 40)} in the file, the library tokenizers gives it {given}"
+        last = max(last, given + 1) if type(given) is int else last
+    return text, last
 
 
 def _float32(value: Any) -> float:

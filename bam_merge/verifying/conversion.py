@@ -1,49 +1,83 @@
 """The dense models that a result is compared with: as they are stored, and as the merge's output.dtype makes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
+from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.pieces import Leaf
 from bam_merge.checkpoints.reading import changed_files
-from bam_merge.model.loading import StoredModel, open_model, stored_model
+from bam_merge.model.loading import StoredModel, stored_model
+from bam_merge.model.model import ModelConfig
 from bam_merge.planning.plan import Plan
+from bam_merge.recipe.places import Adapted as AdaptedSource
 from bam_merge.values.tensors import TORCH_DTYPES
+from bam_merge.verifying.adapters import Adapted, adapted
+from bam_merge.verifying.dequantised import Dequantised, dequantised
 from bam_merge.verifying.rounding import nearest
 
 
 @dataclass(frozen=True)
 class Converted(StoredModel):
     """A dense model whose weights are rounded to the dtype that the merge was to be written in, by verification's own rounding: what
-    the conversion costs is what the user asked for, and all that is left to see is what the merge did."""
+    the conversion costs is what the user asked for, and all that is left to see is what the merge did. Without a `dtype` each weight is
+    rounded to the one that its base stores it in."""
 
-    dtype: str = "F32"
+    of: StoredModel | None = None
+    dtype: str | None = None
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._rounded(super().read(parameter), dtype)
+        assert self.of is not None
+        return self._rounded(self.of.read(parameter), parameter, dtype)
 
     def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        return self._rounded(super().read_rows(parameter, rows), dtype)
+        assert self.of is not None
+        return self._rounded(self.of.read_rows(parameter, rows), parameter, dtype)
 
-    def _rounded(self, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _rounded(self, stored: Tensor, parameter: str, dtype: torch.dtype | None) -> Tensor:
         wide = stored if stored.dtype == torch.float64 else stored.float()
-        return nearest(wide, self.dtype).to(TORCH_DTYPES[self.dtype] if dtype is None else dtype)
+        to = self.dtype or self.leaves[parameter].dtype
+        return nearest(wide, to).to(TORCH_DTYPES[to] if dtype is None else dtype)
 
 
 def open_dense(plan: Plan) -> dict[str, StoredModel]:
     """The reference model of every source. The plan's headers serve once more while the files are those that were planned with; what
     config.json means is read by the reference model's own reading."""
-    return {
-        name: open_model(model.checkpoint.path) if any(changed_files(model.checkpoint)) else stored_model(model.checkpoint)
-        for name, model in plan.models.items()
-    }
+    dense: dict[str, StoredModel] = {}
+    for name in plan.models:
+        _open(plan, name, dense)
+    return dense
+
+
+def _open(plan: Plan, name: str, dense: dict[str, StoredModel]) -> StoredModel:
+    """The reference model of one source, entered in `dense`: of an adapter on another source, that one first."""
+    if name in dense:
+        return dense[name]
+    checkpoint, source = plan.models[name].checkpoint, plan.recipe.sources[name]
+    if isinstance(source, AdaptedSource) and source.base in plan.recipe.sources:
+        found = _open(plan, source.base, dense)
+    else:
+        checkpoint = open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint
+        opened = dequantised if plan.recipe.source(name).dequantise else stored_model
+        found = opened(checkpoint, head=plan.recipe.accept.head if plan.recipe.accept else None)
+    if isinstance(source, AdaptedSource):
+        found = adapted(found, [(plan.recipe.located(item.path), item.weight) for item in source.adapters])
+    dense[name] = found
+    return found
 
 
 def as_written(dense: dict[str, StoredModel], plan: Plan) -> dict[str, StoredModel]:
     """Dense models as the merge's output.dtype makes them."""
     dtype = DTYPE_NAMES.get(plan.recipe.output.dtype)
-    if dtype is None:
-        return dense
-    return {name: Converted(stored.checkpoint, stored.config, stored.leaves, dtype) for name, stored in dense.items()}
+    return {
+        name: stored if dtype is None and not isinstance(stored, Adapted | Dequantised) else Converted(*_of(stored), stored, dtype)
+        for name, stored in dense.items()
+    }
+
+
+def _of(stored: StoredModel) -> tuple[Checkpoint, ModelConfig, Mapping[str, Leaf]]:
+    return stored.checkpoint, stored.config, stored.leaves

@@ -12,6 +12,8 @@ from bam_merge.model.loading import stored_model
 from bam_merge.model.streaming import Computing
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.planning.plan import Plan
+from bam_merge.verifying.accepted import accepted_check, as_accepted
+from bam_merge.verifying.aligned import token_checks
 from bam_merge.verifying.computed import against_dense
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
@@ -33,7 +35,11 @@ def function_checks(
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size, level.tokens)
     work.finish("sources")
     if plan is not None:
-        dense = as_written(open_dense(plan), plan)
+        own = open_dense(plan)
+        yield from accepted_check(mixture, own, plan.recipe)
+        written = as_accepted(as_written(own, plan), plan.recipe)
+        dense, checks = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)
+        yield from checks
         yield from same_function(mixture, dense)
         yield from same_head(mixture, dense, ids_BT, computing)
     if plan is not None and plan.layout.kind == "mixture":

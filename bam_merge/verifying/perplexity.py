@@ -18,6 +18,7 @@ from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.paths import located
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
+from bam_merge.verifying.aligned import in_result_ids
 from bam_merge.verifying.conversion import open_dense
 
 WINDOW = 256
@@ -64,7 +65,8 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
 @torch.no_grad()
 def perplexities(checkpoint: Checkpoint, plan: Plan | None, ids: dict[Path, Tensor], computing: Computing) -> list[dict[str, Any]]:
     """One row per text of `read_texts`: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone."""
-    mixture, dense = stored_model(checkpoint), {} if plan is None else open_dense(plan)
+    mixture = stored_model(checkpoint)
+    dense = {} if plan is None else in_result_ids(checkpoint.path, plan, open_dense(plan), mixture.config.vocab_size)
     averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None else []
     models: dict[str, StoredModel] = dict(dense)
     if len(averaged) > 1:

@@ -33,7 +33,8 @@ from bam_merge.values.tensors import STORED_DTYPES, buffer
 from bam_merge.verifying.report import Check
 
 KEYS = {
-    "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", SEAL,
+    "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", "accepted",
+    SEAL,
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def contradictions(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[
         problems.append(f"{some(unknown)}: no manifest has such entries")
     places = recipe.get("sources")
     if isinstance(places, dict):
-        places = {name: source.get("path") if isinstance(source, dict) else source for name, source in places.items()}
+        places = dict(_places(places))
     recorded = {name: record.get("path") for name, record in sources.items()}
     if places != recorded:
         problems.append(f"sources are {_shown(recorded)}, but in the manifest's own recipe {_shown(places)}")
@@ -84,6 +85,21 @@ def contradictions(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[
     if not isinstance(parameters, dict) or parameters.keys() != {"total", "active"} or parameters["total"] != total:
         problems.append(f"parameters are {_shown(parameters)}, the folder holds {total}")
     return problems + _index_problems(checkpoint)
+
+
+def _places(sources: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, path) of every folder that a recipe's sources are read from: models, bases that are no sources, adapters."""
+    for name, source in sources.items():
+        if not isinstance(source, dict) or "adapter" not in source:
+            yield name, source.get("path") if isinstance(source, dict) else source
+            continue
+        if source.get("base") not in sources:
+            yield f"{name}.base", str(source.get("base")).removeprefix("./")
+        if isinstance(source["adapter"], list):
+            for index, item in enumerate(source["adapter"]):
+                yield f"{name}.adapter[{index}]", item.get("path") if isinstance(item, dict) else item
+        else:
+            yield name, source["adapter"]
 
 
 def _source_contradictions(sources: Mapping[str, Any]) -> Iterator[str]:
@@ -190,6 +206,8 @@ def record_problems(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
     if manifest["shards"] != shards:
         wrong = sorted(name for name in {*shards, *manifest["shards"]} if shards.get(name) != manifest["shards"].get(name))
         problems.append(f"{some(wrong)}: not the size and header that the plan gives")
+    if manifest.get("accepted", []) != list(plan.accepted):
+        problems.append(f"accepted is {_shown(manifest.get('accepted'))}, the plan gives {_shown(list(plan.accepted))}")
     unused = {name: dict(reasons) for name, reasons in plan.unused.items() if reasons}
     if manifest.get("unused") != unused:
         problems.append(f"unused is {_shown(manifest.get('unused'))}, the plan gives {_shown(unused)}")
@@ -198,7 +216,8 @@ def record_problems(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
 
 def _source_problems(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Sources, and the tensors of each that the manifest says were read, against those that the plan's steps read."""
-    reads: dict[str, set[str]] = {name: set() for name in plan.models}
+    checkpoints = plan.checkpoints
+    reads: dict[str, set[str]] = {name: set() for name in checkpoints}
     for step in plan.steps:
         for read in expressions.reads(step.expr):
             reads[read.source].add(read.tensor)
@@ -206,7 +225,7 @@ def _source_problems(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     for name in manifest["sources"].keys() & reads.keys():
         recorded = {tensor: file for file, known in manifest["sources"][name]["files"].items() for tensor in known["tensors"]}
         yield from _names(f"sources.{printable(name)}: tensors read", recorded, dict.fromkeys(reads[name]))
-        entries = plan.models[name].checkpoint.tensors
+        entries = checkpoints[name].tensors
         moved = sorted(tensor for tensor, file in recorded.items() if tensor in entries and entries[tensor].file != file)
         if moved:
             yield f"sources.{printable(name)}: {some(moved)} recorded in {some({recorded[tensor] for tensor in moved})}, stored elsewhere"

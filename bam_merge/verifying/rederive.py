@@ -28,7 +28,7 @@ from bam_merge.checkpoints.pieces import Shape, numel
 from bam_merge.values.streams import generator, uniforms
 from bam_merge.verifying.election import elect
 from bam_merge.verifying.rounding import Derived, Other
-from bam_merge.verifying.rows import SourceTensors, concat_runs, row_blocks
+from bam_merge.verifying.rows import SourceTensors, concat_runs, is_computed, row_blocks
 
 SURVEY_BINS, SURVEY_SORTED = 2**12, 2**20
 """Bins of a histogram, and the most elements that are sorted, where a whole tensor is searched for a threshold."""
@@ -40,18 +40,40 @@ def rederive(expr: expressions.Expr, sources: SourceTensors, known: Mapping[int,
         return _initialised(expr, start, stop, dtype)
     if isinstance(expr, expressions.Concat):
         return _joined([rederive(part, sources, known, a, b, dtype) for part, a, b in concat_runs(expr, start, stop)])
-    if not isinstance(expr, expressions.Merge):
-        return Derived(sources.piece(expr, start, stop).double())
     computing = COMPUTING[expressions.in_float64(expr)]
-    operands = [sources.piece(operand, start, stop) for _, operand in expr.operands]
-    base = sources.piece(expr.base[1], start, stop) if expr.base else None
-    first = start * math.prod(expr.shape[1:])
-    derived = derive(expr.method, Rows(operands, base, known.get(id(expr)), first, computing))
+    if isinstance(expr, expressions.Merge):
+        derived = _merged(expr, sources, known, start, stop, computing)
+    elif not is_computed(expr):
+        return Derived(sources.piece(expr, start, stop).double())
+    else:
+        derived = sources.derived(expr, start, stop)
+        derived.slack = (torch.zeros_like(derived.value) if derived.slack is None else derived.slack) + computing.least
     assert derived.slack is not None
     if dtype != "F32" or computing.dtype != "F32":  # the last operation rounds as well as the writer; in float64 ours does too
         derived.slack += derived.value.abs() * computing.unit
         for other in derived.others:
             other.slack += other.value.abs() * computing.unit
+    return derived
+
+
+def _merged(
+    merge: expressions.Merge, sources: SourceTensors, known: Mapping[int, Any], start: int, stop: int, computing: "Computing"
+) -> Derived:
+    """Rows [start, stop) of a merge, without the last operation's rounding."""
+    operands = [operand for _, operand in (*merge.operands, *((merge.base,) if merge.base else ()))]
+    pieces = [sources.either(x, start, stop) if is_computed(x) else (sources.piece(x, start, stop),) for x in operands]
+    first = start * math.prod(merge.shape[1:])
+
+    def of(rows: list[Tensor]) -> Derived:
+        operands, base = (rows[:-1], rows[-1]) if merge.base else (rows, None)
+        return derive(merge.method, Rows(operands, base, known.get(id(merge)), first, computing))
+
+    lows = [either[0] for either in pieces]
+    derived = of(lows)
+    assert derived.slack is not None
+    for index, (low, *high) in enumerate(pieces):  # where it is left in doubt what a computed operand was rounded to
+        if high and not torch.equal(low, high[0]):
+            derived.slack += (of([*lows[:index], high[0], *lows[index + 1 :]]).value - derived.value).abs().nan_to_num(0.0)
     return derived
 
 

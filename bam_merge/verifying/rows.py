@@ -4,7 +4,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Leaf, Read, Shape, Slice, stored
+from bam_merge.checkpoints.pieces import Computed, Leaf, Read, Shape, Slice, Whole, inputs, stored
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import STORED_DTYPES
+from bam_merge.verifying.formulas import Operand, computed_rows, moved_rows, roundings
+from bam_merge.verifying.rounding import Derived
 
 ROWS_BYTES = 2**17
 """Bytes of one source tensor, as stored, that are compared at a time: few enough for what is made of them in float64 to stay in a
@@ -65,6 +68,7 @@ class RowReader:
         if entry.get("dtype") != dtype:
             raise CheckpointError(f"{printable(str(path))} changed since it was opened: {printable(tensor)} is no {dtype} tensor any more.")
         shape, bits = entry["shape"], DTYPE_BITS[dtype]
+        start, stop = (start, stop) if shape else (0, 1)  # one number has no rows
         row = math.prod(shape[1:]) * bits
         first, last = start * row // 8, -(-stop * row // 8)
         bytes_B = torch.from_numpy(_bytes(descriptor, path, begin + entry["data_offsets"][0] + first, last - first))
@@ -115,23 +119,76 @@ class SourceTensors:
     """Row blocks of a plan's source tensors."""
 
     def __init__(self, plan: Plan, reader: RowReader) -> None:
-        self.plan, self.reader = plan, reader
+        self.checkpoints, self.reader = plan.checkpoints, reader
 
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
-        checkpoint = self.plan.models[read.source].checkpoint
+        checkpoint = self.checkpoints[read.source]
         return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop, read.dtype)
 
+    def computed(self, node: Computed, start: int, stop: int) -> Derived:
+        """Rows [start, stop) of a computed tensor, before it is rounded."""
+        return computed_rows(node.formula, [self._operand(part) for part in node.inputs], start, stop)
+
+    def _operand(self, part: Whole) -> Operand:
+        def read(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            if isinstance(part, Read):
+                return self.rows(part, start, stop), None
+            low, high = self.either(part, start, stop)
+            return low, (high.double() - low.double()).abs()
+
+        return Operand(part.shape, read)
+
+    def _moved(self, part: Whole) -> tuple[Callable[[int, int], Tensor], Tensor]:
+        assert isinstance(part, Read)
+        return partial(self.rows, part), torch.zeros_like(self.rows(part, 0, 1))
+
     def piece(self, expr: expressions.Expr, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of what only moves bytes: a stored tensor, a slice of one, several of them fused."""
+        """Rows [start, stop) of a source's piece, or of several fused: as stored, or in the dtype that it is computed to."""
+        return self.either(expr, start, stop)[0]
+
+    def either(self, expr: expressions.Expr, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """`piece`, twice: the least and the largest that rounding may have made of a computed one; of what is stored the same."""
         if isinstance(expr, Read):
-            return self.rows(expr, start, stop)
+            rows = self.rows(expr, start, stop)
+            return rows, rows
+        if isinstance(expr, Computed) and expressions.is_copy(expr):
+            rows = moved_rows(expr.formula, [self._moved(part) for part in expr.inputs], start, stop)
+            return rows, rows
+        if isinstance(expr, Computed):
+            return roundings(self.computed(expr, start, stop), computing_dtype(expr))
         if isinstance(expr, Slice):
-            pieces = [self.rows(expr.of, first, last) for first, last in leaf_rows(expr, start, stop)]
+            pieces = [self.either(expr.of, first, last) for first, last in leaf_rows(expr, start, stop)]
         else:
             assert isinstance(expr, expressions.Concat)
-            pieces = [self.piece(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            pieces = [self.either(part, a, b) for part, a, b in concat_runs(expr, start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+        low, high = (torch.cat(side) for side in zip(*pieces, strict=True))
+        return low, high
+
+    def derived(self, piece: expressions.Expr, start: int, stop: int) -> Derived:
+        """Rows [start, stop) of a computed tensor, or of a slice of one, before they are rounded."""
+        if isinstance(piece, Computed):
+            return self.computed(piece, start, stop)
+        assert isinstance(piece, Slice)
+        assert isinstance(piece.of, Computed)
+        parts = [self.computed(piece.of, first, last) for first, last in leaf_rows(piece, start, stop)]
+        slacks = [torch.zeros_like(part.value) if part.slack is None else part.slack for part in parts]
+        return Derived(torch.cat([part.value for part in parts]), torch.cat(slacks))
+
+
+def is_computed(expr: expressions.Expr) -> bool:
+    """Whether anything that `expr` is fused of is not what files hold."""
+    if isinstance(expr, expressions.Concat):
+        return any(map(is_computed, expr.parts))
+    node = expr.of if isinstance(expr, Slice) else expr
+    return isinstance(node, Computed) and not expressions.is_copy(node)
+
+
+def computing_dtype(node: Computed) -> str:
+    """The dtype that a computed tensor is rounded to: float64 where something that it is made of is."""
+    return "F64" if any(read.dtype == "F64" for read in inputs(node)) else "F32"
 
 
 def _runs(rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:

@@ -14,6 +14,7 @@ import xxhash
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.tables import dense_families
+from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import CONFIG, TOKENIZER_FILES, Checkpoint, is_plain_name, read_small_file
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
@@ -23,10 +24,8 @@ from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
 from bam_merge.planning.plan import Plan, moves_bytes
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.tokenizer import companion
 from bam_merge.text import count, printable, some
 from bam_merge.values.threads import default_workers
-from bam_merge.verifying.report import Check
 
 MOST_NAMES = 8
 """Changed files that are named."""
@@ -35,21 +34,32 @@ MOST_NAMES = 8
 @dataclass
 class Changes:
     """What of the sources is not as the manifest records it. `configs` gives the keys that changed, None where none was recorded;
-    `weights` and `companions` name files; `absent` are sources that are not there.
+    `weights` and `companions` name files; `absent` are sources that are not there, `adapters` those that are adapters.
     """
 
     configs: dict[str, list[str] | None] = field(default_factory=dict)
     weights: dict[str, list[str]] = field(default_factory=dict)
     companions: dict[str, list[str]] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
+    adapters: frozenset[str] = frozenset()
 
     def names(self, weights: bool = True) -> str:
         """The changed files: 'law/config.json (rope_theta), seed/tokenizer.json'."""
-        files = [f"{printable(name)}/config.json{_keys(keys)}" for name, keys in self.configs.items() if keys != []]
+        configs = {name: ADAPTER_CONFIG if name in self.adapters else CONFIG for name in self.configs}
+        files = [f"{printable(name)}/{configs[name]}{_keys(keys)}" for name, keys in self.configs.items() if keys != []]
         for kind in (self.weights if weights else {}, self.companions):
             files += [f"{printable(name)}/{printable(file)}" for name, changed in kind.items() for file in changed]
         more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
         return ", ".join(files[:MOST_NAMES]) + more
+
+    def tokenizers(self) -> str:
+        """The changed files that say which token has which id."""
+        files = {name: [file for file in changed if file not in BESIDE_TOKENS] for name, changed in self.companions.items()}
+        return some(f"{printable(name)}/{printable(file)}" for name, changed in files.items() for file in changed)
+
+
+BESIDE_TOKENS = {"generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json"}
+"""Files that go with a tokenizer and number no token."""
 
 
 def _keys(keys: Sequence[str] | None) -> str:
@@ -59,28 +69,30 @@ def _keys(keys: Sequence[str] | None) -> str:
 def changes(recipe: Recipe, manifest: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> Changes:
     """What changed of every source that both the recipe and the manifest name. Those in `opened` were opened just now: their headers and
     configurations are not read again."""
-    found = Changes()
+    found = Changes(adapters=frozenset(name for name, store in recipe.stores.items() if store.adapter))
+    stores = recipe.stores
     for name, record in manifest["sources"].items():
-        if name not in recipe.sources:
+        if name not in stores:
             continue
-        folder = recipe.located(recipe.source(name).path)
+        folder = recipe.located(stores[name].path)
         if not folder.is_dir():
             found.absent.append(name)
             continue
         checkpoint = opened.get(name)
-        if (keys := _config_changes(folder, record, checkpoint)) is not None:
+        config = ADAPTER_CONFIG if stores[name].adapter else CONFIG
+        if (keys := _config_changes(folder / config, record, checkpoint)) is not None:
             found.configs[name] = keys or (None if "config_keys" not in record else [])
         if weights := [file for file, known in record["files"].items() if not _same_header(folder, file, known, checkpoint)]:
             found.weights[name] = weights
-        if others := sorted(_companion_changes(folder, record)):
+        if not stores[name].adapter and (others := sorted(_companion_changes(folder, record))):
             found.companions[name] = others
     return found
 
 
-def _config_changes(folder: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> list[str] | None:
-    """The keys of config.json whose values are not those that were merged; None when it is the same file."""
+def _config_changes(path: Path, record: Mapping[str, Any], checkpoint: Checkpoint | None) -> list[str] | None:
+    """The keys of a configuration whose values are not those that were merged; None when it is the same file."""
     try:
-        data = b"" if checkpoint is not None else read_small_file(folder / CONFIG)
+        data = b"" if checkpoint is not None else read_small_file(path)
         if (xxhash.xxh3_128_hexdigest(data) if checkpoint is None else checkpoint.config_digest) == record.get("config"):
             return None
         config = load_json(data) if checkpoint is None else checkpoint.config
@@ -125,50 +137,6 @@ def _companion_changes(folder: Path, record: Mapping[str, Any]) -> Iterator[str]
             yield name
 
 
-# ---- the files that the output takes from the seed ---------------------------------------------------------------------------
-
-
-def companion_check(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], changed: Sequence[str]) -> Check:
-    """Tokenizer and generation files are what the seed's give by the rule of publication. `changed` ones of the seed are not compared."""
-    name, seed = recipe.seed_name, recipe.located(recipe.source(recipe.seed_name).path)
-    wrong: list[str] = []
-    stale: list[str] = []
-    files = [file for file in TOKENIZER_FILES if (seed / file).is_file() or file in manifest["files"]]
-    for file in files:
-        try:
-            expected = companion(seed / file) if (seed / file).is_file() else None
-        except BamMergeError as error:
-            stale += error.problems
-            continue
-        try:
-            found = read_small_file(folder / file) if file in manifest["files"] else None
-        except BamMergeError:
-            continue  # `files` says so
-        if found != expected:
-            (stale if file in changed else wrong).append(f"{file} {_difference(found, expected, name)}")
-        elif expected is not None and file in changed and read_small_file(seed / file) == expected:
-            wrong.append(f"{file} is what sources.{name} has, but not what the manifest records of it: the record is not the merge's")
-    if wrong:
-        return Check("companions", False, "; ".join([*wrong, *stale]))
-    if stale:
-        return Check("companions", None, f"sources.{printable(name)} changed since the merge: {'; '.join(stale)}")
-    return Check("companions", True, f"{', '.join(files)} as sources.{printable(name)} gives them" if files else "there are none")
-
-
-def _difference(found: bytes | None, expected: bytes | None, seed: str) -> str:
-    seed = printable(seed)
-    if expected is None:
-        return f"is not in sources.{seed}: it is of no merge"
-    if found is None:
-        return f"is in sources.{seed}, but not in the output"
-    try:
-        ours, theirs = load_json(found), load_json(expected)
-        keys = sorted(key for key in {*ours, *theirs} if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key)))
-    except (ValueError, AttributeError, TypeError):
-        keys = []
-    return f"is not what sources.{seed} gives{f': {some(keys, MOST_NAMES)} differ' if keys else ''}"
-
-
 # ---- the tensors that were read ------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +145,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
 
     Where the copies are `proved`, a tensor that was copied whole has the digest of its copy, and need not be read again.
     """
-    copies = {}
+    copies, checkpoints = {}, plan.checkpoints
     if proved:
         for step in plan.steps:
             if isinstance(step.expr, Read) and moves_bytes(step) and step.name in manifest["tensors"]:
@@ -191,7 +159,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
     ]
 
     def same(job: tuple[str, str, str]) -> bool:
-        checkpoint = plan.models[job[0]].checkpoint
+        checkpoint = checkpoints[job[0]]
         entry = checkpoint.tensors.get(job[1])
         if entry is None:
             return False

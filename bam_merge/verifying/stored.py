@@ -174,7 +174,7 @@ def _form(of: Step | TensorEntry) -> str:
 
 def _changed(read: Read, plan: Plan, manifest: dict[str, Any]) -> bool:
     """Whether a source's tensor has other bytes than those that were merged."""
-    checkpoint = plan.models[read.source].checkpoint
+    checkpoint = plan.checkpoints[read.source]
     entry = checkpoint.tensors[read.tensor]
     files = manifest["sources"].get(read.source, {}).get("files", {})
     known = files.get(entry.file, {}).get("tensors", {}).get(read.tensor)

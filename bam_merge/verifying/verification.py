@@ -10,6 +10,7 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
@@ -20,6 +21,8 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
+from bam_merge.verifying.aligned import rows_are_tokens
+from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import file_checks
@@ -29,7 +32,7 @@ from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import perplexities, read_texts
 from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
-from bam_merge.verifying.sources import Changes, changes, companion_check, other_tensors
+from bam_merge.verifying.sources import Changes, changes, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 from bam_merge.verifying.work import Work
 
@@ -117,14 +120,15 @@ class _Sources:
         plan, why = (given, None) if given is not None else _planned(recipe)
         opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
-        if recipe.located(recipe.source(recipe.seed_name).path).is_dir():
-            changed = found.companions.get(recipe.seed_name, [])
-            self.report.add([companion_check(self.folder, recipe, self.manifest, changed)])
+        companions = {name: found.companions.get(recipe.model_store(name), []) for name in recipe.sources}
+        if (check := companion_check(self.folder, recipe, self.manifest, companions)) is not None:
+            self.report.add([check])
         if why is not None:
             self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)
         if plan is not None and compared is not None:
-            changed_seed = found.configs.get(recipe.seed_name, []) != []
+            givers = {recipe.seed_name, plan.alignment.giver if plan.alignment is not None else recipe.seed_name}
+            changed_seed = any(found.configs.get(recipe.model_store(name), []) != [] for name in givers)
             config = _config_check(self.checkpoint.config, plan, changed_seed)
             card = card_check(self.folder, plan, self.manifest, recorded or recipe)
             if changed_seed and card.ok is False:
@@ -163,11 +167,19 @@ class _Sources:
 
     def _tensors(self, plan: Plan, found: Changes) -> list[Check] | None:
         """The checks of all tensors against the sources. None where the weights changed, and what can be compared was added."""
-        changed = [name for name in found.weights if name in plan.models]
+        if plan.alignment is not None and (other_tokens := found.tokenizers()):
+            why = f"changed since the merge, so digests only: {other_tokens}, by which tokens were aligned"
+            self.report.add([Check("sources", None, why)])
+            rest = tuple(step for step in plan.steps if not rows_are_tokens(step.role))
+            self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers, self.proved))
+            return None
+        changed = [name for name in found.weights if name in plan.checkpoints]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
         checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.workers, self.proved)))
+        if not all(check.ok for check in checks):  # an adapter's configuration says by how much its tensors change the base's
+            other |= {name: [ADAPTER_CONFIG] for name in found.adapters if found.configs.get(name) and name not in other}
         if not other or all(check.ok for check in checks):
             for name, tensors in other.items():
                 self.wrong.append(
@@ -190,7 +202,7 @@ class _Sources:
             if keys == []:
                 self.wrong.append(f"sources.{printable(name)}: config.json {SAVED_AGAIN.format('keys')}")
         if follows:  # else it is said of the tensor that fails
-            names = [name for name in self.manifest["sources"] if name in plan.models and name not in found.weights]
+            names = [name for name in self.manifest["sources"] if name in plan.checkpoints and name not in found.weights]
             for name, tensors in other_tensors(plan, self.manifest, names, proved=True).items():
                 what = "not as the manifest records it: it changed since the merge, or the record is not the merge's"
                 self.wrong.append(f"sources.{printable(name)}: {some(tensors)} {what}")
@@ -229,7 +241,7 @@ SAVED_AGAIN = "is not the file that the manifest records, though its {} are: it 
 
 
 def _folders(plan: Plan) -> str:
-    return f"{len(plan.models)} folders, as they were merged"
+    return f"{len(plan.checkpoints)} folders, as they were merged"
 
 
 def _config_check(found: Mapping[str, Any], plan: Plan, changed_seed: bool) -> Check:

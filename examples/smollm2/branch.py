@@ -114,16 +114,16 @@ def proofs() -> list[str]:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+def perplexity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     """The perplexity of `model` on the first of `tokens`."""
     batches = tokens[: TESTED * BATCH * CONTEXT].view(TESTED, BATCH, CONTEXT)
     losses = [model(input_ids=batch, labels=batch).loss for batch in batches]
     return torch.stack(losses).mean().exp().item()
 
 
-def train(model: PreTrainedModel, tokens: torch.Tensor, steps: int) -> None:
-    """`steps` of AdamW on rows that begin anywhere in `tokens`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+def train(model: torch.nn.Module, tokens: torch.Tensor, steps: int, rate: float = 1.0) -> None:
+    """`steps` of AdamW on rows that begin anywhere in `tokens`, at `rate` times the learning rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate * LEARNING_RATE, weight_decay=0.1)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
     torch.manual_seed(0)
     for _ in range(steps):

@@ -54,6 +54,7 @@ def main() -> None:
     seed, checkpoints = Path("checkpoints/seed"), Path("checkpoints")
     call(sys.executable, HERE / "get_seed.py", seed)
     call(sys.executable, HERE / "branch.py", seed, checkpoints, "--steps", args.steps)
+    call(sys.executable, HERE / "adapters.py", seed, checkpoints, "--steps", args.steps)
     rows = [merge(recipe.relative_to(ROOT), *options) for recipe in sorted(ROOT.glob("recipes/*.yaml"))]
     print()
     print(table(("recipe", "parameters", "active per token", "bytes", "seconds"), rows))

@@ -96,7 +96,8 @@ def test_embeddings_that_differ(name: str, tmp_path: Path, run: Any) -> None:
     family, first, other, message = DIFFERENT[name]
     result = planned(tmp_path, run, family, first, other)
     assert result.status == 2
-    text = f"error: sources.law: rotary embedding differs from sources.seed: {message}. Experts must share it."
+    text = f"error: sources.law: rotary embedding differs from sources.seed: {message}. Experts must share it"
+    text += "." if "partial_rotary_factor" in message else ", or the recipe accepts one for all: accept: {facts: {rope_parameters: seed}}."
     assert result.err.splitlines() == [text]
 
 

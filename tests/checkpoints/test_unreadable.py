@@ -89,7 +89,7 @@ UNREADABLE: dict[str, tuple[Damage, str]] = {
     "6 a zip archive": (content(b"PK\x03\x04" + b"x" * 50), "HOME/law/model.safetensors: this is a zip archive (a PyTorch .bin?): convert it to safetensors."),
     "6 a GGUF file": (content(b"GGUF" + b"\3\0\0\0" * 10), "HOME/law/model.safetensors: this is a GGUF file: convert it to a Hugging Face folder."),
     "6 a config.json that is a git-lfs pointer": (content(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "config.json"), "HOME/law/config.json: this is a git-lfs pointer, not the file itself: run `git lfs pull`."),
-    "6 only pickles": (only_pickle, "HOME/law: only pytorch_model.bin present. Pickled weights are never loaded, since loading them runs code. Convert them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)."),
+    "6 only pickles": (only_pickle, "HOME/law: only pytorch_model.bin present. Pickled weights are never loaded, since loading them runs code. Convert them once: bam-merge convert HOME/law NEW_FOLDER."),
     "7 index missing": (lambda law: (shard(law), (law / INDEX).unlink()), "HOME/law: model.safetensors.index.json is missing, and there is no model.safetensors (found model-00001-of-00002.safetensors, model-00002-of-00002.safetensors)."),
     "7 index and single file": (with_index, "HOME/law: both model.safetensors and model.safetensors.index.json are present. Remove the stale one."),
     "7 index that is no JSON": (index_text(b'{"weight_map": '), "HOME/law/model.safetensors.index.json: not valid JSON: Expecting value (line 1, column 16). The file is damaged: download or write it again."),

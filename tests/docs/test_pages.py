@@ -12,8 +12,10 @@ import click
 import pages
 import pytest
 import yaml
+from adapter_files import write_adapter
 from conftest import CONFIGS, write_recipe, write_sources
 from pages import DOCS, MARK, ROOT, Block, blocks, follow
+from vocabularies import three
 
 from bam_merge.cli import cli
 from bam_merge.demo.synthetic import write_checkpoint
@@ -25,7 +27,7 @@ PAGES = {pages.name(page): page for page in pages.pages()}
 BLOCKS = [block for page in PAGES.values() for block in blocks(page)]
 FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
-    "docs/how-to/resume.md",
+    "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md",
 }  # fmt: skip
 """Pages that a test carries out, here or in test_howto.py."""
 
@@ -130,6 +132,20 @@ def test_the_tutorial_runs(here: Path, run: Any, capsys: pytest.CaptureFixture[s
     assert len(checks) > 15 and [name for name in checks if not re.search(rf"[| ]{name}[,  ]", explained)] == []
 
 
+def test_experts_from_adapters_run(here: Path, run: Any) -> None:
+    write_sources(here / "models", CONFIGS["llama"], ("seed",), "BF16")
+    for name in ("code", "law"):
+        write_adapter(here / "adapters" / name, here / "models" / "seed", seed=len(name))
+
+    def call(command: str) -> str:
+        result = run(*shlex.split(command)[1:])
+        assert result.status == 0, result.err
+        return str(result.err + result.out)
+
+    assert follow(PAGES["docs/how-to/experts-from-adapters.md"], here, call) == 4
+    assert all((here / "out" / name / "bam_merge.json").exists() for name in ("mixture", "two"))
+
+
 def test_resume_runs(here: Path, run: Any) -> None:
     write_sources(here / "models", CONFIGS["llama"], FOUR)
     (here / "recipe.yaml").write_text("method: btx\nsources: {seed: models/seed, code: models/code}\noutput: {path: out}\n")
@@ -138,6 +154,17 @@ def test_resume_runs(here: Path, run: Any) -> None:
     for command in commands:
         result = run(*shlex.split(command)[1:])
         assert result.status == 0, f"{command}: {result.err}"
+
+
+def test_aligning_vocabularies_runs(here: Path, run: Any) -> None:
+    three(here / "models")
+
+    def call(command: str) -> str:
+        result = run(*shlex.split(command)[1:])
+        assert result.status == 0, f"{command}: {result.err}"
+        return result.err + result.out
+
+    assert follow(PAGES["docs/how-to/align-vocabularies.md"], here, call) == 3
 
 
 RECIPE = re.compile(r"(# \w+\.yaml\n)?(method|ffn|rules|router|attention|shared|experts): ?")

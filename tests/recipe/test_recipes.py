@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import write_adapter
 from conftest import CONFIGS, write_sources
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -14,6 +15,8 @@ FOUR = ("seed", "code", "law", "math")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_plans_and_merges(recipe: Path, tmp_path: Path, run: Any) -> None:
     write_sources(tmp_path / "checkpoints", CONFIGS["llama"], FOUR)
+    for number, name in enumerate(FOUR[1:]):
+        write_adapter(tmp_path / "checkpoints" / "adapters" / name, tmp_path / "checkpoints" / "seed", seed=number)
     (tmp_path / "recipes").mkdir()
     copy = shutil.copy(recipe, tmp_path / "recipes")
     planned = run("plan", copy)
@@ -36,5 +39,5 @@ def test_the_issue_of_six_experts(tmp_path: Path, run: Any) -> None:
 
 def test_all_nine_are_there() -> None:
     assert {path.stem for path in RECIPES} == {
-        "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "btx", "btx_mixtral", "btx_6_experts_top3", "sparse_upcycling", "soup", "ties",
+        "bam_adapters", "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "btx", "btx_mixtral", "btx_6_experts_top3", "sparse_upcycling", "soup", "ties",
     }  # fmt: skip

@@ -147,15 +147,15 @@ def test_a_harmless_key_of_one_source(name: str, keys: dict[str, Any], where: st
 
 
 @pytest.mark.parametrize(("here", "there", "message"), [
-    ({"use_mrope": True}, {}, "config.json has use_mrope = true, sources.seed has none; it changes nothing only at false. Make them agree."),
-    ({}, {"use_mrope": True}, "config.json has no use_mrope, sources.seed has use_mrope = true; it changes nothing only at false. Make them agree."),
-    ({"use_mrope": True}, {"use_mrope": False}, "config.json has use_mrope = true, sources.seed has false; it changes nothing only at false. Make them agree."),
-    ({"activation": "gelu"}, {}, "config.json has activation = 'gelu', sources.seed has none; it changes nothing only at 'swiglu' or 'silu'. Make them agree."),
-    ({"my_key": 1}, {"my_key": 2}, "config.json has my_key = 1, sources.seed has 2; llama's table does not know this key, so it may matter. Make them agree."),
-    ({"my_key": {"a": 1, "b": [1] * 99}}, {"my_key": {"a": 2, "b": [1] * 99}}, "config.json has my_key.a = 1, sources.seed has 2; llama's table does not know this key, so it may matter. Make them agree."),
-    ({"my_key": [0] * 99}, {"my_key": [0] * 97 + [1, 2]}, "config.json has my_key[97] = 0, sources.seed has 1, and 1 more of its entries differ; llama's table does not know this key, so it may matter. Make them agree."),
-    ({"unslotted": 1}, {}, "config.json has unslotted = 1, sources.seed has none; llama's table does not know this key, so it may matter. Make them agree."),
-    ({"dual_chunk_attention_config": {"chunk_size": 4}}, {}, 'config.json has dual_chunk_attention_config = {"chunk_size": 4}, sources.seed has none; llama\'s table does not know this key, so it may matter. Make them agree.'),
+    ({"use_mrope": True}, {}, "config.json has use_mrope = true, sources.seed has none; it changes nothing only at false. Make them agree, or accept it: accept: {config: [use_mrope]}."),
+    ({}, {"use_mrope": True}, "config.json has no use_mrope, sources.seed has use_mrope = true; it changes nothing only at false. Make them agree, or accept it: accept: {config: [use_mrope]}."),
+    ({"use_mrope": True}, {"use_mrope": False}, "config.json has use_mrope = true, sources.seed has false; it changes nothing only at false. Make them agree, or accept it: accept: {config: [use_mrope]}."),
+    ({"activation": "gelu"}, {}, "config.json has activation = 'gelu', sources.seed has none; it changes nothing only at 'swiglu' or 'silu'. Make them agree, or accept it: accept: {config: [activation]}."),
+    ({"my_key": 1}, {"my_key": 2}, "config.json has my_key = 1, sources.seed has 2; llama's table does not know this key, so it may matter. Make them agree, or accept it: accept: {config: [my_key]}."),
+    ({"my_key": {"a": 1, "b": [1] * 99}}, {"my_key": {"a": 2, "b": [1] * 99}}, "config.json has my_key.a = 1, sources.seed has 2; llama's table does not know this key, so it may matter. Make them agree, or accept it: accept: {config: [my_key]}."),
+    ({"my_key": [0] * 99}, {"my_key": [0] * 97 + [1, 2]}, "config.json has my_key[97] = 0, sources.seed has 1, and 1 more of its entries differ; llama's table does not know this key, so it may matter. Make them agree, or accept it: accept: {config: [my_key]}."),
+    ({"unslotted": 1}, {}, "config.json has unslotted = 1, sources.seed has none; llama's table does not know this key, so it may matter. Make them agree, or accept it: accept: {config: [unslotted]}."),
+    ({"dual_chunk_attention_config": {"chunk_size": 4}}, {}, 'config.json has dual_chunk_attention_config = {"chunk_size": 4}, sources.seed has none; llama\'s table does not know this key, so it may matter. Make them agree, or accept it: accept: {config: [dual_chunk_attention_config]}.'),
 ])  # fmt: skip
 def test_what_may_matter_is_refused(here: dict[str, Any], there: dict[str, Any], message: str, llamas: Path, run: Any) -> None:
     edit_config(llamas / "law", **here)

@@ -85,7 +85,8 @@ def test_one_other_bit_anywhere_is_refused_with_both_ways_out(place: int, tmp_pa
     assert error.value.problems == (
         f"sources.law: config.json has tie_word_embeddings=true, but the file holds lm_head.weight, which differs from {EMBED} "
         f"(first in element {place:,}). transformers computes with the stored head, other programs with the embeddings. Set "
-        "tie_word_embeddings to false in config.json, so that the stored head counts; or remove lm_head.weight, so that the embeddings count.",
+        "tie_word_embeddings to false in config.json, so that the stored head counts; or remove lm_head.weight, so that the embeddings count. "
+        "Or say it in the recipe: accept: {head: stored}, or accept: {head: tied}.",
     )
 
 

@@ -24,6 +24,10 @@ def planned(folder: Path, config: dict[str, Any], layout: str = "qwen2_moe", tex
     return plan_file(write_recipe(folder, text, "btx", output=f"{{path: out, layout: {layout}}}"))
 
 
+RAW = "ffn: {gate: softmax_then_topk}"
+"""Gates that are not renormalised, in a recipe."""
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "model.safetensors"))
 
@@ -64,7 +68,7 @@ def test_a_tied_head_is_stored_once_more_however_the_embeddings_are_made(make: s
 
 
 def test_untied_sources_keep_their_own_head_and_need_no_note(tmp_path: Path) -> None:
-    plan = planned(tmp_path, CONFIGS["llama"])
+    plan = planned(tmp_path, CONFIGS["llama"], text=RAW)
     assert not plan.notes
     assert {step.name: step.expression for step in plan.steps}["lm_head.weight"] == "mean(seed, code, law)"
 
@@ -86,32 +90,74 @@ def test_other_layouts_stay_tied(layout: str, tmp_path: Path) -> None:
     (4, "H*D = 16 is not d = 32: vLLM"),
 ])  # fmt: skip
 def test_a_head_dim_that_engines_do_not_read_is_said(head_dim: int | None, said: str, tmp_path: Path) -> None:
-    plan = planned(tmp_path, {**CONFIGS["llama"], **({"head_dim": head_dim} if head_dim else {})})
+    plan = planned(tmp_path, {**CONFIGS["llama"], **({"head_dim": head_dim} if head_dim else {})}, text=RAW)
     assert [said in note for note in plan.notes] == ([True] if said else [])
 
 
 MIXED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+RENORMALISED = "ffn: {gate: topk_then_softmax}"
+WINDOWS = "sliding is {}: llama.cpp attends to all tokens before, without a word; transformers to those in the window"
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+UNSCALED = "rope_type is llama3: llama.cpp does not scale, without a word"
+DYNAMIC = "rope_type is dynamic: llama.cpp does not scale beyond max_position_embeddings, without a word"
+SILU = "hidden_act is {}: vLLM and llama.cpp compute silu without a word"
+NOT_LOADED = "hidden_act is relu: vLLM does not load the model, llama.cpp computes silu without a word"
+BIASED = "attention_out_bias is True: vLLM skips the biases of o_proj without a word, llama.cpp does not load the model"
+
+
+def scaled(rope_type: str) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 1e4, "rope_type": rope_type, "factor": 4.0}}
 
 
 @pytest.mark.parametrize(("layout", "family", "changes", "said"), [
-    ("qwen3_moe", "qwen3", {}, None),
-    ("qwen3_moe", "qwen3_biased", {}, "qwen3_moe: attention_out_bias is True: vLLM skips the biases of o_proj without a word"),
-    ("qwen3_moe", "qwen3", {"hidden_act": "gelu"}, "qwen3_moe: hidden_act is gelu: vLLM computes silu without a word"),
-    ("mixtral", "llama", {}, None),
-    ("mixtral", "llama", {"hidden_act": "swish"}, None),
-    ("mixtral", "mistral", {}, None),
-    ("mixtral", "llama", {"hidden_act": "gelu"}, "mixtral: hidden_act is gelu: vLLM computes silu without a word"),
-    ("qwen2_moe", "qwen2", {"hidden_act": "relu"}, "qwen2_moe: hidden_act is relu: vLLM does not load the model"),
-    ("qwen2_moe", "qwen2", MIXED, "qwen2_moe: sliding is mixed: vLLM has one window for all layers, without a word"),
-    ("qwen2_moe", "qwen2", {**MIXED, "max_window_layers": 0}, None),
-    ("qwen2_moe", "mistral", {}, None),
+    ("qwen3_moe", "qwen3", {}, []),
+    ("qwen3_moe", "qwen3_biased", {}, [BIASED]),
+    ("qwen3_moe", "qwen3", {"hidden_act": "gelu"}, [SILU.format("gelu")]),
+    ("qwen3_moe", "qwen3", {**MIXED, "max_window_layers": 0}, [WINDOWS.format("all")]),
+    ("qwen3_moe", "qwen3", {"rope_parameters": LLAMA_3}, [UNSCALED]),
+    ("qwen3_moe", "qwen3", scaled("dynamic"), [DYNAMIC]),
+    ("qwen3_moe", "qwen3", scaled("yarn"), []),
+    ("mixtral", "llama", {}, []),
+    ("mixtral", "llama", {"hidden_act": "swish"}, []),
+    ("mixtral", "mistral", {}, [WINDOWS.format("all")]),
+    ("mixtral", "mistral", {"sliding_window": None}, []),
+    ("mixtral", "llama", {"hidden_act": "gelu"}, [SILU.format("gelu")]),
+    ("mixtral", "llama", {"rope_parameters": LLAMA_3}, []),
+    ("mixtral", "llama", scaled("linear"), []),
+    ("mixtral", "llama", scaled("dynamic"), [DYNAMIC]),
+    ("qwen2_moe", "qwen2", {"hidden_act": "relu"}, [NOT_LOADED]),
+    ("qwen2_moe", "qwen2", MIXED, [WINDOWS.format("mixed"), "sliding is mixed: vLLM has one window for all layers, without a word"]),
+    ("qwen2_moe", "qwen2", {**MIXED, "max_window_layers": 0}, [WINDOWS.format("all")]),
+    ("qwen2_moe", "qwen2", {**MIXED, "use_sliding_window": False}, []),
+    ("qwen2_moe", "mistral", {}, [WINDOWS.format("all")]),
+    ("qwen2_moe", "llama", {"rope_parameters": LLAMA_3}, [UNSCALED]),
+    ("qwen2_moe", "llama", scaled("linear"), []),
+    ("qwen2_moe", "llama", scaled("dynamic"), [DYNAMIC]),
 ])  # fmt: skip
 def test_what_an_engine_computes_otherwise_is_said(
-    layout: str, family: str, changes: dict[str, Any], said: str | None, tmp_path: Path
+    layout: str, family: str, changes: dict[str, Any], said: list[str], tmp_path: Path
 ) -> None:
-    notes = planned(tmp_path, {**CONFIGS[family], **changes}, layout).notes
-    assert len(notes) == (said is not None)
-    assert all(note.startswith(f"output.layout: {said}; transformers ") for note in notes)
+    gates = RAW if layout == "qwen2_moe" else RENORMALISED  # what llama.cpp computes
+    notes = planned(tmp_path, {**CONFIGS[family], **changes}, layout, gates).notes
+    assert len(notes) == len(said)
+    for note, beginning in zip(notes, said, strict=True):
+        assert note.startswith(f"output.layout: {layout}: {beginning}")
+        assert "; transformers " in note
+
+
+@pytest.mark.parametrize(("layout", "family", "gates", "said"), [
+    ("qwen2_moe", "qwen2", RENORMALISED, "norm_topk_prob is True: llama.cpp never renormalises gates, without a word; transformers and vLLM"),
+    ("qwen2_moe", "llama", "", "norm_topk_prob is True: llama.cpp never renormalises gates, without a word"),
+    ("qwen2_moe", "llama", RAW, None),
+    ("qwen3_moe", "qwen3", RAW, "norm_topk_prob is False: llama.cpp always renormalises gates, without a word; transformers and vLLM"),
+    ("qwen3_moe", "qwen3", RENORMALISED, None),
+    ("qwen3_moe", "qwen3", "", None),
+])  # fmt: skip
+def test_gates_that_llama_cpp_does_not_compute_are_said(layout: str, family: str, gates: str, said: str | None, tmp_path: Path) -> None:
+    """Of the default gates too: those of btx are renormalised, and a qwen2_moe made with them is another model in llama.cpp."""
+    notes = planned(tmp_path, CONFIGS[family], layout, gates).notes
+    assert [note.startswith(f"output.layout: {layout}: {said}") for note in notes] == ([True] if said else [])
+    assert all(("softmax_then_topk" if layout == "qwen2_moe" else "topk_then_softmax") in note for note in notes)
 
 
 # ---- folders written before

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.verifying import election, rederive, rounding
+from bam_merge.verifying import election, formulas, rederive, rounding
 from bam_merge.verifying.rederive import kth_largest
 from bam_merge.verifying.rounding import Derived, half_ulp, worst
 from bam_merge.verifying.rows import concat_runs
@@ -58,7 +58,7 @@ def test_where_zero_is_right_nothing_else_is(dtype: str, least: float) -> None:
                 assert (error > 1, where) == (True, 1)
 
 
-@pytest.mark.parametrize("module", [rederive, election, rounding])
+@pytest.mark.parametrize("module", [rederive, election, rounding, formulas])
 def test_only_what_a_plan_says_is_shared_with_execution(module: ModuleType) -> None:
     """Records, and the functions that are named; import-linter forbids the modules that carry a plan out."""
     tree = ast.parse(inspect.getsource(module))

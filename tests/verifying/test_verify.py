@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from adapter_files import write_adapter
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from proofs import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 from safetensors.torch import load_file, save_file
@@ -157,6 +158,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_merges_and_verifies_by_default(recipe: Path, tmp_path: Path, run: Any) -> None:
     write_sources(tmp_path / "checkpoints", CONFIGS["llama"], ("seed", "code", "law", "math"), "BF16")
+    for name in ("code", "law", "math"):
+        write_adapter(tmp_path / "checkpoints" / "adapters" / name, tmp_path / "checkpoints" / "seed", seed=len(name))
     (tmp_path / "recipes").mkdir()
     result = run(shutil.copy(recipe, tmp_path / "recipes"))
     assert result.status == 0, result.err

@@ -1,0 +1,346 @@
+"""`bam-merge convert`: a folder of pickled weights (.bin, .pt, .pth) to one of safetensors, with its config and tokenizer files.
+
+Tensors keep their names, dtypes and values. Nothing is unpickled here: child.py reads each file in a process of its own, first to say
+what is in it, then to write the tensors' bytes where they belong. The result appears complete or not at all, as a merge's does.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bam_merge.architectures.opening import open_folder
+from bam_merge.architectures.tables import find_by_model_type, head_names
+from bam_merge.checkpoints.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, is_plain_name, json_object, read_small_file
+from bam_merge.checkpoints.header import FileIdentity, open_regular
+from bam_merge.checkpoints.kinds import other_kind
+from bam_merge.checkpoints.look import pickled
+from bam_merge.checkpoints.pieces import Read
+from bam_merge.converting.child import Contents, Found, Limits, read_pickle
+from bam_merge.errors import CheckpointError, DurabilityUncertain, OutputError
+from bam_merge.files import write_file, writing
+from bam_merge.merging.outputs import prepare
+from bam_merge.paths import located
+from bam_merge.planning.plan import Shard, Step
+from bam_merge.planning.steps import place
+from bam_merge.publishing.destination import lack_of_space, occupied, overlap
+from bam_merge.publishing.durable import sync_descriptor
+from bam_merge.publishing.publish import put_in_place
+from bam_merge.publishing.staging import Staging
+from bam_merge.recipe.rules import parse_size
+from bam_merge.system import sync
+from bam_merge.text import count, human_bytes, printable, some
+
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+
+SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.(bin|pt|pth)")
+
+
+SAFE_TORCH = (2, 6)
+"""Older ones can be made to run code by a file, weights_only or not (CVE-2025-32434)."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written where. `notes` say what was left out, and why."""
+
+    path: Path
+    tensors: int
+    nbytes: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Source:
+    """A folder of pickled weights: its files, each open, and what is in them."""
+
+    folder: Path
+    names: tuple[str, ...]
+    config: dict[str, Any]
+    listed: Mapping[str, str] | None
+    open: dict[str, int] = field(default_factory=dict)
+    identities: dict[str, FileIdentity] = field(default_factory=dict)
+    contents: dict[str, Contents] = field(default_factory=dict)
+
+    def where(self, name: str) -> str:
+        return printable(str(self.folder / name))
+
+
+def convert(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    force: bool = False,
+    notify: Callable[[str], None] = lambda text: None,
+    limits: Limits | None = None,
+    max_shard_size: str = "5GB",
+) -> Converted:
+    """Write the model in `folder` (or one file of pickled weights) as safetensors files into the new folder `output`.
+
+    Raises CheckpointError for what cannot be read, or asks for more than to be read, OutputError where nothing can be written; nothing
+    is left behind then. `force` replaces a folder that holds a saved model and nothing else, as that of a merge does.
+    """
+    _check_torch()
+    try:
+        most = parse_size(max_shard_size)
+    except ValueError as error:
+        raise OutputError(f"--max-shard-size: {error}") from None
+    source = find_source(located(folder))
+    target = Path(os.path.abspath(located(output, error=OutputError)))
+    _check_target(source, target, force)
+    with _opened(source):
+        dropped = _look_inside(source, limits)
+        steps = _steps(source, dropped)
+        placed, shards = place(steps, most)
+        nbytes = sum(shard.nbytes for shard in shards)
+        if lack := lack_of_space(nbytes, target, "the model takes"):
+            raise OutputError(lack)
+        staging = Staging.open(target, notify)
+        try:
+            staging.begin_afresh()
+            _write(source, placed, shards, staging, limits)
+            _check_unchanged(source)
+            if not staging.is_ours():
+                raise OutputError(f"{printable(str(staging.folder))} was deleted while it was written. Nothing was published; run again.")
+            open_folder(staging.output)  # what appears can be opened
+            put_in_place(staging, target, force)
+        except DurabilityUncertain:  # it is published
+            raise
+        except BaseException:
+            staging.remove()
+            raise
+        finally:
+            staging.close()
+    notes = [
+        *_left_out(source, dropped),
+        *(f"{printable(name)} equals the embeddings, which config.json ties it to: left out" for name in dropped),
+    ]
+    return Converted(target, len(placed), nbytes, tuple(shard.file for shard in shards), tuple(notes))
+
+
+def _check_torch() -> None:
+    import torch
+
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < SAFE_TORCH:
+        raise CheckpointError(
+            f"torch {torch.__version__} cannot read pickled weights safely (CVE-2025-32434): 2.6 or later does. Update torch, or convert "
+            "on another machine."
+        )
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------------
+
+
+def find_source(path: Path) -> _Source:
+    """The folder, or the one file, of pickled weights at `path`. Raises CheckpointError."""
+    folder, only = (path, None) if path.is_dir() else (path.parent, path.name)
+    where = printable(str(path))
+    if not os.path.exists(path):
+        raise CheckpointError(f"{where}: no such folder.")
+    if only is not None and not pickled([only]):
+        raise CheckpointError(f"{where}: no file of pickled weights (.bin, .pt, .pth). Give the folder, or such a file.")
+    there = _listing(folder)
+    if only is None and {SINGLE, INDEX} & set(there):
+        raise CheckpointError(f"{where}: has safetensors files already, so there is nothing to convert. Use it as it is.")
+    names, listed = ((only,), None) if only else _weight_files(folder, there)
+    if CONFIG not in there:
+        other = other_kind(folder)
+        if other:
+            raise CheckpointError(other)
+        raise CheckpointError(f"{printable(str(folder))}: config.json is missing. Put the model's there, beside {some(names)}.")
+    config = json_object(folder / CONFIG, read_small_file(folder / CONFIG))
+    return _Source(folder, names, config, listed)
+
+
+def _listing(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{printable(str(folder))}: {error.strerror}.") from None
+
+
+def _weight_files(folder: Path, there: list[str]) -> tuple[tuple[str, ...], Mapping[str, str] | None]:
+    """The files that hold the weights, in order; with an index also what it says is in which."""
+    where = printable(str(folder))
+    if PICKLED_INDEX in there:
+        weight_map = json_object(folder / PICKLED_INDEX, read_small_file(folder / PICKLED_INDEX)).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{where}/{PICKLED_INDEX}: weight_map must be an object that maps tensor names to file names.")
+        names = tuple(sorted(set(weight_map.values())))
+        if unsafe := [name for name in names if not is_plain_name(name)]:
+            raise CheckpointError(f"{where}/{PICKLED_INDEX}: names {some(unsafe)}, which is no plain file in this folder.")
+        if missing := [name for name in names if name not in there]:
+            raise CheckpointError(f"{where}: {some(missing)} missing, of {len(names)} files that {PICKLED_INDEX} names.")
+        return names, weight_map
+    if "pytorch_model.bin" in there:
+        return ("pytorch_model.bin",), None
+    found = [name for name in pickled(there) if not name.startswith(("adapter_", "consolidated."))]
+    if not found:
+        if other := other_kind(folder):
+            raise CheckpointError(other)
+        raise CheckpointError(f"{where}: no file of pickled weights (.bin, .pt, .pth) is in it.")
+    shards = [SHARD.fullmatch(name) for name in found]
+    if all(shards):
+        first = shards[0]
+        assert first is not None
+        expected = [f"{first[1]}-{n + 1:05d}-of-{first[3]}.{first[4]}" for n in range(int(first[3]))]
+        if found != expected:
+            lacking = [name for name in expected if name not in found] or found
+            raise CheckpointError(f"{where}: {some(lacking)} missing, or of another model. Is the download complete?")
+        return tuple(found), None
+    if len(found) > 1:
+        raise CheckpointError(f"{where}: {some(found)}: which of them is the model? Give that file in place of the folder.")
+    return (found[0],), None
+
+
+def _check_target(source: _Source, target: Path, force: bool) -> None:
+    problems = [text.replace("another --output", "another OUTPUT") for text in occupied(target, force)]
+    if how := overlap(target, source.folder.resolve()):
+        problems = [f"{printable(str(target))} {how} {printable(str(source.folder))}, which is converted. Choose another folder."]
+    if problems:
+        raise OutputError(*problems)
+
+
+@contextmanager
+def _opened(source: _Source) -> Iterator[None]:
+    """Every file is opened once, so that what is looked at is what is written."""
+    with ExitStack() as stack:
+        for name in source.names:
+            descriptor = open_regular(str(source.folder / name))
+            stack.callback(os.close, descriptor)
+            source.open[name] = descriptor
+            source.identities[name] = FileIdentity.of(os.fstat(descriptor))
+        yield
+
+
+def _check_unchanged(source: _Source) -> None:
+    for name, descriptor in source.open.items():
+        if FileIdentity.of(os.fstat(descriptor)) != source.identities[name]:
+            raise CheckpointError(f"{source.where(name)} changed while it was converted. Run again when nothing writes to it.")
+
+
+# ---- what is in it ---------------------------------------------------------------------------------------------------------
+
+
+def _look_inside(source: _Source, limits: Limits | None) -> tuple[str, ...]:
+    """Fill `source.contents`. Returns the names of heads that are the embeddings over again. Raises CheckpointError."""
+    heads, embeddings = _tied(source.config)
+    for name, descriptor in source.open.items():
+        source.contents[name] = read_pickle(source.folder / name, descriptor, (*heads, *embeddings) if heads else (), limits=limits)
+    places: dict[str, str] = {}
+    problems = []
+    for file, contents in source.contents.items():
+        for tensor in contents.tensors:
+            if tensor in places:
+                problems.append(f"{source.where(file)}: {printable(tensor)} is in {places[tensor]} too. Keep one.")
+            places[tensor] = file
+    if source.listed is not None:
+        absent = [name for name in source.listed if name not in places]
+        unlisted = [name for name in places if name not in source.listed]
+        if absent:
+            problems.append(f"{source.where(PICKLED_INDEX)}: lists {some(absent)}, which no file holds. Is the download complete?")
+        if unlisted:
+            problems.append(f"{source.where(PICKLED_INDEX)}: does not list {some(unlisted)}, which the files hold.")
+    if problems:
+        raise CheckpointError(*problems)
+    tensors = _tensors(source)
+    kept = [tensors[name] for name in embeddings if name in tensors]
+    return tuple(name for name in heads if name in tensors and any(_same(tensors[name], other) for other in kept))
+
+
+def _tied(config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a head that config.json says is the embeddings, and of the embeddings; nothing where it says otherwise.
+
+    transformers stores no such head (PreTrainedModel.save_pretrained drops tied weights); in pickled files it stood beside them.
+    """
+    table = find_by_model_type(config.get("model_type"))
+    tied = config.get("tie_word_embeddings", table.defaults.get("tie_word_embeddings") if table else None)
+    if tied is not True:
+        return (), ()
+    if table is None:
+        return ("lm_head.weight",), ("model.embed_tokens.weight", "transformer.wte.weight", "model.decoder.embed_tokens.weight")
+    return head_names(table), tuple(name for row in table.rows if row.roles == ("embed",) for name in row.names)
+
+
+def _same(a: Found, b: Found) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.digest is not None and a.digest == b.digest
+
+
+def _tensors(source: _Source) -> dict[str, Found]:
+    return {name: found for contents in source.contents.values() for name, found in contents.tensors.items()}
+
+
+def _left_out(source: _Source, dropped: tuple[str, ...]) -> Iterator[str]:
+    """What is to be said of what stands beside the tensors, and of tensors that are one in the file."""
+    for file, contents in source.contents.items():
+        if contents.left_out:
+            named = [f"{name} ({what})" for name, what in contents.left_out.items()]
+            yield f"{printable(file)} also holds {some(named, 6)}, which is no tensor of the model: left out"
+    memories: dict[tuple[str, int], list[str]] = {}
+    for file, contents in source.contents.items():
+        for name, found in contents.tensors.items():
+            if found.memory and name not in dropped:
+                memories.setdefault((file, found.memory), []).append(name)
+    shared = [" and ".join(map(printable, names)) for names in memories.values() if len(names) > 1]
+    if shared:
+        yield f"{some(shared)} share their memory: each is written for itself"
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def _steps(source: _Source, dropped: tuple[str, ...]) -> list[Step]:
+    steps = []
+    for file, contents in source.contents.items():
+        for name, found in contents.tensors.items():
+            if name not in dropped:
+                steps.append(Step(name, "", None, None, found.dtype, found.shape, Read(file, name, found.dtype, found.shape), "convert"))
+    return steps
+
+
+def _write(source: _Source, steps: tuple[Step, ...], shards: tuple[Shard, ...], staging: Staging, limits: Limits | None) -> None:
+    """The tensors, then the files beside them, all synced."""
+    with ExitStack() as stack:
+        outputs: dict[str, int] = {}
+        for shard in shards:
+            outputs[shard.file] = prepare(staging.output / shard.file, shard.header, shard.nbytes, staging.files)
+            stack.callback(os.close, outputs[shard.file])
+        for file, descriptor in source.open.items():
+            wanted = {
+                step.name: (outputs[step.file], step.offset) for step in steps if isinstance(step.expr, Read) and step.expr.source == file
+            }
+            again = read_pickle(source.folder / file, descriptor, write=wanted, limits=limits)
+            if {n: (f.dtype, f.shape) for n, f in again.tensors.items()} != {
+                n: (f.dtype, f.shape) for n, f in source.contents[file].tensors.items()
+            }:
+                raise CheckpointError(f"{source.where(file)} changed while it was converted. Run again when nothing writes to it.")
+        for file, descriptor in outputs.items():
+            with writing(staging.output / file):
+                if os.fstat(descriptor).st_size != next(shard.nbytes for shard in shards if shard.file == file):
+                    raise OutputError(f"{printable(file)} has another size than it was made with. Nothing was published.")
+                sync(descriptor)
+    documents = {CONFIG: read_small_file(source.folder / CONFIG)}
+    if len(shards) > 1:
+        weight_map = {step.name: step.file for step in sorted(steps, key=lambda step: step.name)}
+        index = {"metadata": {"total_size": sum(step.nbytes for step in steps)}, "weight_map": weight_map}
+        documents[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            documents[name] = read_small_file(source.folder / name)
+    for name, data in documents.items():
+        write_file(staging.output / name, data, staging.files)
+    sync_descriptor(staging.files, staging.output)
+
+
+def summary(result: Converted) -> str:
+    """The line that a finished conversion prints."""
+    return (
+        f"{printable(str(result.path), 1000)}: {count(result.tensors, 'tensor')}, {human_bytes(result.nbytes)} in "
+        f"{count(len(result.files), 'file')}"
+    )
