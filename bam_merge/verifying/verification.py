@@ -171,7 +171,9 @@ class _Sources:
             why = f"changed since the merge, so digests only: {other_tokens}, by which tokens were aligned"
             self.report.add([Check("sources", None, why)])
             rest = tuple(step for step in plan.steps if not rows_are_tokens(step.role))
-            self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers, self.proved))
+            self.report.add(
+                against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers, self.proved)
+            )
             return None
         changed = [name for name in found.weights if name in plan.checkpoints]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
