@@ -207,7 +207,9 @@ def _overview() -> str:
         stated = {**dict.fromkeys(PLAIN, False), **item.traits}
         traits = [f"{key} {str(value).lower()}" for key, value in stated.items() if value != PLAIN.get(key) and not key.endswith("bias")]
         quirks = [
-            f"{key} {getattr(item.quirks, key)}" for key in ("windows", "turning") if getattr(item.quirks, key) not in ("none", "all")
+            f"{key} {getattr(item.quirks, key)}"
+            for key in ("windows", "turning", "query_growth")
+            if getattr(item.quirks, key) not in ("none", "all")
         ]
         own = [layout.name for layout in mixture_layouts() if not _ruled_out(item, layout)]
         rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), ", ".join(map(code, own))))
@@ -224,7 +226,12 @@ def _ruled_out(family: Architecture, layout: Architecture) -> bool:
     """Whether a trait that all models of `family` have is one that `layout` has no word for."""
     if not layout.accepts:
         return False
-    has = {**UNSAID, **family.traits, "rope_layers": None if family.quirks.turning == "all" else [0]}
+    has = {
+        **UNSAID,
+        **family.traits,
+        "rope_layers": None if family.quirks.turning == "all" else [0],
+        "query_growth": family.quirks.query_growth or None,
+    }
     wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
     for key, value in has.items():
         options = wanted[key] if isinstance(wanted[key], list) else [wanted[key]]

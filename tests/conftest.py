@@ -30,6 +30,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 SLIDES, FULL = "sliding_attention", "full_attention"
 
 MORE: dict[str, dict[str, Any]] = {
@@ -62,6 +73,8 @@ MORE: dict[str, dict[str, Any]] = {
     "stablelm_parallel": {"model_type": "stablelm", **BASE, **GROUPED, "use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True},
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", **BASE, **GROUPED, "head_dim": 12, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
     "hunyuan_v1_dense_biased": {"model_type": "hunyuan_v1_dense", **BASE, **GROUPED, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    "ministral3": {"model_type": "ministral3", **BASE, **GROUPED, "head_dim": 12, "rope_parameters": GROWING},
+    "ministral3_sliding": {"model_type": "ministral3", **BASE, **GROUPED, "head_dim": 8, "sliding_window": 8, "rope_parameters": GROWING, "tie_word_embeddings": True},
     "cwm": {"model_type": "cwm", **BASE, **GROUPED, "head_dim": 12, "sliding_window": 8, "rope_parameters": LLAMA3},
     "cwm_biased": {"model_type": "cwm", **BASE, **GROUPED, "head_dim": 8, "mlp_bias": True, "sliding_window": 8, "layer_types": [SLIDES, FULL], "rope_parameters": LLAMA3, "tie_word_embeddings": True},
     "internlm3": {"model_type": "internlm3", **BASE, **GROUPED, "head_dim": 12, "qkv_bias": True, "bias": True},

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
-from bam_merge.architectures.traits import listed_as_turning, renamed, stated_traits
+from bam_merge.architectures.traits import listed_as_turning, query_growth, renamed, stated_traits
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
 from bam_merge.validation_words import shown
@@ -163,6 +163,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
             f"num_key_value_heads {facts['num_key_value_heads']}."
         )
     facts["rope_parameters"] = _rope(family, config, problems)
+    facts["query_growth"] = query_growth(family, facts["rope_parameters"], problems)
     facts["max_position_embeddings"] = config.get("max_position_embeddings")
     turning = listed_as_turning(family, get, facts["num_hidden_layers"], problems)
     facts.update(_sliding(family, get, {**facts, "turning": turning}))

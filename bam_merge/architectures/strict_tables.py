@@ -34,7 +34,8 @@ ROW: Kinds = {
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
-    "experts_default": int, "pattern_is_read": bool, "turning": str, "alpha": bool, "rope_needed": bool,
+    "experts_default": int, "pattern_is_read": bool, "turning": str, "alpha": bool, "query_growth": bool,
+    "rope_needed": bool,
     "norm_eps": str, "renamed": dict, "activations": dict, "only": dict,
 }  # fmt: skip
 """What tables.Quirks documents, key by key."""

@@ -72,6 +72,8 @@ class Quirks:
     `pattern_is_read`   whether sliding_window_pattern is a key of it; else its table's default holds, whatever a file has there
     `turning`           which layers have a rotary embedding: a word of vocabulary.TURNING
     `alpha`             whether `alpha` in rope_parameters of type dynamic stretches the base, once for all lengths
+    `query_growth`      whether queries are multiplied with 1 + beta ln(1 + floor(position / original context)), beta being
+                        llama_4_scaling_beta in rope_parameters
     `rope_needed`       whether a file that says nothing of the rotary embedding is refused, because the class fills in a scaling of its own
     `norm_eps`          the key of the norms' epsilon; None: rms_norm_eps or layer_norm_eps, by the norms' kind
     `renamed`           keys that are read as another key
@@ -90,6 +92,7 @@ class Quirks:
     pattern_is_read: bool = False
     turning: str = "all"
     alpha: bool = False
+    query_growth: bool = False
     rope_needed: bool = False
     norm_eps: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)

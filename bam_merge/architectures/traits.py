@@ -8,6 +8,9 @@ from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable
 from bam_merge.validation_words import shown
 
+BETA = "llama_4_scaling_beta"
+
+
 Get = Callable[[str], Any]
 """The value of a key of config.json, or its default."""
 
@@ -65,3 +68,17 @@ def listed_as_turning(family: Architecture, get: Get, layers: int, problems: lis
         )
         return []
     return [layer for layer, turns in enumerate(listed[:layers]) if turns]
+
+
+def query_growth(family: Architecture, rope: dict[str, Any], problems: list[str]) -> float | None:
+    """By what queries grow with their position, taken out of `rope`; None where they do not."""
+    if not family.quirks.query_growth or not rope:
+        return None
+    beta, original = rope.pop(BETA, None), rope.get("original_max_position_embeddings")
+    if type(beta) not in (int, float):
+        problems.append(f"config.json: rope_parameters.{BETA} must be a number, found {shown(beta)}.")
+    elif not (isinstance(original, int | float) and original > 0):
+        problems.append(f"config.json: rope_parameters.original_max_position_embeddings must be above 0, found {shown(original)}.")
+    else:
+        return float(beta)
+    return None

@@ -41,11 +41,11 @@ logit_scale                what the logits are multiplied with; None: nothing
 
 QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
-    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None,
+    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None,
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 
-UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "norm_type": "rms_norm"}
+UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "norm_type": "rms_norm"}
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
 
 DERIVED = ("untied", "second_norm")

@@ -38,7 +38,8 @@ class BamConfig(PreTrainedConfig):
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
     Of families that are unlike most, None or the default where theirs is: `norm_offset` is added to the weights of norms before they
-    multiply; `rope_layers` are the layers with rotary embedding; `attention_scale` (of q k^T), `embedding_scale`, `residual_scale` (of
+    multiply; `rope_layers` are the layers with rotary embedding; queries grow by 1 + `query_growth` ln(1 + floor(position / original
+    context)); `attention_scale` (of q k^T), `embedding_scale`, `residual_scale` (of
     attention and FFN before they are added) and `logit_scale` are factors.
     """
 
@@ -77,6 +78,7 @@ class BamConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     rope_interleaved: bool = False
     rope_layers: list[int] | None = None
+    query_growth: float | int | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     attention_scale: float | int | None = None

@@ -284,6 +284,8 @@ class BamAttention(nn.Module):
             query, key = (rotate(x, *position_embeddings, self.config.rope_interleaved) for x in (query, key))
         if self.config.qk_norm and self.config.qk_norm_after_rotary:
             query, key = own.q_norm(query), kv.k_norm(key)
+        if self.config.query_growth is not None:
+            query = self.grown(query, kwargs["position_ids"])
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -306,6 +308,12 @@ class BamAttention(nn.Module):
         if self.mixed_bias:
             y_BTD = y_BTD + own.o_proj_bias(gates.to(y_BTD.dtype))
         return y_BTD, weights
+
+    def grown(self, query: Tensor, position_ids: Tensor) -> Tensor:
+        """Queries [B, T, heads, C] times 1 + query_growth ln(1 + floor(position / original context))."""
+        original = self.config.rope_parameters["original_max_position_embeddings"]
+        turns_BT = (position_ids.clamp(min=0) / original).floor().to(torch.promote_types(query.dtype, torch.float32))
+        return query * (1 + self.config.query_growth * turns_BT.log1p())[..., None, None].to(query.dtype)
 
     @property
     def channels_per_gate(self) -> int:

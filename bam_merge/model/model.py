@@ -19,7 +19,7 @@ from torch.nn.functional import linear, one_hot
 
 from bam_merge.model.activations import ACTIVATIONS
 from bam_merge.model.model_config import ModelConfig
-from bam_merge.model.positions import Cache, rotate, turns, visible
+from bam_merge.model.positions import Cache, grown, rotate, turns, visible
 
 
 def wide(x: Tensor) -> Tensor:
@@ -106,10 +106,11 @@ class Heads(nn.Module):
         k_BTKC, v_BTKC = (proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.k_proj, self.v_proj))
         return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
 
-    def attend(self, x_BTD: Tensor, turn: Turn, k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
-        """o(softmax(scale q k^T) v) [B, T, D]."""
+    def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
+        """o(softmax(scale q k^T) v) [B, T, D]. `at`: the turn of these tokens and their positions [B, T]."""
         C, scale = self.config.head_dim, self.config.attention_scale
-        q_BTHC = self.placed(self.q_norm, self.q_proj(x_BTD).unflatten(-1, (-1, C)), turn)
+        q_BTHC = self.placed(self.q_norm, self.q_proj(x_BTD).unflatten(-1, (-1, C)), at[0])
+        q_BTHC = grown(self.config.query_growth, self.config.rope_parameters, at[1], q_BTHC)
         k_BSHC, v_BSHC = (z.repeat_interleave(q_BTHC.shape[2] // z.shape[2], 2) for z in (k_BSKC, v_BSKC))
         scores_BHTS = wide(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC) * (C**-0.5 if scale is None else scale))
         hidden = torch.finfo(scores_BHTS.dtype).min  # not -inf: padding sees nothing, and must not become NaN
@@ -147,14 +148,14 @@ class Attention(Heads):
             return cache.extend(self.layer, f"k {name}", k_BTKC), cache.extend(self.layer, f"v {name}", v_BTKC)
 
         if not self.experts:
-            return self.attend(x_BTD, turn, *cached(self, "all"), seen_BTS), None
+            return self.attend(x_BTD, (turn, positions_BT), *cached(self, "all"), seen_BTS), None
         gates_BTN = route(self.router, x_BTD, *self.gates, force_expert)
         shared = cached(self, "all") if self.shares_kv else None
         y_BTD = wide(torch.zeros_like(x_BTD))
         for j, expert in enumerate(self.experts):
             keys_values = shared or cached(expert, str(j))  # of every expert: later tokens may choose it
             if gates_BTN[..., j].any():
-                y_BTD = y_BTD + gates_BTN[..., j, None] * expert.attend(x_BTD, turn, *keys_values, seen_BTS)
+                y_BTD = y_BTD + gates_BTN[..., j, None] * expert.attend(x_BTD, (turn, positions_BT), *keys_values, seen_BTS)
         return y_BTD.to(x_BTD.dtype), gates_BTN
 
 

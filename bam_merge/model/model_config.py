@@ -36,6 +36,7 @@ class ModelConfig:
     attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     rope_interleaved: bool = False
+    query_growth: float | None = None  # beta: queries are multiplied with 1 + beta ln(1 + floor(position / original context))
     rope_layers: Sequence[int] | None = None  # the layers that rotate; None: all
     max_position_embeddings: int | None = None
     sliding_window: int | None = None

@@ -44,6 +44,8 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
     for eps in ("rms_norm_eps", "layer_norm_eps"):
         if get(eps) is not None:
             values[eps] = get(eps)
+    if table.quirks.query_growth:
+        values["query_growth"] = values["rope_parameters"].pop("llama_4_scaling_beta", None)
     if table.quirks.norm_eps is not None:
         values["layer_norm_eps" if values["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(table.quirks.norm_eps)
     return values | (_experts(table, config, get) if table.kind == "mixture" else {})

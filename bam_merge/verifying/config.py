@@ -53,6 +53,9 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "qk norm": config.qk_norm,
         "qk norm stands": "after rotary" if config.qk_norm and config.qk_norm_after_rotary else "before rotary",
         "score scale": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        "query growth": None
+        if config.query_growth is None
+        else (config.query_growth, config.rope_parameters["original_max_position_embeddings"]),
         "residual scale": 1.0 if config.residual_scale is None else config.residual_scale,
         "embedding scale": 1.0 if config.embedding_scale is None else config.embedding_scale,
         "embedding scale rounded": config.embedding_scale is not None and config.embedding_scale_in_dtype,

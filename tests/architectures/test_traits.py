@@ -17,7 +17,7 @@ from bam_merge.planning.output_config import refusals
 
 OTHER: dict[str, Any] = {
     "norm_type": "layer_norm", "parallel_norms": 1, "norm_offset": 1, "attention_scale": 0.3, "embedding_scale": 2.0, "residual_scale": 0.5,
-    "logit_scale": 0.5, "rope_layers": [0],
+    "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
 }  # fmt: skip
 """A value of each trait that is not the usual one; of those that are true or false, the other one."""
 
@@ -57,7 +57,7 @@ def test_every_trait_has_a_word_in_bam_and_a_reader() -> None:
     """A trait that bam's config.json or the reference model knew nothing of would be lost."""
     written = [value for value in load_architecture("bam").config.values() if isinstance(value, str)]
     config = vars(model_config(CONFIGS["llama"]))
-    for trait in (*TRAITS, "rope_layers"):
+    for trait in (*TRAITS, "rope_layers", "query_growth"):
         assert f"${trait}" in written
         assert trait in config
 
@@ -113,6 +113,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "one bias by two keys": ("internlm3", {"attention_bias": False}, "qkv_bias = true and attention_bias = false are two spellings of one fact, and differ."),
     "no rotary embedding said": ("cwm", {"rope_parameters": None}, "rope_parameters is missing; cwm without it is given a scaling that no file says."),
     "an alpha below 0": ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": -2}}, "alpha in rope_parameters must be a number above 0, found -2."),
+    "no growth said": ("ministral3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters.llama_4_scaling_beta must be a number"),
+    "no context to grow from": ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "rope_parameters.original_max_position_embeddings must be above 0"),
     "no number": ("granite", {"residual_multiplier": "0.2"}, "residual_multiplier must be a number, found '0.2'."),
     "a window that is not": ("cohere2", {"sliding_window": None}, "sliding_window is no number, and layers of cohere2 slide unless layer_types says otherwise."),
     "two patterns": ("cohere2_biased", {"sliding_window_pattern": 2}, "layer_types says that layers 1 slide, sliding_window_pattern = 2 that all but each 2th do"),

@@ -286,7 +286,7 @@ def test_a_head_that_is_said_and_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("config", "message"), [
     ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "a gemma3 model around a text model of model_type 'gemma3_text', which is in no table here. Text models that can be taken out of a wrapper: llama, mistral, qwen2,"),
     ({"model_type": "gemma3"}, "text_config must be an object with the text model's configuration, found null."),
-    ({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}, "a mistral3 model around a text model of model_type 'ministral3', which is in no table here."),
+    ({"model_type": "mistral3", "text_config": {"model_type": "apertus"}}, "a mistral3 model around a text model of model_type 'apertus', which is in no table here."),
     ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "a qwen3_5 model around a text model of model_type 'qwen3_5_text'"),
     ({"model_type": "internvl", "text_config": {"model_type": "qwen3_moe"}}, "a internvl model around a text model of model_type 'qwen3_moe', which is a mixture."),
     ({"model_type": "internvl_chat", "llm_config": {"model_type": "internlm2"}}, "a internvl_chat model around a text model of model_type 'internlm2'"),
