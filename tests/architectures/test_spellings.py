@@ -510,6 +510,14 @@ def test_verification_finds_the_wrong_one_of_two_spellings(also: bool, tmp_path:
     ("llama", {"rms_norm_eps": 1e-2}, "rms_norm_eps", 1e-6, "head"),
     ("llama", {"hidden_act": "relu"}, "hidden_act", "silu", "source configs"),
     ("gpt_neox", {"use_parallel_residual": False}, "parallel_block", True, "source configs"),
+    ("granite", {}, "attention_scale", None, "source configs"), ("granite", {}, "embedding_scale", None, "source configs"),
+    ("granite", {}, "residual_scale", 1.0, "source configs"), ("granite", {}, "logit_scale", 4.0, "head"),
+    ("gemma", {}, "norm_offset", 0, "source configs"), ("gemma", {}, "norm_offset", 0, "head"),
+    ("gemma", {}, "embedding_scale_in_dtype", False, "source configs"),
+    ("smollm3", {}, "rope_layers", [1], "source configs"), ("smollm3", {}, "rope_layers", None, "expert isolation"),
+    ("cohere2", {}, "rope_layers", None, "expert isolation"), ("granite", {}, "residual_scale", 1.0, "expert isolation"),
+    ("hunyuan_v1_dense", {}, "qk_norm_after_rotary", False, "source configs"), ("ministral3", {}, "query_growth", 0.1, "source configs"),
+    ("ministral3", {}, "query_growth", None, "source configs"), ("starcoder2", {}, "layer_norm_eps", 1e-2, "head"),
 ])  # fmt: skip
 def test_verification_finds_a_fact_that_the_plan_misread(
     family: str, keys: dict[str, Any], fact: str, wrong: Any, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
