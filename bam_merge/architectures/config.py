@@ -267,8 +267,10 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
 def _stretched_once(rope: Mapping[str, Any], head_dim: int, problems: list[str]) -> dict[str, Any]:
     """A scaling that is called dynamic and is not: alpha stretches the base, whatever the length."""
     alpha = rope["alpha"]
-    if type(alpha) not in (int, float) or alpha <= 0 or head_dim <= 2:
-        problems.append(f"config.json: alpha in rope_parameters must be a number above 0, found {printable(repr(alpha), 60)}.")
+    if type(alpha) not in (int, float) or not 1e-30 < alpha < 1e30 or head_dim <= 2:
+        problems.append(
+            f"config.json: alpha in rope_parameters must be a number above 0, and less than 1e30, for heads of more than 2, found {printable(repr(alpha), 60)}."
+        )
         return {}
     theta = rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
     return {"partial_rotary_factor": rope["partial_rotary_factor"], "rope_theta": theta, "rope_type": "default"}

@@ -132,8 +132,7 @@ def _conflict(spelling: Spelling, kind: str, config: Mapping[str, Any], rope_key
         return
     for other in (*spelling.read, *spelling.ignored):
         found = _value(other, config, rope_key)
-        same = dict(spelling.same)
-        if other == key or found is None or same.get(_plain(found), _plain(found)) == same.get(_plain(value), _plain(value)):
+        if other == key or found is None or _read_as(spelling, found) == _read_as(spelling, value):
             continue
         name, of = _name(other, rope_key), _name(key or (spelling.read or [""])[-1], rope_key)
         here = f"config.json: {name} = {_brief(found)}"
@@ -278,6 +277,11 @@ def is_count(value: object) -> TypeGuard[int]:
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:
     return _plain(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _read_as(spelling: Spelling, value: Any) -> Any:
+    """What the model type takes a value for."""
+    return next((new for old, new in spelling.same if old == value), _plain(value))
 
 
 def _plain(value: Any) -> Any:

@@ -42,8 +42,8 @@ def stated_traits(family: Architecture, get: Get, problems: list[str]) -> dict[s
         stated = get(key)
         if isinstance(default, bool):
             facts[trait] = bool(stated)
-        elif power and stated is not None and not stated > 0:
-            problems.append(f"config.json: {key} must be above 0, found {shown(stated)}.")
+        elif power and stated is not None and not 1e-30 < stated < 1e30:
+            problems.append(f"config.json: {key} must be above 0, and less than 1e30, found {shown(stated)}.")
             facts[trait] = None
         else:
             facts[trait] = float(stated) ** float(power) if power and stated is not None else stated

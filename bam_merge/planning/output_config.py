@@ -60,6 +60,8 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
     kept = layout.kind == "dense"  # its sources' own keys
     said = {*layout.accepts, *layout.implies, *_words(layout)}
     unsaid = {} if kept else {key: value for key, value in UNSAID.items() if key not in said}
+    if "parallel_block" in said:
+        unsaid.pop("parallel_norms", None)  # of a parallel block alone
     if "attention_out_bias" in unsaid:  # a layout with one word for the biases of q, k, v and o
         unsaid["attention_out_bias"] = values.get("attention_bias")
     for key, accepted in (*layout.accepts.items(), *unsaid.items()):
