@@ -174,7 +174,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     facts.update(stated_traits(family, get, problems))
     if family.quirks.norm_eps:
         facts["layer_norm_eps" if facts["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(family.quirks.norm_eps)
-    if facts["attention_scale"] == facts["head_dim"] ** -0.5:
+    if facts["head_dim"] and facts["attention_scale"] == facts["head_dim"] ** -0.5:
         facts["attention_scale"] = None
     facts["second_norm"] = not facts["parallel_block"] or facts["parallel_norms"] == 2
     facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])
@@ -268,9 +268,8 @@ def _stretched_once(rope: Mapping[str, Any], head_dim: int, problems: list[str])
     """A scaling that is called dynamic and is not: alpha stretches the base, whatever the length."""
     alpha = rope["alpha"]
     if type(alpha) not in (int, float) or not 1e-30 < alpha < 1e30 or head_dim <= 2:
-        problems.append(
-            f"config.json: alpha in rope_parameters must be a number above 0, and less than 1e30, for heads of more than 2, found {printable(repr(alpha), 60)}."
-        )
+        wanted = "a number above 0, and less than 1e30, for heads of more than 2"
+        problems.append(f"config.json: alpha in rope_parameters must be {wanted}, found {printable(repr(alpha), 60)}.")
         return {}
     theta = rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
     return {"partial_rotary_factor": rope["partial_rotary_factor"], "rope_theta": theta, "rope_type": "default"}
