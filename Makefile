@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-ecosystem test-faults paper paper-smoke clean
+.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-faults paper paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -82,6 +82,9 @@ test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PE
 	.venv-ecosystem/bin/pip install -q -c constraints.txt torch
 	.venv-ecosystem/bin/pip install -q -c constraints.txt -e '.[ecosystem]'
 	@touch $@
+
+test-families: $(VENV)/ready  ## every family and variant through everything that `make test` tries on a few (minutes)
+	$(BIN)/python -m pytest -n auto -m families
 
 test-faults: .venv-faults/ready $(VENV)/ready  ## killed, starved and lied to at every system call (minutes; as root with strace, all of it)
 	$(BIN)/python -m pytest -m faults -rs tests/faults

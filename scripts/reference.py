@@ -13,7 +13,7 @@ import click
 
 import bam_merge
 from bam_merge.architectures.tables import Architecture, Row, architectures, dense_families, mixture_layouts
-from bam_merge.architectures.vocabulary import ROLES, SYMBOLS
+from bam_merge.architectures.vocabulary import ROLES, SYMBOLS, UNSAID
 from bam_merge.architectures.wrappers import text_models, wrappers
 from bam_merge.cli import cli
 from bam_merge.recipe import makes
@@ -192,7 +192,8 @@ def _shape(row: Row) -> str:
 def families() -> str:
     """The dense families and the layouts, from their tables."""
     letters = ", ".join(f"{letter} = {name}" for letter, name in SYMBOLS.items())
-    parts = [MADE, "# Families and layouts", f"Shapes in letters: {letters}.", "## Dense families", "What a source may be."]
+    parts = [MADE, "# Families and layouts", f"Shapes in letters: {letters}.", "## Dense families"]
+    parts += [_overview()]
     for item in dense_families():
         parts += [f"### {item.name}", _facts(item), _tensors(item)]
     parts += ["## Layouts", "What a mixture may be written as. A merge that a layout cannot express is refused in the plan, in words."]
@@ -215,6 +216,51 @@ def _wrappers() -> str:
         for item in wrappers()
     )
     return table(("model_type", "the text model's names begin with", "not read"), rows)
+
+
+def _overview() -> str:
+    """Every family: what is unlike Llama, from its table's traits and quirks, and the layouts that nothing of it rules out."""
+    rows = []
+    for item in dense_families():
+        stated = {**dict.fromkeys(PLAIN, False), **item.traits}
+        traits = [f"{key} {str(value).lower()}" for key, value in stated.items() if value != PLAIN.get(key) and not key.endswith("bias")]
+        quirks = [
+            f"{key} {getattr(item.quirks, key)}"
+            for key in ("windows", "turning", "query_growth")
+            if getattr(item.quirks, key) not in ("none", "all")
+        ]
+        own = [layout.name for layout in mixture_layouts() if not _ruled_out(item, layout)]
+        rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), ", ".join(map(code, own))))
+    said = (
+        "What a source may be. The layouts are those that no fixed trait rules out; a config.json can rule out more, and the plan says so."
+    )
+    return f"{said}\n\n{table(('family', 'unlike Llama in', 'layouts'), rows)}"
+
+
+PLAIN = {"norm_type": "rms_norm", "gated_ffn": True}
+
+
+def _ruled_out(family: Architecture, layout: Architecture) -> bool:
+    """Whether a trait that all models of `family` have is one that `layout` has no word for."""
+    if not layout.accepts:
+        return False
+    has = {
+        **UNSAID,
+        **family.traits,
+        "rope_layers": None if family.quirks.turning == "all" else [0],
+        "query_growth": family.quirks.query_growth or None,
+    }
+    wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
+    for key, value in has.items():
+        options = wanted[key] if isinstance(wanted[key], list) else [wanted[key]]
+        written = key in layout.implies or f"${key}" in layout.config.values()
+        if (
+            not written
+            and not str(value).startswith("config:")
+            and ("none" if value is None else value) not in (*options, *(["none"] if None in options else []))
+        ):
+            return True
+    return False
 
 
 def _facts(item: Architecture) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -20,6 +21,78 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": 2}
 
+BIASED = {"attention_bias": True, "mlp_bias": True}
+GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
+SLIDES, FULL = "sliding_attention", "full_attention"
+
+MORE: dict[str, dict[str, Any]] = {
+    "granite": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, "head_dim": 12},
+    "granite_biased": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, **BIASED, "tie_word_embeddings": True},
+    "granite_plain": {"model_type": "granite", **BASE, "num_attention_heads": 8},
+    "gemma": {"model_type": "gemma", **BASE, **GROUPED, "head_dim": 12},
+    "gemma_biased": {"model_type": "gemma", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "hidden_act": "gelu", "tie_word_embeddings": False},
+    "smollm3": {"model_type": "smollm3", **BASE, **GROUPED, "no_rope_layers": [1, 0]},
+    "smollm3_sliding": {"model_type": "smollm3", **BASE, **GROUPED, **BIASED, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": False},
+    "seed_oss": {"model_type": "seed_oss", **BASE, **GROUPED, "head_dim": 12},
+    "seed_oss_biased": {"model_type": "seed_oss", **BASE, **GROUPED, "head_dim": 12, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "ministral": {"model_type": "ministral", **BASE, **GROUPED, "head_dim": 8, "sliding_window": 8, "layer_types": [SLIDES, FULL]},
+    "ministral_sliding": {"model_type": "ministral", **BASE, **GROUPED, "sliding_window": 8, "head_dim": 12, "tie_word_embeddings": True},
+    "cohere2": {"model_type": "cohere2", **BASE, **GROUPED, "sliding_window": 8, "sliding_window_pattern": 2},
+    "cohere2_biased": {"model_type": "cohere2", **BASE, **GROUPED, "sliding_window": 8, "layer_types": [FULL, SLIDES], "attention_bias": True, "tie_word_embeddings": False},
+    "arcee": {"model_type": "arcee", **BASE, **GROUPED, "head_dim": 12},
+    "arcee_biased": {"model_type": "arcee", **BASE, **GROUPED, **BIASED, "tie_word_embeddings": True},
+    "nemotron": {"model_type": "nemotron", **BASE, **GROUPED, "head_dim": 12},
+    "nemotron_biased": {"model_type": "nemotron", **BASE, **GROUPED, **BIASED, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    "ernie4_5": {"model_type": "ernie4_5", **BASE, **GROUPED, "head_dim": 12},
+    "ernie4_5_biased": {"model_type": "ernie4_5", **BASE, **GROUPED, "head_dim": 12, "use_bias": True, "tie_word_embeddings": False},
+    "helium": {"model_type": "helium", **BASE, **GROUPED, "head_dim": 8},
+    "helium_biased": {"model_type": "helium", **BASE, **GROUPED, **BIASED, "head_dim": 8, "tie_word_embeddings": True},
+    "starcoder2": {"model_type": "starcoder2", **BASE, **GROUPED, "sliding_window": 8},
+    "starcoder2_unbiased": {"model_type": "starcoder2", **BASE, **GROUPED, "head_dim": 12, "use_bias": False, "tie_word_embeddings": False},
+    "phi": {"model_type": "phi", **BASE, **GROUPED, "head_dim": 12},
+    "phi_tied": {"model_type": "phi", **BASE, "partial_rotary_factor": 0.25, "tie_word_embeddings": True},
+    "stablelm": {"model_type": "stablelm", **BASE, **GROUPED},
+    "stablelm_parallel": {"model_type": "stablelm", **BASE, **GROUPED, "use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", **BASE, **GROUPED, "head_dim": 12, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+    "hunyuan_v1_dense_biased": {"model_type": "hunyuan_v1_dense", **BASE, **GROUPED, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    "ministral3": {"model_type": "ministral3", **BASE, **GROUPED, "head_dim": 12, "rope_parameters": GROWING},
+    "ministral3_sliding": {"model_type": "ministral3", **BASE, **GROUPED, "head_dim": 8, "sliding_window": 8, "rope_parameters": GROWING, "tie_word_embeddings": True},
+    "cwm": {"model_type": "cwm", **BASE, **GROUPED, "head_dim": 12, "sliding_window": 8, "rope_parameters": LLAMA3},
+    "cwm_biased": {"model_type": "cwm", **BASE, **GROUPED, "head_dim": 8, "mlp_bias": True, "sliding_window": 8, "layer_types": [SLIDES, FULL], "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "internlm3": {"model_type": "internlm3", **BASE, **GROUPED, "head_dim": 12, "qkv_bias": True, "bias": True},
+    "internlm3_tied": {"model_type": "internlm3", **BASE, **GROUPED, "head_dim": 8, "tie_word_embeddings": True},
+    "iquestcoder": {"model_type": "iquestcoder", **BASE, **GROUPED, "head_dim": 12},
+    "iquestcoder_biased": {"model_type": "iquestcoder", **BASE, **GROUPED, **BIASED, "head_dim": 8, "tie_word_embeddings": True},
+}  # fmt: skip
+"""Families that are unlike the first ones in single traits: flags on and off, heads that are not the width, tied and untied."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """transformers copies the model code of a checkpoint to HF_MODULES_CACHE, read when it is imported: a folder of this run."""
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_MODULES_CACHE"] = folder.name
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **BASE, **GROUPED, "tie_word_embeddings": False, "rms_norm_eps": 1e-5},
     "llama_biased": {"model_type": "llama", **BASE, **GROUPED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
@@ -33,15 +106,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox", **BASE},
     "gpt_neox_sequential": {"model_type": "gpt_neox", **BASE, "use_parallel_residual": False, "attention_bias": False},
     "phi3": {"model_type": "phi3", **BASE, **GROUPED},
+    **MORE,
 }  # fmt: skip
 """A small model of every family and variant. hidden and intermediate sizes differ, so that a swap shows."""
 
+CHEAP = ("test_architectures.py", "test_dense_models_compute_what_transformers_does")
+"""What is tried for all of them always: tables, facts and logits against transformers."""
 
-def pytest_configure(config: pytest.Config) -> None:
-    """transformers copies the model code of a checkpoint to HF_MODULES_CACHE, read when it is imported: a folder of this run."""
-    folder = tempfile.TemporaryDirectory()
-    config.add_cleanup(folder.cleanup)
-    os.environ["HF_MODULES_CACHE"] = folder.name
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of what every family and variant goes through, a sixteenth, the same every time; the rest is for `-m families`."""
+    for item in items:
+        case = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        late = any(isinstance(value, str) and value in MORE for value in case)
+        if late and not any(cheap in item.nodeid for cheap in CHEAP) and crc32(item.nodeid.encode()) % 16:
+            item.add_marker("families")
 
 
 @dataclass

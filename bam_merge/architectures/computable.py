@@ -7,7 +7,10 @@ from typing import Any
 from bam_merge.architectures.rotary import rotary_problems
 from bam_merge.text import printable
 
-ACTIVATION_NAMES = ("silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh")
+ACTIVATION_NAMES = (
+    "silu", "swish", "relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh", "gelu_python_tanh",
+    "relu2",
+)  # fmt: skip
 """The values of `hidden_act` that the reference model knows."""
 
 
@@ -23,7 +26,8 @@ def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
     for kind in dict.fromkeys(facts.get("layer_types") or ()):
         if kind not in LAYER_TYPES:
             yield f"config.json: layer_types names {printable(repr(kind), 60)}, which is not known here. Known: {', '.join(LAYER_TYPES)}."
-    for key, least in (("rms_norm_eps", 0.0), ("layer_norm_eps", 0.0), ("logit_scale", -math.inf)):
+    scales = ("logit_scale", "attention_scale", "embedding_scale", "residual_scale")
+    for key, least in (("rms_norm_eps", 0.0), ("layer_norm_eps", 0.0), *((key, -math.inf) for key in scales)):
         value = facts.get(key)
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             yield f"config.json: {key} must be {'0 or more' if least == 0 else 'finite'}, found {value}."

@@ -8,6 +8,7 @@ from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.quantisation import quantisation
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.traits import listed_as_turning, query_growth, renamed, stated_traits
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
 from bam_merge.validation_words import shown
@@ -42,6 +43,13 @@ IGNORED = (
 
 _KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: ((int, float), "a number"), str: ((str,), "text")}
 """The types that a value may have where its key's default is of the given type, and their name."""
+
+
+PATTERN = "sliding_window_pattern"
+
+
+BY_LAYER = (PATTERN, "no_rope_layers", "no_rope_layer_interval")
+"""Keys that say of layers what `layer_types` and `rope_layers` say of them in bam's words."""
 
 
 MAX_LAYERS = 10_000
@@ -134,13 +142,14 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     """The facts of a dense model: what its config.json says and its family implies. Empty when a needed key is unusable."""
 
     before = len(problems)
-    config = without_nulls(family, config, problems)
+    config = without_nulls(family, renamed(family, config, problems), problems)
 
     def get(key: str) -> Any:
         return config[key] if key in config else family.defaults.get(key)
 
-    facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function)}
+    facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function) if key not in BY_LAYER}
     facts["hidden_act"] = "silu" if facts["hidden_act"] == "swish" else facts["hidden_act"]  # one function, two names
+    facts["hidden_act"] = next((new for old, new in family.quirks.activations.items() if old == facts["hidden_act"]), facts["hidden_act"])
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
     for key in COMMON_FUNCTION[:6]:
         if not is_size(facts[key]) and (key != "num_key_value_heads" or get(key)):  # one that follows from another is said once
@@ -155,12 +164,20 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
             f"num_key_value_heads {facts['num_key_value_heads']}."
         )
     facts["rope_parameters"] = _rope(family, config, problems)
+    facts["query_growth"] = query_growth(family, facts["rope_parameters"], problems)
     facts["max_position_embeddings"] = config.get("max_position_embeddings")
-    facts.update(_sliding(get, facts))
-    for trait, default in TRAITS.items():
-        value = family.traits.get(trait, default)
-        facts[trait] = bool(get(value.removeprefix("config:"))) if str(value).startswith("config:") else value
-    facts.setdefault("logit_scale", None)
+    turning = listed_as_turning(family, get, facts["num_hidden_layers"], problems)
+    facts.update(_sliding(family, get, {**facts, "turning": turning}))
+    windows = facts["layer_types"] if facts["sliding_window"] else ()
+    if family.quirks.turning == "where windows are":
+        turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
+    facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
+    facts.update(stated_traits(family, get, problems))
+    if family.quirks.norm_eps:
+        facts["layer_norm_eps" if facts["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(family.quirks.norm_eps)
+    if facts["head_dim"] and facts["attention_scale"] == facts["head_dim"] ** -0.5:
+        facts["attention_scale"] = None
+    facts["second_norm"] = not facts["parallel_block"] or facts["parallel_norms"] == 2
     facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])
     facts["untied"] = not facts["tie_word_embeddings"]
     return facts if len(problems) == before else {}
@@ -191,9 +208,17 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json: layer_types must name the kind of each of the {layers} layers, found {printable(repr(types), 60)}."
     if head_dim is not None and not is_size(head_dim):
         yield f"config.json: head_dim must be a positive integer, found {printable(repr(head_dim), 60)}."
+    for key, expected in family.quirks.only.items():
+        possible = expected if isinstance(expected, list) else [expected]
+        value = config.get(key)
+        if value is not None and (type(value), value) not in [(type(one), one) for one in possible]:
+            words = " or ".join(map(shown, possible))
+            yield f"config.json: {key} = {shown(value)} is not known here, only {words}: what such a model computes would be a guess."
     for key in ("sliding_window", "max_position_embeddings"):
         if config.get(key) is not None and config[key] != 0 and not is_size(config[key]):
             yield f"config.json: {key} must be a positive integer, found {printable(repr(config[key]), 60)}."
+    if family.quirks.pattern_is_read and not is_size(config.get(PATTERN, 1)):
+        yield f"config.json: {PATTERN} must be a positive integer, found {shown(config[PATTERN])}."
     for key in (*NEUTRAL, *family.neutral):
         if not _is_plain(config.get(key)):
             yield f"config.json: {key} must be a number, text or a list of numbers, found {printable(repr(config[key]), 60)}."
@@ -204,6 +229,12 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
     raw = config.get("rope_scaling") or config.get("rope_parameters") or {}  # of two, transformers takes the older
     if not isinstance(raw, dict):
         problems.append(f"config.json: rope_parameters must be an object, found {printable(repr(raw), 60)}.")
+        return {}
+    if family.quirks.rope_needed and not raw:
+        problems.append(
+            f"config.json: rope_parameters is missing; {family.name} without it is given a scaling that no file says. Write what it was "
+            "trained with."
+        )
         return {}
     nested = [key for key, value in raw.items() if isinstance(value, dict)]
     if nested:
@@ -224,6 +255,8 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
             problems.append(f"config.json: {key} must be a number, found {printable(repr(rope[key]), 60)}.")
             return {}
         rope[key] = float(rope[key])
+    if family.quirks.alpha and rope["rope_type"] == "dynamic" and rope.get("alpha"):
+        return _stretched_once(rope, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"], problems)
     if rope["rope_type"] in ("dynamic", "yarn", "longrope"):
         inner, outer = rope.get("original_max_position_embeddings"), config.get("original_max_position_embeddings")
         if family.quirks.context == "outer":
@@ -232,12 +265,30 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
     return dict(sorted(rope.items()))
 
 
-def _sliding(get: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _stretched_once(rope: Mapping[str, Any], head_dim: int, problems: list[str]) -> dict[str, Any]:
+    """A scaling that is called dynamic and is not: alpha stretches the base, whatever the length."""
+    alpha = rope["alpha"]
+    if type(alpha) not in (int, float) or not 1e-30 < alpha < 1e30 or head_dim <= 2:
+        wanted = "a number above 0, and less than 1e30, for heads of more than 2"
+        problems.append(f"config.json: alpha in rope_parameters must be {wanted}, found {printable(repr(alpha), 60)}.")
+        return {}
+    theta = rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2))
+    return {"partial_rotary_factor": rope["partial_rotary_factor"], "rope_theta": theta, "rope_type": "default"}
+
+
+def _sliding(family: Architecture, get: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Sliding-window attention per layer; a window that no layer uses is no window."""
-    layers = facts["num_hidden_layers"]
+    layers, how = facts["num_hidden_layers"], family.quirks.windows
     window = get("sliding_window") if get("use_sliding_window") is not False else None
     first = get("max_window_layers") or 0
-    types = get("layer_types") or ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
+    slides = [layer >= first or how == "by layer or all" for layer in range(layers)]
+    if how.startswith("all but each"):
+        every = get(PATTERN) if family.quirks.pattern_is_read else family.defaults[PATTERN]
+        full = 0 if how.endswith("first") else every - 1
+        slides = [layer % every != full for layer in range(layers)]
+    elif how == "where nothing turns":
+        slides = [layer not in facts["turning"] for layer in range(layers)]
+    types = get("layer_types") or ["sliding_attention" if window and slide else "full_attention" for slide in slides]
     sliding = [kind == "sliding_attention" for kind in types]
     window = window if any(sliding) else None
     how = "none" if not window else "all" if all(sliding) else "mixed"

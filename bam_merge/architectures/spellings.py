@@ -24,7 +24,8 @@ class Spelling:
     `read` are the keys that transformers takes, the first that is there before the next; `ignored` those that it passes over for this
     model type, though other types or other programs read them. "rope.KEY" is KEY inside rope_scaling or rope_parameters. `default` is
     the value where no key of `read` is there: a literal, "$KEY" for the value of another key, or None where there is none to compare
-    with. `only` limits the fact to some types of rotary scaling.
+    with. `same` are values that this model type reads as another one, beside the `SYNONYMS` of
+    all. `only` limits the fact to some types of rotary scaling.
     """
 
     fact: str
@@ -32,6 +33,7 @@ class Spelling:
     ignored: tuple[str, ...] = ()
     default: Any = None
     only: tuple[str, ...] | None = None
+    same: tuple[tuple[str, str], ...] = ()
 
 
 BASE, SHARE, CONTEXT = "the rotary base", "the share of a head that turns", "the context before the rotary scaling"
@@ -56,11 +58,12 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
     quirks, run = table.quirks, table.kind != "foreign"
     if not run and quirks == Quirks():
         return ()
+    activations = tuple(quirks.activations.items())
     experts = (quirks.experts, _others(EXPERT_COUNTS, quirks.experts), quirks.experts_default)
     return (
         *(_rotary_lines(table) if run else ()),
         Spelling("the dtype", ("dtype", "torch_dtype")),
-        *([Spelling("the activation", *ACTIVATION, table.defaults.get("hidden_act", "silu"))] if run else ()),
+        *([Spelling("the activation", *ACTIVATION, table.defaults.get("hidden_act", "silu"), same=activations)] if run else ()),
         *([Spelling("the number of experts", *experts)] if quirks.experts else ()),
         *(Spelling(fact, (key,), tuple(others)) for fact, (key, *others) in SIZES.items() if run),
         *(Spelling(WORKED_OUT[key], (), (key,), f"${source}") for key, source in quirks.worked_out.items()),
@@ -104,6 +107,10 @@ def conflicts(table: Architecture, config: Mapping[str, Any]) -> list[str]:
 BY_LAYER = ("by layer", "every other layer")
 
 
+BY_TYPES = ("by layer or all", "all but each last", "all but each first", "where nothing turns")
+"""Where nothing but layer_types, or what stands in for it, says which layers slide."""
+
+
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
@@ -125,7 +132,7 @@ def _conflict(spelling: Spelling, kind: str, config: Mapping[str, Any], rope_key
         return
     for other in (*spelling.read, *spelling.ignored):
         found = _value(other, config, rope_key)
-        if other == key or found is None or _plain(found) == _plain(value):
+        if other == key or found is None or _read_as(spelling, found) == _read_as(spelling, value):
             continue
         name, of = _name(other, rope_key), _name(key or (spelling.read or [""])[-1], rope_key)
         here = f"config.json: {name} = {_brief(found)}"
@@ -181,7 +188,7 @@ def _sliding(table: Architecture, config: Mapping[str, Any], window: Any) -> Ite
         return
     given = [t == "sliding_attention" for t in types] if isinstance(types, list) and len(types) == layers else None
     left_out = "" if "use_sliding_window" in config else " (left out)"
-    if how in (*BY_LAYER, "all if used") and not use:
+    if how in (*BY_LAYER, "all if used", "where nothing turns") and not use:
         if given and any(given):
             yield f"layer_types has sliding layers, but use_sliding_window is false{left_out}, so that {kind} has no window. Correct one."
         return
@@ -190,12 +197,14 @@ def _sliding(table: Architecture, config: Mapping[str, Any], window: Any) -> Ite
             key = "layer_types" if given and any(given) else "sliding_window"
             yield f"{key} asks for sliding-window attention, which {kind} has not in transformers: the key is ignored there. Remove it."
         return
-    if how == "all" and use is False and window:
+    if how in ("all", *BY_TYPES) and use is False and window:
         yield (
             f"sliding_window = {_brief(window)}, but use_sliding_window is false, which transformers ignores for {kind}. "
             "Set sliding_window to null, or remove use_sliding_window."
         )
-    if how in BY_LAYER:
+    if how in BY_TYPES:
+        yield from _by_types(table, config, given, window)
+    elif how in BY_LAYER:
         implied = _implied(how, layers, first) if type(first) is int and window else None
         if given is not None and implied is not None and given != implied:
             yield (
@@ -216,6 +225,27 @@ def _sliding(table: Architecture, config: Mapping[str, Any], window: Any) -> Ite
         )
     elif how == "all" and not window and given and any(given):
         yield f"layer_types has sliding layers, but sliding_window is no number, so that {kind} has no window. Correct one."
+
+
+def _by_types(table: Architecture, config: Mapping[str, Any], given: list[bool] | None, window: Any) -> Iterator[str]:
+    """Contradictions where layer_types decides, or a pattern where it is left out."""
+    key, kind = "sliding_window_pattern", table.name
+    patterned = table.quirks.windows.startswith("all but each")
+    if given is not None and any(given) and not window:
+        yield "layer_types has sliding layers, but sliding_window is no number. Correct one."
+    elif patterned and given is None and not window:
+        yield f"sliding_window is no number, and layers of {kind} slide unless layer_types says otherwise. Write one of the two."
+    every, default = config.get(key), table.defaults.get(key)
+    if not patterned or not is_count(every):
+        return
+    if not table.quirks.pattern_is_read:
+        if given is None and every != default:
+            yield f"{key} = {every}, which transformers ignores for {kind}: its pattern is {default}. Write layer_types, or remove the key."
+    elif given is not None and given != [(layer + 1) % every != 0 for layer in range(len(given))]:
+        yield (
+            f"layer_types says that layers {_layers(given)} slide, {key} = {every} that all but each {every}th do; "
+            "transformers takes layer_types. Correct one."
+        )
 
 
 def _implied(how: str, layers: int, first: int) -> list[bool]:
@@ -247,6 +277,11 @@ def is_count(value: object) -> TypeGuard[int]:
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:
     return _plain(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _read_as(spelling: Spelling, value: Any) -> Any:
+    """What the model type takes a value for."""
+    return next((new for old, new in spelling.same if old == value), _plain(value))
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,14 @@ from typing import Any
 
 from bam_merge.architectures.vocabulary import (
     CONTEXTS,
+    DERIVED,
     EXPERT_COUNTS,
     ROLES,
     ROTARY_BASES,
     ROTARY_SHARES,
     SYMBOLS,
     TRAITS,
+    TURNING,
     WINDOWS,
     WORKED_OUT,
 )
@@ -32,12 +34,14 @@ ROW: Kinds = {
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
-    "experts_default": int,
+    "experts_default": int, "pattern_is_read": bool, "turning": str, "alpha": bool, "query_growth": bool,
+    "rope_needed": bool,
+    "norm_eps": str, "renamed": dict, "activations": dict, "only": dict,
 }  # fmt: skip
 """What tables.Quirks documents, key by key."""
 QUIRK_WORDS: Mapping[str, Iterable[str]] = {
     "rotary_base": ROTARY_BASES, "rotary_share": ROTARY_SHARES, "context": CONTEXTS, "windows": WINDOWS, "worked_out": WORKED_OUT,
-    "experts": EXPERT_COUNTS,
+    "turning": TURNING, "experts": EXPERT_COUNTS,
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
 LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
@@ -90,9 +94,11 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
         return
     if table["kind"] not in KINDS:
         yield f"kind is {table['kind']!r}, expected one of {', '.join(KINDS)}{nearest(table['kind'], KINDS)}."
-    for trait in table.get("traits", {}):
+    for trait, value in table.get("traits", {}).items():
         if trait not in TRAITS:
             yield f"traits.{trait}: no such trait{_known(trait, TRAITS)}"
+        elif isinstance(value, str) and trait != "norm_type" and not re.fullmatch(r"config:\w+(\^-?\d+(\.\d+)?)?", value):
+            yield f"traits.{trait}: found {value!r}, expected a value, config:KEY, or config:KEY^POWER."
     yield from _quirks(table.get("quirks", {}))
     if "sliding_window" in (*table.get("function", ()), *table.get("config", ())) and "windows" not in table.get("quirks", {}):
         yield f"quirks.windows is missing: the table names sliding_window, and windows are one of {', '.join(WINDOWS)}."
@@ -156,6 +162,8 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     for role in roles if own_roles else ():
         if role not in ROLES and "make" not in row:  # what a layout fills in by itself may have a name of its own
             yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
+    if row.get("when", "untied") not in (*TRAITS, *DERIVED):
+        yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"
     if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
         yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
     yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1")))

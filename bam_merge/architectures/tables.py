@@ -69,6 +69,16 @@ class Quirks:
     `context`           where the context before the rotary scaling stands: "inner" (in rope_parameters) or "outer" (a key beside it)
     `windows`           which layers have sliding-window attention: a word of vocabulary.WINDOWS
     `worked_out`        facts that are always worked out, whatever a key says: each is another key, or "KEY / KEY"
+    `pattern_is_read`   whether sliding_window_pattern is a key of it; else its table's default holds, whatever a file has there
+    `turning`           which layers have a rotary embedding: a word of vocabulary.TURNING
+    `alpha`             whether `alpha` in rope_parameters of type dynamic stretches the base, once for all lengths
+    `query_growth`      whether queries are multiplied with 1 + beta ln(1 + floor(position / original context)), beta being
+                        llama_4_scaling_beta in rope_parameters
+    `rope_needed`       whether a file that says nothing of the rotary embedding is refused, because the class fills in a scaling of its own
+    `norm_eps`          the key of the norms' epsilon; None: rms_norm_eps or layer_norm_eps, by the norms' kind
+    `renamed`           keys that are read as another key
+    `activations`       activations that are read as another one
+    `only`              the values that a key can have to be understood: of others nobody here knows what they compute
     `experts`           the keys that the number of experts is taken from, the first that is there before the next
     `experts_default`   that number where none of them is there; None: there is none to compare with
     """
@@ -79,6 +89,15 @@ class Quirks:
     context: str = "inner"
     windows: str = "none"
     worked_out: Mapping[str, str] = field(default_factory=dict)
+    pattern_is_read: bool = False
+    turning: str = "all"
+    alpha: bool = False
+    query_growth: bool = False
+    rope_needed: bool = False
+    norm_eps: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     experts_default: int | None = None
 

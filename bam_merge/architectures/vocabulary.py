@@ -22,8 +22,34 @@ SYMBOLS = {
 TRAITS: dict[str, Any] = {
     "norm_type": None, "norm_bias": False, "parallel_block": False, "parallel_norms": 2, "gated_ffn": False,
     "rope_interleaved": False, "qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
+    "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
+    "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None,
 }  # fmt: skip
-"""What a family's model type can imply, and what holds where its table is silent."""
+"""What a family's model type can imply, and what holds where its table is silent.
+
+norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
+qk_norm_after_rotary       q and k are normed after they are turned, not before
+head_bias                  the head adds a bias to the logits
+attention_scale            what q k^T is multiplied with; None: head_dim ** -0.5
+embedding_scale            what the embeddings are multiplied with before the first block; None: nothing
+embedding_scale_in_dtype   that factor is rounded to the dtype of the embeddings first
+residual_scale             what attention and FFN are multiplied with before they are added to what went in; None: nothing
+logit_scale                what the logits are multiplied with; None: nothing
+
+"config:KEY" takes the value of a config.json's key, "config:KEY^POWER" that to a power: "config:logits_scaling^-1" divides by it.
+"""
+
+QUIET: dict[str, Any] = {
+    "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
+    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None,
+}  # fmt: skip
+"""Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
+
+UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "norm_type": "rms_norm"}
+"""What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
+
+DERIVED = ("untied", "second_norm")
+"""Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's."""
 
 ROTARY_BASES = ("rope_theta", "rotary_emb_base")
 """Keys beside rope_parameters for the rotary base: of these a family has one, and passes over the others."""
@@ -37,7 +63,10 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 CONTEXTS = ("inner", "outer")
 """Where the context before the rotary scaling stands: in rope_parameters, or in a key beside it."""
 
-WINDOWS = ("none", "all", "all if used", "by layer", "every other layer", "stated")
+WINDOWS = (
+    "none", "all", "all if used", "by layer", "every other layer", "stated",
+    "by layer or all", "all but each last", "all but each first", "where nothing turns",
+)  # fmt: skip
 """Which layers have sliding-window attention, in transformers.
 
 none                none; use_sliding_window, sliding_window, max_window_layers and layer_types are ignored
@@ -46,6 +75,18 @@ all if used         every layer if use_sliding_window, else none; layer_types an
 by layer            those that layer_types names, or, where it is left out, those from max_window_layers on; none unless use_sliding_window
 every other layer   as by layer, but where layer_types is left out every other one of those before max_window_layers
 stated              those that layer_types names, and there is no other key that could contradict it
+by layer or all     those that layer_types names, or, where it is left out, every layer if sliding_window is a number
+all but each last   those that layer_types names, or, where it is left out, all but the last of every sliding_window_pattern layers
+all but each first  the same, but for the first of so many
+where nothing turns those that layer_types names, or, where it is left out, those without rotary embedding; none unless use_sliding_window
+"""
+
+TURNING = ("all", "where windows are", "listed")
+"""Which layers have a rotary embedding.
+
+all                 every layer
+where windows are   those with sliding-window attention
+listed              those with a 1 in no_rope_layers, or, where it is left out, all but the last of every no_rope_layer_interval layers
 """
 
 WORKED_OUT = {"num_key_value_heads": "the number of key and value heads", "head_dim": "the size of a head"}

@@ -34,6 +34,7 @@ def write_checkpoint(
         raise ValueError("; ".join(problems))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = [(name, dtype, shape) for name, shape in family_tensors(family, facts, spelling)]
+    values = stored_apart(values, facts["norm_offset"])
     names = ["model.safetensors"] if shards == 1 else [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     weight_map = {}
     for index, file in enumerate(names):
@@ -63,6 +64,16 @@ Dense = Callable[[str, tuple[int, ...]], "numpy.ndarray[Any, Any]"]
 
 def _centre(name: str) -> float:
     return 1.0 if "norm" in name and name.endswith("weight") else 0.0
+
+
+def stored_apart(values: Values, offset: int) -> Values:
+    """`values` for a family that adds `offset` to the weights of its norms: these are stored as what is missing."""
+
+    def apart(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any] | None":
+        array = values(name, shape)
+        return array if array is None or not offset else (array - offset * _centre(name)).astype("f4")
+
+    return apart
 
 
 def random_values(seed: int, scale: float = 0.05) -> Dense:

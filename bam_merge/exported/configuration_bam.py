@@ -36,6 +36,11 @@ class BamConfig(PreTrainedConfig):
     `gate_scale` multiplies the FFN gates. `norm_topk_prob`: gates of the chosen FFN experts sum to one (BTX, Mixtral).
     `attention_routing` "soft" mixes all attention experts; "top_k" the best `num_attention_experts_per_tok`, whose gates
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
+
+    Of families that are unlike most, None or the default where theirs is: `norm_offset` is added to the weights of norms before they
+    multiply; `rope_layers` are the layers with rotary embedding; queries grow by 1 + `query_growth` ln(1 + floor(position / original
+    context)); `attention_scale` (of q k^T), `embedding_scale`, `residual_scale` (of
+    attention and FFN before they are added) and `logit_scale` are factors.
     """
 
     model_type = "bam"
@@ -61,7 +66,9 @@ class BamConfig(PreTrainedConfig):
     norm_bias: bool = False
     rms_norm_eps: float | int = 1e-6
     layer_norm_eps: float | int = 1e-5
+    norm_offset: int = 0
     qk_norm: bool = False
+    qk_norm_after_rotary: bool = False
     parallel_block: bool = False
     parallel_norms: int = 2
     attention_bias: bool = False
@@ -70,8 +77,15 @@ class BamConfig(PreTrainedConfig):
     mlp_bias: bool = False
     rope_parameters: dict[str, Any] | None = None
     rope_interleaved: bool = False
+    rope_layers: list[int] | None = None
+    query_growth: float | int | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
+    attention_scale: float | int | None = None
+    residual_scale: float | int | None = None
+    embedding_scale: float | int | None = None
+    embedding_scale_in_dtype: bool = False
+    head_bias: bool = False
     logit_scale: float | int | None = None
     num_experts: int = 4
     expert_names: list[str] | None = None

@@ -53,13 +53,15 @@ class BamLayerNorm(nn.Module):
         super().__init__()
         self.centred = config.norm_type == "layer_norm"
         self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
-        self.weight = nn.Parameter(torch.ones(shape))
+        self.offset = config.norm_offset
+        self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset))
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
-        z = self.weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
+        weight = self.offset + wide(self.weight) if self.offset else self.weight
+        z = weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
         return (z if self.bias is None else z + self.bias).to(x.dtype)
 
 
@@ -237,7 +239,9 @@ class BamAttention(nn.Module):
         self.mixed, self.shares_kv = N > 0, config.shares_kv(layer_idx)
         kv_experts = 0 if self.shares_kv else N
         kv_heads, group = K * max(kv_experts, 1), config.num_attention_heads_per_expert // K
-        self.head_dim, self.scaling, self.attention_dropout, self.is_causal = C, C**-0.5, config.attention_dropout, True
+        self.head_dim, self.attention_dropout, self.is_causal = C, config.attention_dropout, True
+        self.scaling = C**-0.5 if config.attention_scale is None else config.attention_scale
+        self.rotates = config.rope_layers is None or layer_idx in config.rope_layers
         self.num_key_value_groups = heads // kv_heads
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         if self.mixed:
@@ -274,10 +278,15 @@ class BamAttention(nn.Module):
         own, kv = self.parts()
         shape_BT = hidden_states.shape[:-1]
         query, key, value = (proj(hidden_states).view(*shape_BT, -1, self.head_dim) for proj in (own.q_proj, kv.k_proj, kv.v_proj))
-        if self.config.qk_norm:
+        if self.config.qk_norm and not self.config.qk_norm_after_rotary:
             query, key = own.q_norm(query), kv.k_norm(key)
-        query, key = (rotate(x, *position_embeddings, self.config.rope_interleaved).transpose(1, 2) for x in (query, key))
-        value = value.transpose(1, 2)
+        if self.rotates:
+            query, key = (rotate(x, *position_embeddings, self.config.rope_interleaved) for x in (query, key))
+        if self.config.qk_norm and self.config.qk_norm_after_rotary:
+            query, key = own.q_norm(query), kv.k_norm(key)
+        if self.config.query_growth is not None:
+            query = self.grown(query, kwargs["position_ids"])
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -299,6 +308,12 @@ class BamAttention(nn.Module):
         if self.mixed_bias:
             y_BTD = y_BTD + own.o_proj_bias(gates.to(y_BTD.dtype))
         return y_BTD, weights
+
+    def grown(self, query: Tensor, position_ids: Tensor) -> Tensor:
+        """Queries [B, T, heads, C] times 1 + query_growth ln(1 + floor(position / original context))."""
+        original = self.config.rope_parameters["original_max_position_embeddings"]
+        turns_BT = (position_ids.clamp(min=0) / original).floor().to(torch.promote_types(query.dtype, torch.float32))
+        return query * (1 + self.config.query_growth * turns_BT.log1p())[..., None, None].to(query.dtype)
 
     @property
     def channels_per_gate(self) -> int:
@@ -371,7 +386,10 @@ class BamSparseMoe(nn.Module):
 
 
 class BamDecoderLayer(GradientCheckpointingLayer):
-    """Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x)."""
+    """Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
+
+    What is added is multiplied with residual_scale first.
+    """
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
@@ -379,6 +397,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
         self.self_attn = BamAttention(config, layer_idx)
         self.mlp = BamSparseMoe(config)
+        self.scale = 1.0 if config.residual_scale is None else config.residual_scale
         self.one_norm = config.parallel_block and config.parallel_norms == 1
         if not self.one_norm:
             self.post_attention_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
@@ -406,11 +425,11 @@ class BamDecoderLayer(GradientCheckpointingLayer):
             cache=past_key_values if cache is None else cache,
             **kwargs,
         )
-        h = hidden_states + attention
+        h = hidden_states + self.scale * attention
         if not self.one_norm:
             normed = self.post_attention_layernorm(hidden_states if self.config.parallel_block else h)
         ffn, ffn_logits = self.mlp(normed)
-        return h + ffn, ffn_logits, logits
+        return h + self.scale * ffn, ffn_logits, logits
 
 
 @dataclass
@@ -454,6 +473,8 @@ class BamPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, BamRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, BamLayerNorm):
+            init.constant_(module.weight, 1.0 - module.offset)
         elif isinstance(module, BamExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -496,6 +517,8 @@ class BamModel(BamPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.embedding_scale is not None:
+            inputs_embeds = inputs_embeds * self._embedding_scale(inputs_embeds)
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -527,6 +550,11 @@ class BamModel(BamPreTrainedModel):
             attention_gates=gates,
         )
 
+    def _embedding_scale(self, inputs_embeds: Tensor) -> Any:
+        """The factor on embeddings, also on those that are given instead of ids: embed_tokens' own output is without it."""
+        scale = self.config.embedding_scale
+        return torch.tensor(scale, dtype=inputs_embeds.dtype).item() if self.config.embedding_scale_in_dtype else scale
+
     def _masks(self, inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None, position_ids: Tensor) -> dict[str, Any]:
         """The mask of each kind of layer."""
         if isinstance(attention_mask, dict):
@@ -555,7 +583,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BamModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     @can_return_tuple

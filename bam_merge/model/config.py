@@ -12,7 +12,7 @@ from bam_merge.architectures.config import describe, is_quantised, mixture_value
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import architecture_names, find_by_model_type
 from bam_merge.errors import CheckpointError
-from bam_merge.model.model import ModelConfig
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.reference_config import reference_values, rotary
 from bam_merge.text import printable
 from bam_merge.validation_words import expectation, shown

@@ -26,7 +26,8 @@ from bam_merge.checkpoints.pieces import Leaf, Read, byte_runs, numel, stored
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
-from bam_merge.model.model import Block, Model, ModelConfig, Norm, head
+from bam_merge.model.model import Block, Model, Norm, head, scaled_embeddings
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.wrapped import own_names, text_config, wrapper_of
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode, read_tensor
@@ -60,7 +61,7 @@ class StoredModel:
     def embed(self, input_ids_BT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Hidden states [B, T, D] that the first block gets. Reads the rows of these tokens only."""
         ids, places = torch.unique(input_ids_BT, return_inverse=True)
-        return embedding(places, self.read_rows("model.embed_tokens.weight", ids.tolist(), dtype))
+        return scaled_embeddings(self.config, embedding(places, self.read_rows("model.embed_tokens.weight", ids.tolist(), dtype)))
 
     def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """The named rows of a parameter [len(rows), ...], as stored or in `dtype`."""
@@ -104,7 +105,16 @@ class StoredModel:
         """Logits [B, T, V] of the last block's hidden states."""
         norm, V = self.final_norm(dtype), self.config.vocab_size
         spans = (range(start, min(start + HEAD_ROWS, V)) for start in range(0, V, HEAD_ROWS))
-        return torch.cat([head(self.config, norm, self.read_rows(self.head_parameter, rows, dtype), x_BTD) for rows in spans], -1)
+        bias_V = self.head_bias(dtype)
+        parts = (
+            head(self.config, norm, self.read_rows(self.head_parameter, rows, dtype), None if bias_V is None else bias_V[rows], x_BTD)
+            for rows in spans
+        )
+        return torch.cat(list(parts), -1)
+
+    def head_bias(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The bias of the head [V], where the family has one."""
+        return self.read("lm_head.bias", dtype) if self.config.head_bias else None
 
     def model(self, dtype: torch.dtype = torch.float32) -> Model:
         """The whole model."""

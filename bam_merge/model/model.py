@@ -10,73 +10,16 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    S tokens s
                  H query heads and K key/value heads of one expert    C channels of a head (head_dim)
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, one_hot, relu, silu
+from torch.nn.functional import linear, one_hot
 
-from bam_merge.model.positions import Cache, rotate, turns, visible
-
-gelu_tanh = partial(gelu, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu, "swish": silu, "relu": relu, "gelu": gelu, "gelu_python": gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh, "gelu_tanh": gelu_tanh,
-}  # fmt: skip
-"""What `hidden_act` names."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a forward pass needs of a bam config.json, under the same names. Head counts are those of one expert."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads_per_expert: int
-    num_key_value_heads_per_expert: int
-    head_dim: int
-    tie_word_embeddings: bool = False
-    logit_scale: float | None = None
-    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    norm_bias: bool = False
-    rms_norm_eps: float = 1e-6
-    layer_norm_eps: float = 1e-5
-    parallel_block: bool = False
-    parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
-    attention_bias: bool = False  # of q, k and v
-    attention_out_bias: bool = False
-    qk_norm: bool = False  # of each head's q and k, of the kind norm_type: RMS with weights [C] (qwen3), layer [H, C] (cohere)
-    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    rope_interleaved: bool = False
-    max_position_embeddings: int | None = None
-    sliding_window: int | None = None
-    layer_types: Sequence[Literal["full_attention", "sliding_attention"]] | None = None  # None: every layer slides if there is a window
-    num_attention_experts: int = 0  # 0: one attention (dense, BTX, Sparse Upcycling)
-    attention_kv: Literal["expert", "shared"] | None = None
-    shared_kv_layers: Sequence[int] | None = None  # layers that share k and v although attention_kv is "expert"
-    attention_routing: Literal["soft", "top_k"] | None = None
-    num_attention_experts_per_tok: int | None = None
-    hidden_act: str = "silu"
-    gated_ffn: bool = True
-    mlp_bias: bool = False
-    num_experts: int = 0  # 0: one FFN
-    num_experts_per_tok: int = 1
-    norm_topk_prob: bool = False
-    gate_scale: float = 1.0
-    shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """From a bam config.json; keys that no forward pass needs are left. Raises TypeError when a size is missing."""
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known and value is not None})
+from bam_merge.model.activations import ACTIVATIONS
+from bam_merge.model.model_config import ModelConfig
+from bam_merge.model.positions import Cache, grown, rotate, turns, visible
 
 
 def wide(x: Tensor) -> Tensor:
@@ -91,13 +34,15 @@ class Norm(nn.Module):
         super().__init__()
         self.centred = config.norm_type == "layer_norm"
         self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
+        self.offset = config.norm_offset
         self.weight = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
-        z = self.weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
+        weight = self.offset + wide(self.weight) if self.offset else self.weight
+        z = weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
         return (z if self.bias is None else z + self.bias).to(x.dtype)
 
 
@@ -126,6 +71,10 @@ def route(router: nn.Module, x_BTD: Tensor, k: int, how: str, force_expert: int 
 # ---- attention -------------------------------------------------------------------------------------------------------------
 
 
+Turn = tuple[Tensor, Tensor] | None
+"""Cosines and sines of positions; None where nothing rotates."""
+
+
 class Heads(nn.Module):
     """One multi-head attention MHA(x) with grouped keys and values; or of an expert the part that it does not share."""
 
@@ -145,17 +94,25 @@ class Heads(nn.Module):
         if key_value:
             self.k_proj, self.k_norm, self.v_proj = nn.Linear(D, K * C, bias), norm(K), nn.Linear(D, K * C, bias)
 
-    def keys_values(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def placed(self, norm: nn.Module, x_BTHC: Tensor, turn: Turn) -> Tensor:
+        """Queries or keys, normed and rotated, in the order that the family has; as they are where neither is done."""
+        late = self.config.qk_norm_after_rotary
+        x_BTHC = x_BTHC if late else norm(x_BTHC)
+        x_BTHC = x_BTHC if turn is None else rotate(x_BTHC, *turn, self.config.rope_interleaved)
+        return norm(x_BTHC) if late else x_BTHC
+
+    def keys_values(self, x_BTD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rotated keys, and the values, of these tokens, each [B, T, K, C]. `turn`: cosines and sines of their positions."""
         k_BTKC, v_BTKC = (proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.k_proj, self.v_proj))
-        return rotate(self.k_norm(k_BTKC), *turn, self.config.rope_interleaved), v_BTKC
+        return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
 
-    def attend(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
-        """o(softmax(q k^T / sqrt(C)) v) [B, T, D]."""
-        C = self.config.head_dim
-        q_BTHC = rotate(self.q_norm(self.q_proj(x_BTD).unflatten(-1, (-1, C))), *turn, self.config.rope_interleaved)
+    def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
+        """o(softmax(scale q k^T) v) [B, T, D]. `at`: the turn of these tokens and their positions [B, T]."""
+        C, scale = self.config.head_dim, self.config.attention_scale
+        q_BTHC = self.placed(self.q_norm, self.q_proj(x_BTD).unflatten(-1, (-1, C)), at[0])
+        q_BTHC = grown(self.config.query_growth, self.config.rope_parameters, at[1], q_BTHC)
         k_BSHC, v_BSHC = (z.repeat_interleave(q_BTHC.shape[2] // z.shape[2], 2) for z in (k_BSKC, v_BSKC))
-        scores_BHTS = wide(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC) * C**-0.5)
+        scores_BHTS = wide(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC) * (C**-0.5 if scale is None else scale))
         hidden = torch.finfo(scores_BHTS.dtype).min  # not -inf: padding sees nothing, and must not become NaN
         weights_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], hidden).softmax(-1).to(x_BTD.dtype)
         y_BTD: Tensor = self.o_proj(torch.einsum("bhts,bshc->bthc", weights_BHTS, v_BSHC).flatten(-2))
@@ -171,6 +128,7 @@ class Attention(Heads):
         self.layer, self.shares_kv = layer, shares_kv
         slides = config.layer_types is None or config.layer_types[layer] == "sliding_attention"
         self.window = config.sliding_window if slides else None
+        self.rotates = config.rope_layers is None or layer in config.rope_layers
         if N:
             self.router = nn.Linear(config.hidden_size, N, bias=False)
             soft = config.attention_routing != "top_k"
@@ -180,7 +138,9 @@ class Attention(Heads):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
         """y [B, T, D], and the gates [B, T, N] of a mixture."""
         config = self.config
-        turn = turns(config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, x_BTD.dtype)
+        turn: Turn = None
+        if self.rotates:
+            turn = turns(config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, x_BTD.dtype)
         seen_BTS = visible(positions_BT, cache.extend(self.layer, "positions", positions_BT), self.window)
 
         def cached(heads: Heads, name: str) -> tuple[Tensor, Tensor]:
@@ -188,14 +148,14 @@ class Attention(Heads):
             return cache.extend(self.layer, f"k {name}", k_BTKC), cache.extend(self.layer, f"v {name}", v_BTKC)
 
         if not self.experts:
-            return self.attend(x_BTD, turn, *cached(self, "all"), seen_BTS), None
+            return self.attend(x_BTD, (turn, positions_BT), *cached(self, "all"), seen_BTS), None
         gates_BTN = route(self.router, x_BTD, *self.gates, force_expert)
         shared = cached(self, "all") if self.shares_kv else None
         y_BTD = wide(torch.zeros_like(x_BTD))
         for j, expert in enumerate(self.experts):
             keys_values = shared or cached(expert, str(j))  # of every expert: later tokens may choose it
             if gates_BTN[..., j].any():
-                y_BTD = y_BTD + gates_BTN[..., j, None] * expert.attend(x_BTD, turn, *keys_values, seen_BTS)
+                y_BTD = y_BTD + gates_BTN[..., j, None] * expert.attend(x_BTD, (turn, positions_BT), *keys_values, seen_BTS)
         return y_BTD.to(x_BTD.dtype), gates_BTN
 
 
@@ -256,11 +216,14 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x)."""
+    """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
+
+    What is added to x or h is multiplied with `residual_scale` first.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.parallel = config.parallel_block
+        self.parallel, self.scale = config.parallel_block, 1.0 if config.residual_scale is None else config.residual_scale
         one_norm = config.parallel_block and config.parallel_norms == 1
         self.input_layernorm = Norm(config, config.hidden_size, bias=config.norm_bias)
         self.post_attention_layernorm = None if one_norm else Norm(config, config.hidden_size, bias=config.norm_bias)
@@ -271,12 +234,12 @@ class Block(nn.Module):
         """`positions_BT` count from 0 in each sequence, -1 is padding. `force_expert`: gate 1 for that expert, 0 for the others."""
         normed_BTD = self.input_layernorm(x_BTD)
         attention_BTD, attention_gates = self.self_attn(normed_BTD, positions_BT, cache or Cache(), force_expert)
-        h_BTD = x_BTD + attention_BTD
+        h_BTD = x_BTD + self.scale * attention_BTD
         if self.post_attention_layernorm is not None:
             normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
         mixed = isinstance(self.mlp, FfnMixture)
         ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
-        return BlockOutput(h_BTD + ffn_BTD, attention_gates, ffn_gates)
+        return BlockOutput(h_BTD + self.scale * ffn_BTD, attention_gates, ffn_gates)
 
 
 class Trunk(nn.Module):
@@ -290,9 +253,27 @@ class Trunk(nn.Module):
         self.norm = Norm(config, config.hidden_size, bias=config.norm_bias)
 
 
-def head(config: ModelConfig, norm: nn.Module, weight_VD: Tensor, x_BTD: Tensor) -> Tensor:
+def scaled_embeddings(config: ModelConfig, x_BTD: Tensor) -> Tensor:
+    """What the first block gets of the embeddings `x_BTD`."""
+    if config.embedding_scale is None:
+        return x_BTD
+    scale = torch.tensor(config.embedding_scale, dtype=torch.float64)
+    return x_BTD * (scale.to(x_BTD.dtype) if config.embedding_scale_in_dtype else config.embedding_scale)
+
+
+def head(config: ModelConfig, norm: nn.Module, weight_VD: Tensor, bias_V: Tensor | None, x_BTD: Tensor) -> Tensor:
     """Logits [B, T, V] of the last block's hidden states; `weight_VD` is the embedding where it is tied."""
-    return linear(norm(x_BTD), weight_VD) * (1.0 if config.logit_scale is None else config.logit_scale)
+    return linear(norm(x_BTD), weight_VD, bias_V) * (1.0 if config.logit_scale is None else config.logit_scale)
+
+
+class Head(nn.Module):
+    """The parameters under `lm_head.`: a weight unless it is the embedding's, a bias where the family has one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        tied, V = config.tie_word_embeddings, config.vocab_size
+        self.weight = None if tied else nn.Parameter(torch.empty(V, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(V)) if config.head_bias else None
 
 
 class Model(nn.Module):
@@ -302,7 +283,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
 
     def forward(
         self, input_ids_BT: Tensor, cache: Cache | None = None, attention_mask_BT: Tensor | None = None,
@@ -311,14 +292,14 @@ class Model(nn.Module):
         """Logits [B, T, V]. `attention_mask_BT` is 0 at padding, left of the text; `record` gets every block's output."""
         cache = cache or Cache()
         positions_BT = cache.next_positions(torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT)
-        x_BTD = self.model.embed_tokens(input_ids_BT)
+        x_BTD = scaled_embeddings(self.config, self.model.embed_tokens(input_ids_BT))
         for block in self.model.layers:
             output = block(x_BTD, positions_BT, cache, force_expert)
             x_BTD = output.hidden
             if record is not None:
                 record.append(output)
-        weight_VD = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return head(self.config, self.model.norm, weight_VD, x_BTD)
+        weight_VD = self.model.embed_tokens.weight if self.lm_head.weight is None else self.lm_head.weight
+        return head(self.config, self.model.norm, weight_VD, self.lm_head.bias, x_BTD)
 
     @torch.no_grad()
     def generate(

@@ -80,6 +80,15 @@ def turns(rope: Mapping[str, Any], channels: int, limit: int | None, positions_B
     return angles_BTxP.cos() * factor, angles_BTxP.sin() * factor
 
 
+def grown(beta: float | None, rope: Mapping[str, Any], positions_BT: Tensor, x_BTHC: Tensor) -> Tensor:
+    """Queries times 1 + beta ln(1 + floor(position / original context)): more of it the further from where training began (Llama 4)."""
+    if beta is None:
+        return x_BTHC
+    turns_BT: Tensor = (positions_BT.clamp(min=0) / rope["original_max_position_embeddings"]).floor()
+    factor_BT: Tensor = 1 + beta * turns_BT.to(torch.promote_types(x_BTHC.dtype, torch.float32)).log1p()
+    return x_BTHC * factor_BT[..., None, None].to(x_BTHC.dtype)
+
+
 def rotate(x_BTHC: Tensor, cos_BTxP: Tensor, sin_BTxP: Tensor, interleaved: bool) -> Tensor:
     """Turn each pair of channels by its angle; channels beyond the pairs pass. A pair is (i, i + P), or neighbours if interleaved."""
     P = cos_BTxP.shape[-1]

@@ -19,6 +19,7 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
     `config` has passed the checks of dense.describe or facts.mixture_values: values have the types that their keys need.
     """
     key_of = _keys(table)
+    config = _under_their_names(table, config)
 
     def get(word: str) -> Any:
         key = key_of.get(word, word)
@@ -34,18 +35,26 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
         "num_key_value_heads_per_expert": get("num_key_value_heads") or heads,
         "head_dim": get("head_dim") or get("hidden_size") // heads,
         "tie_word_embeddings": get("tie_word_embeddings") is True,
-        "hidden_act": get("hidden_act"),
+        "hidden_act": table.quirks.activations.get(get("hidden_act"), get("hidden_act")),
         "max_position_embeddings": get("max_position_embeddings"),
         "rope_parameters": rotary(table, config),
-        **_windows(table, config),
+        **_layers(table, config),
         **_block(table, get),
     }
     for eps in ("rms_norm_eps", "layer_norm_eps"):
         if get(eps) is not None:
             values[eps] = get(eps)
-    if "logit_scale" in table.function:
-        values["logit_scale"] = get("logit_scale")
+    if table.quirks.query_growth:
+        values["query_growth"] = values["rope_parameters"].pop("llama_4_scaling_beta", None)
+    if table.quirks.norm_eps is not None:
+        values["layer_norm_eps" if values["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(table.quirks.norm_eps)
     return values | (_experts(table, config, get) if table.kind == "mixture" else {})
+
+
+def _under_their_names(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `config` under the names that the configuration class keeps them by (its attribute_map)."""
+    names = table.quirks.renamed
+    return {key: value for key, value in config.items() if key not in names} | {names[key]: config[key] for key in names if key in config}
 
 
 def _keys(table: Architecture) -> dict[str, str]:
@@ -67,6 +76,17 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         value = table.traits.get(name, default)
         return bool(get(value.partition(":")[2])) if isinstance(value, str) and value.startswith("config:") else value
 
+    def number(name: str) -> float | None:
+        """A factor: of a model type, of a key, or of a power of a key's value. Mixtures have none."""
+        value = table.traits.get(name) if table.kind != "mixture" else None
+        if not isinstance(value, str):
+            return value
+        key, power = value.partition(":")[2].partition("^")[::2]
+        stated = get(key)
+        factor = stated if not power or stated is None else float(stated ** float(power))
+        neutral = factor == 1 and name != "attention_scale" and bool(power or name != "logit_scale")
+        return None if neutral else factor
+
     bias = bool(trait("attention_bias", False))
     out_bias = bool(trait("attention_out_bias", bias and table.kind == "mixture"))  # a layout may have one key for q, k, v and o
     return {
@@ -80,12 +100,17 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         "attention_bias": bias,
         "attention_out_bias": out_bias,
         "mlp_bias": bool(trait("mlp_bias", False)),
+        "norm_offset": trait("norm_offset", 0),
+        "qk_norm_after_rotary": bool(trait("qk_norm_after_rotary", False)),
+        "head_bias": bool(trait("head_bias", False)),
+        "embedding_scale_in_dtype": bool(trait("embedding_scale_in_dtype", False)),
+        **{name: number(name) for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")},
     }
 
 
 def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` as convert_rope_params_to_dict and standardize_rope_params of transformers' RotaryEmbeddingConfigMixin leave
-    them, and as the overrides of GPTNeoXConfig and Phi3Config do."""
+    them, and as the overrides of GPTNeoXConfig and Phi3Config and the rotary embedding of HunYuanDenseV1 do."""
     older, newer = config.get("rope_scaling"), config.get("rope_parameters")
     rope = {key: value for key, value in (older if older else newer if newer else {}).items() if value is not None}
     legacy = rope.pop("type", None)
@@ -102,6 +127,10 @@ def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         if rope["rope_type"] == older_type:
             rope["rope_type"] = newer_type
             break
+    if table.quirks.alpha and rope["rope_type"] == "dynamic" and rope.get("alpha"):
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        base = rope["rope_theta"] * rope["alpha"] ** (size / (size - 2))
+        return {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": rope["partial_rotary_factor"]}
     if table.quirks.context == "outer":
         if rope["rope_type"] == "longrope":
             rope[ORIGINAL] = config.get(ORIGINAL) or table.defaults.get(ORIGINAL) or config.get("max_position_embeddings")
@@ -110,7 +139,20 @@ def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _windows(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+def _layers(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have a window, and which a rotary embedding, where these are not all of them."""
+    layers = config["num_hidden_layers"]
+    rotated: list[bool] = [True] * layers
+    if table.quirks.turning == "listed":
+        stated, step = config.get("no_rope_layers"), config.get("no_rope_layer_interval", table.defaults.get("no_rope_layer_interval", 4))
+        rotated = [bool(stated[layer] if stated is not None else (layer + 1) % step) for layer in range(layers)]
+    windows = _windows(table, config, rotated)
+    if table.quirks.turning == "where windows are":
+        rotated = [windows["sliding_window"] is not None and kind == "sliding_attention" for kind in windows["layer_types"]]
+    return {**windows, "rope_layers": None if all(rotated) else [layer for layer in range(layers) if rotated[layer]]}
+
+
+def _windows(table: Architecture, config: Mapping[str, Any], rotated: list[bool]) -> dict[str, Any]:
     """The sliding window and which layers have it: by the keys that the model type has at all."""
     known = {*table.function, *table.neutral, *table.config}
     layers = config["num_hidden_layers"]
@@ -125,6 +167,15 @@ def _windows(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     if "layer_types" in known and config.get("layer_types"):
         return {"sliding_window": window, "layer_types": list(config["layer_types"])}
+    how = table.quirks.windows
+    if how in ("all but each last", "all but each first"):
+        every = get("sliding_window_pattern") if table.quirks.pattern_is_read else table.defaults["sliding_window_pattern"]
+        place = every - 1 if how == "all but each last" else 0
+        types = ["full_attention" if layer % every == place else "sliding_attention" for layer in range(layers)]
+        return {"sliding_window": window if "sliding_attention" in types else None, "layer_types": types}
+    if how == "where nothing turns":
+        types = ["full_attention" if turns else "sliding_attention" for turns in rotated]
+        return {"sliding_window": window if "sliding_attention" in types else None, "layer_types": types}
     first = (get("max_window_layers") or 0) if "max_window_layers" in known else 0
     types = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
     return {"sliding_window": window if first < layers else None, "layer_types": types}

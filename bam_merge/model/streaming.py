@@ -121,4 +121,6 @@ def streamed_head(model: StoredModel, x_BTD: Tensor, computing: Computing) -> Te
         norm = Norm(model.config, model.config.hidden_size, bias=model.config.norm_bias)
     normed_MD = _filled(norm, model, "model.norm.", computing)(x_BTD).flatten(0, -2)
     logits_MV = product(model, model.head_parameter, model.config.vocab_size, normed_MD, computing)
+    bias_V = model.head_bias()
+    logits_MV = logits_MV if bias_V is None else logits_MV + computing.taken(bias_V)
     return logits_MV.reshape(*x_BTD.shape[:-1], -1) * (1.0 if model.config.logit_scale is None else model.config.logit_scale)

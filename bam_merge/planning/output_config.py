@@ -6,6 +6,7 @@ from typing import Any
 from bam_merge.architectures.config import COMMON_FUNCTION, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.nulls import KEPT
 from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.vocabulary import QUIET, UNSAID
 from bam_merge.checkpoints.dtypes import config_name
 from bam_merge.planning.assign import Made
 from bam_merge.recipe.schema import Attention, Ffn, Recipe
@@ -19,7 +20,7 @@ REMEDIES = {
 
 def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -> dict[str, Any]:
     """Everything a layout's config table can ask for by "$NAME", and its `accepts` can test."""
-    facts = dict(model.facts)
+    facts = {key: value for key, value in model.facts.items() if key not in QUIET or value != QUIET[key]}
     rope = facts["rope_parameters"]
     layers = range(facts["num_hidden_layers"])
     count = len(recipe.expert_names)
@@ -56,9 +57,16 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
 def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list[str]:
     """Why `layout` cannot express this merge, one message per feature."""
     problems = []
-    for key, accepted in layout.accepts.items():
-        options = accepted if isinstance(accepted, list) else [accepted]
-        value = values.get(key)
+    kept = layout.kind == "dense"  # its sources' own keys
+    said = {*layout.accepts, *layout.implies, *_words(layout)}
+    unsaid = {} if kept else {key: value for key, value in UNSAID.items() if key not in said}
+    if "parallel_block" in said:
+        unsaid.pop("parallel_norms", None)  # of a parallel block alone
+    if "attention_out_bias" in unsaid:  # a layout with one word for the biases of q, k, v and o
+        unsaid["attention_out_bias"] = values.get("attention_bias")
+    for key, accepted in (*layout.accepts.items(), *unsaid.items()):
+        options = accepted if isinstance(accepted, list) else ["none" if accepted is None else accepted]
+        value = values.get(key, QUIET.get(key))
         if ("none" if value is None else value) not in options:
             remedy = f" ({REMEDIES[key]})" if key in REMEDIES else ""
             problems.append(
@@ -66,6 +74,11 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
                 f"Use layout: bam{remedy}."
             )
     return problems
+
+
+def _words(layout: Architecture) -> set[str]:
+    """The facts that a layout's config.json has."""
+    return {value.removeprefix("$") for value in layout.config.values() if isinstance(value, str)}
 
 
 def _shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """How an inspection looks in a terminal. Builds text; cli.py prints it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -96,10 +97,20 @@ def _blocks(found: Inspection) -> str:
         text += (
             f", {kind}; width {facts['hidden_size']:,}, FFN {facts['intermediate_size']:,} ({gated}{printable(str(facts['hidden_act']))})"
         )
+        text += "".join(f"; {words}" for words in _factors(facts))
     dense = [layer for layer, block in enumerate(found.cost.blocks) if "router.ffn" not in block]
     if found.expert_count("ffn") and dense:
         text += f"; layer{'s' if len(dense) > 1 else ''} {ranges(dense)} without experts"
     return text
+
+
+def _factors(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What most families have not: factors, and norms whose weights are stored as what is missing."""
+    if facts.get("norm_offset"):
+        yield f"norms of {facts['norm_offset']} + w"
+    for key, what in (("embedding_scale", "embeddings"), ("residual_scale", "residual branches"), ("logit_scale", "logits")):
+        if isinstance(facts.get(key), int | float):
+            yield f"{what} x {facts[key]:.4g}"
 
 
 def _attention(found: Inspection) -> str:
@@ -114,6 +125,10 @@ def _attention(found: Inspection) -> str:
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")
         traits.append(f"rotary{'' if kind == 'default' else ' ' + printable(str(kind), 20)}, theta {rope['rope_theta']:,.0f}")
+    if isinstance(facts.get("rope_layers"), list):
+        traits[-1:] = [f"{traits[-1]} in {len(facts['rope_layers'])} of {facts['num_hidden_layers']} layers"]
+    if isinstance(facts.get("attention_scale"), int | float):
+        traits.append(f"scores x {facts['attention_scale']:.4g}")
     if facts.get("sliding_window"):
         traits.append(f"window {facts['sliding_window']}")
     return ", ".join((text, *traits))

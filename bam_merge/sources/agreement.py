@@ -14,7 +14,9 @@ from bam_merge.validation_words import shown
 ABSENT = object()
 
 
-SILENT = ("untied", "sliding", "use_sliding_window", "max_position_embeddings", *NEUTRAL)
+SILENT = (
+    "untied", "second_norm", "sliding", "use_sliding_window", "max_position_embeddings", *NEUTRAL,
+)  # fmt: skip
 """Facts that follow from another one, or are a limit or another choice that no forward pass depends on."""
 
 
@@ -60,7 +62,11 @@ def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) 
     if trait.startswith("config:") and trait != f"config:{key}":  # qk_norm of use_qk_norm, the output's bias of attention_bias
         return True
     unsaid = all(side.config.get(key) is None for side in (model, first)) and key not in model.family.defaults
+    if key in ("rms_norm_eps", "layer_norm_eps") and model.family.quirks.norm_eps not in (None, key):
+        return True
     match key:
+        case "rope_layers":
+            return "num_hidden_layers" in differ or "layer_types" in differ
         case "layer_types":
             no_window = facts["sliding_window"] is None or others["sliding_window"] is None
             return "num_hidden_layers" in differ or ("sliding_window" in differ and no_window)

@@ -113,7 +113,16 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
         tensors.settle()
     if problems:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in problems))
-    known_keys = {*COMMON_FUNCTION, *ROPE_KEYS, *NEUTRAL, *IGNORED, *family.function, *family.neutral, *settled_keys(family)}
+    known_keys = {
+        *COMMON_FUNCTION,
+        *ROPE_KEYS,
+        *NEUTRAL,
+        *IGNORED,
+        *family.function,
+        *family.neutral,
+        *family.quirks.only,
+        *settled_keys(family),
+    }
     unknown = {k: v for k, v in config.items() if k not in known_keys and not k.startswith("_") and not is_harmless(k, v)}
     notes = [naming.note] if naming.note else []
     dropped = tensors.dropped

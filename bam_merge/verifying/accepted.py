@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bam_merge.model.loading import StoredModel
-from bam_merge.model.model import ModelConfig
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import listed
 from bam_merge.verifying.config import meaning

@@ -184,12 +184,12 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tu
         block.mlp = _as_expert(block.mlp, dense.mlp, j)
     positions = positions_of(x_BTD)
     normed = dense.input_layernorm(x_BTD)
-    attention = dense.self_attn(normed, positions, Cache(), None)[0]
+    attention = dense.scale * dense.self_attn(normed, positions, Cache(), None)[0]
     if dense.post_attention_layernorm is not None:
         normed = dense.post_attention_layernorm(x_BTD if dense.parallel else x_BTD + attention)
     factor_BT1 = _gate_sum(mixture.mlp.router(normed), recipe)
     out = block(x_BTD, positions).hidden
-    return difference(out - x_BTD, attention + factor_BT1 * dense.mlp(normed), out), float(factor_BT1.mean())
+    return difference(out - x_BTD, attention + dense.scale * factor_BT1 * dense.mlp(normed), out), float(factor_BT1.mean())
 
 
 def _gate_sum(logits_BTN: Tensor, recipe: Recipe) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bam_merge.model.activations import ACTIVATIONS
 from bam_merge.model.loading import StoredModel
-from bam_merge.model.model import ACTIVATIONS, ModelConfig
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.positions import frequencies
 from bam_merge.model.streaming import Computing, streamed_embeddings, streamed_head
 from bam_merge.text import printable, some
@@ -45,14 +46,25 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
     return {
         "number of heads": (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim),
         "norm": (config.norm_type, config.layer_norm_eps if layered else config.rms_norm_eps),
+        "norm offset": config.norm_offset,
         "block": (config.parallel_block, config.parallel_norms if config.parallel_block else 2),
         "activation": ACTIVATIONS[config.hidden_act],
         "gated FFN": config.gated_ffn,
         "qk norm": config.qk_norm,
+        "qk norm stands": "after rotary" if config.qk_norm and config.qk_norm_after_rotary else "before rotary",
+        "score scale": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        "query growth": None
+        if config.query_growth is None
+        else (config.query_growth, config.rope_parameters["original_max_position_embeddings"]),
+        "residual scale": 1.0 if config.residual_scale is None else config.residual_scale,
+        "embedding scale": 1.0 if config.embedding_scale is None else config.embedding_scale,
+        "embedding scale rounded": config.embedding_scale is not None and config.embedding_scale_in_dtype,
+        "head bias": config.head_bias,
         "rotary pairs": "neighbours" if config.rope_interleaved else "halves",
         "rotary frequencies": tuple((by_length if turning else by_length[:1]).flatten().tolist()),
         "rotary factor": factor,
         "context": limit if turning else None,
+        "layers that rotate": tuple(range(config.num_hidden_layers)) if config.rope_layers is None else tuple(sorted(config.rope_layers)),
         "windows": tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types),
         "logit scale": 1.0 if config.logit_scale is None else config.logit_scale,
     }

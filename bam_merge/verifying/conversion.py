@@ -12,7 +12,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf
 from bam_merge.checkpoints.reading import changed_files
 from bam_merge.model.loading import StoredModel, stored_model
-from bam_merge.model.model import ModelConfig
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted as AdaptedSource
 from bam_merge.values.tensors import TORCH_DTYPES

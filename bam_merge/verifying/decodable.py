@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bam_merge.model.model import ModelConfig
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.positions import frequencies
 
 

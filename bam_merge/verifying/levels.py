@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bam_merge.model.model import ModelConfig
+from bam_merge.model.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,8 @@ def _says(config: ModelConfig, layer: int) -> Iterator[object]:
     """What each list of the configuration says of a layer."""
     for key, value in vars(config).items():
         if isinstance(value, Sequence) and not isinstance(value, str):
-            yield value[layer] if len(value) == config.num_hidden_layers and key != "shared_kv_layers" else layer in value
+            yield (
+                value[layer]
+                if len(value) == config.num_hidden_layers and key not in ("shared_kv_layers", "rope_layers")
+                else layer in value
+            )

@@ -18,7 +18,8 @@ from bam_merge.checkpoints.provenance import REMEDY
 from bam_merge.checkpoints.reading import digest_range
 from bam_merge.errors import BamMergeError
 from bam_merge.model.loading import stored_model
-from bam_merge.model.model import Model, ModelConfig
+from bam_merge.model.model import Model
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.planning.plan import Plan, Step, moves_bytes
 from bam_merge.text import printable, some
 from bam_merge.values.torch_threads import one_torch_thread

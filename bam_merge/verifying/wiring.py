@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bam_merge.model.loading import StoredModel
-from bam_merge.model.model import Block, ModelConfig
+from bam_merge.model.model import Block
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.text import some
 from bam_merge.verifying.config import meaning
 

@@ -190,8 +190,11 @@ def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
             yield f"{a} and {b}", replace(table, rows=rows)
 
 
-ONE_SUM = {("gpt_neox", "attn.o.bias and ffn.down.bias")}
-"""A parallel block adds both biases to one sum: no logits tell them apart, only their names."""
+ONE_SUM = {
+    *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied")),
+    *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased")),
+}
+"""A parallel block adds both biases to one sum, and norms after the rotation scale one product: no logits tell them apart, only their names."""
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -15,7 +15,7 @@ from proofs import UNPROVED, failed
 from bam_merge.architectures import config
 from bam_merge.architectures.anatomy import open_anatomy
 from bam_merge.architectures.config import describe, mixture_values
-from bam_merge.architectures.spellings import BY_LAYER, ORIGINAL, Spelling, conflicts, spellings_of
+from bam_merge.architectures.spellings import BY_LAYER, BY_TYPES, ORIGINAL, Spelling, conflicts, spellings_of
 from bam_merge.architectures.tables import architecture_names, load_architecture
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
@@ -40,9 +40,11 @@ SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
 def base(kind: str) -> dict[str, Any]:
     """A small configuration of any model type, with every key that our reading needs."""
     mixture = {EXPERTS[kind]: 4, "num_experts_per_tok": 2} if kind in EXPERTS else {}
-    head = {"head_dim": 8} if kind in ("qwen3", "qwen3_moe") else {}
+    table = load_architecture(kind)
+    head = {"head_dim": 8} if "head_dim" in table.defaults or kind in ("qwen3_moe", "ministral", "hunyuan_v1_dense") else {}
+    rope = {"rope_parameters": {"rope_type": "default"}} if table.quirks.rope_needed else {}
     heads = {"num_key_value_heads": 4} if kind != "gpt_neox" else {}
-    return {"model_type": kind, **BASE, **mixture, **head, **heads}
+    return {"model_type": kind, **BASE, **mixture, **head, **heads, **rope}
 
 
 def theirs(config: dict[str, Any]) -> Any:
@@ -63,12 +65,12 @@ def their_model(config: dict[str, Any]) -> Any:
 
 # ---- the table, line by line --------------------------------------------------------------------------------------------------
 
-VALUES: dict[str, tuple[Any, Any]] = {
-    "rope.rope_type": ("linear", "dynamic"), "rope.rope_theta": (3e5, 7e3), "rope.partial_rotary_factor": (0.5, 0.75), "dtype": ("float16", "bfloat16"),
-    f"rope.{ORIGINAL}": (32, 64), "hidden_act": ("relu", "gelu_new"), "num_experts": (6, 8), "hidden_size": (64, 96), "num_hidden_layers": (3, 5),
+VALUES: dict[str, tuple[Any, ...]] = {
+    "rope.rope_type": ("linear", "dynamic"), "rope.rope_theta": (3e5, 7e3), "rope.partial_rotary_factor": (0.5, 0.75, 0.25), "dtype": ("float16", "bfloat16"),
+    f"rope.{ORIGINAL}": (32, 64), "hidden_act": ("relu", "gelu_new", "gelu_fast"), "num_experts": (6, 8), "hidden_size": (64, 96), "num_hidden_layers": (3, 5),
     "num_attention_heads": (8, 16), "num_key_value_heads": (2, 1), "head_dim": (16, 4),
 }  # fmt: skip
-"""Two values that a fact may have, by one of its keys."""
+"""Values that a fact may have, by one of its keys: two, and a third where one can be a family's default."""
 
 
 def lines() -> Iterator[Any]:
@@ -81,7 +83,9 @@ def lines() -> Iterator[Any]:
 
 
 def values_of(spelling: Spelling) -> tuple[Any, Any]:
-    return next(VALUES[key] for key in (*spelling.read, *spelling.ignored) if key in VALUES)
+    values = next(VALUES[key] for key in (*spelling.read, *spelling.ignored) if key in VALUES)
+    first, second, *_ = (value for value in values if value != spelling.default)
+    return first, second
 
 
 def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
     config = {key: value for key, value in base(kind).items() if key not in (*spelling.read, *spelling.ignored)}
     rope: dict[str, Any] = {}
     if "num_attention_heads" in spelling.read:
-        config["hidden_size"] = 64  # which the classes' own counts of heads divide
+        config["hidden_size"] = 1920  # which the classes' own counts of heads divide
     if spelling.only:
         rope = dict(LONGROPE if kind == "phi3" else YARN)
     elif "rope.rope_type" in spelling.read:
@@ -124,7 +128,10 @@ def their_value(spelling: Spelling, kind: str, config: dict[str, Any]) -> Any:
         case "the number of experts":
             return found.num_experts
         case "the number of key and value heads" | "the size of a head":
-            attention = their_model(config).gpt_neox.layers[0].attention
+            model = their_model(config)
+            if kind != "gpt_neox":
+                return model.model.layers[0].self_attn.q_proj.out_features // found.num_attention_heads
+            attention = model.gpt_neox.layers[0].attention
             assert attention.query_key_value.out_features == 3 * found.hidden_size  # as many key heads as query heads
             return found.num_attention_heads if "heads" in spelling.fact else attention.head_size
         case _:
@@ -167,7 +174,9 @@ def test_the_table_says_what_transformers_does(spelling: Spelling, kind: str, fi
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_alias_of_transformers_is_missing(kind: str) -> None:
     """Every other name that a configuration class gives one of its keys stands in the table."""
-    groups = [{*spelling.read, *spelling.ignored} for spelling in spellings_of(load_architecture(kind))]
+    table = load_architecture(kind)
+    groups = [{*spelling.read, *spelling.ignored} for spelling in spellings_of(table)]
+    groups += [{alias, key} for alias, key in table.quirks.renamed.items()]
     for alias, key in type(theirs(base(kind))).attribute_map.items():
         assert any({alias, key} <= group for group in groups), (alias, key)
 
@@ -255,8 +264,10 @@ def test_every_combination_of_window_keys_is_refused_or_read_as_transformers_doe
             continue
         problems: list[str] = []
         facts = (describe if table.kind == "dense" else mixture_values)(table, config, problems)
-        if problems:  # of a mixture that leaves layer_types open
-            assert kind == "qwen2_moe"
+        if problems:  # of a mixture that leaves layer_types open, or of a family that has no windows at all
+            assert kind == "qwen2_moe" or table.quirks.only
+            continue
+        if kind == "cwm" and config.get("sliding_window", 8) is None:  # which transformers does not take there, whatever layer_types says
             continue
         read += 1
         expected, reference = their_windows(config), meaning(model_config(config))["windows"]
@@ -283,11 +294,40 @@ def test_the_word_for_windows_is_what_transformers_does(kind: str) -> None:
     window = {"sliding_window": 4}
     used = {**window, "use_sliding_window": True, "max_window_layers": 0}
     ways = (window, used, {**used, "layer_types": [FULL, FULL]}, {**used, "layer_types": [SLIDES, SLIDES]})
-    word = {
-        (True, True, True, True): "none", (False, False, False, False): "all", (True, False, False, False): "all if used",
-        (True, False, True, False): "by layer", (True, True, True, False): "every other layer",
+    words = {
+        (True, True, True, True): ("none",), (False, False, False, False): ("all",), (True, False, False, False): ("all if used",),
+        (True, False, True, False): ("by layer",), (True, True, True, False): ("every other layer", "all but each first", "where nothing turns"),
+        (False, False, True, False): ("by layer or all", "all but each last"),
     }  # fmt: skip
-    assert word[tuple(sees_far({**base(kind), **keys}) for keys in ways)] == SLIDING[kind]
+    if load_architecture(kind).quirks.only.get("use_sliding_window") is False:
+        ways = tuple({key: value for key, value in way.items() if key != "use_sliding_window"} for way in ways)
+    assert SLIDING[kind] in words[tuple(sees_far({**base(kind), **keys}) for keys in ways)]
+
+
+PATTERNS = [
+    {}, {"sliding_window_pattern": 3}, {"sliding_window_pattern": 1}, {"no_rope_layer_interval": 3}, {"no_rope_layers": [0, 1, 1, 0, 1, 0, 0, 1, 1]},
+    {"no_rope_layer_interval": 1}, {"layer_types": [SLIDES, FULL, FULL] * 3}, {"use_sliding_window": True}, {"use_sliding_window": True, "no_rope_layers": [1] * 9},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", PATTERNS, ids=str)
+@pytest.mark.parametrize("kind", [kind for kind, word in SLIDING.items() if word in BY_TYPES])
+def test_which_layers_slide_and_rotate_is_what_transformers_says(kind: str, keys: dict[str, Any]) -> None:
+    """By its own lists, where nothing is refused: of nine layers, with every way of saying which."""
+    config, table = {**base(kind), "num_hidden_layers": 9, "sliding_window": 8, **keys}, load_architecture(kind)
+    if conflicts(table, config):
+        assert keys != {}
+        return
+    found, facts, problems = theirs(config), model_config(config), list[str]()
+    described = describe(table, config, problems)
+    assert problems == []
+    used = getattr(found, "use_sliding_window", True)
+    windows = [8 if kind == SLIDES and used else None for kind in found.layer_types]
+    turning = {"all": [1] * 9, "where windows are": windows}.get(table.quirks.turning) or found.no_rope_layers
+    expected = [layer for layer in range(9) if turning[layer]]
+    for said in (vars(facts), described):
+        assert [said["sliding_window"] if t == SLIDES else None for t in said["layer_types"]] == windows
+        assert (list(range(9)) if said["rope_layers"] is None else said["rope_layers"]) == expected
 
 
 def sees_far(config: dict[str, Any]) -> bool:
@@ -331,7 +371,7 @@ def test_what_transformers_saves_does_not_contradict_itself(kind: str) -> None:
     window = {"sliding_window": 16} if SLIDING[kind] != "none" else {}
     use = {"use_sliding_window": True} if SLIDING[kind] in (*BY_LAYER, "all if used") else {}
     for more in ({}, window | use, {"rope_scaling": LONGROPE if kind == "phi3" else {**YARN, ORIGINAL: 32}}):
-        config = {**base(kind), **more}
+        config = {key: value for key, value in base(kind).items() if key != "rope_parameters" or "rope_scaling" not in more} | more
         saved = json.loads(theirs(config).to_json_string(use_diff=False))
         assert conflicts(table, saved) == []
         if kind != "qwen2_moe" or not use:
@@ -470,6 +510,14 @@ def test_verification_finds_the_wrong_one_of_two_spellings(also: bool, tmp_path:
     ("llama", {"rms_norm_eps": 1e-2}, "rms_norm_eps", 1e-6, "head"),
     ("llama", {"hidden_act": "relu"}, "hidden_act", "silu", "source configs"),
     ("gpt_neox", {"use_parallel_residual": False}, "parallel_block", True, "source configs"),
+    ("granite", {}, "attention_scale", None, "source configs"), ("granite", {}, "embedding_scale", None, "source configs"),
+    ("granite", {}, "residual_scale", 1.0, "source configs"), ("granite", {}, "logit_scale", 4.0, "head"),
+    ("gemma", {}, "norm_offset", 0, "source configs"), ("gemma", {}, "norm_offset", 0, "head"),
+    ("gemma", {}, "embedding_scale_in_dtype", False, "source configs"),
+    ("smollm3", {}, "rope_layers", [1], "source configs"), ("smollm3", {}, "rope_layers", None, "expert isolation"),
+    ("cohere2", {}, "rope_layers", None, "expert isolation"), ("granite", {}, "residual_scale", 1.0, "expert isolation"),
+    ("hunyuan_v1_dense", {}, "qk_norm_after_rotary", False, "source configs"), ("ministral3", {}, "query_growth", 0.1, "source configs"),
+    ("ministral3", {}, "query_growth", None, "source configs"), ("starcoder2", {}, "layer_norm_eps", 1e-2, "head"),
 ])  # fmt: skip
 def test_verification_finds_a_fact_that_the_plan_misread(
     family: str, keys: dict[str, Any], fact: str, wrong: Any, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

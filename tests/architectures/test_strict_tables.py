@@ -53,6 +53,17 @@ WRONG = {
         '[quirks]\nworked_out = { head_dim = "hidden_siz / num_attention_heads" }\n[traits]',
         "quirks.worked_out.head_dim: 'hidden_siz' is no size; did you mean 'hidden_size'?",
     ),
+    "a word for turning": (
+        "[traits]",
+        '[quirks]\nturning = "some"\n[traits]',
+        "quirks.turning: 'some' is not possible. Known: all, where windows are, listed.",
+    ),
+    "a power": (
+        "[traits]",
+        '[traits]\nlogit_scale = "config:logits_scaling^x"',
+        "traits.logit_scale: found 'config:logits_scaling^x', expected a value, config:KEY, or config:KEY^POWER.",
+    ),
+    "a condition": ('when = "untied"', 'when = "unties"', ".when: 'unties' is no trait; did you mean 'untied'?"),
     "a missing key": ('class = "LlamaForCausalLM"', "", "class is missing."),
     "another type": ('model_types = ["llama"]', 'model_types = "llama"', "model_types: found 'llama', expected list."),
     "both role and roles": ('role = "ffn.down"', 'role = "ffn.down", roles = ["ffn.up"]', "needs role (one) or roles (several"),

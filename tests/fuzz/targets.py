@@ -129,6 +129,10 @@ TOKENIZER = {
 }  # fmt: skip
 ROPE = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 PHI3_ROPE = {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+UNLIKE = ("granite", "gemma", "smollm3", "cohere2", "starcoder2")
+"""Families with keys of their own for what others have not."""
+
+
 TWICE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64, "dtype": "float32", "torch_dtype": "float32"}
 """Facts that have a second spelling, so that a change of either contradicts the other."""
 
@@ -147,7 +151,7 @@ def targets(home: Path) -> list[Target]:
     return [
         header_target(shard, loaded),
         target(code / INDEX, lambda draw: plan(loaded, draw), lambda draw: look(code, draw)),
-        *(config_target(home, name) for name in ("llama", "phi3", "cohere", "gpt_neox", "qwen2")),
+        *(config_target(home, name) for name in ("llama", "phi3", "cohere", "gpt_neox", "qwen2", *UNLIKE)),
         target(merged / "config.json", lambda draw: look(merged, draw)),
         target(code / "tokenizer.json", lambda draw: plan(loaded, draw)),
         target(recipe, lambda draw: plan(recipe, draw), good=RECIPE),
@@ -220,7 +224,7 @@ def accept(shard: Path) -> None:
 
 def config_target(home: Path, name: str) -> Target:
     """config.json of a family, in one of two sources that are otherwise the same."""
-    rope = {"gpt_neox": {**ROPE, "rope_type": "default"}, "phi3": PHI3_ROPE}.get(name, ROPE)
+    rope = {"gpt_neox": {**ROPE, "rope_type": "default"}, "phi3": PHI3_ROPE}.get(name, CONFIGS[name].get("rope_parameters", ROPE))
     config = {**CONFIGS[name], "rope_parameters": rope, **TWICE}
     folders = [home / f"{name}_{which}" for which in ("a", "b")]
     for folder in folders:

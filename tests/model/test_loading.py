@@ -117,7 +117,7 @@ def test_transformers_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"model_type": "mamba"}, r"config\.json: model_type 'mamba' is not known here\. Known: bam, cohere"),
+    ({"model_type": "mamba"}, r"config\.json: model_type 'mamba' is not known here\. Known: arcee, bam, cohere"),
     ({"model_type": None}, "model_type None is not known here"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights are not read"),
     ({"num_experts": "3"}, "num_experts must be an integer, found '3'"),

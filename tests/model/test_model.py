@@ -11,10 +11,11 @@ from conftest import CONFIGS, write_recipe
 from torch.nn.functional import silu
 
 from bam_merge import MergeOptions, load_recipe, merge
-from bam_merge.demo.synthetic import random_values, write_checkpoint
+from bam_merge.demo.synthetic import random_values, stored_apart, write_checkpoint
 from bam_merge.model.config import model_config
 from bam_merge.model.loading import load_model
-from bam_merge.model.model import BlockOutput, Model, ModelConfig, route
+from bam_merge.model.model import BlockOutput, Model, route
+from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.positions import Cache
 
 TOLERANCE = 1e-5
@@ -78,7 +79,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def write_dense(folder: Path, config: dict[str, Any], seed: int = 3) -> Path:
     """Weights large enough for logits that differ (cohere scales them down)."""
     return write_checkpoint(
-        folder, {**config, **({"logit_scale": 0.5} if config["model_type"] == "cohere" else {})}, random_values(seed, 0.2)
+        folder, {**config, **({"logit_scale": 0.5} if "cohere" in config["model_type"] else {})}, random_values(seed, 0.2)
     )
 
 
@@ -227,7 +228,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def filled(config: dict[str, Any], seed: int) -> Model:
     """A dense model; models of different seeds have nothing in common but their shapes."""
-    model, values = Model(model_config({**config, "logit_scale": 0.5})), random_values(seed, 0.2)
+    model = Model(model_config({**config, "logit_scale": 0.5}))
+    values = stored_apart(random_values(seed, 0.2), model.config.norm_offset)
     model.load_state_dict({name: torch.from_numpy(values(name, tuple(old.shape))) for name, old in model.state_dict().items()})
     return model
 

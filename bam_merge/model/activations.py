@@ -1,0 +1,20 @@
+"""The functions that a config.json's `hidden_act` can name."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from torch.nn.functional import gelu, relu, silu
+
+gelu_tanh = partial(gelu, approximate="tanh")
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu, "swish": silu, "relu": relu, "gelu": gelu, "gelu_python": gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh, "gelu_tanh": gelu_tanh, "gelu_python_tanh": gelu_tanh, "relu2": relu_squared,
+}  # fmt: skip
+"""What `hidden_act` names."""

@@ -1,0 +1,62 @@
+"""What a forward pass of the reference model depends on, beside its weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a forward pass needs of a bam config.json, under the same names. Head counts are those of one expert."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads_per_expert: int
+    num_key_value_heads_per_expert: int
+    head_dim: int
+    tie_word_embeddings: bool = False
+    head_bias: bool = False
+    logit_scale: float | None = None
+    embedding_scale: float | None = None
+    embedding_scale_in_dtype: bool = False  # rounded as the embeddings are
+    residual_scale: float | None = None  # of attention and FFN, before they are added
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_bias: bool = False
+    norm_offset: int = 0  # to the weights of all norms: 1 where they say how far they are from 1
+    rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-5
+    parallel_block: bool = False
+    parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
+    attention_bias: bool = False  # of q, k and v
+    attention_out_bias: bool = False
+    qk_norm: bool = False  # of each head's q and k, of the kind norm_type: RMS with weights [C] (qwen3), layer [H, C] (cohere)
+    qk_norm_after_rotary: bool = False
+    attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
+    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    rope_interleaved: bool = False
+    query_growth: float | None = None  # beta: queries are multiplied with 1 + beta ln(1 + floor(position / original context))
+    rope_layers: Sequence[int] | None = None  # the layers that rotate; None: all
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = None
+    layer_types: Sequence[Literal["full_attention", "sliding_attention"]] | None = None  # None: every layer slides if there is a window
+    num_attention_experts: int = 0  # 0: one attention (dense, BTX, Sparse Upcycling)
+    attention_kv: Literal["expert", "shared"] | None = None
+    shared_kv_layers: Sequence[int] | None = None  # layers that share k and v although attention_kv is "expert"
+    attention_routing: Literal["soft", "top_k"] | None = None
+    num_attention_experts_per_tok: int | None = None
+    hidden_act: str = "silu"
+    gated_ffn: bool = True
+    mlp_bias: bool = False
+    num_experts: int = 0  # 0: one FFN
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
+    gate_scale: float = 1.0
+    shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """From a bam config.json; keys that no forward pass needs are left. Raises TypeError when a size is missing."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in config.items() if key in known and value is not None})

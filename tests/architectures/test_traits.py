@@ -1,0 +1,204 @@
+"""Traits: what a family's table can say of a model, and that nothing which no layout has a word for is written in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONFIGS, MORE, write_recipe, write_sources
+
+from bam_merge.architectures.config import describe
+from bam_merge.architectures.tables import dense_families, load_architecture, mixture_layouts
+from bam_merge.architectures.vocabulary import QUIET, TRAITS, UNSAID
+from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.model.config import model_config
+from bam_merge.planning.make import plan_file
+from bam_merge.planning.output_config import refusals
+
+OTHER: dict[str, Any] = {
+    "norm_type": "layer_norm", "parallel_norms": 1, "norm_offset": 1, "attention_scale": 0.3, "embedding_scale": 2.0, "residual_scale": 0.5,
+    "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
+}  # fmt: skip
+"""A value of each trait that is not the usual one; of those that are true or false, the other one."""
+
+LAYOUTS = [layout.name for layout in mixture_layouts() if layout.name != "bam"]
+
+
+def plain(layout: str) -> dict[str, Any]:
+    """What a merge has that a layout can express."""
+    accepts = load_architecture(layout).accepts
+    first = {key: value[0] if isinstance(value, list) else value for key, value in accepts.items()}
+    return {**UNSAID, **QUIET, **{key: None if value == "none" else value for key, value in first.items()}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_takes_what_it_can_say(layout: str) -> None:
+    assert refusals(load_architecture(layout), plain(layout), "r") == []
+
+
+@pytest.mark.parametrize("trait", UNSAID)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_layout_cannot_say_is_refused(layout: str, trait: str) -> None:
+    """Every trait, those that its table does not name too: one that a later family brings is refused until a layout says it."""
+    table, values = load_architecture(layout), plain(layout)
+    usual = values[trait]
+    other = OTHER.get(trait, not usual)
+    problems = refusals(table, {**values, trait: other}, "recipe.yaml")
+    if trait == "parallel_norms":  # of a parallel block, which is refused as such
+        assert problems == []
+        return
+    said = trait in table.implies or f"${trait}" in table.config.values()
+    if said and trait == "attention_bias" and "attention_out_bias" not in (*table.accepts, *table.config):
+        said = False  # its one key says both, and here they differ
+    assert (problems == []) == said
+    if not said:
+        named = "attention_out_bias" if trait == "attention_bias" and trait not in table.accepts else trait
+        assert any(f"{layout} needs {named} = " in problem and "Use layout: bam" in problem for problem in problems)
+
+
+def test_every_trait_has_a_word_in_bam_and_a_reader() -> None:
+    """A trait that bam's config.json or the reference model knew nothing of would be lost."""
+    written = [value for value in load_architecture("bam").config.values() if isinstance(value, str)]
+    config = vars(model_config(CONFIGS["llama"]))
+    for trait in (*TRAITS, "rope_layers", "query_growth"):
+        assert f"${trait}" in written
+        assert trait in config
+
+
+@pytest.mark.parametrize(("name", "layout", "needs"), [
+    ("gemma", "mixtral", "norm_offset = 0, this merge has 1"), ("granite", "mixtral", "attention_scale = none, this merge has 0.2"),
+    ("granite", "mixtral", "residual_scale = none, this merge has 0.5"), ("smollm3", "mixtral", "rope_layers = none, this merge has [0]"),
+    ("hunyuan_v1_dense", "qwen3_moe", "qk_norm_after_rotary = false, this merge has true"), ("phi", "mixtral", "head_bias = false, this merge has true"),
+    ("gemma", "qwen2_moe", "embedding_scale = none, this merge has 5.656854249492381"),
+])  # fmt: skip
+def test_the_plan_says_so(name: str, layout: str, needs: str, tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS[name])
+    with pytest.raises(BamMergeError, match=layout) as error:
+        plan_file(write_recipe(tmp_path, method="btx", output=f"{{path: out, layout: {layout}}}"))
+    assert any(f"output.layout: {layout} needs {needs}" in problem for problem in error.value.problems)
+
+
+@pytest.mark.parametrize("name", ["iquestcoder", "internlm3_tied", "ministral_sliding", "seed_oss"])
+def test_families_that_are_others_under_another_name_go_into_public_layouts(name: str, tmp_path: Path) -> None:
+    layout = "qwen2_moe" if name == "seed_oss" else "mixtral"
+    write_sources(tmp_path, CONFIGS[name])
+    assert plan_file(write_recipe(tmp_path, method="btx", output=f"{{path: out, layout: {layout}}}")).config["model_type"] == layout
+
+
+def test_a_mixture_of_plain_families_has_none_of_the_new_words(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["qwen3"])
+    assert not set(QUIET) & set(plan_file(write_recipe(tmp_path)).config)
+    write_sources(tmp_path, CONFIGS["gemma"])
+    assert set(QUIET) & set(plan_file(write_recipe(tmp_path)).config) == {"norm_offset", "embedding_scale", "embedding_scale_in_dtype"}
+
+
+def test_no_python_names_a_family() -> None:
+    """A family is a table: its name stands in no code."""
+    import bam_merge
+
+    home = Path(bam_merge.__file__).parent
+    names = {family.name for family in dense_families()} & {config["model_type"] for config in MORE.values()}
+    names -= {"phi", "gemma", "granite"}  # words of other things: benchmarks, wrappers
+    code = {path: path.read_text(encoding="utf-8") for path in home.rglob("*.py")}
+    assert [(path.name, name) for path, text in code.items() for name in names if f'"{name}"' in text] == []
+
+
+# ---- what a config.json of such a family can say wrongly -------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no division by nothing": ("granite", {"logits_scaling": 0.0}, "logits_scaling must be above 0, and less than 1e30, found 0.0."),
+    "a division beyond float": ("granite", {"logits_scaling": 10**400}, "logits_scaling must be above 0, and less than 1e30, found 1000"),
+    "an alpha beyond float": ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1e300}}, "alpha in rope_parameters must be a number above 0, and less than 1e30"),
+    "an activation that is a list": ("gemma", {"hidden_act": ["gelu"]}, "hidden_act must be text"),
+    "no list of strings": ("smollm3", {"no_rope_layers": ["a", "b"]}, "no_rope_layers must have a 1 or a 0 for each of the 2 layers, found ['a', 'b']."),
+    "a list too short": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have a 1 or a 0 for each of the 2 layers, found [1]."),
+    "no interval": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, found 0."),
+    "no pattern": ("cohere2", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer, found 0."),
+    "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm = true is not known here, only false: what such a model computes would be a guess."),
+    "sight of what comes": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not known here, only false"),
+    "one bias by two keys": ("internlm3", {"attention_bias": False}, "qkv_bias = true and attention_bias = false are two spellings of one fact, and differ."),
+    "no rotary embedding said": ("cwm", {"rope_parameters": None}, "rope_parameters is missing; cwm without it is given a scaling that no file says."),
+    "an alpha below 0": ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": -2}}, "alpha in rope_parameters must be a number above 0, and less than 1e30, for heads of more than 2, found -2."),
+    "no growth said": ("ministral3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters.llama_4_scaling_beta must be a number"),
+    "no context to grow from": ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "rope_parameters.original_max_position_embeddings must be above 0"),
+    "no number": ("granite", {"residual_multiplier": "0.2"}, "residual_multiplier must be a number, found '0.2'."),
+    "a window that is not": ("cohere2", {"sliding_window": None}, "sliding_window is no number, and layers of cohere2 slide unless layer_types says otherwise."),
+    "two patterns": ("cohere2_biased", {"sliding_window_pattern": 2}, "layer_types says that layers 1 slide, sliding_window_pattern = 2 that all but each 2th do"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_before_anything_is_written(case: str, tmp_path: Path) -> None:
+    name, keys, message = WRONG[case]
+    write_sources(tmp_path, CONFIGS[name])
+    path = tmp_path / "law" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    with pytest.raises(CheckpointError) as error:
+        plan_file(write_recipe(tmp_path))
+    assert any(problem.startswith("sources.law: config.json: ") and message in problem for problem in error.value.problems)
+
+
+@pytest.mark.parametrize(("name", "keys", "named"), [
+    ("granite", {"residual_multiplier": 0.4}, "residual_multiplier = 0.4"), ("granite", {"logits_scaling": 2.0}, "logits_scaling = 2.0"),
+    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("nemotron", {"norm_eps": 1e-3}, "norm_eps = 0.001"),
+    ("starcoder2", {"norm_epsilon": 1e-3}, "norm_epsilon = 0.001"),
+])  # fmt: skip
+def test_sources_that_differ_in_a_trait_are_refused_once(name: str, keys: dict[str, Any], named: str, tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS[name])
+    path = tmp_path / "law" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    with pytest.raises(CheckpointError) as error:
+        plan_file(write_recipe(tmp_path))
+    found = [problem for problem in error.value.problems if problem.startswith("sources.law")]
+    assert any(named in problem for problem in found)
+    assert len(found) == 1
+
+
+# ---- spellings of one function -------------------------------------------------------------------------------------------------
+
+SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gelu is tanh": ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    "gelu beside its meaning": ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, {}),
+    "a list and its interval": ("smollm3", {"no_rope_layers": [1, 0]}, {"no_rope_layers": None, "no_rope_layer_interval": 2}),
+    "a pattern and its layers": ("cohere2", {}, {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]}),
+    "biases under both names": ("internlm3", {}, {"attention_bias": True, "mlp_bias": True}),
+    "a scale that is the usual one": ("granite", {"attention_multiplier": 12**-0.5}, {"attention_multiplier": 12**-0.5, "head_dim": 12}),
+    "alpha and the base that it makes": (
+        "hunyuan_v1_dense", {}, {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4 * 1000.0 ** (12 / 10)}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_two_spellings_are_one_model(case: str, tmp_path: Path) -> None:
+    name, mine, theirs = SAME[case]
+    write_sources(tmp_path, CONFIGS[name])
+    for source in ("seed", "code", "law"):
+        path = tmp_path / source / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **(theirs if source == "law" else mine)}))
+    assert [note for note in plan_file(write_recipe(tmp_path)).notes if "config.json" in note] == []
+
+
+def test_factors_in_bams_words() -> None:
+    granite = describe(load_architecture("granite"), CONFIGS["granite"], [])
+    assert (granite["attention_scale"], granite["embedding_scale"], granite["residual_scale"], granite["logit_scale"]) == (
+        0.2,
+        3.0,
+        0.5,
+        0.25,
+    )
+    bare = describe(load_architecture("granite"), CONFIGS["granite_plain"], [])
+    assert (bare["attention_scale"], bare["embedding_scale"], bare["residual_scale"], bare["logit_scale"]) == (1.0, None, None, None)
+
+
+def test_inspect_shows_them(tmp_path: Path, run: Any) -> None:
+    for name, words in {
+        "granite": ("embeddings x 3", "residual branches x 0.5", "logits x 0.25", "scores x 0.2"), "gemma": ("norms of 1 + w", "embeddings x 5.657"),
+        "smollm3": ("rotary, theta 2,000,000 in 1 of 2 layers",), "cohere2": ("in 1 of 2 layers", "window 8"),
+    }.items():  # fmt: skip
+        write_sources(tmp_path / name, CONFIGS[name], ("seed",))
+        text = " ".join(run("inspect", tmp_path / name / "seed").out.split())
+        assert all(word in text for word in words), (text, words)
+    facts = json.loads(run("inspect", tmp_path / "granite" / "seed", "--json").out)["facts"]
+    assert (facts["attention_scale"], facts["residual_scale"]) == (0.2, 0.5)
+    assert "norm_offset" not in facts
