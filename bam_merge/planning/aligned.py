@@ -10,9 +10,9 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.checkpoints.pieces import Computed, Whole, whole
 from bam_merge.formulas import ByToken, RowRun
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.alignment import UNION, Alignment
 from bam_merge.sources.dense import DenseModel
-from bam_merge.sources.tokenizer_writing import renumbered_ids
+from bam_merge.sources.tokenizers.alignment import UNION, Alignment
+from bam_merge.sources.tokenizers.writing import renumbered_ids
 from bam_merge.text import printable
 
 ROLES = ("embed", "head", "head.bias")

@@ -9,7 +9,7 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.alignment import Alignment
+from bam_merge.sources.tokenizers.alignment import Alignment
 from bam_merge.text import printable
 
 METHODS = {

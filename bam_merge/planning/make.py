@@ -27,13 +27,13 @@ from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.accepted import apply_accepted
 from bam_merge.sources.agreement import disagreements
-from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.sources.headers_only import by_digests, unread_heads
 from bam_merge.sources.opening import open_sources, same_folder
 from bam_merge.sources.tied_heads import settle_heads
-from bam_merge.sources.tokenizer import align_tokenizers, compare_tokenizers
-from bam_merge.sources.tokenizer_reading import TokenizerFindings
+from bam_merge.sources.tokenizers.agreement import align_tokenizers, compare_tokenizers
+from bam_merge.sources.tokenizers.alignment import Alignment
+from bam_merge.sources.tokenizers.reading import TokenizerFindings
 from bam_merge.text import nearest, printable, some
 
 # ---- making the plan -------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from bam_merge.checkpoints.folder import Checkpoint, Remote
 from bam_merge.checkpoints.pieces import Computed
 from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.dense import DenseModel
+from bam_merge.sources.tokenizers.alignment import Alignment
 
 CHUNK_ELEMENTS = 2**17
 """Elements of one operand that a worker holds at a time: few enough for a processor's cache, which halves the time of 2**20."""

@@ -18,7 +18,7 @@ from bam_merge.planning.card import model_card
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.manifest import manifest
 from bam_merge.sources.companions import companion
-from bam_merge.sources.tokenizer_writing import companion_documents
+from bam_merge.sources.tokenizers.writing import companion_documents
 
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.errors import CheckpointError
 from bam_merge.sources.companions import read_companion
 from bam_merge.sources.dense import DenseModel
-from bam_merge.sources.tokenizer_reading import GENERATION_CONFIG, TokenizerFindings
+from bam_merge.sources.tokenizers.reading import GENERATION_CONFIG, TokenizerFindings
 from bam_merge.text import listed, some
 
 LATER = "when they are downloaded, before the merge"

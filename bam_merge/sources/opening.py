@@ -13,8 +13,8 @@ from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.files import identity
 from bam_merge.recipe.places import Adapted, Store, adapter_stores, base_store
 from bam_merge.recipe.schema import Recipe
-from bam_merge.sources.adapter_changes import Opened
-from bam_merge.sources.adapters import with_adapters
+from bam_merge.sources.adapters.changes import Opened
+from bam_merge.sources.adapters.reading import with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.dequantised import read_dequantised
 from bam_merge.sources.places import Found, opened

@@ -21,7 +21,7 @@ from bam_merge.sources.watching import WATCH
 from bam_merge.text import human_bytes, nearest, printable
 
 if TYPE_CHECKING:  # what speaks to the hub is imported where a place is none of this machine's
-    from bam_merge.sources.hub_cache import Snapshot
+    from bam_merge.sources.hub.cache import Snapshot
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def find(
             return Found(path)
         if recorded and wanted.commit is None:
             return Found(path)
-    from bam_merge.sources.hub_cache import NotInCache, resolve
+    from bam_merge.sources.hub.cache import NotInCache, resolve
 
     try:
         snapshot = resolve(wanted, adapter)
@@ -81,7 +81,7 @@ def _of(wanted: HubId, problem: str) -> str:
 
 def _neither(path: Path, error: CheckpointError) -> str:
     """What is said of org/name that is no folder, and no model of the hub that could be had: either may have been meant."""
-    from bam_merge.sources.hub_client import HubUnreachable
+    from bam_merge.sources.hub.client import HubUnreachable
 
     try:
         close = nearest(path.name, sorted(os.listdir(path.parent)))
@@ -101,7 +101,7 @@ def opened(found: Found, tokenizers: bool = False) -> Checkpoint:
     snapshot = found.snapshot
     if snapshot is None or snapshot.files is None or snapshot.complete:
         return open_adapter(found.path) if snapshot is not None and snapshot.adapter else open_folder(found.path)
-    from bam_merge.sources.hub_headers import open_headers
+    from bam_merge.sources.hub.headers import open_headers
 
     return open_headers(snapshot, tokenizers)
 
@@ -118,7 +118,7 @@ def look(path: str | os.PathLike[str], values: bool = False, manifest: bool = Fa
     if values:
         bring([found])
     elif manifest and snapshot.has(MANIFEST):
-        from bam_merge.sources.hub_download import download
+        from bam_merge.sources.hub.download import download
 
         download([(snapshot, MANIFEST)])
     checkpoint = opened(found)
@@ -148,8 +148,8 @@ def bring(places: Iterable[Found], output: Path | None = None, output_bytes: int
     snapshots = {(snapshot.id, snapshot.adapter): snapshot for snapshot in found}
     if not snapshots:
         return
-    from bam_merge.sources.hub_client import hub
-    from bam_merge.sources.hub_download import bytes_missing, download, room_problem
+    from bam_merge.sources.hub.client import hub
+    from bam_merge.sources.hub.download import bytes_missing, download, room_problem
 
     small = [(snapshot, name) for snapshot in snapshots.values() for name in snapshot.small_files()]
     download(small)

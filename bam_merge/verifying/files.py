@@ -23,7 +23,7 @@ from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
-from bam_merge.sources.hub_cache import Snapshot
+from bam_merge.sources.hub.cache import Snapshot
 from bam_merge.text import printable, some
 from bam_merge.verifying.report import Check
 

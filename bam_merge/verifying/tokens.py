@@ -1,6 +1,6 @@
 """What a folder's tokenizer files say, and which row of a source belongs to which token of a result: verification's own reading.
 
-On purpose a second time, from the formats: sources/tokenizer_forms.py, vocabulary.py and alignment.py read the same for a plan, and a
+On purpose a second time, from the formats: sources/tokenizers/forms.py, vocabulary.py and alignment.py read the same for a plan, and a
 contract of import-linter keeps them apart. Here one token of every id is enough, and tables are arrays.
 """
 

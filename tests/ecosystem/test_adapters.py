@@ -167,7 +167,7 @@ def test_every_key_of_peft_is_known() -> None:
     """LoraConfig has no key that adapter_config.json's reading does not know."""
     from peft import LoraConfig
 
-    from bam_merge.sources.adapter_config import HARMLESS, KINDS, REFUSED
+    from bam_merge.sources.adapters.config import HARMLESS, KINDS, REFUSED
 
     keys = json.loads(json.dumps(LoraConfig(target_modules=["q_proj"]).to_dict(), default=list)).keys()
     assert keys <= {*KINDS, *HARMLESS, *REFUSED, "peft_type", "init_lora_weights"}

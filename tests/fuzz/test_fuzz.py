@@ -12,7 +12,7 @@ import merges
 import properties
 import pytest
 
-from bam_merge.sources.tokenizer import TokenizerFindings
+from bam_merge.sources.tokenizers.agreement import TokenizerFindings
 from bam_merge.verifying.report import Check, Report
 
 

@@ -15,7 +15,8 @@ from bam_merge.architectures.config import describe
 from bam_merge.architectures.locate import applies, cells, shape_of
 from bam_merge.architectures.tables import load_architecture
 from bam_merge.checkpoints.header import encode_header
-from bam_merge.sources import hub_cache, hub_client
+from bam_merge.sources.hub import cache as hub_cache
+from bam_merge.sources.hub import client as hub_client
 
 TOKEN = "hf_planted" + "Qz7" * 9
 

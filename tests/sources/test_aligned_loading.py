@@ -12,8 +12,8 @@ from vocabularies import END, MERGES, PIECES, SETTINGS, put, source, three, toke
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
 from bam_merge.recipe.schema import Vocabulary as Wanted
-from bam_merge.sources.alignment import align
-from bam_merge.sources.vocabulary import Vocabulary
+from bam_merge.sources.tokenizers.alignment import align
+from bam_merge.sources.tokenizers.vocabulary import Vocabulary
 from bam_merge.verifying.tokens import NOBODY, Tokens, donors, own_rows
 
 WORDS = ["ab", "a b", "cd", "<s>", " h", "ef"]

@@ -11,8 +11,8 @@ from vocabularies import END, MERGES, PIECES, SETTINGS, UNION, put, source, thre
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.make import plan_file
 from bam_merge.recipe.schema import Vocabulary as Wanted
-from bam_merge.sources.alignment import Run, align
-from bam_merge.sources.vocabulary import Vocabulary, base_differs
+from bam_merge.sources.tokenizers.alignment import Run, align
+from bam_merge.sources.tokenizers.vocabulary import Vocabulary, base_differs
 
 BASE = {0: "a", 1: "b"}
 

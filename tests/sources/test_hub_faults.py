@@ -16,8 +16,9 @@ from test_hub import commits
 import bam_merge
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.hub_id import HubId, address_problem, hub_id
-from bam_merge.sources import hub_cache, hub_client
-from bam_merge.sources.hub_words import shown_endpoint
+from bam_merge.sources.hub import cache as hub_cache
+from bam_merge.sources.hub import client as hub_client
+from bam_merge.sources.hub.words import shown_endpoint
 
 STORE = r"\?X-Signature"
 

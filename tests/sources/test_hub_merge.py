@@ -23,8 +23,10 @@ from test_hub import commits
 
 import bam_merge
 from bam_merge.demo.synthetic import random_values, write_checkpoint
-from bam_merge.sources import hub_cache, hub_download, hub_headers
 from bam_merge.sources.companions import read_companion
+from bam_merge.sources.hub import cache as hub_cache
+from bam_merge.sources.hub import download as hub_download
+from bam_merge.sources.hub import headers as hub_headers
 
 
 def merged(run: Any, recipe: Path, *options: str) -> Any:

@@ -15,8 +15,8 @@ from bam_merge.errors import BamMergeError
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan
 from bam_merge.showing.plan import plan_text
-from bam_merge.sources.sentencepiece_model import read_sentencepieces
-from bam_merge.sources.tokenizer_forms import byte_letters, read_form, same_token, written
+from bam_merge.sources.tokenizers.forms import byte_letters, read_form, same_token, written
+from bam_merge.sources.tokenizers.sentencepiece import read_sentencepieces
 
 TOKENS = ["<s>", "a", "b", "Ġab", "Ġ"]
 SWAPPED = ["<s>", "b", "a", "Ġab", "Ġ"]

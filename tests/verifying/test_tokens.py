@@ -19,7 +19,7 @@ from bam_merge.planning import make
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan, moves_bytes
 from bam_merge.publishing.publish import publish
-from bam_merge.sources import alignment
+from bam_merge.sources.tokenizers import alignment
 from bam_merge.verifying.report import Report
 from bam_merge.verifying.tokens import Tokens, own_rows, tokens_of
 from bam_merge.verifying.verification import verify

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from bam_merge.merging import source_rows as merging_rows
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
-from bam_merge.sources.adapter_config import AdapterConfig
+from bam_merge.sources.adapters.config import AdapterConfig
 from bam_merge.verifying import adapters
 from bam_merge.verifying.verification import verify
 

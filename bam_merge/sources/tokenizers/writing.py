@@ -12,8 +12,8 @@ from typing import Any
 
 from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.documents import load_json
-from bam_merge.sources.alignment import Alignment
 from bam_merge.sources.companions import companion, read_companion
+from bam_merge.sources.tokenizers.alignment import Alignment
 from bam_merge.text import count, printable, some
 
 TOKENIZER, SETTINGS, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"

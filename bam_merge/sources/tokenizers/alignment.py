@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from bam_merge.errors import CheckpointError
 from bam_merge.recipe.schema import Vocabulary as Wanted
-from bam_merge.sources.tokenizer_forms import same_token
-from bam_merge.sources.vocabulary import Vocabulary, base_differs, in_numbers
+from bam_merge.sources.tokenizers.forms import same_token
+from bam_merge.sources.tokenizers.vocabulary import Vocabulary, base_differs, in_numbers
 from bam_merge.text import count, printable, some
 
 UNION = "union"

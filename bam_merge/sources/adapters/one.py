@@ -6,9 +6,9 @@ from bam_merge.architectures.locate import Cell
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.checkpoints.pieces import Read, Shape
 from bam_merge.formulas import Dora, Shifted, TokenRows
-from bam_merge.sources.adapter_changes import Changes, Changing, Opened
-from bam_merge.sources.adapter_config import AdapterConfig
-from bam_merge.sources.adapter_tensors import Module, Parts, Prefix, trained_names
+from bam_merge.sources.adapters.changes import Changes, Changing, Opened
+from bam_merge.sources.adapters.config import AdapterConfig
+from bam_merge.sources.adapters.tensors import Module, Parts, Prefix, trained_names
 from bam_merge.text import printable, some
 
 

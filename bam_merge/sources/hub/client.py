@@ -1,7 +1,7 @@
 """Requests to the Hugging Face hub, by the session, the settings and the token of huggingface_hub, which is imported when it is needed.
 
 A request is made again a few times where that can help: the connection breaks, the hub is busy or down. What it answers becomes words of
-ours (hub_words.py); words of the server or of a library are never repeated, since they can hold a token or a signed address.
+ours (words.py); words of the server or of a library are never repeated, since they can hold a token or a signed address.
 """
 
 import threading
@@ -17,7 +17,7 @@ from bam_merge._version import __version__
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
-from bam_merge.sources import hub_words
+from bam_merge.sources.hub import words as hub_words
 from bam_merge.sources.watching import WATCH
 
 WAITS = (0.5, 1.0, 2.0)

@@ -6,7 +6,7 @@ from bam_merge.architectures.locate import Cell
 from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.pieces import Read, Whole, whole
 from bam_merge.records import Formula
-from bam_merge.sources.adapter_tensors import Module
+from bam_merge.sources.adapters.tensors import Module
 from bam_merge.sources.dense import DenseModel
 
 

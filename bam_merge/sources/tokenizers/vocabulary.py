@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from bam_merge.checkpoints.folder import VOCABULARIES
-from bam_merge.sources.tokenizer_forms import FORMS, PARTIAL, Form, same_token
+from bam_merge.sources.tokenizers.forms import FORMS, PARTIAL, Form, same_token
 from bam_merge.text import count, printable
 
 CONTROL, USER_DEFINED = 3, 4

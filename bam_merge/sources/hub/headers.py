@@ -9,9 +9,9 @@ from bam_merge.checkpoints.folder import CONFIG, INDEX, Checkpoint, Remote, asse
 from bam_merge.checkpoints.header import Header, header_of
 from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.errors import CheckpointError
-from bam_merge.sources.hub_cache import ADAPTER, Snapshot
-from bam_merge.sources.hub_client import Hub, hub
-from bam_merge.sources.hub_download import bytes_missing, download
+from bam_merge.sources.hub.cache import ADAPTER, Snapshot
+from bam_merge.sources.hub.client import Hub, hub
+from bam_merge.sources.hub.download import bytes_missing, download
 
 MOST_SMALL = 2**18
 """Bytes of the largest file beside config.json and the index that is read with the headers. Most tokenizers take 2 to 20 MB."""

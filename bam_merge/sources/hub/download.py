@@ -18,9 +18,9 @@ from typing import Any
 from bam_merge.checkpoints.folder import MAX_JSON
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
-from bam_merge.sources import hub_words
-from bam_merge.sources.hub_cache import SMALL_FILES, HubFile, Snapshot, cache_folder, repository_folder
-from bam_merge.sources.hub_client import Hub, HubUnreachable, hub, library
+from bam_merge.sources.hub import words as hub_words
+from bam_merge.sources.hub.cache import SMALL_FILES, HubFile, Snapshot, cache_folder, repository_folder
+from bam_merge.sources.hub.client import Hub, HubUnreachable, hub, library
 from bam_merge.sources.watching import WATCH
 from bam_merge.system import sync
 from bam_merge.text import printable

@@ -17,8 +17,8 @@ from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
-from bam_merge.sources import hub_words
-from bam_merge.sources.hub_client import HubUnreachable, hub, library
+from bam_merge.sources.hub import words as hub_words
+from bam_merge.sources.hub.client import HubUnreachable, hub, library
 from bam_merge.text import printable, some
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -13,7 +13,7 @@ from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.sources.companions import companion_notes, read_companion
 from bam_merge.sources.dense import DenseModel
-from bam_merge.sources.tokenizer_forms import FORMS, Form, Load, read_form
+from bam_merge.sources.tokenizers.forms import FORMS, Form, Load, read_form
 from bam_merge.text import printable, some
 
 GENERATION_CONFIG = "generation_config.json"

@@ -7,13 +7,13 @@ from typing import Any
 
 from bam_merge.errors import CheckpointError
 from bam_merge.recipe.schema import Vocabulary as Wanted
-from bam_merge.sources.alignment import UNION, Alignment, align
 from bam_merge.sources.companions import companion
 from bam_merge.sources.dense import DenseModel
-from bam_merge.sources.tokenizer_forms import PARTIAL, Form, as_json, same_token
-from bam_merge.sources.tokenizer_reading import Tokenizer, TokenizerFindings, open_tokenizers
-from bam_merge.sources.tokenizer_writing import writing_notes, writing_problems
-from bam_merge.sources.vocabulary import Vocabulary, base_differs, in_numbers, vocabulary
+from bam_merge.sources.tokenizers.alignment import UNION, Alignment, align
+from bam_merge.sources.tokenizers.forms import PARTIAL, Form, as_json, same_token
+from bam_merge.sources.tokenizers.reading import Tokenizer, TokenizerFindings, open_tokenizers
+from bam_merge.sources.tokenizers.vocabulary import Vocabulary, base_differs, in_numbers, vocabulary
+from bam_merge.sources.tokenizers.writing import writing_notes, writing_problems
 from bam_merge.text import printable, some
 
 __all__ = ["TokenizerFindings", "companion", "compare_tokenizers"]

@@ -14,11 +14,11 @@ from bam_merge.checkpoints.pieces import Computed, Whole, instead, whole
 from bam_merge.errors import CheckpointError
 from bam_merge.formulas import LowRank, Saved
 from bam_merge.records import Formula
-from bam_merge.sources.adapter_changes import Changes, Changing, Opened
-from bam_merge.sources.adapter_config import AdapterConfig, read_adapter_config
-from bam_merge.sources.adapter_tensors import PREFIXES, Prefix, beside_of, modules_of, parts_of
+from bam_merge.sources.adapters.changes import Changes, Changing, Opened
+from bam_merge.sources.adapters.config import AdapterConfig, read_adapter_config
+from bam_merge.sources.adapters.one import OneAdapter
+from bam_merge.sources.adapters.tensors import PREFIXES, Prefix, beside_of, modules_of, parts_of
 from bam_merge.sources.dense import Adapter, DenseModel, Site
-from bam_merge.sources.one_adapter import OneAdapter
 from bam_merge.text import printable, some
 
 QUANTISED = re.compile(r"bnb|4-?bit|8-?bit|int[48]|nf4|gptq|awq|qlora", re.IGNORECASE)

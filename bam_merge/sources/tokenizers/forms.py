@@ -12,7 +12,7 @@ from typing import Any
 from bam_merge.checkpoints.header import lookalike
 from bam_merge.documents import load_json
 from bam_merge.sources.companions import CODE_KEYS
-from bam_merge.sources.sentencepiece_model import read_sentencepieces
+from bam_merge.sources.tokenizers.sentencepiece import read_sentencepieces
 from bam_merge.text import printable
 
 

@@ -1,0 +1,1 @@
+"""Tokenizers: read in every form, compared in every pair, aligned by token, and written."""
