@@ -42,7 +42,8 @@ def base(kind: str) -> dict[str, Any]:
     mixture = {EXPERTS[kind]: 4, "num_experts_per_tok": 2} if kind in EXPERTS else {}
     table = load_architecture(kind)
     head = {"head_dim": 8} if "head_dim" in table.defaults or kind in ("qwen3_moe", "ministral", "hunyuan_v1_dense") else {}
-    rope = {"rope_parameters": {"rope_type": "default"}} if table.quirks.rope_needed else {}
+    grows = {"llama_4_scaling_beta": 0.1, ORIGINAL: 32} if table.quirks.query_growth else {}
+    rope = {"rope_parameters": {"rope_type": "default", **grows}} if table.quirks.rope_needed else {}
     heads = {"num_key_value_heads": 4} if kind != "gpt_neox" else {}
     return {"model_type": kind, **BASE, **mixture, **head, **heads, **rope}
 
@@ -369,8 +370,9 @@ def test_what_transformers_saves_does_not_contradict_itself(kind: str) -> None:
     """With scaling and windows too; and read back it is the same to both readings."""
     table = load_architecture(kind)
     window = {"sliding_window": 16} if SLIDING[kind] != "none" else {}
+    grows = {"llama_4_scaling_beta": 0.1} if table.quirks.query_growth else {}
     use = {"use_sliding_window": True} if SLIDING[kind] in (*BY_LAYER, "all if used") else {}
-    for more in ({}, window | use, {"rope_scaling": LONGROPE if kind == "phi3" else {**YARN, ORIGINAL: 32}}):
+    for more in ({}, window | use, {"rope_scaling": LONGROPE if kind == "phi3" else {**YARN, ORIGINAL: 32, **grows}}):
         config = {key: value for key, value in base(kind).items() if key != "rope_parameters" or "rope_scaling" not in more} | more
         saved = json.loads(theirs(config).to_json_string(use_diff=False))
         assert conflicts(table, saved) == []
