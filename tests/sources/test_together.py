@@ -250,6 +250,20 @@ def test_a_union_with_an_adapter_on_resized_embeddings(tmp_path: Path) -> None:
         assert "model.embed_tokens.weight" in " ".join(report.values())
 
 
+def test_a_tokenizer_beside_an_adapter(tmp_path: Path) -> None:
+    """As trainers save it there: the base's own is no matter, another one is said."""
+    source(tmp_path, "seed", ["<r0>"], 32, 0)
+    write_adapter(tmp_path / "a", tmp_path / "seed")
+    own = (tmp_path / "seed/tokenizer.json").read_text()
+    (tmp_path / "a/tokenizer.json").write_text(own)
+    assert not any("beside the adapter" in note for note in planned(tmp_path).notes)
+    (tmp_path / "a/tokenizer.json").write_text(own.replace("<r0>", "<call>"))
+    (note,) = (note for note in planned(tmp_path).notes if "beside the adapter" in note)
+    assert note.startswith("sources.code: tokenizer.json beside the adapter is not the base's, and not read: tokens have the base's ids.")
+    (tmp_path / "seed/tokenizer.json").unlink()
+    assert any("beside the adapter" in note for note in planned(tmp_path).notes)
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("method", ["bam", "btx", "merge"])
 def test_a_union_of_wrapped_sources_with_an_accepted_fact(method: str, dtype: str, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class OneAdapter:
         self._biases(targets)
         for module in [modules[module.name] for module in ends]:
             if module not in targets and module.name not in {one.name for one in saved} and (end := self.work.cell(module, "weight")):
-                for kind in self.parts.get(module.name, {}).keys() & {"weight", "base weight"}:
+                for kind in [kind for kind in self.parts.get(module.name, {}) if kind in ("weight", "base weight")]:
                     self._base_layer(module, self.parts[module.name][kind], end)
         for module in ends:
             self._tokens(modules[module.name])

@@ -7,9 +7,11 @@ name. Two questions are asked and must have one answer: which modules adapter_co
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from filecmp import cmp
 from pathlib import Path
 
 from bam_merge.architectures.wrappers import beside_text
+from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.checkpoints.pieces import Computed, Whole, instead, whole
 from bam_merge.errors import CheckpointError
 from bam_merge.formulas import LowRank, Saved
@@ -51,10 +53,10 @@ class _Adapting(Changing):
         config = read_adapter_config(adapter.folder.config, found)
         wrapper = self.base.wrapper
         beside = {name: what for name in adapter.folder.tensors if (what := beside_of(name, wrapper)) is not None}
-        parts, unknown, prefix = parts_of(adapter.folder.tensors.keys() - beside.keys(), self.modules, wrapper)
+        parts, unknown, prefix = parts_of([name for name in adapter.folder.tensors if name not in beside], self.modules, wrapper)
         one = OneAdapter(self, adapter, config or AdapterConfig(), parts, prefix)
         if wrapper is not None:
-            one.dropped |= {name: beside_text(wrapper, beside[name]) for name in sorted(beside)}
+            one.dropped |= {name: beside_text(wrapper, what) for name, what in beside.items()}
         if config is not None:
             one.settle()
             found += one.problems
@@ -129,6 +131,11 @@ def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: Pre
             "trained on a quantised base, it seems, and added to the 16-bit one: what it computes differs from what was trained by the "
             "quantisation's error."
         )
+    if base.checkpoint.remote is None and (others := _other_tokenizers(adapter.folder.path, base.checkpoint.path)):
+        yield (
+            f"{some(others)} beside the adapter is not the base's, and not read: tokens have the base's ids. If the adapter was trained "
+            "with other tokens, name a base that has them, with that tokenizer in its folder."
+        )
     if config.fan_in_fan_out:
         yield "fan_in_fan_out is ignored, as in PEFT: no module of the base stores its weight turned."
     if prefix[:2] != PREFIXES[0] and not (base.wrapper is not None and prefix[2] != prefix[0]):
@@ -139,6 +146,15 @@ def _notes(config: AdapterConfig, adapter: Opened, base: DenseModel, prefix: Pre
             f"{some(one.reaches_both)}: head and embeddings are tied, so the update reaches both, as in PEFT's merge_and_unload; while "
             "it was trained it was in one of them."
         )
+
+
+def _other_tokenizers(adapter: Path, base: Path) -> list[str]:
+    """The files that name tokens in an adapter's folder, as trainers save them there, and that are not its base's."""
+    names = sorted(name for name in VOCABULARIES if (adapter / name).is_file())
+    try:
+        return [name for name in names if not ((base / name).is_file() and cmp(adapter / name, base / name, shallow=False))]
+    except OSError:  # what is wrong with the base's is said elsewhere
+        return names
 
 
 def _called(folder: Path) -> str:
