@@ -225,9 +225,9 @@ def _overview() -> str:
         stated = {**dict.fromkeys(PLAIN, False), **item.traits}
         traits = [f"{key} {str(value).lower()}" for key, value in stated.items() if value != PLAIN.get(key) and not key.endswith("bias")]
         quirks = [
-            f"{key} {getattr(item.quirks, key)}"
+            f"{key} {str(getattr(item.quirks, key)).lower()}"
             for key in ("windows", "turning", "query_growth")
-            if getattr(item.quirks, key) not in ("none", "all")
+            if getattr(item.quirks, key) not in ("none", "all", False)
         ]
         own = [layout.name for layout in mixture_layouts() if not _ruled_out(item, layout)]
         rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), ", ".join(map(code, own))))
