@@ -1,6 +1,6 @@
 """How long a merge takes with its proof, against the merge alone; and how much memory.
 
-    python benchmarks/verify.py [--scale S] [--pairs N] [--only btx,bam,ties] [--work DIR] [--busy N]
+    python benchmarks/verify.py [--scale S] [--pairs N] [--only btx,bam,ties] [--levels quick,full] [--work DIR] [--busy N]
 
 The work and the conditions are those of benchmarks/merge.py. For each method the merge alone, the merge with the quick proof (the default)
 and the merge with the full one take turns; the ratios are to the merge alone, of wall and of processor time. The quick one is to take at
@@ -45,22 +45,22 @@ def block_bytes(folder: Path) -> int:
     return sum(4 * prod(entry.shape) for name, entry in open_checkpoint(folder).tensors.items() if ".layers.0." in name)
 
 
-def verification(method: str, work: Path, scale: float, pairs: int) -> bool:
-    """Print the table of one method. Whether every bound was kept."""
+def verification(method: str, work: Path, scale: float, pairs: int, levels: list[str]) -> bool:
+    """Print the table of one method, with a proof of each level, quick the first. Whether every bound was kept."""
     sources = write_models(work / "models", scaled(scale), NAMES, sparse=False)
     target, recipe = work / "out", write_recipe(work / "recipe.yaml", RECIPES[method](sources))
     folders = list(map(Path, sources.values()))
     alone = merge_command("merge alone", recipe, sources, target)
     proved = [
         Command(f"merge, {level} proof", [bam_merge(), "merge", recipe, "--output", target, "--verify", level], folders, target)
-        for level in ("quick", "full")
+        for level in levels
     ]
     rows = alternate([alone, *proved], pairs, ["merge alone"])
     measure(alone, keep=True)
     limit = sum(map(block_bytes, [*folders, target])) + int(ROOM)
     clear(target)
     print(f"\n{table_text(Table(f'verify {method}', rows))}\n", flush=True)
-    bare, quick, _ = rows
+    bare, quick = rows[:2]
     processor = median(mine / theirs for mine, theirs in zip(quick.cpu_seconds, bare.cpu_seconds, strict=True))
     kept = [
         _said("wall time of merge and quick proof", median(quick.ratios["merge alone"]), WALL, "x merge alone"),
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, help="share of the full size; default: what free disk and memory allow, at most 1")
     parser.add_argument("--pairs", type=int, default=3, help="rounds in which the commands take turns (default 3)")
     parser.add_argument("--only", default=",".join(RECIPES), metavar="METHODS", help=f"of {','.join(RECIPES)}")
+    parser.add_argument("--levels", default="quick,full", choices=("quick", "quick,full"), help="full takes minutes (default both)")
     parser.add_argument("--busy", type=int, metavar="N", help="instead: the quick proof beside N computing processes")
     parser.add_argument("--work", type=Path, metavar="DIR", help="scratch space in DIR/bam-merge-bench; default: a temporary folder here")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folder, so that a later run with --work finds its inputs")
@@ -131,7 +132,7 @@ def main() -> None:
             if options.busy:
                 within &= crowded(method, work.resolve(), scale, options.pairs, options.busy)
             else:
-                within &= verification(method, work.resolve(), scale, options.pairs)
+                within &= verification(method, work.resolve(), scale, options.pairs, options.levels.split(","))
     finally:
         if not options.keep:
             shutil.rmtree(work)

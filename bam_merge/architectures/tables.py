@@ -240,6 +240,11 @@ def find_by_model_type(model_type: object) -> Architecture | None:
     return next((a for a in architectures() if model_type in a.model_types), None)
 
 
+def names_of_the_head(table: Architecture) -> tuple[str, ...]:
+    """The names of all tensors that a head has, its bias among them: they need not begin as the trunk's do."""
+    return tuple(name for row in table.rows if row.roles[:1] in (("head",), ("head.bias",)) for name in row.names)
+
+
 def head_names(table: Architecture) -> tuple[str, ...]:
     """The names under which models of `table` may store a head."""
     return tuple(name for row in table.rows if row.roles == ("head",) for name in row.names)

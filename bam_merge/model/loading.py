@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 
 from bam_merge.architectures.locate import Cell, cells, cut, locate, rows_of
 from bam_merge.architectures.opening import open_folder
-from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, head_names, load_architecture
+from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
 from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.checkpoints.folder import Checkpoint
@@ -216,8 +216,9 @@ class _Parameters:
             return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell))
 
         walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
-        trunk = (tuple(cell.names) for cell in walked if is_wanted_cell(cell) and cell.row.roles != ("head",))
-        stored = own_names(tensors, trunk, head_names(self.architecture), self.wrapper)
+        beside = names_of_the_head(self.architecture)
+        trunk = (tuple(cell.names) for cell in walked if is_wanted_cell(cell) and cell.names[0] not in beside)
+        stored = own_names(tensors, trunk, beside, self.wrapper)
         found = locate(stored, walked, is_wanted_cell)
         over = {stored[name] for name in found.extra}
         for cell, own, is_wanted in found.met:

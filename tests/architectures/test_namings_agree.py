@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.locate import family_tensors
 from bam_merge.architectures.naming import find_naming
-from bam_merge.architectures.tables import head_names, load_architecture
+from bam_merge.architectures.tables import load_architecture, names_of_the_head
 from bam_merge.architectures.wrappers import Wrapper, find_wrapper
 from bam_merge.errors import CheckpointError
 from bam_merge.model.wrapped import own_names
@@ -37,7 +37,7 @@ def both(stored: list[str], config: dict[str, Any], wrapper: Wrapper | None) -> 
     family, names = load_architecture(config["model_type"]), own(config)
     naming = find_naming(stored, family, wrapper)
     first = None if naming.problem or naming.others or set(naming.names) != set(names) else dict(naming.names)
-    heads = head_names(family)
+    heads = names_of_the_head(family)
     try:
         second = own_names(stored, ((name,) for name in names if name not in heads), heads, wrapper)
     except CheckpointError:
