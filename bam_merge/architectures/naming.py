@@ -149,8 +149,8 @@ def _candidates(cleaned: Mapping[str, str], table: Architecture, wrapper: Wrappe
         found: dict[str, None] = {}
         for anchor in _anchors(table):
             tail = form.trunk + anchor.removeprefix(base)
-            befores = (name[: -len(tail)] for name in cleaned if name.endswith(tail))
-            found.update(dict.fromkeys(before for before in befores if not before or before.endswith(".")))
+            fronts = (name[: -len(tail)] for name in cleaned if name.endswith(tail))
+            found.update(dict.fromkeys(before for before in fronts if not before or before.endswith(".")))
         yield from ((before, form) for before in sorted(found, key=len))
 
 
