@@ -13,7 +13,8 @@ The digests of four models are taken two at a time, as those of two are: on two 
 Unix; where there is no sha256sum, as on macOS, the same digests are taken by `shasum -a 256`. The limit of 0.5 is for a sha256sum in
 plain C, as GNU coreutils has it in Debian: 0.35 to 0.5 GB/s a core. The table's title says what this machine's takes; one that uses
 the processor's own instructions takes 1.5 GB/s or more, and there the limit says nothing. The limits are for scale 1: of smaller
-models Python's start, a third of a second, is most of the time.
+models Python's start, a fifth to a third of a second, is most of the time; and the limit of 1.1 is for a cmp that takes a second, since
+where memory is so fast that it takes less (10 GB/s: 0.4 s), the start alone is half of that.
 """
 
 import argparse
