@@ -5,6 +5,7 @@ sources/adapter*.py and of what carries out a plan is imported: names, scales an
 """
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,10 @@ from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.checkpoints.pieces import Leaf, Slice, stored
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.wrapped import ANYWHERE, wrapper_of
-from bam_merge.verifying.rounding import nearest
+
+CHANGED_ELEMENTS = 2**16
+"""Elements that are changed at a time, in float64: few enough for a processor's cache."""
+
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The reference model's names of what may be tied."""
@@ -42,6 +46,13 @@ class InFile:
             tensor: Tensor = file.get_tensor(self.name)
         return tensor.double()
 
+    def along(self, axis: int, places: Sequence[int]) -> Tensor:
+        """What stands at these places of one axis, as stored; no more of the file is read than from the first of them to the last."""
+        first, last = min(places), max(places) + 1
+        with safe_open(self.file, "pt") as file:
+            part: Tensor = file.get_slice(self.name)[(slice(None),) * axis + (slice(first, last),)]
+        return part if isinstance(places, range) else part.index_select(axis, torch.tensor(places) - first)
+
 
 @dataclass
 class Part:
@@ -59,13 +70,34 @@ class Part:
     rows: InFile | None = None
     float64: bool = False
 
-    def update(self, places: Sequence[int]) -> Tensor:
-        """Rows of s B A [len(places), C]."""
-        assert self.a is not None
-        assert self.b is not None
-        a, b = self.a.value(), self.b.value()
-        product = a[:, places].T @ b.T if self.turned else b[places] @ a
-        return self.scale * product
+    def change(self, places: Sequence[int]) -> "Change":
+        """What it does to these rows."""
+        result = Change()
+        if self.a is not None and self.b is not None:
+            if self.turned:
+                result.left, result.right = self.a.along(1, places).double().T, self.b.value().T
+            else:
+                result.left, result.right = self.b.along(0, places).double(), self.a.value()
+            result.left = self.scale * result.left
+        if self.lengths is not None:
+            result.lengths = self.lengths.along(0, places).double()
+        if self.shift is not None:
+            result.shift = self.scale * self.shift.along(0, places).double()
+        return result
+
+
+@dataclass
+class Change:
+    """What a part does to P rows, in float64: s B [P, r] and A [r, C] of the update, lengths [P] to bring rows to, what is added [P]."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    lengths: Tensor | None = None
+    shift: Tensor | None = None
+
+    def update(self, rows: slice, value: Tensor) -> Tensor:
+        """`value`, some of the rows, with the update; itself where there is none."""
+        return value if self.left is None or self.right is None else torch.addmm(value, self.left[rows], self.right)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------------
@@ -76,6 +108,7 @@ def read_parts(folder: Path, weight: float, names: Mapping[str, str], wrapper: W
     them. What it has of a `wrapper` around the base's text model is none of it."""
     config = json.loads((folder / "adapter_config.json").read_bytes())
     found: dict[str, Part] = {}
+    base_names = BaseNames(names)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             if ".lora_velora_embed" in key:  # of the training only
@@ -85,7 +118,7 @@ def read_parts(folder: Path, weight: float, names: Mapping[str, str], wrapper: W
             trained = re.sub(r"^base_model\.(model\.)?", "", stem)
             if wrapper is not None and _is_beside(trained, wrapper):
                 continue
-            target = names[_base_name(stem, "bias" if what.endswith("bias") else "weight", names)]
+            target = names[base_names.find(stem, "bias" if what.endswith("bias") else "weight")]
             modules = (trained, target.rpartition(".")[0], *(("lm_head",) if target in HEAD_NAMES else ()))
             part = found.setdefault(target, Part(_scale(config, modules) * weight))
             part.float64 |= file.get_slice(key).get_dtype() == "F64"
@@ -136,18 +169,27 @@ def _is_beside(module: str, wrapper: Wrapper) -> bool:
     return any(wrapper.what(".".join(words[at:])) is not None for at in range(steps + 1))
 
 
-def _base_name(stem: str, part: str, names: Collection[str]) -> str:
-    """The tensor of the base that an adapter's name means: the one that ends as it does, from the longest end on."""
-    has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in names)
-    if not has_head and stem.endswith("lm_head"):  # what transformers 5 calls the head of every family
-        stem = "embed_out"
-    words = f"{stem}.{part}".split(".")
-    for start in range(len(words)):
-        end = ".".join(words[start:])
-        found = [name for name in names if name == end or name.endswith(f".{end}")]
-        if len(found) == 1:
-            return found[0]
-    raise AssertionError(f"{stem} is a module of the base, or there would be no plan")
+class BaseNames:
+    """The tensors of a base, by how their names end."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in names)
+        self._ends: dict[str, list[str]] = {}
+        for name in names:
+            words = name.split(".")
+            for start in range(len(words)):
+                self._ends.setdefault(".".join(words[start:]), []).append(name)
+
+    def find(self, stem: str, part: str) -> str:
+        """The tensor that an adapter's name means: the one that ends as it does, from the longest end on."""
+        if not self.has_head and stem.endswith("lm_head"):  # what transformers 5 calls the head of every family
+            stem = "embed_out"
+        words = f"{stem}.{part}".split(".")
+        for start in range(len(words)):
+            found = self._ends.get(".".join(words[start:]), [])
+            if len(found) == 1:
+                return found[0]
+        raise AssertionError(f"{stem} is a module of the base, or there would be no plan")
 
 
 def _scale(config: Mapping[str, Any], names: Sequence[str]) -> float:
@@ -177,7 +219,8 @@ class Adapted(StoredModel):
 
     def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         places = _places(self.leaves[parameter])
-        return self._changed(parameter, self._base.read_rows(self._below(parameter), rows), [places[row] for row in rows]).to(dtype)
+        at = places[rows.start : rows.stop] if isinstance(rows, range) else [places[row] for row in rows]
+        return self._changed(parameter, self._base.read_rows(self._below(parameter), rows), at).to(dtype)
 
     @property
     def _base(self) -> StoredModel:
@@ -195,27 +238,39 @@ class Adapted(StoredModel):
         if not parts:
             return before
         wide = before.dtype == torch.float64 or any(part.float64 for part in parts)
-        places = list(places)
-
-        def once(value: Tensor) -> Tensor:
-            return value if wide else nearest(value, "F32")
-
-        value = next((part.whole.value()[places] for part in parts if part.whole is not None), before.double())
-        plain = [part for part in parts if part.a is not None and part.lengths is None]
-        if plain:
-            value = once(sum((part.update(places) for part in plain), value))
+        before = next((part.whole.along(0, places) for part in parts if part.whole is not None), before)
+        changes = [part.change(places) for part in parts]
+        result = torch.empty(before.shape, dtype=torch.float64 if wide else torch.float32)
+        step = max(1, CHANGED_ELEMENTS // max(1, math.prod(before.shape[1:])))
+        for start in range(0, len(places), step):
+            rows = slice(start, start + step)
+            result[rows] = _carried_out(changes, rows, before[rows].double(), wide)
         for part in parts:
-            if part.lengths is not None:
-                value = value + part.update(places)
-                value = once(value * (part.lengths.value()[places] / value.norm(dim=1))[:, None])
-            if part.shift is not None:
-                value = once(value + part.scale * part.shift.value()[places])
             if part.rows is not None:
-                rows, row_of = part.rows.value(), {row: index for index, row in enumerate(part.ids)}
+                trained, row_of = part.rows.value(), {row: index for index, row in enumerate(part.ids)}
                 for index, place in enumerate(places):
                     if place in row_of:
-                        value[index] = once(rows[row_of[place]])
-        return value if wide else value.float()
+                        result[index] = trained[row_of[place]]
+        return result
+
+
+def _carried_out(changes: Sequence[Change], rows: slice, value: Tensor, wide: bool) -> Tensor:
+    """`value`, some of the rows, after all changes; rounded to float32 where a merge is, if not `wide`."""
+
+    def once(value: Tensor) -> Tensor:
+        return value if wide else value.float().double()
+
+    for change in changes:
+        if change.lengths is None:
+            value = change.update(rows, value)
+    value = once(value)
+    for change in changes:
+        if change.lengths is not None:
+            value = change.update(rows, value)
+            value = once(value * (change.lengths[rows] / value.norm(dim=1))[:, None])
+        if change.shift is not None:
+            value = once(value + change.shift[rows])
+    return value
 
 
 def _places(leaf: Leaf) -> Sequence[int]:

@@ -20,6 +20,9 @@ from bam_merge.verifying.adapters import Adapted, adapted
 from bam_merge.verifying.dequantised import Dequantised, dequantised
 from bam_merge.verifying.rounding import nearest
 
+ROUNDED_ELEMENTS = 2**16
+"""Elements that are rounded at a time: few enough for a processor's cache."""
+
 
 @dataclass(frozen=True)
 class Converted(StoredModel):
@@ -39,9 +42,15 @@ class Converted(StoredModel):
         return self._rounded(self.of.read_rows(parameter, rows), parameter, dtype)
 
     def _rounded(self, stored: Tensor, parameter: str, dtype: torch.dtype | None) -> Tensor:
-        wide = stored if stored.dtype == torch.float64 else stored.float()
         to = self.dtype or self.leaves[parameter].dtype
-        return nearest(wide, to).to(TORCH_DTYPES[to] if dtype is None else dtype)
+        if stored.dtype == TORCH_DTYPES[to]:
+            return stored.to(dtype)
+        flat_n = stored.flatten()
+        result_n = torch.empty(len(flat_n), dtype=TORCH_DTYPES[to] if dtype is None else dtype)
+        for start in range(0, len(flat_n), ROUNDED_ELEMENTS):
+            part = flat_n[start : start + ROUNDED_ELEMENTS]
+            result_n[start : start + ROUNDED_ELEMENTS] = nearest(part if part.dtype == torch.float64 else part.float(), to)
+        return result_n.reshape(stored.shape)
 
 
 def open_dense(plan: Plan) -> dict[str, StoredModel]:

@@ -46,18 +46,21 @@ def computed_rows(formula: Formula, inputs: Sequence[Operand], start: int, stop:
 
 @computed_rows.register
 def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
-    """Every product by itself, and the same of magnitudes, which bounds the error of their sums in whatever order."""
+    """Every product by itself. What their sums may be off by in whatever order: of an update's element, the sum of its terms'
+    magnitudes is at most that of its row's magnitudes times the largest of its column's (Hoelder)."""
     start_RC = inputs[0].rows(start, stop)
-    value_RC, size_RC, terms = start_RC.value.clone(), start_RC.value.abs(), 2
+    value_RC, bounds, terms = start_RC.value, [], 2
     for index, (scale, a, b) in enumerate(zip(formula.scales, inputs[1::2], inputs[2::2], strict=True)):
         if formula.turned and formula.turned[index]:
             left_Rr, right_rC = a.all().value[:, start:stop].T, b.all().value.T
         else:
             left_Rr, right_rC = b.rows(start, stop).value, a.all().value
-        value_RC += scale * (left_Rr @ right_rC)
-        size_RC += abs(scale) * (left_Rr.abs() @ right_rC.abs())
+        value_RC = torch.addmm(value_RC, left_Rr, right_rC, alpha=scale)
+        bounds.append((left_Rr.abs().sum(1) * abs(scale), right_rC.abs().amax(0)))
         terms += 3 + right_rC.shape[0]
-    slack_RC = size_RC * (terms * UNIT)
+    slack_RC = value_RC.abs().mul_(terms * UNIT)  # what there was before is at most the value, and the updates once more
+    for left_R, right_C in bounds:
+        slack_RC.addr_(left_R, right_C, alpha=2 * terms * UNIT)
     return Derived(value_RC, slack_RC if start_RC.slack is None else slack_RC + start_RC.slack)
 
 

@@ -47,10 +47,10 @@ def rederive(expr: expressions.Expr, sources: SourceTensors, known: Mapping[int,
         return Derived(sources.piece(expr, start, stop).double())
     else:
         derived = sources.derived(expr, start, stop)
-        derived.slack = (torch.zeros_like(derived.value) if derived.slack is None else derived.slack) + computing.least
+        derived.slack = (torch.zeros_like(derived.value) if derived.slack is None else derived.slack).add_(computing.least)
     assert derived.slack is not None
     if dtype != "F32" or computing.dtype != "F32":  # the last operation rounds as well as the writer; in float64 ours does too
-        derived.slack += derived.value.abs() * computing.unit
+        derived.slack.add_(derived.value.abs(), alpha=computing.unit)
         for other in derived.others:
             other.slack += other.value.abs() * computing.unit
     return derived

@@ -42,7 +42,7 @@ def half_ulp(value: Tensor, dtype: str) -> Tensor:
     """Half the distance between neighbouring numbers of `dtype` at `value` [float64]: the error of one correct rounding."""
     of = DTYPES[dtype]
     least = (of.smallest_exponent + _BIAS) << _MANTISSA  # 0 and what is below the smallest normal number have its distance
-    power = (value.contiguous().view(torch.int64) & _EXPONENT).clamp(min=max(least, 0)).view(torch.float64)
+    power = (value.contiguous().view(torch.int64) & _EXPONENT).clamp_(min=max(least, 0)).view(torch.float64)
     return power.mul_(2.0 ** (-of.mantissa_bits - 1))
 
 
@@ -72,17 +72,22 @@ def worst(written: Tensor, derived: Derived, dtype: str) -> tuple[float, int]:
     ratio = _ratio(found, derived.value.flatten(), None if derived.slack is None else derived.slack.flatten(), dtype)
     for other in derived.others:
         ratio[other.index] = torch.minimum(ratio[other.index], _ratio(found[other.index], other.value, other.slack, dtype))
-    index = int(ratio.argmax())
-    return float(ratio[index]), index
+    return _first_of_largest(ratio)
+
+
+def _first_of_largest(ratio: Tensor) -> tuple[float, int]:
+    """The largest, or the first NaN, and its place; that of one below 1 is not looked for, and is 0."""
+    largest = float(ratio.amax())
+    return largest, int(ratio.argmax()) if not largest < 1 else 0
 
 
 def _ratio(found: Tensor, value: Tensor, slack: Tensor | None, dtype: str) -> Tensor:
-    error = (found - value).abs()
-    size = value.abs() if slack is None else value.abs() + slack
-    ratio = error / (half_ulp(size, dtype) if slack is None else half_ulp(size, dtype) + slack)
+    error = (found - value).abs_()
+    allowed = half_ulp(value.abs() if slack is None else value.abs().add_(slack), dtype)
+    ratio = error.div_(allowed if slack is None else allowed.add_(slack))
     # what is left in doubt: two equally near numbers, of which one is right; infinities, and NaN that --allow-nonfinite let pass
-    doubt = (~(ratio < 1)).nonzero()[:, 0]
-    if len(doubt):
+    if ratio.numel() and not ratio.amax() < 1:
+        doubt = (~(ratio < 1)).nonzero()[:, 0]
         rounded = nearest(value[doubt], dtype)
         same = (found[doubt] == rounded) | (found[doubt].isnan() & value[doubt].isnan())
         off = ratio[doubt].nan_to_num(torch.inf, torch.inf)

@@ -25,7 +25,7 @@ from bam_merge.values.tensors import STORED_DTYPES
 from bam_merge.verifying.formulas import Operand, computed_rows, moved_rows, roundings
 from bam_merge.verifying.rounding import Derived
 
-ROWS_BYTES = 2**17
+ROWS_BYTES = 2**18
 """Bytes of one source tensor, as stored, that are compared at a time: few enough for what is made of them in float64 to stay in a
 processor's cache."""
 
