@@ -155,32 +155,49 @@ def branch(seed: Path, text: Text, steps: int, out: Path, domain: str) -> None:
     print(f"{out / domain}: held-out perplexity {before:.2f} -> {after:.2f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
-def kept(folder: Path, steps: int) -> bool:
-    """Whether an earlier run has made the expert in `folder`; ends the program if it was made otherwise than asked now."""
+def kept(record: Path, steps: int) -> bool:
+    """Whether an earlier run has made the folder that `record` stands in; ends the program if it was made otherwise than asked now."""
+    folder = record.parent
     if not folder.exists():
         return False
-    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
-    if record.get("steps") != steps:
-        sys.exit(f"branch.py: {folder} was made otherwise than with {steps} steps: remove it to have it made anew")
-    print(f"{folder}: there already, kept (held-out perplexity {record['perplexity']['seed']:.2f} -> {record['perplexity']['expert']:.2f})")
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if found.get("steps") != steps:
+        sys.exit(f"{Path(sys.argv[0]).name}: {folder} was made otherwise than with {steps} steps: remove it to have it made anew")
+    before, after = found["perplexity"].values()
+    print(f"{folder}: there already, kept (held-out perplexity {before:.2f} -> {after:.2f})")
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Branch a dense seed into experts on code, law and math.")
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line asks for."""
+
+    seed: Path
+    out: Path
+    domains: list[str]
+    steps: int
+
+
+def asked(description: str, out: str, made: str) -> Asked:
+    """The command line of a program that makes one thing a domain, `made`, in the folder OUT; ends the program where it is wrong."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("seed", type=Path, metavar="SEED", help="the seed's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make code, law, math and heldout in")
-    parser.add_argument("--domains", default=",".join(DOMAINS), metavar="LIST", help="which experts to make (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps per expert (default: %(default)s)")
+    parser.add_argument("out", type=Path, metavar="OUT", help=out)
+    parser.add_argument("--domains", default=",".join(DOMAINS), metavar="LIST", help=f"which {made}s to make (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help=f"training steps per {made} (default: %(default)s)")
     args = parser.parse_args()
     domains = args.domains.split(",")
     if unknown := set(domains) - set(DOMAINS):
         parser.error(f"--domains: {', '.join(sorted(unknown))}: not among {', '.join(DOMAINS)}")
     if not (args.seed / "config.json").exists():
         parser.error(f"{args.seed}: no checkpoint there; get_seed.py makes one")
+    return Asked(args.seed, args.out, domains, args.steps)
 
+
+def main() -> None:
+    args = asked("Branch a dense seed into experts on code, law and math.", "the folder to make code, law, math and heldout in", "expert")
     # All text is read before anything is trained: what is missing shows at once, not after minutes.
-    texts = {domain: domain_text(domain) for domain in domains if not kept(args.out / domain, args.steps)}
+    texts = {domain: domain_text(domain) for domain in args.domains if not kept(args.out / domain / RECORD, args.steps)}
     for domain, text in texts.items():
         branch(args.seed, text, args.steps, args.out, domain)
 

@@ -52,8 +52,10 @@ def read_form(name: str, data: bytes, digest: str, load: Load = load_json) -> Fo
     """The form in the file called `name`, one of FORMS. Raises ValueError, in words, for a JSON or text that is no tokenizer."""
     try:
         return FORMS[name](name, load(data) if name.endswith(".json") else data, digest)
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError, binascii.Error) as error:
-        raise ValueError(f"not a tokenizer file ({type(error).__name__}: {printable(str(error))})") from None
+    except KeyError as error:
+        raise ValueError(f"not a tokenizer file (no {printable(str(error))} where one belongs)") from None
+    except (TypeError, IndexError, AttributeError, OverflowError, binascii.Error):
+        raise ValueError("not a tokenizer file (something in it is not of the kind that belongs there)") from None
 
 
 # ---- tokens as bytes -------------------------------------------------------------------------------------------------------
