@@ -107,7 +107,7 @@ def _tokenizer_json(name: str, document: Any, digest: str) -> Form:
     added = {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
     ids.update(added)
     if not all(isinstance(token, str) for token in ids):
-        raise ValueError("not a tokenizer file (a token that is no text)")  # noqa: TRY004
+        raise ValueError("not a tokenizer file (a token that is no text)")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
     order = ("scores", (1, scores)) if scores is not None else ("merges", merges)
     known = frozenset(i for i in added.values() if type(i) is int)
@@ -184,7 +184,7 @@ def _ids(document: Any) -> dict[str, int]:
     ids = {token: number for token, number in document.items() if type(number) is int or token not in CODE_KEYS}
     for token, number in ids.items():
         if not isinstance(token, str):
-            raise ValueError("not a tokenizer file (a token that is no text)")  # noqa: TRY004
+            raise ValueError("not a tokenizer file (a token that is no text)")
         if type(number) is not int or number < 0:
             raise ValueError(
                 f"not a tokenizer file (the id of {printable(repr(token))} is {printable(repr(number), 40)}, no natural number)"
