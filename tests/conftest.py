@@ -82,6 +82,8 @@ MORE: dict[str, dict[str, Any]] = {
     "internlm3_tied": {"model_type": "internlm3", **BASE, **GROUPED, "head_dim": 8, "tie_word_embeddings": True},
     "iquestcoder": {"model_type": "iquestcoder", **BASE, **GROUPED, "head_dim": 12},
     "iquestcoder_biased": {"model_type": "iquestcoder", **BASE, **GROUPED, **BIASED, "head_dim": 8, "tie_word_embeddings": True},
+    "glm": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 12},
+    "glm_unbiased": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 8, "attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
 }  # fmt: skip
 """Families that are unlike the first ones in single traits: flags on and off, heads that are not the width, tied and untied."""
 
