@@ -42,6 +42,19 @@ GROWING = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.5,
 }
+HYBRID = {
+    "layer_types": ["attention"] * 2,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 40,
+    "intermediate_size": 24,
+    "mamba_n_heads": 8,
+}
+
+
+def without(keys: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
+
+
 SLIDES, FULL = "sliding_attention", "full_attention"
 
 MORE: dict[str, dict[str, Any]] = {
@@ -84,6 +97,12 @@ MORE: dict[str, dict[str, Any]] = {
     "iquestcoder_biased": {"model_type": "iquestcoder", **BASE, **GROUPED, **BIASED, "head_dim": 8, "tie_word_embeddings": True},
     "glm": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 12},
     "glm_unbiased": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 8, "attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    "granitemoehybrid": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "position_embedding_type": "rope"},
+    "granitemoehybrid_nope": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "layer_types": ["attention", FULL], "attention_bias": True, "tie_word_embeddings": True},
+    "falcon": {"model_type": "falcon", **without(BASE, "intermediate_size"), "ffn_hidden_size": 40},
+    "falcon_grouped": {"model_type": "falcon", **without(BASE, "intermediate_size"), "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "tie_word_embeddings": False},
+    "falcon_one_norm": {"model_type": "falcon", **without(BASE, "intermediate_size"), "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "falcon_sequential": {"model_type": "falcon", **without(BASE, "intermediate_size"), "ffn_hidden_size": 40, "multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": False},
 }  # fmt: skip
 """Families that are unlike the first ones in single traits: flags on and off, heads that are not the width, tied and untied."""
 

@@ -48,8 +48,9 @@ QUIET: dict[str, Any] = {
 UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "norm_type": "rms_norm"}
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
 
-DERIVED = ("untied", "second_norm")
-"""Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's."""
+DERIVED = ("untied", "second_norm", "twin_norms")
+"""Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's; both
+norms of a parallel block."""
 
 ROTARY_BASES = ("rope_theta", "rotary_emb_base")
 """Keys beside rope_parameters for the rotary base: of these a family has one, and passes over the others."""
@@ -81,11 +82,12 @@ all but each first  the same, but for the first of so many
 where nothing turns those that layer_types names, or, where it is left out, those without rotary embedding; none unless use_sliding_window
 """
 
-TURNING = ("all", "where windows are", "listed")
+TURNING = ("all", "where windows are", "listed", "if rope")
 """Which layers have a rotary embedding.
 
 all                 every layer
 where windows are   those with sliding-window attention
+if rope             every layer if position_embedding_type is "rope", else none
 listed              those with a 1 in no_rope_layers, or, where it is left out, all but the last of every no_rope_layer_interval layers
 """
 
