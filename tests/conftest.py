@@ -61,6 +61,8 @@ MORE: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, "head_dim": 12},
     "granite_biased": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, **BIASED, "tie_word_embeddings": True},
     "granite_plain": {"model_type": "granite", **BASE, "num_attention_heads": 8},
+    "hyperclovax": {"model_type": "hyperclovax", **BASE, **GROUPED, **GRANITE, "logits_scaling": 0.5, "head_dim": 12},
+    "hyperclovax_biased": {"model_type": "hyperclovax", **BASE, **GROUPED, **BIASED, "use_post_norm": False, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **BASE, **GROUPED, "head_dim": 12},
     "gemma_biased": {"model_type": "gemma", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "hidden_act": "gelu", "tie_word_embeddings": False},
     "smollm3": {"model_type": "smollm3", **BASE, **GROUPED, "no_rope_layers": [1, 0]},

@@ -190,10 +190,13 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     facts.update({**stated_traits(family, get, problems), **cases})
     if family.quirks.norm_eps:
         facts["layer_norm_eps" if facts["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(family.quirks.norm_eps)
-    if facts["head_dim"] and facts["attention_scale"] == facts["head_dim"] ** -0.5:
+    scaled_by = str(family.traits.get("attention_scale", "")).removeprefix("config:")
+    if scaled_by in facts and facts[scaled_by] is None:  # which a configuration class then fills in
+        facts[scaled_by] = facts["head_dim"] ** -0.5
+    if facts["attention_scale"] == facts["head_dim"] ** -0.5:
         facts["attention_scale"] = None
     facts["twin_norms"] = bool(facts["parallel_block"]) and facts["parallel_norms"] == 2
-    facts["second_norm"] = not facts["parallel_block"] or facts["parallel_norms"] == 2
+    facts["second_norm"] = facts["pre_norms"] and (not facts["parallel_block"] or facts["parallel_norms"] == 2)
     facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])
     facts["untied"] = not facts["tie_word_embeddings"]
     return facts if len(problems) == before else {}

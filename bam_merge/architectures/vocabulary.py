@@ -4,7 +4,7 @@ from typing import Any
 
 ROLES = (
     "embed", "head", "head.bias",
-    *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final") for suffix in ("", ".bias")),
+    *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final", "attn.post", "ffn.post") for suffix in ("", ".bias")),
     *(f"attn.{part}{suffix}" for part in "qkvo" for suffix in ("", ".bias")), "attn.q_norm", "attn.k_norm",
     *(f"ffn.{part}{suffix}" for part in ("gate", "up", "down") for suffix in ("", ".bias")),
     "router.attn", "router.ffn",
@@ -20,13 +20,16 @@ SYMBOLS = {
 """The letters of symbolic shapes, and the facts they stand for."""
 
 TRAITS: dict[str, Any] = {
-    "norm_type": None, "norm_bias": False, "parallel_block": False, "parallel_norms": 2, "gated_ffn": False,
+    "norm_type": None, "norm_bias": False, "pre_norms": True, "post_norms": False, "parallel_block": False, "parallel_norms": 2,
+    "gated_ffn": False,
     "rope_interleaved": False, "qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None,
 }  # fmt: skip
 """What a family's model type can imply, and what holds where its table is silent.
 
+pre_norms                  norms before attention and FFN
+post_norms                 norms of what attention and FFN give, before it is scaled and added; of a mixture's, after the experts are mixed
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
 qk_norm_after_rotary       q and k are normed after they are turned, not before
 head_bias                  the head adds a bias to the logits
@@ -41,7 +44,8 @@ logit_scale                what the logits are multiplied with; None: nothing
 
 QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
-    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None,
+    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
+    "post_norms": False,
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 

@@ -37,7 +37,8 @@ class BamConfig(PreTrainedConfig):
     `attention_routing` "soft" mixes all attention experts; "top_k" the best `num_attention_experts_per_tok`, whose gates
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
-    Of families that are unlike most, None or the default where theirs is: `norm_offset` is added to the weights of norms before they
+    Of families that are unlike most, None or the default where theirs is: `pre_norms` are those before attention and FFN, `post_norms`
+    those of what the experts of either give together; `norm_offset` is added to the weights of norms before they
     multiply; `rope_layers` are the layers with rotary embedding; queries grow by 1 + `query_growth` ln(1 + floor(position / original
     context)); `attention_scale` (of q k^T), `embedding_scale`, `residual_scale` (of
     attention and FFN before they are added) and `logit_scale` are factors.
@@ -67,6 +68,8 @@ class BamConfig(PreTrainedConfig):
     rms_norm_eps: float | int = 1e-6
     layer_norm_eps: float | int = 1e-5
     norm_offset: int = 0
+    pre_norms: bool = True
+    post_norms: bool = False
     qk_norm: bool = False
     qk_norm_after_rotary: bool = False
     parallel_block: bool = False

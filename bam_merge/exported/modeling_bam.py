@@ -388,19 +388,24 @@ class BamSparseMoe(nn.Module):
 class BamDecoderLayer(GradientCheckpointingLayer):
     """Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
-    What is added is multiplied with residual_scale first.
+    Without config.pre_norms there is neither LN1 nor LN2. With config.post_norms what attention and FFN give is normed, all experts
+    together. What is added is multiplied with residual_scale first.
     """
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.input_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+        self.input_layernorm = self.norm(config.pre_norms)
         self.self_attn = BamAttention(config, layer_idx)
         self.mlp = BamSparseMoe(config)
         self.scale = 1.0 if config.residual_scale is None else config.residual_scale
         self.one_norm = config.parallel_block and config.parallel_norms == 1
         if not self.one_norm:
-            self.post_attention_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+            self.post_attention_layernorm = self.norm(config.pre_norms)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = self.norm(config.post_norms), self.norm(config.post_norms)
+
+    def norm(self, there: bool) -> nn.Module:
+        return BamLayerNorm(self.config, self.config.hidden_size, bias=self.config.norm_bias) if there else nn.Identity()
 
     def forward(
         self,
@@ -425,11 +430,11 @@ class BamDecoderLayer(GradientCheckpointingLayer):
             cache=past_key_values if cache is None else cache,
             **kwargs,
         )
-        h = hidden_states + self.scale * attention
+        h = hidden_states + self.scale * self.post_self_attn_layernorm(attention)
         if not self.one_norm:
             normed = self.post_attention_layernorm(hidden_states if self.config.parallel_block else h)
         ffn, ffn_logits = self.mlp(normed)
-        return h + self.scale * ffn, ffn_logits, logits
+        return h + self.scale * self.post_mlp_layernorm(ffn), ffn_logits, logits
 
 
 @dataclass

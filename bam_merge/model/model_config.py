@@ -27,6 +27,8 @@ class ModelConfig:
     norm_offset: int = 0  # to the weights of all norms: 1 where they say how far they are from 1
     rms_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-5
+    pre_norms: bool = True  # before attention and FFN
+    post_norms: bool = False  # of what attention and FFN give, all experts together
     parallel_block: bool = False
     parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
     attention_bias: bool = False  # of q, k and v

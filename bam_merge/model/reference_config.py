@@ -117,6 +117,8 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
     return {
         "norm_type": trait("norm_type", "rms_norm"),
         "norm_bias": bool(trait("norm_bias", False)),
+        "pre_norms": bool(trait("pre_norms", True)),
+        "post_norms": bool(trait("post_norms", False)),
         "parallel_block": bool(trait("parallel_block", False)),
         "parallel_norms": trait("parallel_norms", 2),
         "gated_ffn": bool(trait("gated_ffn", False)),

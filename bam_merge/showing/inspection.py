@@ -105,7 +105,10 @@ def _blocks(found: Inspection) -> str:
 
 
 def _factors(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What most families have not: factors, and norms whose weights are stored as what is missing."""
+    """What most families have not: other places of norms, norms whose weights are stored as what is missing, factors."""
+    if facts.get("post_norms"):
+        before = "before and " if facts.get("pre_norms", True) else ""
+        yield f"norms {before}after attention and FFN"
     if facts.get("norm_offset"):
         yield f"norms of {facts['norm_offset']} + w"
     for key, what in (("embedding_scale", "embeddings"), ("residual_scale", "residual branches"), ("logit_scale", "logits")):
