@@ -10,6 +10,7 @@ from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.traits import (
     LEGACY,
+    PATTERN,
     beyond,
     facts_of_cases,
     listed_as_turning,
@@ -18,6 +19,7 @@ from bam_merge.architectures.traits import (
     renamed,
     stated_traits,
     under_common_keys,
+    without_idle_pattern,
 )
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
@@ -53,9 +55,6 @@ IGNORED = (
 
 _KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: ((int, float), "a number"), str: ((str,), "text")}
 """The types that a value may have where its key's default is of the given type, and their name."""
-
-
-PATTERN = "sliding_window_pattern"
 
 
 BY_LAYER = (PATTERN, "no_rope_layers", "no_rope_layer_interval")
@@ -156,7 +155,8 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     """The facts of a dense model: what its config.json says and its family implies. Empty when a needed key is unusable."""
 
     before = len(problems)
-    config = under_common_keys(family, without_nulls(family, renamed(family, config, problems), problems))
+    config = without_idle_pattern(family, renamed(family, config, problems))
+    config = under_common_keys(family, without_nulls(family, config, problems))
 
     def get(key: str) -> Any:
         return config[key] if key in config else family.defaults.get(key)
@@ -184,10 +184,12 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     turning = listed_as_turning(family, get, facts["num_hidden_layers"], problems)
     facts.update(_sliding(family, get, {**facts, "turning": turning}))
     windows = facts["layer_types"] if facts["sliding_window"] else ()
-    if family.quirks.turning == "where windows are":
+    if family.quirks.turning == "where windows are" or (family.quirks.turning == "where windows are, or all" and get("sliding_window")):
         turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
     facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
     facts.update({**stated_traits(family, get, problems), **cases})
+    if not facts["qk_norm"]:
+        facts |= {key: TRAITS[key] for key in ("qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary")}
     if family.quirks.norm_eps:
         facts["layer_norm_eps" if facts["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(family.quirks.norm_eps)
     scaled_by = str(family.traits.get("attention_scale", "")).removeprefix("config:")

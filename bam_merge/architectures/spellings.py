@@ -257,6 +257,13 @@ def _by_types(table: Architecture, config: Mapping[str, Any], given: list[bool] 
     elif patterned and given is None and not window:
         yield f"sliding_window is no number, and layers of {kind} slide unless layer_types says otherwise. Write one of the two."
     every, default = config.get(key), table.defaults.get(key)
+    if given is not None and table.quirks.pattern_letters and isinstance(every, str) and every and not every.strip("LG"):
+        cycle = [every[layer % len(every)] == "L" and layer + 1 < len(given) for layer in range(len(given))]
+        if given != cycle:
+            yield (
+                f"layer_types says that layers {_layers(given)} slide, {key} = {_brief(every)} that layers {_layers(cycle)} do; "
+                "transformers takes layer_types. Correct one."
+            )
     if not patterned or not is_count(every):
         return
     if not table.quirks.pattern_is_read:

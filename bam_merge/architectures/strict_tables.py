@@ -15,6 +15,7 @@ from bam_merge.architectures.vocabulary import (
     ROTARY_BASES,
     ROTARY_SHARES,
     SYMBOLS,
+    TRAIT_WORDS,
     TRAITS,
     TURNING,
     WINDOWS,
@@ -34,7 +35,7 @@ ROW: Kinds = {
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
-    "experts_default": int, "pattern_is_read": bool, "turning": str, "alpha": bool, "query_growth": bool,
+    "experts_default": int, "pattern_is_read": bool, "pattern_letters": bool, "turning": str, "alpha": bool, "query_growth": bool,
     "rope_needed": bool, "needed": list, "kinds": list, "taken_from": dict, "reasons": dict,
     "norm_eps": str, "renamed": dict, "activations": dict, "only": dict,
 }  # fmt: skip
@@ -98,7 +99,10 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for trait, value in table.get("traits", {}).items():
         if trait not in TRAITS:
             yield f"traits.{trait}: no such trait{_known(trait, TRAITS)}"
-        elif isinstance(value, str) and trait != "norm_type" and not re.fullmatch(r"config:\w+(\^-?\d+(\.\d+)?)?", value):
+        elif trait in TRAIT_WORDS and not str(value).startswith("config:"):
+            if value not in TRAIT_WORDS[trait]:
+                yield f"traits.{trait}: {value!r} is not possible{_known(str(value), TRAIT_WORDS[trait])}"
+        elif isinstance(value, str) and not re.fullmatch(r"config:\w+(\^-?\d+(\.\d+)?)?", value):
             yield f"traits.{trait}: found {value!r}, expected a value, config:KEY, or config:KEY^POWER."
     yield from _quirks(table.get("quirks", {}))
     for index, case in enumerate(table.get("cases", ())):

@@ -11,6 +11,9 @@ from bam_merge.validation_words import shown
 BETA = "llama_4_scaling_beta"
 
 
+PATTERN = "sliding_window_pattern"
+
+
 LEGACY = {"attention": "full_attention"}
 """Kinds of layers as older files spell them."""
 
@@ -45,6 +48,16 @@ def under_common_keys(family: Architecture, config: Mapping[str, Any]) -> dict[s
             value = config.get(size)
             value = int(factor or 1) * value if type(value) is int else value
         result[word] = value
+    return result
+
+
+def without_idle_pattern(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without a pattern of windows that says nothing: letters beside layer_types, nothing where there is no window."""
+    result, pattern = dict(config), config.get(PATTERN)
+    letters = isinstance(pattern, str) and pattern != "" and not pattern.strip("LG")
+    listed, windowless = isinstance(config.get("layer_types"), list), "sliding_window" in config and config["sliding_window"] is None
+    if family.quirks.pattern_letters and ((listed and letters) or ((listed or windowless) and not pattern)):
+        result.pop(PATTERN, None)
     return result
 
 

@@ -46,6 +46,19 @@ class Norm(nn.Module):
         return (z if self.bias is None else z + self.bias).to(x.dtype)
 
 
+class HeadNorm(Norm):
+    """Norm of the queries or keys [B, T, H, C] of one attention: of each head, or of all its heads as one vector."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        C, kind = config.head_dim, config.qk_norm_weights
+        shape = {"head": (C,), "heads": (heads, C), "all heads": (heads * C,)}[kind]
+        super().__init__(config, *shape, bias=config.qk_norm_bias)
+        self.together = kind == "all heads"
+
+    def forward(self, x_BTHC: Tensor) -> Tensor:
+        return super().forward(x_BTHC.flatten(-2)).view_as(x_BTHC) if self.together else super().forward(x_BTHC)
+
+
 def route(router: nn.Module, x_BTD: Tensor, k: int, how: str, force_expert: int | None) -> Tensor:
     """Gates [B, T, N] of the experts, in float32 or wider, zero outside T, the k largest of p = softmax(W x):
 
@@ -85,8 +98,7 @@ class Heads(nn.Module):
         H, K = config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert
 
         def norm(heads: int) -> nn.Module:
-            shape = (heads, C) if config.norm_type == "layer_norm" else (C,)
-            return Norm(config, *shape) if config.qk_norm else nn.Identity()
+            return HeadNorm(config, heads) if config.qk_norm else nn.Identity()
 
         if query:
             self.q_proj, self.q_norm = nn.Linear(D, H * C, bias), norm(H)

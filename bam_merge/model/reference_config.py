@@ -124,11 +124,13 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         "gated_ffn": bool(trait("gated_ffn", False)),
         "rope_interleaved": bool(trait("rope_interleaved", False)),
         "qk_norm": bool(trait("qk_norm", False)),
+        "qk_norm_shape": trait("qk_norm_shape", None) if trait("qk_norm", False) else None,
+        "qk_norm_bias": bool(trait("qk_norm", False) and trait("qk_norm_bias", False)),
         "attention_bias": bias,
         "attention_out_bias": out_bias,
         "mlp_bias": bool(trait("mlp_bias", False)),
         "norm_offset": trait("norm_offset", 0),
-        "qk_norm_after_rotary": bool(trait("qk_norm_after_rotary", False)),
+        "qk_norm_after_rotary": bool(trait("qk_norm", False) and trait("qk_norm_after_rotary", False)),
         "head_bias": bool(trait("head_bias", False)),
         "embedding_scale_in_dtype": bool(trait("embedding_scale_in_dtype", False)),
         **{name: number(name) for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")},
@@ -176,7 +178,8 @@ def _layers(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         stated, step = config.get("no_rope_layers"), config.get("no_rope_layer_interval", table.defaults.get("no_rope_layer_interval", 4))
         rotated = [bool(stated[layer] if stated is not None else (layer + 1) % step) for layer in range(layers)]
     windows = _windows(table, config, rotated)
-    if table.quirks.turning == "where windows are":
+    given = config.get("sliding_window", table.defaults.get("sliding_window"))
+    if table.quirks.turning == "where windows are" or (table.quirks.turning == "where windows are, or all" and given):
         rotated = [windows["sliding_window"] is not None and kind == "sliding_attention" for kind in windows["layer_types"]]
     return {**windows, "rope_layers": None if all(rotated) else [layer for layer in range(layers) if rotated[layer]]}
 

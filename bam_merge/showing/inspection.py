@@ -123,7 +123,8 @@ def _attention(found: Inspection) -> str:
         return f"{facts['num_attention_heads']} heads over a latent vector of {latent}"
     heads, kv = facts["num_attention_heads"], facts["num_key_value_heads"]
     text = f"{count(heads, 'head')} of {facts['head_dim']}" + (f", {kv} for keys and values" if kv != heads else "")
-    traits = [name for key, name in (("qk_norm", "q and k normed"), ("attention_bias", "biases")) if facts.get(key)]
+    together = " over all heads" if facts.get("qk_norm_shape") == "all heads" else ""
+    traits = [name for key, name in (("qk_norm", f"q and k normed{together}"), ("attention_bias", "biases")) if facts.get(key)]
     rope = facts.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")

@@ -52,7 +52,7 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "block": (config.parallel_block, config.parallel_norms if config.parallel_block else 2),
         "activation": ACTIVATIONS[config.hidden_act],
         "gated FFN": config.gated_ffn,
-        "qk norm": config.qk_norm,
+        "qk norm": (config.qk_norm_weights, "biased" if config.qk_norm_bias else "unbiased") if config.qk_norm else None,
         "qk norm stands": "after rotary" if config.qk_norm and config.qk_norm_after_rotary else "before rotary",
         "score scale": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         "query growth": None

@@ -191,7 +191,7 @@ def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
 
 
 ONE_SUM = {
-    *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied", "falcon_grouped")),
+    *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied", "phi_qk_norm", "falcon_grouped")),
     *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased")),
 }
 """A parallel block adds both biases to one sum, and norms after the rotation scale one product: no logits tell them apart, only their names."""

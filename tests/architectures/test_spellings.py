@@ -342,7 +342,9 @@ def test_which_layers_slide_and_rotate_is_what_transformers_says(kind: str, keys
     assert problems == []
     used = getattr(found, "use_sliding_window", True)
     windows = [8 if kind == SLIDES and used else None for kind in found.layer_types]
-    turning = {"all": [1] * 9, "where windows are": windows}.get(table.quirks.turning) or found.no_rope_layers
+    turning = {"all": [1] * 9, "where windows are": windows, "where windows are, or all": windows}.get(
+        table.quirks.turning
+    ) or found.no_rope_layers
     expected = [layer for layer in range(9) if turning[layer]]
     for said in (vars(facts), described):
         assert [said["sliding_window"] if t == SLIDES else None for t in said["layer_types"]] == windows
@@ -476,7 +478,7 @@ def test_both_readings_agree(name: str) -> None:
     table = load_architecture(CONFIGS[name]["model_type"])
     config, facts = model_config(CONFIGS[name]), describe(table, CONFIGS[name], [])
     facts |= {f"{key}_per_expert": facts[key] for key in ("num_attention_heads", "num_key_value_heads")}
-    for key in ("rope_parameters", "parallel_block", "qk_norm", "attention_bias", "attention_out_bias", "mlp_bias", "norm_type", "norm_bias", "gated_ffn", "rope_interleaved", "sliding_window", "layer_types", "hidden_act", "head_dim", "logit_scale", "num_key_value_heads_per_expert", "num_attention_heads_per_expert", "tie_word_embeddings"):  # fmt: skip
+    for key in ("rope_parameters", "parallel_block", "qk_norm", "qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary", "rope_layers", "post_norms", "attention_bias", "attention_out_bias", "mlp_bias", "norm_type", "norm_bias", "gated_ffn", "rope_interleaved", "sliding_window", "layer_types", "hidden_act", "head_dim", "logit_scale", "num_key_value_heads_per_expert", "num_attention_heads_per_expert", "tie_word_embeddings"):  # fmt: skip
         assert getattr(config, key) == facts[key], key
 
 
@@ -540,6 +542,8 @@ def test_verification_finds_the_wrong_one_of_two_spellings(also: bool, tmp_path:
     ("gemma", {}, "embedding_scale_in_dtype", False, "source configs"),
     ("smollm3", {}, "rope_layers", [1], "source configs"), ("smollm3", {}, "rope_layers", None, "expert isolation"),
     ("cohere2", {}, "rope_layers", None, "expert isolation"), ("granite", {}, "residual_scale", 1.0, "expert isolation"),
+    ("olmo2", {}, "qk_norm_shape", "head", "model"), ("phi_qk_norm", {}, "qk_norm_bias", False, "model"), ("exaone4", {}, "rope_layers", None, "expert isolation"),
+    ("glm4", {}, "rms_norm_eps", 1e-2, "expert isolation"), ("olmo2", {}, "qk_norm_after_rotary", True, "expert isolation"),
     ("falcon_grouped", {}, "parallel_norms", 1, "model"), ("falcon_sequential", {}, "parallel_block", True, "source configs"),
     ("granitemoehybrid", {}, "rope_layers", [], "expert isolation"), ("granitemoehybrid_nope", {}, "rope_layers", None, "source configs"),
     ("glm", {}, "rms_norm_eps", 1e-2, "head"), ("glm", {}, "rope_interleaved", False, "source configs"),

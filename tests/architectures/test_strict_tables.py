@@ -56,7 +56,7 @@ WRONG = {
     "a word for turning": (
         "[traits]",
         '[quirks]\nturning = "some"\n[traits]',
-        "quirks.turning: 'some' is not possible. Known: all, where windows are, listed, if rope.",
+        "quirks.turning: 'some' is not possible. Known: all, where windows are, where windows are, or all, listed, if rope.",
     ),
     "a power": (
         "[traits]",

@@ -17,7 +17,7 @@ from bam_merge.planning.output_config import refusals
 
 OTHER: dict[str, Any] = {
     "norm_type": "layer_norm", "parallel_norms": 1, "norm_offset": 1, "attention_scale": 0.3, "embedding_scale": 2.0, "residual_scale": 0.5,
-    "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
+    "qk_norm_shape": "all heads", "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
 }  # fmt: skip
 """A value of each trait that is not the usual one; of those that are true or false, the other one."""
 
@@ -133,6 +133,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mixture already, unsaid": ("granitemoehybrid", {"num_local_experts": ...}, "num_local_experts = 8, which is meant where it is left out, cannot be merged here"),
     "layers with states": ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "layer_types names 'mamba'; granitemoehybrid merges here only where all its layers are full_attention."),
     "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing; granitemoehybrid without it is another model than those that merge here. Add it."),
+    "letters and no layers": ("exaone4", {"sliding_window_pattern": "LG"}, "sliding_window_pattern must be an integer, found 'LG'."),
+    "letters that say otherwise": ("exaone4", {"sliding_window_pattern": "GL", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types says that layers 0 slide, sliding_window_pattern = 'GL' that layers none do"),
     "no number": ("granite", {"residual_multiplier": "0.2"}, "residual_multiplier must be a number, found '0.2'."),
     "a window that is not": ("cohere2", {"sliding_window": None}, "sliding_window is no number, and layers of cohere2 slide unless layer_types says otherwise."),
     "two patterns": ("cohere2_biased", {"sliding_window_pattern": 2}, "layer_types says that layers 1 slide, sliding_window_pattern = 2 that all but each 2th do"),
@@ -153,7 +155,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(case: str, tmp_path: P
 
 @pytest.mark.parametrize(("name", "keys", "named"), [
     ("granite", {"residual_multiplier": 0.4}, "residual_multiplier = 0.4"), ("granite", {"logits_scaling": 2.0}, "logits_scaling = 2.0"),
-    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("nemotron", {"norm_eps": 1e-3}, "norm_eps = 0.001"),
+    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("falcon_grouped", {"num_kv_heads": 4}, "num_key_value_heads = 4"),
+    ("exaone4", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window_pattern": None}, "layer_types"), ("nemotron", {"norm_eps": 1e-3}, "norm_eps = 0.001"),
     ("starcoder2", {"norm_epsilon": 1e-3}, "norm_epsilon = 0.001"),
 ])  # fmt: skip
 def test_sources_that_differ_in_a_trait_are_refused_once(name: str, keys: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -179,6 +182,9 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "the older name of a width": ("falcon", {}, {"hidden_size": ..., "n_embed": 32}),
     "an FFN of four times the width, and one that says so": ("falcon_grouped", {}, {"ffn_hidden_size": 128}),
     "one head for keys, said twice": ("falcon", {}, {"num_kv_heads": 71, "alibi": False}),
+    "letters for windows": ("exaone4", {}, {"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"]}),
+    "no pattern beside no window": ("exaone4_full", {}, {"sliding_window_pattern": None}),
+    "a pattern of nothing": ("exaone4_full", {}, {"sliding_window_pattern": 0}),
     "an older word for full attention": ("granitemoehybrid", {}, {"layer_types": ["full_attention"] * 2}),
     "an older key for kinds of layers": ("granitemoehybrid", {}, {"layer_types": ..., "layers_block_type": ["attention"] * 2}),
     "alpha and the base that it makes": (
