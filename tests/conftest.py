@@ -42,12 +42,27 @@ GROWING = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.5,
 }
+HYBRID = {
+    "layer_types": ["attention"] * 2,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 40,
+    "intermediate_size": 24,
+    "mamba_n_heads": 8,
+}
+
+
+def without(keys: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
+
+
 SLIDES, FULL = "sliding_attention", "full_attention"
 
 MORE: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, "head_dim": 12},
     "granite_biased": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, **BIASED, "tie_word_embeddings": True},
     "granite_plain": {"model_type": "granite", **BASE, "num_attention_heads": 8},
+    "hyperclovax": {"model_type": "hyperclovax", **BASE, **GROUPED, **GRANITE, "logits_scaling": 0.5, "head_dim": 12},
+    "hyperclovax_biased": {"model_type": "hyperclovax", **BASE, **GROUPED, **BIASED, "use_post_norm": False, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **BASE, **GROUPED, "head_dim": 12},
     "gemma_biased": {"model_type": "gemma", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "hidden_act": "gelu", "tie_word_embeddings": False},
     "smollm3": {"model_type": "smollm3", **BASE, **GROUPED, "no_rope_layers": [1, 0]},
@@ -82,6 +97,21 @@ MORE: dict[str, dict[str, Any]] = {
     "internlm3_tied": {"model_type": "internlm3", **BASE, **GROUPED, "head_dim": 8, "tie_word_embeddings": True},
     "iquestcoder": {"model_type": "iquestcoder", **BASE, **GROUPED, "head_dim": 12},
     "iquestcoder_biased": {"model_type": "iquestcoder", **BASE, **GROUPED, **BIASED, "head_dim": 8, "tie_word_embeddings": True},
+    "phi_qk_norm": {"model_type": "phi", **BASE, **GROUPED, "qk_layernorm": True},
+    "glm4": {"model_type": "glm4", **BASE, **GROUPED, "head_dim": 12},
+    "glm4_unbiased": {"model_type": "glm4", **BASE, "num_key_value_heads": 1, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    "olmo2": {"model_type": "olmo2", **BASE, **GROUPED, "head_dim": 12},
+    "olmo2_biased": {"model_type": "olmo2", **BASE, "attention_bias": True, "tie_word_embeddings": True},
+    "exaone4": {"model_type": "exaone4", **BASE, **GROUPED, "head_dim": 12, "sliding_window": 8, "sliding_window_pattern": 2},
+    "exaone4_full": {"model_type": "exaone4", **BASE, **GROUPED, "sliding_window": None, "layer_types": [FULL, FULL], "tie_word_embeddings": True},
+    "glm": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 12},
+    "glm_unbiased": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 8, "attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    "granitemoehybrid": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "position_embedding_type": "rope"},
+    "granitemoehybrid_nope": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "layer_types": ["attention", FULL], "attention_bias": True, "tie_word_embeddings": True},
+    "falcon": {"model_type": "falcon", **without(BASE, "intermediate_size"), "ffn_hidden_size": 40},
+    "falcon_grouped": {"model_type": "falcon", **without(BASE, "intermediate_size"), "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "tie_word_embeddings": False},
+    "falcon_one_norm": {"model_type": "falcon", **without(BASE, "intermediate_size"), "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "falcon_sequential": {"model_type": "falcon", **without(BASE, "intermediate_size"), "ffn_hidden_size": 40, "multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": False},
 }  # fmt: skip
 """Families that are unlike the first ones in single traits: flags on and off, heads that are not the width, tied and untied."""
 

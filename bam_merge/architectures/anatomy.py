@@ -261,6 +261,7 @@ class _Described:
         latent = "attn.kv_a" in rows
         wanted = [role for role in NEEDED if role in rows and not (latent and role == "attn.q")]
         inside = [role for role, at in have.items() if role in rows and any(layer is not None and layer < layers for layer in at)]
+        wanted = [role for role in wanted if role != "norm.attn" or self.facts.get("pre_norms", True)]
         for role in dict.fromkeys((*wanted, *(["router.attn"] if self.facts.get("num_attention_experts") else []), *inside)):
             key = "num_experts" if role.startswith("ffn.") else "num_attention_experts"
             for layer in range(layers):

@@ -8,7 +8,19 @@ from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.quantisation import quantisation
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
-from bam_merge.architectures.traits import listed_as_turning, query_growth, renamed, stated_traits
+from bam_merge.architectures.traits import (
+    LEGACY,
+    PATTERN,
+    beyond,
+    facts_of_cases,
+    listed_as_turning,
+    own_key,
+    query_growth,
+    renamed,
+    stated_traits,
+    under_common_keys,
+    without_idle_pattern,
+)
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable, some
 from bam_merge.validation_words import shown
@@ -45,11 +57,12 @@ _KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: 
 """The types that a value may have where its key's default is of the given type, and their name."""
 
 
-PATTERN = "sliding_window_pattern"
-
-
 BY_LAYER = (PATTERN, "no_rope_layers", "no_rope_layer_interval")
 """Keys that say of layers what `layer_types` and `rope_layers` say of them in bam's words."""
+
+
+NO_NUMBERS = [{"__float__": word} for word in ("Infinity", "-Infinity", "NaN")]
+"""How transformers writes what JSON has no numbers for."""
 
 
 MAX_LAYERS = 10_000
@@ -142,7 +155,8 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     """The facts of a dense model: what its config.json says and its family implies. Empty when a needed key is unusable."""
 
     before = len(problems)
-    config = without_nulls(family, renamed(family, config, problems), problems)
+    config = without_idle_pattern(family, renamed(family, config, problems))
+    config = under_common_keys(family, without_nulls(family, config, problems))
 
     def get(key: str) -> Any:
         return config[key] if key in config else family.defaults.get(key)
@@ -150,10 +164,11 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function) if key not in BY_LAYER}
     facts["hidden_act"] = "silu" if facts["hidden_act"] == "swish" else facts["hidden_act"]  # one function, two names
     facts["hidden_act"] = next((new for old, new in family.quirks.activations.items() if old == facts["hidden_act"]), facts["hidden_act"])
-    facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
+    cases = facts_of_cases(family, get, problems)
+    facts["num_key_value_heads"] = cases.get("num_key_value_heads") or facts["num_key_value_heads"] or facts["num_attention_heads"]
     for key in COMMON_FUNCTION[:6]:
         if not is_size(facts[key]) and (key != "num_key_value_heads" or get(key)):  # one that follows from another is said once
-            problems.append(f"config.json: {key} must be a positive integer, found {shown(facts[key])}.")
+            problems.append(f"config.json: {own_key(family, key)} must be a positive integer, found {shown(facts[key])}.")
     problems += _mistyped(family, config)
     if len(problems) > before:
         return {}
@@ -169,15 +184,21 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     turning = listed_as_turning(family, get, facts["num_hidden_layers"], problems)
     facts.update(_sliding(family, get, {**facts, "turning": turning}))
     windows = facts["layer_types"] if facts["sliding_window"] else ()
-    if family.quirks.turning == "where windows are":
+    if family.quirks.turning == "where windows are" or (family.quirks.turning == "where windows are, or all" and get("sliding_window")):
         turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
     facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
-    facts.update(stated_traits(family, get, problems))
+    facts.update({**stated_traits(family, get, problems), **cases})
+    if not facts["qk_norm"]:
+        facts |= {key: TRAITS[key] for key in ("qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary")}
     if family.quirks.norm_eps:
         facts["layer_norm_eps" if facts["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(family.quirks.norm_eps)
-    if facts["head_dim"] and facts["attention_scale"] == facts["head_dim"] ** -0.5:
+    scaled_by = str(family.traits.get("attention_scale", "")).removeprefix("config:")
+    if scaled_by in facts and facts[scaled_by] is None:  # which a configuration class then fills in
+        facts[scaled_by] = facts["head_dim"] ** -0.5
+    if facts["attention_scale"] == facts["head_dim"] ** -0.5:
         facts["attention_scale"] = None
-    facts["second_norm"] = not facts["parallel_block"] or facts["parallel_norms"] == 2
+    facts["twin_norms"] = bool(facts["parallel_block"]) and facts["parallel_norms"] == 2
+    facts["second_norm"] = facts["pre_norms"] and (not facts["parallel_block"] or facts["parallel_norms"] == 2)
     facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])
     facts["untied"] = not facts["tie_word_embeddings"]
     return facts if len(problems) == before else {}
@@ -185,7 +206,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
 
 def _is_plain(value: object) -> bool:
     """Whether `value` is what a configuration may hold: it is copied into the output."""
-    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    numbers = isinstance(value, list) and all(isinstance(item, int | float) or item in NO_NUMBERS for item in value)
     return value is None or numbers or isinstance(value, int | float | str)
 
 
@@ -208,12 +229,7 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json: layer_types must name the kind of each of the {layers} layers, found {printable(repr(types), 60)}."
     if head_dim is not None and not is_size(head_dim):
         yield f"config.json: head_dim must be a positive integer, found {printable(repr(head_dim), 60)}."
-    for key, expected in family.quirks.only.items():
-        possible = expected if isinstance(expected, list) else [expected]
-        value = config.get(key)
-        if value is not None and (type(value), value) not in [(type(one), one) for one in possible]:
-            words = " or ".join(map(shown, possible))
-            yield f"config.json: {key} = {shown(value)} is not known here, only {words}: what such a model computes would be a guess."
+    yield from beyond(family, config)
     for key in ("sliding_window", "max_position_embeddings"):
         if config.get(key) is not None and config[key] != 0 and not is_size(config[key]):
             yield f"config.json: {key} must be a positive integer, found {printable(repr(config[key]), 60)}."
@@ -288,11 +304,12 @@ def _sliding(family: Architecture, get: Any, facts: Mapping[str, Any]) -> dict[s
         slides = [layer % every != full for layer in range(layers)]
     elif how == "where nothing turns":
         slides = [layer not in facts["turning"] for layer in range(layers)]
-    types = get("layer_types") or ["sliding_attention" if window and slide else "full_attention" for slide in slides]
+    stated = [LEGACY.get(kind, kind) for kind in get("layer_types") or ()]
+    types = stated or ["sliding_attention" if window and slide else "full_attention" for slide in slides]
     sliding = [kind == "sliding_attention" for kind in types]
     window = window if any(sliding) else None
     how = "none" if not window else "all" if all(sliding) else "mixed"
-    return {"sliding_window": window, "layer_types": list(types), "sliding": how, "use_sliding_window": window is not None}
+    return {"sliding_window": window, "layer_types": types, "sliding": how, "use_sliding_window": window is not None}
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:

@@ -87,7 +87,13 @@ def _buffers(table: Architecture) -> Iterator[Row]:
 
 def applies(cell: Cell, facts: Mapping[str, Any]) -> bool:
     """Whether a dense model with these facts has the tensor. It has no buffer."""
-    return bool(cell.row.roles) and (cell.row.when is None or bool(facts[cell.row.when]))
+    return bool(cell.row.roles) and (cell.row.when is None or holds(cell.row.when, facts))
+
+
+def holds(when: str, facts: Mapping[str, Any]) -> bool:
+    """Whether the condition of a row, "FACT" or "not FACT", is true of a model with these facts."""
+    fact = when.removeprefix("not ")
+    return bool(facts[fact]) == (fact == when)
 
 
 def shape_of(row: Row, facts: Mapping[str, Any]) -> Shape:

@@ -45,6 +45,10 @@ ORIGINAL = "original_max_position_embeddings"
 ACTIVATION = ("hidden_act",), ("hidden_activation", "activation_function")
 
 
+OWN = {"intermediate_size": "the size of the FFN", "num_key_value_heads": "the number of key and value heads"}
+"""Facts that some families have under a key of their own."""
+
+
 SIZES = {
     "the hidden size": ("hidden_size", "n_embd", "d_model"),
     "the number of layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -63,11 +67,28 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
     return (
         *(_rotary_lines(table) if run else ()),
         Spelling("the dtype", ("dtype", "torch_dtype")),
-        *([Spelling("the activation", *ACTIVATION, table.defaults.get("hidden_act", "silu"), same=activations)] if run else ()),
+        *([_activation(table, activations)] if run else ()),
+        *(_own_keys(table) if run else ()),
         *([Spelling("the number of experts", *experts)] if quirks.experts else ()),
         *(Spelling(fact, (key,), tuple(others)) for fact, (key, *others) in SIZES.items() if run),
         *(Spelling(WORKED_OUT[key], (), (key,), f"${source}") for key, source in quirks.worked_out.items()),
     )
+
+
+def _activation(table: Architecture, same: tuple[tuple[str, str], ...]) -> Spelling:
+    read, ignored = ACTIVATION
+    own = table.quirks.taken_from.get("hidden_act")
+    if own is None:
+        return Spelling("the activation", read, ignored, table.defaults.get("hidden_act", "silu"), same=same)
+    return Spelling("the activation", (own,), _others((*read, *ignored), (own,)), table.defaults.get(own, "silu"), same=same)
+
+
+def _own_keys(table: Architecture) -> Iterator[Spelling]:
+    """Facts under another key than in most families, whose key transformers passes over; unless it means something else here."""
+    for word, text in table.quirks.taken_from.items():
+        own, _, otherwise = text.partition(" or ")
+        if word in OWN and own != word and word not in table.neutral:
+            yield Spelling(OWN[word], (own,), (word,), table.defaults.get(own, f"${otherwise}" if otherwise else None))
 
 
 def _rotary_lines(table: Architecture) -> Iterator[Spelling]:
@@ -236,6 +257,13 @@ def _by_types(table: Architecture, config: Mapping[str, Any], given: list[bool] 
     elif patterned and given is None and not window:
         yield f"sliding_window is no number, and layers of {kind} slide unless layer_types says otherwise. Write one of the two."
     every, default = config.get(key), table.defaults.get(key)
+    if given is not None and table.quirks.pattern_letters and isinstance(every, str) and every and not every.strip("LG"):
+        cycle = [every[layer % len(every)] == "L" and layer + 1 < len(given) for layer in range(len(given))]
+        if given != cycle:
+            yield (
+                f"layer_types says that layers {_layers(given)} slide, {key} = {_brief(every)} that layers {_layers(cycle)} do; "
+                "transformers takes layer_types. Correct one."
+            )
     if not patterned or not is_count(every):
         return
     if not table.quirks.pattern_is_read:
@@ -266,6 +294,9 @@ def _value(key: str, config: Mapping[str, Any], rope_key: str | None) -> Any:
 def _default(default: Any, config: Mapping[str, Any]) -> Any:
     if not isinstance(default, str) or not default.startswith("$"):
         return default
+    factor, _, size = default[1:].rpartition(" * ")
+    if factor:
+        return int(factor) * config[size] if is_count(config.get(size)) else None
     whole, _, parts = default[1:].partition(" / ")
     number, divisor = config.get(whole), config.get(parts) if parts else 1
     return number // divisor if is_count(number) and is_count(divisor) else None

@@ -15,6 +15,7 @@ from bam_merge.architectures.vocabulary import (
     ROTARY_BASES,
     ROTARY_SHARES,
     SYMBOLS,
+    TRAIT_WORDS,
     TRAITS,
     TURNING,
     WINDOWS,
@@ -26,7 +27,7 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
-    "quirks": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
+    "quirks": dict, "cases": list, "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
@@ -34,8 +35,8 @@ ROW: Kinds = {
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
-    "experts_default": int, "pattern_is_read": bool, "turning": str, "alpha": bool, "query_growth": bool,
-    "rope_needed": bool,
+    "experts_default": int, "pattern_is_read": bool, "pattern_letters": bool, "turning": str, "alpha": bool, "query_growth": bool,
+    "rope_needed": bool, "needed": list, "kinds": list, "taken_from": dict, "reasons": dict,
     "norm_eps": str, "renamed": dict, "activations": dict, "only": dict,
 }  # fmt: skip
 """What tables.Quirks documents, key by key."""
@@ -44,6 +45,7 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
     "turning": TURNING, "experts": EXPERT_COUNTS,
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
+CASE: Kinds = {"where": dict, "facts": dict, "refused": str}
 LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
@@ -97,9 +99,14 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for trait, value in table.get("traits", {}).items():
         if trait not in TRAITS:
             yield f"traits.{trait}: no such trait{_known(trait, TRAITS)}"
-        elif isinstance(value, str) and trait != "norm_type" and not re.fullmatch(r"config:\w+(\^-?\d+(\.\d+)?)?", value):
+        elif trait in TRAIT_WORDS and not str(value).startswith("config:"):
+            if value not in TRAIT_WORDS[trait]:
+                yield f"traits.{trait}: {value!r} is not possible{_known(str(value), TRAIT_WORDS[trait])}"
+        elif isinstance(value, str) and not re.fullmatch(r"config:\w+(\^-?\d+(\.\d+)?)?", value):
             yield f"traits.{trait}: found {value!r}, expected a value, config:KEY, or config:KEY^POWER."
     yield from _quirks(table.get("quirks", {}))
+    for index, case in enumerate(table.get("cases", ())):
+        yield from _case(f"cases[{index}]", case)
     if "sliding_window" in (*table.get("function", ()), *table.get("config", ())) and "windows" not in table.get("quirks", {}):
         yield f"quirks.windows is missing: the table names sliding_window, and windows are one of {', '.join(WINDOWS)}."
     wrong = list(_keys("tensors", table["tensors"], TENSORS, needed=("rows",)))
@@ -122,10 +129,27 @@ def _quirks(quirks: Mapping[str, Any]) -> Iterator[str]:
         for word in [quirks[key]] if isinstance(quirks.get(key), str) else quirks.get(key, ()):
             if word not in words:
                 yield f"quirks.{key}: {word!r} is not possible{_known(str(word), words)}"
+    for key, text in () if wrong else quirks.get("taken_from", {}).items():
+        if not re.fullmatch(r"\w+( or (\d+ \* )?\w+)?", text):
+            yield f"quirks.taken_from.{key}: found {text!r}, expected KEY, KEY or SIZE, or KEY or 4 * SIZE."
+    for key in () if wrong else quirks.get("reasons", {}):
+        if key not in quirks.get("only", {}):
+            yield f"quirks.reasons.{key}: quirks.only says nothing of it{_known(key, quirks.get('only', {}))}"
     for key, source in () if wrong else quirks.get("worked_out", {}).items():
         for word in str(source).split(" / "):
             if word not in SYMBOLS.values():
                 yield f"quirks.worked_out.{key}: {word!r} is no size{_known(word, SYMBOLS.values())}"
+
+
+def _case(place: str, case: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with one of the cases in which several keys say something together."""
+    wrong = list(_keys(place, case, CASE, needed=("where",)))
+    yield from wrong
+    if not wrong and ("facts" in case) == ("refused" in case):
+        yield f"{place}: needs facts (what holds then) or refused (why there is no such model here), and not both."
+    for fact in () if wrong else case.get("facts", {}):
+        if fact not in (*SYMBOLS.values(), *TRAITS):
+            yield f"{place}.facts: {fact!r} is neither a size nor a trait{_known(fact, (*SYMBOLS.values(), *TRAITS))}"
 
 
 def _keys(place: str, record: object, known: Kinds, needed: Iterable[str] = ()) -> Iterator[str]:
@@ -162,7 +186,7 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     for role in roles if own_roles else ():
         if role not in ROLES and "make" not in row:  # what a layout fills in by itself may have a name of its own
             yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
-    if row.get("when", "untied") not in (*TRAITS, *DERIVED):
+    if row.get("when", "untied").removeprefix("not ") not in (*TRAITS, *DERIVED):
         yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"
     if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
         yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
@@ -174,8 +198,8 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
 
 
 def _sizes(place: str, sizes: Iterable[str]) -> Iterator[str]:
-    """Symbolic sizes are sums of products of letters and integers."""
+    """Symbolic sizes are sums of products of letters, integers and quotients of them."""
     for size in sizes:
-        for factor in re.split(r"[+*]", size):
+        for factor in re.split(r"[+*/]", size):
             if not factor.isdigit() and factor not in SYMBOLS:
                 yield f"{place}: {size!r}: {factor!r} is neither an integer nor one of {', '.join(SYMBOLS)}."

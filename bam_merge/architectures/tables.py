@@ -23,8 +23,9 @@ class Row:
 
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
     equal blocks, and each block holds `parts[i]` rows of role i. `when` names the fact that must be true for the tensor
-    to exist; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a role, whose tensor
-    is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the place of ones.
+    to exist, or, as "not FACT", false; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
+    role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
+    place of ones.
     """
 
     roles: tuple[str, ...]
@@ -70,15 +71,21 @@ class Quirks:
     `windows`           which layers have sliding-window attention: a word of vocabulary.WINDOWS
     `worked_out`        facts that are always worked out, whatever a key says: each is another key, or "KEY / KEY"
     `pattern_is_read`   whether sliding_window_pattern is a key of it; else its table's default holds, whatever a file has there
+    `pattern_letters`   whether it can be letters beside layer_types, L for a window and G for none, or nothing beside no window
     `turning`           which layers have a rotary embedding: a word of vocabulary.TURNING
     `alpha`             whether `alpha` in rope_parameters of type dynamic stretches the base, once for all lengths
     `query_growth`      whether queries are multiplied with 1 + beta ln(1 + floor(position / original context)), beta being
                         llama_4_scaling_beta in rope_parameters
     `rope_needed`       whether a file that says nothing of the rotary embedding is refused, because the class fills in a scaling of its own
+    `needed`            keys that must be there: what the class fills in for them is not computed here
+    `kinds`             the kinds of layers that can be computed here, of a class that has others
+    `taken_from`        facts that stand under another key than in most families, and what is meant where that is left out: "KEY",
+                        "KEY or 4 * SIZE"
     `norm_eps`          the key of the norms' epsilon; None: rms_norm_eps or layer_norm_eps, by the norms' kind
     `renamed`           keys that are read as another key
     `activations`       activations that are read as another one
     `only`              the values that a key can have to be understood: of others nobody here knows what they compute
+    `reasons`           why a key of `only` can have no other value, where somebody does know
     `experts`           the keys that the number of experts is taken from, the first that is there before the next
     `experts_default`   that number where none of them is there; None: there is none to compare with
     """
@@ -90,16 +97,31 @@ class Quirks:
     windows: str = "none"
     worked_out: Mapping[str, str] = field(default_factory=dict)
     pattern_is_read: bool = False
+    pattern_letters: bool = False
     turning: str = "all"
     alpha: bool = False
     query_growth: bool = False
     rope_needed: bool = False
+    needed: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    taken_from: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     experts_default: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What several keys say together: where all those of `where` have these values, `facts` hold (a value, or the key that has it), or
+    the file is refused, since `refused`."""
+
+    where: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,7 @@ class Architecture:
     neutral: tuple[str, ...]
     traits: Mapping[str, Any]
     quirks: Quirks
+    cases: tuple[Case, ...]
     accepts: Mapping[str, Any]
     implies: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -129,9 +152,12 @@ class Architecture:
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
-    """The value of a symbolic size such as "H*D+2*K*D" (sums of products of symbols and integers)."""
+    """The value of a symbolic size such as "H*D+2*K*D" or "H/K*D" (sums of products of symbols, integers and whole quotients)."""
 
     def factor(text: str) -> int:
+        whole, _, parts = text.partition("/")
+        if parts:
+            return factor(whole) // factor(parts)
         return int(text) if text.isdigit() else int(facts[SYMBOLS[text]])
 
     return sum(prod(factor(text) for text in term.split("*")) for term in expression.split("+"))
@@ -181,6 +207,7 @@ def read_table(text: str, file: str) -> Architecture:
         neutral=tuple(table.get("neutral", ())),
         traits=table.get("traits", {}),
         quirks=_quirks(table.get("quirks", {})),
+        cases=tuple(Case(record["where"], record.get("facts", {}), record.get("refused")) for record in table.get("cases", ())),
         accepts=table.get("accepts", {}),
         implies=table.get("implies", {}),
         config=table.get("config", {}),

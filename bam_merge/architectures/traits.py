@@ -1,6 +1,6 @@
 """What a model type implies, as its table says it: traits, keys under other names, lists of layers that turn or do not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bam_merge.architectures.tables import Architecture
@@ -9,6 +9,13 @@ from bam_merge.text import printable
 from bam_merge.validation_words import shown
 
 BETA = "llama_4_scaling_beta"
+
+
+PATTERN = "sliding_window_pattern"
+
+
+LEGACY = {"attention": "full_attention"}
+"""Kinds of layers as older files spell them."""
 
 
 Get = Callable[[str], Any]
@@ -28,6 +35,70 @@ def renamed(family: Architecture, config: Mapping[str, Any], problems: list[str]
                 )
             result[name] = value
     return result
+
+
+def under_common_keys(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the facts that the family has under keys of its own under those that most families have."""
+    result = dict(config)
+    for word, text in family.quirks.taken_from.items():
+        key, _, otherwise = text.partition(" or ")
+        value = config.get(key, family.defaults.get(key))
+        if value is None and otherwise:
+            factor, _, size = otherwise.rpartition(" * ")
+            value = config.get(size)
+            value = int(factor or 1) * value if type(value) is int else value
+        result[word] = value
+    return result
+
+
+def without_idle_pattern(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without a pattern of windows that says nothing: letters beside layer_types, nothing where there is no window."""
+    result, pattern = dict(config), config.get(PATTERN)
+    letters = isinstance(pattern, str) and pattern != "" and not pattern.strip("LG")
+    listed, windowless = isinstance(config.get("layer_types"), list), "sliding_window" in config and config["sliding_window"] is None
+    if family.quirks.pattern_letters and ((listed and letters) or ((listed or windowless) and not pattern)):
+        result.pop(PATTERN, None)
+    return result
+
+
+def own_key(family: Architecture, word: str) -> str:
+    """The key that `word` has in config.json."""
+    return family.quirks.taken_from.get(word, word).partition(" ")[0]
+
+
+def beyond(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
+    """A message for every key whose value makes the model one that nobody here computes."""
+    for key, expected in family.quirks.only.items():
+        possible = expected if isinstance(expected, list) else [expected]
+        value = config.get(key, family.defaults.get(key))
+        if value is None or (type(value), value) in [(type(one), one) for one in possible]:
+            continue
+        found = f"config.json: {key} = {shown(value)}{'' if key in config else ', which is meant where it is left out,'}"
+        if key in family.quirks.reasons:
+            yield f"{found} cannot be merged here: {family.quirks.reasons[key]}"
+        else:
+            words = " or ".join(map(shown, possible))
+            yield f"{found} is not known here, only {words}: what such a model computes would be a guess."
+    known, types = family.quirks.kinds, config.get("layer_types")
+    odd = [kind for kind in types if known and LEGACY.get(kind, kind) not in known] if isinstance(types, list) else []
+    if odd:
+        what = printable(repr(odd[0]), 60)
+        yield f"config.json: layer_types names {what}; {family.name} merges here only where all its layers are {' or '.join(known)}."
+    for key in family.quirks.needed:
+        if config.get(key) is None:
+            yield f"config.json: {key} is missing; {family.name} without it is another model than those that merge here. Add it."
+
+
+def facts_of_cases(family: Architecture, get: Get, problems: list[str]) -> dict[str, Any]:
+    """What several keys say together, by the family's cases."""
+    facts: dict[str, Any] = {}
+    for case in family.cases:
+        if all(get(key) == value for key, value in case.where.items()):
+            if case.refused:
+                said = ", ".join(f"{key} = {shown(value)}" for key, value in case.where.items())
+                problems.append(f"config.json: {said}: {case.refused}")
+            facts.update({fact: get(value) if isinstance(value, str) else value for fact, value in case.facts.items()})
+    return facts
 
 
 def stated_traits(family: Architecture, get: Get, problems: list[str]) -> dict[str, Any]:
@@ -55,6 +126,8 @@ def stated_traits(family: Architecture, get: Get, problems: list[str]) -> dict[s
 
 def listed_as_turning(family: Architecture, get: Get, layers: int, problems: list[str]) -> list[int] | None:
     """The layers with rotary embedding, where the family has a list of them."""
+    if family.quirks.turning == "if rope":
+        return None if get("position_embedding_type") == "rope" else []
     if family.quirks.turning != "listed":
         return None
     listed, interval = get("no_rope_layers"), get("no_rope_layer_interval")

@@ -4,8 +4,9 @@ from typing import Any
 
 ROLES = (
     "embed", "head", "head.bias",
-    *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final") for suffix in ("", ".bias")),
-    *(f"attn.{part}{suffix}" for part in "qkvo" for suffix in ("", ".bias")), "attn.q_norm", "attn.k_norm",
+    *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final", "attn.post", "ffn.post") for suffix in ("", ".bias")),
+    *(f"attn.{part}{suffix}" for part in "qkvo" for suffix in ("", ".bias")),
+    *(f"attn.{part}_norm{suffix}" for part in "qk" for suffix in ("", ".bias")),
     *(f"ffn.{part}{suffix}" for part in ("gate", "up", "down") for suffix in ("", ".bias")),
     "router.attn", "router.ffn",
 )  # fmt: skip
@@ -20,14 +21,23 @@ SYMBOLS = {
 """The letters of symbolic shapes, and the facts they stand for."""
 
 TRAITS: dict[str, Any] = {
-    "norm_type": None, "norm_bias": False, "parallel_block": False, "parallel_norms": 2, "gated_ffn": False,
-    "rope_interleaved": False, "qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
+    "norm_type": None, "norm_bias": False, "pre_norms": True, "post_norms": False, "parallel_block": False, "parallel_norms": 2,
+    "gated_ffn": False,
+    "rope_interleaved": False, "qk_norm": False, "qk_norm_shape": None, "qk_norm_bias": False,
+    "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None,
 }  # fmt: skip
 """What a family's model type can imply, and what holds where its table is silent.
 
+pre_norms                  norms before attention and FFN
+post_norms                 norms of what attention and FFN give, before it is scaled and added; of a mixture's, after the experts are mixed
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
+qk_norm                    norms of q and k, of each head unless qk_norm_shape says otherwise
+qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "all heads": as many, and the
+                           norm is of all heads of an attention together, not of each; None: what is usual of a norm_type, "head" of RMS
+                           norms and "heads" of layer norms
+qk_norm_bias               they have biases
 qk_norm_after_rotary       q and k are normed after they are turned, not before
 head_bias                  the head adds a bias to the logits
 attention_scale            what q k^T is multiplied with; None: head_dim ** -0.5
@@ -39,17 +49,25 @@ logit_scale                what the logits are multiplied with; None: nothing
 "config:KEY" takes the value of a config.json's key, "config:KEY^POWER" that to a power: "config:logits_scaling^-1" divides by it.
 """
 
+QK_NORM_SHAPES = ("head", "heads", "all heads")
+"""What the weights of a norm of q or k are for; TRAITS says it of each."""
+
+TRAIT_WORDS = {"norm_type": ("rms_norm", "layer_norm"), "qk_norm_shape": QK_NORM_SHAPES}
+"""Traits that are words, and which."""
+
 QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
-    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None,
+    "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
+    "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False,
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 
 UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "norm_type": "rms_norm"}
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
 
-DERIVED = ("untied", "second_norm")
-"""Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's."""
+DERIVED = ("untied", "second_norm", "twin_norms")
+"""Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's; both
+norms of a parallel block."""
 
 ROTARY_BASES = ("rope_theta", "rotary_emb_base")
 """Keys beside rope_parameters for the rotary base: of these a family has one, and passes over the others."""
@@ -81,11 +99,13 @@ all but each first  the same, but for the first of so many
 where nothing turns those that layer_types names, or, where it is left out, those without rotary embedding; none unless use_sliding_window
 """
 
-TURNING = ("all", "where windows are", "listed")
+TURNING = ("all", "where windows are", "where windows are, or all", "listed", "if rope")
 """Which layers have a rotary embedding.
 
 all                 every layer
 where windows are   those with sliding-window attention
+where windows are, or all  the same, but every layer where sliding_window is null
+if rope             every layer if position_embedding_type is "rope", else none
 listed              those with a 1 in no_rope_layers, or, where it is left out, all but the last of every no_rope_layer_interval layers
 """
 

@@ -63,7 +63,8 @@ Dense = Callable[[str, tuple[int, ...]], "numpy.ndarray[Any, Any]"]
 
 
 def _centre(name: str) -> float:
-    return 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    norm = "norm" in name or any(word.startswith("ln_") for word in name.split("."))
+    return 1.0 if norm and name.endswith("weight") else 0.0
 
 
 def stored_apart(values: Values, offset: int) -> Values:

@@ -37,10 +37,12 @@ class BamConfig(PreTrainedConfig):
     `attention_routing` "soft" mixes all attention experts; "top_k" the best `num_attention_experts_per_tok`, whose gates
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
-    Of families that are unlike most, None or the default where theirs is: `norm_offset` is added to the weights of norms before they
-    multiply; `rope_layers` are the layers with rotary embedding; queries grow by 1 + `query_growth` ln(1 + floor(position / original
-    context)); `attention_scale` (of q k^T), `embedding_scale`, `residual_scale` (of
-    attention and FFN before they are added) and `logit_scale` are factors.
+    Of families that are unlike most, None or the default where theirs is: `pre_norms` are those before attention and FFN, `post_norms`
+    those of what the experts of either give together; `norm_offset` is added to the weights of norms before they
+    multiply; `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads", or "all heads" of an
+    expert, whose norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms); `rope_layers` are the layers
+    with rotary embedding; queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T),
+    `embedding_scale`, `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors.
     """
 
     model_type = "bam"
@@ -67,7 +69,11 @@ class BamConfig(PreTrainedConfig):
     rms_norm_eps: float | int = 1e-6
     layer_norm_eps: float | int = 1e-5
     norm_offset: int = 0
+    pre_norms: bool = True
+    post_norms: bool = False
     qk_norm: bool = False
+    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None
+    qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     parallel_block: bool = False
     parallel_norms: int = 2
@@ -139,23 +145,31 @@ class BamConfig(PreTrainedConfig):
             if not 1 <= chosen <= of:
                 raise ValueError(f"{chosen} experts per token of {of}")
 
+    @property
+    def qk_norm_weights(self) -> str:
+        """`qk_norm_shape`, or what is usual of such norms."""
+        return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
+
     def shares_kv(self, layer: int) -> bool:
         """Whether the attention experts of `layer` have one k and v between them (without experts: yes)."""
         return self.num_attention_experts == 0 or self.attention_kv == "shared" or layer in (self.shared_kv_layers or ())
 
     def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor parallelism: heads and FFN columns are cut, routers and norms are not. Cuts fall between the k/v heads of an expert,
-        so their number must be a multiple of the processes. FFNs with biases stay whole (no style of transformers cuts them)."""
+        so their number must be a multiple of the processes. FFNs with biases stay whole (no style of transformers cuts them), and so
+        does attention where a norm is of all its heads."""
         attention, experts = "layers.*.self_attn.", "layers.*.self_attn.experts."
         own = experts if self.num_attention_experts else attention
         kv = {attention if self.shares_kv(layer) else experts for layer in range(self.num_hidden_layers)}
         columns = [own + "q_proj", *(prefix + name for prefix in sorted(kv) for name in ("k_proj", "v_proj"))]
         plan = dict.fromkeys(columns, "colwise") | {own + "o_proj": "rowwise"}
-        if self.num_attention_experts:
+        if self.qk_norm and (self.qk_norm_weights == "all heads" or self.qk_norm_bias):
+            plan = {}
+        elif self.num_attention_experts:
             plan[attention + "gates"] = "packed_colwise"  # on a module without weights: only its sum of the gradients
-        if self.qk_norm:
+        if plan and self.qk_norm:
             for norm in (own + "q_norm", *(prefix + "k_norm" for prefix in sorted(kv))):
-                if self.norm_type == "rms_norm":
+                if self.qk_norm_weights == "head":
                     plan[norm] = "replicated_with_grad_allreduce"
                 else:
                     plan |= {norm: "local_params", norm + ".weight": "colwise"}

@@ -66,17 +66,30 @@ class BamLayerNorm(nn.Module):
 
 
 class BamHeadLayerNorm(BamLayerNorm):
-    """Norm of each head of q or k [B, T, heads, C]. Weights: RMS [C], of experts [N, C]; layer norm [heads, C]."""
+    """Norm of q or k [B, T, heads, C], whose heads stand in the order (k/v head, expert, query head of the group).
+
+    Weights, by what they are for (qk_norm_shape): "head" [C], of experts [N, 1, C]; "heads" [heads, C]; "all heads" [H * C], of experts
+    [N, H * C], and there the norm is of the H heads of an expert together.
+    """
 
     def __init__(self, config: BamConfig, experts: int, heads: int, group: int) -> None:
-        per_head = config.norm_type == "layer_norm"
-        super().__init__(config, *((heads,) if per_head else (experts, 1) if experts else ()), config.head_dim)
-        self.by_expert = (experts, group) if experts and not per_head else None
+        shapes = {
+            "head": (*((experts, 1) if experts else ()), config.head_dim),
+            "heads": (heads, config.head_dim),
+            "all heads": (*((experts,) if experts else ()), heads // max(experts, 1) * config.head_dim),
+        }
+        super().__init__(config, *shapes[config.qk_norm_weights], bias=config.qk_norm_bias)
+        self.together = config.qk_norm_weights == "all heads"
+        self.by_expert = (experts, group) if experts and config.qk_norm_weights != "heads" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.by_expert is None:
-            return super().forward(x)
-        return super().forward(x.unflatten(-2, (-1, *self.by_expert))).flatten(-4, -2)
+            return super().forward(x.flatten(-2)).view_as(x) if self.together else super().forward(x)
+        x = x.unflatten(-2, (-1, *self.by_expert))
+        if self.together:
+            by_expert = x.transpose(-4, -3)
+            return super().forward(by_expert.flatten(-3)).view(by_expert.shape).transpose(-4, -3).flatten(-4, -2)
+        return super().forward(x).flatten(-4, -2)
 
 
 class BamRotaryEmbedding(nn.Module):
@@ -388,19 +401,24 @@ class BamSparseMoe(nn.Module):
 class BamDecoderLayer(GradientCheckpointingLayer):
     """Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
-    What is added is multiplied with residual_scale first.
+    Without config.pre_norms there is neither LN1 nor LN2. With config.post_norms what attention and FFN give is normed, all experts
+    together. What is added is multiplied with residual_scale first.
     """
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.input_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+        self.input_layernorm = self.norm(config.pre_norms)
         self.self_attn = BamAttention(config, layer_idx)
         self.mlp = BamSparseMoe(config)
         self.scale = 1.0 if config.residual_scale is None else config.residual_scale
         self.one_norm = config.parallel_block and config.parallel_norms == 1
         if not self.one_norm:
-            self.post_attention_layernorm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
+            self.post_attention_layernorm = self.norm(config.pre_norms)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = self.norm(config.post_norms), self.norm(config.post_norms)
+
+    def norm(self, there: bool) -> nn.Module:
+        return BamLayerNorm(self.config, self.config.hidden_size, bias=self.config.norm_bias) if there else nn.Identity()
 
     def forward(
         self,
@@ -425,11 +443,11 @@ class BamDecoderLayer(GradientCheckpointingLayer):
             cache=past_key_values if cache is None else cache,
             **kwargs,
         )
-        h = hidden_states + self.scale * attention
+        h = hidden_states + self.scale * self.post_self_attn_layernorm(attention)
         if not self.one_norm:
             normed = self.post_attention_layernorm(hidden_states if self.config.parallel_block else h)
         ffn, ffn_logits = self.mlp(normed)
-        return h + self.scale * ffn, ffn_logits, logits
+        return h + self.scale * self.post_mlp_layernorm(ffn), ffn_logits, logits
 
 
 @dataclass
@@ -673,8 +691,8 @@ def _share(labels: Tensor, num_items_in_batch: Any = None, shift_labels: Tensor 
 class BamFuseHeads(ConversionOps):
     """The tensors of all attention experts as one, heads in the order (k/v head, expert, head of the group) along axis `dim`.
 
-    `unit` says what stands together: an expert's "query" heads or "key" head of one k/v head, in channels or (for the weights of a
-    layer norm) in heads; "expert": the tensor as a whole. Sizes are taken from the tensors: under tensor parallelism they are parts.
+    `unit` says what stands together: an expert's "query" heads or "key" head of one k/v head, in channels or (for the norm of each of
+    the heads) in heads; "expert": the tensor as a whole. Sizes are taken from the tensors: under tensor parallelism they are parts.
     """
 
     def __init__(self, unit: str, dim: int = 0) -> None:
@@ -682,9 +700,12 @@ class BamFuseHeads(ConversionOps):
 
     def rows(self, config: BamConfig) -> int | None:
         group = config.num_attention_heads_per_expert // config.num_key_value_heads_per_expert
-        if self.unit == "expert" or (self.unit.endswith("norm") and config.norm_type == "rms_norm"):
+        if self.unit == "expert" or (self.unit.endswith("norm") and config.qk_norm_weights != "heads"):
             return None
         return {"query": group * config.head_dim, "key": config.head_dim, "query norm": group, "key norm": 1}[self.unit]
+
+    def of_any_head(self, config: BamConfig) -> bool:
+        return self.unit.endswith("norm") and config.qk_norm_weights == "head"
 
     @torch.no_grad()
     def convert(
@@ -692,7 +713,7 @@ class BamFuseHeads(ConversionOps):
     ) -> dict[str, Tensor]:
         tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config), self.dim
         if rows is None:
-            fused = torch.stack([tensor[None] for tensor in tensors] if self.unit.endswith("norm") else tensors, dim)
+            fused = torch.stack([tensor[None] for tensor in tensors] if self.of_any_head(config) else tensors, dim)
         elif tensors[0].shape[dim] % rows:
             raise ValueError(
                 f"{tensors[0].shape[dim]} rows are not whole k/v heads of {rows} rows: num_key_value_heads_per_expert must be a "
@@ -716,7 +737,7 @@ class BamSplitHeads(BamFuseHeads):
     ) -> dict[str, Tensor]:
         fused, rows, dim = _only(input_dict.pop(source_patterns[0])), self.rows(config), self.dim
         if rows is None:
-            tensors = [part.squeeze(0) if self.unit.endswith("norm") else part for part in fused.unbind(dim)]
+            tensors = [part.squeeze(0) if self.of_any_head(config) else part for part in fused.unbind(dim)]
         else:
             parts = fused.unflatten(dim, (-1, config.num_attention_experts, rows)).unbind(dim + 1)
             tensors = [part.flatten(dim, dim + 1) for part in parts]
@@ -774,8 +795,8 @@ def _conversions() -> list[WeightConverter]:
         **{f"q_proj.{kind}": BamFuseHeads("query") for kind in ("weight", "bias")},
         **{f"{part}_proj.{kind}": BamFuseHeads("key") for part in "kv" for kind in ("weight", "bias")},
         "o_proj.weight": BamFuseHeads("query", 1),
-        "q_norm.weight": BamFuseHeads("query norm"),
-        "k_norm.weight": BamFuseHeads("key norm"),
+        **{f"q_norm.{kind}": BamFuseHeads("query norm") for kind in ("weight", "bias")},
+        **{f"k_norm.{kind}": BamFuseHeads("key norm") for kind in ("weight", "bias")},
     }
     return [
         *(WeightConverter(f"{heads}*.{name}", f"{heads}{name}", operations=[op]) for name, op in fused.items()),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, cut, locate, rows_of
+from bam_merge.architectures.locate import Cell, cells, cut, holds, locate, rows_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -213,7 +213,7 @@ class _Parameters:
         tensors, config = self.checkpoint.tensors, self.config
 
         def is_wanted_cell(cell: Cell) -> bool:
-            return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell))
+            return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell)) and self.stands(cell.row)
 
         walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
         beside = names_of_the_head(self.architecture)
@@ -240,6 +240,14 @@ class _Parameters:
         known_dtypes = ", ".join(TORCH_DTYPES)
         unreadable = [entry.name for entry in self.unreadable]
         self.report(f"stored as {dtypes}: {{}} tensor(s); the reference model computes with {known_dtypes}. Convert them.", unreadable)
+
+    def stands(self, row: Row) -> bool:
+        """Whether the condition of a row holds, where another row of the table has the same role: of a parameter's two names, its own."""
+        rivals = [other for other in self.architecture.rows if other is not row and other.roles == row.roles]
+        if row.when is None or row.per_expert or not rivals:
+            return True
+        both_norms = self.config.parallel_block and self.config.parallel_norms == 2
+        return holds(row.when, {**vars(self.config), "twin_norms": both_norms})
 
     def take(self, cell: Cell, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's roles."""

@@ -46,6 +46,19 @@ class Norm(nn.Module):
         return (z if self.bias is None else z + self.bias).to(x.dtype)
 
 
+class HeadNorm(Norm):
+    """Norm of the queries or keys [B, T, H, C] of one attention: of each head, or of all its heads as one vector."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        C, kind = config.head_dim, config.qk_norm_weights
+        shape = {"head": (C,), "heads": (heads, C), "all heads": (heads * C,)}[kind]
+        super().__init__(config, *shape, bias=config.qk_norm_bias)
+        self.together = kind == "all heads"
+
+    def forward(self, x_BTHC: Tensor) -> Tensor:
+        return super().forward(x_BTHC.flatten(-2)).view_as(x_BTHC) if self.together else super().forward(x_BTHC)
+
+
 def route(router: nn.Module, x_BTD: Tensor, k: int, how: str, force_expert: int | None) -> Tensor:
     """Gates [B, T, N] of the experts, in float32 or wider, zero outside T, the k largest of p = softmax(W x):
 
@@ -85,8 +98,7 @@ class Heads(nn.Module):
         H, K = config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert
 
         def norm(heads: int) -> nn.Module:
-            shape = (heads, C) if config.norm_type == "layer_norm" else (C,)
-            return Norm(config, *shape) if config.qk_norm else nn.Identity()
+            return HeadNorm(config, heads) if config.qk_norm else nn.Identity()
 
         if query:
             self.q_proj, self.q_norm = nn.Linear(D, H * C, bias), norm(H)
@@ -218,15 +230,22 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
-    What is added to x or h is multiplied with `residual_scale` first.
+    Families without `pre_norms` have neither LN1 nor LN2. With `post_norms` what attention and FFN give is normed, after the experts are
+    mixed: N(sum_j g_j A_j(x)), which has the size that the block was trained with, however unlike the experts are. What is then added to
+    x or h is multiplied with `residual_scale` first.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.parallel, self.scale = config.parallel_block, 1.0 if config.residual_scale is None else config.residual_scale
         one_norm = config.parallel_block and config.parallel_norms == 1
-        self.input_layernorm = Norm(config, config.hidden_size, bias=config.norm_bias)
-        self.post_attention_layernorm = None if one_norm else Norm(config, config.hidden_size, bias=config.norm_bias)
+
+        def norm(there: bool) -> nn.Module:
+            return Norm(config, config.hidden_size, bias=config.norm_bias) if there else nn.Identity()
+
+        self.input_layernorm = norm(config.pre_norms)
+        self.post_attention_layernorm = None if one_norm else norm(config.pre_norms)  # before the FFN; llama's name for it
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(config.post_norms), norm(config.post_norms)
         self.self_attn = Attention(config, layer)
         self.mlp: FfnMixture | Ffn = FfnMixture(config) if config.num_experts else Ffn(config, config.intermediate_size)
 
@@ -234,12 +253,12 @@ class Block(nn.Module):
         """`positions_BT` count from 0 in each sequence, -1 is padding. `force_expert`: gate 1 for that expert, 0 for the others."""
         normed_BTD = self.input_layernorm(x_BTD)
         attention_BTD, attention_gates = self.self_attn(normed_BTD, positions_BT, cache or Cache(), force_expert)
-        h_BTD = x_BTD + self.scale * attention_BTD
+        h_BTD = x_BTD + self.scale * self.post_self_attn_layernorm(attention_BTD)
         if self.post_attention_layernorm is not None:
             normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
         mixed = isinstance(self.mlp, FfnMixture)
         ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
-        return BlockOutput(h_BTD + self.scale * ffn_BTD, attention_gates, ffn_gates)
+        return BlockOutput(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD), attention_gates, ffn_gates)
 
 
 class Trunk(nn.Module):

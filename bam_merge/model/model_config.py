@@ -27,11 +27,15 @@ class ModelConfig:
     norm_offset: int = 0  # to the weights of all norms: 1 where they say how far they are from 1
     rms_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-5
+    pre_norms: bool = True  # before attention and FFN
+    post_norms: bool = False  # of what attention and FFN give, all experts together
     parallel_block: bool = False
     parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False
-    qk_norm: bool = False  # of each head's q and k, of the kind norm_type: RMS with weights [C] (qwen3), layer [H, C] (cohere)
+    qk_norm: bool = False  # of q and k, of the kind norm_type
+    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None  # None: "head" of RMS norms, "heads" of layer norms
+    qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
@@ -54,6 +58,11 @@ class ModelConfig:
     norm_topk_prob: bool = False
     gate_scale: float = 1.0
     shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
+
+    @property
+    def qk_norm_weights(self) -> Literal["head", "heads", "all heads"]:
+        """Of each head with weights [C] for all (qwen3), [H, C] (cohere); or of all heads together, with weights [H * C] (olmo2)."""
+        return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":

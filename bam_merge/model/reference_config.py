@@ -22,6 +22,8 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
     config = _under_their_names(table, config)
 
     def get(word: str) -> Any:
+        if word in table.quirks.taken_from:
+            return _from_its_own_key(table, config, word)
         key = key_of.get(word, word)
         return config[key] if key in config else table.defaults.get(key)
 
@@ -48,6 +50,7 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
         values["query_growth"] = values["rope_parameters"].pop("llama_4_scaling_beta", None)
     if table.quirks.norm_eps is not None:
         values["layer_norm_eps" if values["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(table.quirks.norm_eps)
+    values |= _together(table, get)
     return values | (_experts(table, config, get) if table.kind == "mixture" else {})
 
 
@@ -55,6 +58,28 @@ def _under_their_names(table: Architecture, config: Mapping[str, Any]) -> dict[s
     """The keys of `config` under the names that the configuration class keeps them by (its attribute_map)."""
     names = table.quirks.renamed
     return {key: value for key, value in config.items() if key not in names} | {names[key]: config[key] for key in names if key in config}
+
+
+def _from_its_own_key(table: Architecture, config: Mapping[str, Any], word: str) -> Any:
+    """A fact that the configuration class calls otherwise, or what its __post_init__ fills in: FalconConfig's `4 * hidden_size`."""
+    names = table.quirks.taken_from[word].split(" or ")
+    stated = config.get(names[0], table.defaults.get(names[0]))
+    if stated is not None or len(names) == 1:
+        return stated
+    product = names[1].split(" * ")
+    return config[product[-1]] * (int(product[0]) if len(product) == 2 else 1)
+
+
+def _together(table: Architecture, get: Any) -> dict[str, Any]:
+    """What keys say only together, under the names that ModelConfig has for it."""
+    per_expert = {"num_attention_heads": "num_attention_heads_per_expert", "num_key_value_heads": "num_key_value_heads_per_expert"}
+    said: dict[str, Any] = {}
+    for case in table.cases:
+        if any(get(key) != wanted for key, wanted in case.where.items()):
+            continue
+        for fact, value in case.facts.items():
+            said[per_expert.get(fact, fact)] = get(value) if isinstance(value, str) else value
+    return said
 
 
 def _keys(table: Architecture) -> dict[str, str]:
@@ -92,16 +117,20 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
     return {
         "norm_type": trait("norm_type", "rms_norm"),
         "norm_bias": bool(trait("norm_bias", False)),
+        "pre_norms": bool(trait("pre_norms", True)),
+        "post_norms": bool(trait("post_norms", False)),
         "parallel_block": bool(trait("parallel_block", False)),
         "parallel_norms": trait("parallel_norms", 2),
         "gated_ffn": bool(trait("gated_ffn", False)),
         "rope_interleaved": bool(trait("rope_interleaved", False)),
         "qk_norm": bool(trait("qk_norm", False)),
+        "qk_norm_shape": trait("qk_norm_shape", None) if trait("qk_norm", False) else None,
+        "qk_norm_bias": bool(trait("qk_norm", False) and trait("qk_norm_bias", False)),
         "attention_bias": bias,
         "attention_out_bias": out_bias,
         "mlp_bias": bool(trait("mlp_bias", False)),
         "norm_offset": trait("norm_offset", 0),
-        "qk_norm_after_rotary": bool(trait("qk_norm_after_rotary", False)),
+        "qk_norm_after_rotary": bool(trait("qk_norm", False) and trait("qk_norm_after_rotary", False)),
         "head_bias": bool(trait("head_bias", False)),
         "embedding_scale_in_dtype": bool(trait("embedding_scale_in_dtype", False)),
         **{name: number(name) for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")},
@@ -143,11 +172,14 @@ def _layers(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """Which layers have a window, and which a rotary embedding, where these are not all of them."""
     layers = config["num_hidden_layers"]
     rotated: list[bool] = [True] * layers
+    if table.quirks.turning == "if rope":
+        rotated = [config.get("position_embedding_type") == "rope"] * layers
     if table.quirks.turning == "listed":
         stated, step = config.get("no_rope_layers"), config.get("no_rope_layer_interval", table.defaults.get("no_rope_layer_interval", 4))
         rotated = [bool(stated[layer] if stated is not None else (layer + 1) % step) for layer in range(layers)]
     windows = _windows(table, config, rotated)
-    if table.quirks.turning == "where windows are":
+    given = config.get("sliding_window", table.defaults.get("sliding_window"))
+    if table.quirks.turning == "where windows are" or (table.quirks.turning == "where windows are, or all" and given):
         rotated = [windows["sliding_window"] is not None and kind == "sliding_attention" for kind in windows["layer_types"]]
     return {**windows, "rope_layers": None if all(rotated) else [layer for layer in range(layers) if rotated[layer]]}
 
@@ -166,7 +198,8 @@ def _windows(table: Architecture, config: Mapping[str, Any], rotated: list[bool]
     if not window:
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     if "layer_types" in known and config.get("layer_types"):
-        return {"sliding_window": window, "layer_types": list(config["layer_types"])}
+        kinds = [{"attention": "full_attention"}.get(kind, kind) for kind in config["layer_types"]]  # remap_legacy_layer_types
+        return {"sliding_window": window, "layer_types": kinds}
     how = table.quirks.windows
     if how in ("all but each last", "all but each first"):
         every = get("sliding_window_pattern") if table.quirks.pattern_is_read else table.defaults["sliding_window_pattern"]

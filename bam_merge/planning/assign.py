@@ -17,10 +17,10 @@ from bam_merge.recipe.schema import Attention, Recipe, Routers
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
 
-KV_ROLES = ("attn.k", "attn.v", "attn.k_norm")
+KV_ROLES = ("attn.k", "attn.v", "attn.k_norm", "attn.k_norm.bias")
 
 
-QO_ROLES = ("attn.q", "attn.o", "attn.q_norm")
+QO_ROLES = ("attn.q", "attn.o", "attn.q_norm", "attn.q_norm.bias")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from bam_merge.planning.aligned import aligned_config, alignment_problems, with_
 from bam_merge.planning.assign import Made, assign, check_axes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
+from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
@@ -55,6 +56,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, "
             f"not {printable(str(recipe.output.layout), 60)}."
         )
+    recipe = with_gates(recipe, seed.facts)
     made = assign(recipe, models, problems)
     if layout is None or problems:
         raise RecipeError(*problems)
@@ -81,7 +83,7 @@ def make_plan(recipe: Recipe) -> Plan:
         config=config,
         unused=_unused(models, placed, made),
         notes=(
-            *_notes(layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
+            *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *copied_only_note(placed),
             *found.notes,
         ),
@@ -180,7 +182,9 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
     return unused
 
 
-def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
+def _notes(
+    recipe: Recipe, layout: Architecture, models: list[DenseModel], values: Mapping[str, Any], made: Mapping[Site, Made]
+) -> Iterator[str]:
     for model in models:
         yield from (f"sources.{model.name}: {note}" for note in (*(model.checkpoint.notes if not model.adapters else ()), *model.notes))
     unknown = models[0].unknown_keys
@@ -190,8 +194,8 @@ def _notes(layout: Architecture, models: list[DenseModel], values: Mapping[str, 
             "Check that it does not change what the model computes."
         )
     yield from engine_notes(layout, values, made)
-    if layout.kind == "mixture" and values["num_experts_per_tok"] == 1 and values["norm_topk_prob"]:
-        yield "ffn: top_k 1 with renormalised gates: the gate is always 1, so the router gets no gradient from the language-model loss."
+    if layout.kind == "mixture":
+        yield from gating_notes(recipe, models[0].facts)
 
 
 def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any], alignment: Alignment | None) -> str:

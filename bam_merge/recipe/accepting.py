@@ -61,6 +61,7 @@ NEVER: Mapping[str, str] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), f"{_SIZE}, though the tensors may have one shape"),
     **dict.fromkeys(("attention_bias", "attention_out_bias", "mlp_bias", "use_qk_norm", "qk_norm", "norm_type", "norm_bias"), _TENSORS),
+    **dict.fromkeys(("qk_layernorm", "qk_norm_bias"), _TENSORS),
     "vocab_size": "rows of the embeddings are tokens: two vocabularies are aligned token by token, never by their number",
     "tie_word_embeddings": "whether a head is the embeddings is seen in the tensors; write accept: {head: stored} or {head: tied}",
     "hidden_act": "weights that were trained with one activation compute something else with another, in every layer",

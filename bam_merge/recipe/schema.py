@@ -29,11 +29,13 @@ class Attention(Strict):
 
 
 class Ffn(Strict):
-    top_k: Count | None = Field(default=None, description="experts per token; default 1 for bam, 2 for btx and sparse_upcycling")
+    top_k: Count | None = Field(
+        default=None, description="experts per token; default 1 for bam, 2 for btx, sparse_upcycling, and where a norm stands after the FFN"
+    )
     gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = Field(
         default=None,
         description="gates of the softmax over all experts, not renormalised (default for bam); or over the chosen ones, "
-        "so that they sum to one (default for btx and sparse_upcycling; what Mixtral computes)",
+        "so that they sum to one (default for btx, sparse_upcycling, and where a norm stands after the FFN; what Mixtral computes)",
     )
     gate_scale: Positive = Field(default=1.0, description="multiplies the combined output of the experts; makes up for gates below one")
 

@@ -105,7 +105,10 @@ def _blocks(found: Inspection) -> str:
 
 
 def _factors(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What most families have not: factors, and norms whose weights are stored as what is missing."""
+    """What most families have not: other places of norms, norms whose weights are stored as what is missing, factors."""
+    if facts.get("post_norms"):
+        before = "before and " if facts.get("pre_norms", True) else ""
+        yield f"norms {before}after attention and FFN"
     if facts.get("norm_offset"):
         yield f"norms of {facts['norm_offset']} + w"
     for key, what in (("embedding_scale", "embeddings"), ("residual_scale", "residual branches"), ("logit_scale", "logits")):
@@ -120,7 +123,8 @@ def _attention(found: Inspection) -> str:
         return f"{facts['num_attention_heads']} heads over a latent vector of {latent}"
     heads, kv = facts["num_attention_heads"], facts["num_key_value_heads"]
     text = f"{count(heads, 'head')} of {facts['head_dim']}" + (f", {kv} for keys and values" if kv != heads else "")
-    traits = [name for key, name in (("qk_norm", "q and k normed"), ("attention_bias", "biases")) if facts.get(key)]
+    together = " over all heads" if facts.get("qk_norm_shape") == "all heads" else ""
+    traits = [name for key, name in (("qk_norm", f"q and k normed{together}"), ("attention_bias", "biases")) if facts.get(key)]
     rope = facts.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")

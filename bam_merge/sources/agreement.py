@@ -65,6 +65,8 @@ def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) 
     if key in ("rms_norm_eps", "layer_norm_eps") and model.family.quirks.norm_eps not in (None, key):
         return True
     match key:
+        case "qk_norm_shape" | "qk_norm_bias" | "qk_norm_after_rotary":
+            return "qk_norm" in differ
         case "rope_layers":
             return "num_hidden_layers" in differ or "layer_types" in differ
         case "layer_types":

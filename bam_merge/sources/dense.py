@@ -182,8 +182,11 @@ class _Tensors:
             self.copies.append(name)
             self.dropped[name] = "config.json ties the head to the embeddings"  # settle_copies sees whether this copy equals them
         else:
+            assert cell.row.when is not None  # what has no condition is wanted
+            when = cell.row.when
+            denied = f"{when.removeprefix('not ')}=true" if when.startswith("not ") else f"{when}=false"
             self.problems.append(
-                f"{name} is present, but config.json has {cell.row.when}=false, so that transformers would ignore it. "
+                f"{name} is present, but config.json has {denied}, so that transformers would ignore it. "
                 "Correct config.json or remove the tensor."
             )
 

@@ -25,6 +25,9 @@ from bam_merge.verifying.parameters import strangers
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import miswired
 
+NORMS = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+"""What a block has beside attention and FFN. Its experts share them."""
+
 
 def with_expert(mixture: Block, dense: Block, j: int) -> Block:
     """The mixture's block with all that its experts share taken from the dense model j: norms, and what of attention is shared.
@@ -33,9 +36,10 @@ def with_expert(mixture: Block, dense: Block, j: int) -> Block:
     """
     block = copy.copy(mixture)
     block._modules = dict(mixture._modules)
-    block.input_layernorm = _with_weights(mixture.input_layernorm, dense.input_layernorm)
-    if mixture.post_attention_layernorm is not None and dense.post_attention_layernorm is not None:
-        block.post_attention_layernorm = _with_weights(mixture.post_attention_layernorm, dense.post_attention_layernorm)
+    for name in NORMS:
+        ours, theirs = getattr(mixture, name), getattr(dense, name)
+        if ours is not None and theirs is not None:
+            setattr(block, name, _with_weights(ours, theirs))
     if not len(mixture.self_attn.experts):
         block.self_attn = dense.self_attn
     elif mixture.self_attn.shares_kv:
@@ -125,9 +129,11 @@ def against_dense(
     ran = f"; its blocks compute the same{of}" if of else ""
     yield isolation.check(f"every expert of {len(names)} is its dense model in every layer{ran}")
     scale = sum(factors) / len(factors)
-    meaning = (
-        "the dense model exactly" if abs(scale - 1) < 1e-6 else f"its attention exactly, its FFN times {scale:.4f} (the chosen gates' sum)"
-    )
+    meaning = f"its attention exactly, its FFN times {scale:.4f} (the chosen gates' sum)"
+    if abs(scale - 1) < 1e-6:
+        meaning = "the dense model exactly"
+    elif mixture.config.post_norms:
+        meaning += ", which the norm after it takes away"
     yield identity.check(f"copies of {seed} under these routers are {meaning}{of}")
 
 
@@ -174,8 +180,8 @@ class _Layer:
 
 
 def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tuple[float, float]:
-    """With every expert the seed's, attention must be the seed's, the FFN times the sum of the gates that `recipe` asks for. (error,
-    that factor's mean)"""
+    """With every expert the seed's, attention must be the seed's, the FFN (before a norm that stands after it) times the sum of the gates
+    that `recipe` asks for. (error, that factor's mean)"""
     block = with_expert(mixture, dense, 0)
     for j in range(len(mixture.self_attn.experts)):
         block.self_attn = _as_expert(block.self_attn, dense.self_attn, j)
@@ -184,12 +190,13 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tu
         block.mlp = _as_expert(block.mlp, dense.mlp, j)
     positions = positions_of(x_BTD)
     normed = dense.input_layernorm(x_BTD)
-    attention = dense.scale * dense.self_attn(normed, positions, Cache(), None)[0]
+    attention = dense.scale * dense.post_self_attn_layernorm(dense.self_attn(normed, positions, Cache(), None)[0])
     if dense.post_attention_layernorm is not None:
         normed = dense.post_attention_layernorm(x_BTD if dense.parallel else x_BTD + attention)
     factor_BT1 = _gate_sum(mixture.mlp.router(normed), recipe)
     out = block(x_BTD, positions).hidden
-    return difference(out - x_BTD, attention + dense.scale * factor_BT1 * dense.mlp(normed), out), float(factor_BT1.mean())
+    ffn = dense.scale * dense.post_mlp_layernorm(factor_BT1 * dense.mlp(normed))
+    return difference(out - x_BTD, attention + ffn, out), float(factor_BT1.mean())
 
 
 def _gate_sum(logits_BTN: Tensor, recipe: Recipe) -> Tensor:

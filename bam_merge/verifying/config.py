@@ -47,10 +47,12 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "number of heads": (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim),
         "norm": (config.norm_type, config.layer_norm_eps if layered else config.rms_norm_eps),
         "norm offset": config.norm_offset,
+        "norms before attention and FFN": config.pre_norms,
+        "norms after attention and FFN": config.post_norms,
         "block": (config.parallel_block, config.parallel_norms if config.parallel_block else 2),
         "activation": ACTIVATIONS[config.hidden_act],
         "gated FFN": config.gated_ffn,
-        "qk norm": config.qk_norm,
+        "qk norm": (config.qk_norm_weights, "biased" if config.qk_norm_bias else "unbiased") if config.qk_norm else None,
         "qk norm stands": "after rotary" if config.qk_norm and config.qk_norm_after_rotary else "before rotary",
         "score scale": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         "query growth": None

@@ -7,7 +7,7 @@ from conftest import CONFIGS, write_sources
 
 from bam_merge import expressions
 from bam_merge.architectures.config import describe
-from bam_merge.architectures.locate import family_tensors, rows_of, shape_of
+from bam_merge.architectures.locate import Cell, applies, family_tensors, rows_of, shape_of
 from bam_merge.architectures.tables import (
     Architecture,
     dense_families,
@@ -54,7 +54,7 @@ def test_table_is_sound(family: Architecture) -> None:
     assert set(roles) - {role for role in roles if role.startswith("ffn.shared.")} <= set(ROLES)
     names = [name for row in family.rows for name in row.names]
     assert len(names) == len(set(names))
-    keys = [(role, row.per_expert) for row in family.rows for role in row.roles]
+    keys = [(role, row.per_expert, row.when) for row in family.rows for role in row.roles]
     assert len(keys) == len(set(keys))
     for row in family.rows:
         assert (len(row.roles) > 1) == bool(row.parts)
@@ -69,6 +69,15 @@ def test_table_is_sound(family: Architecture) -> None:
                 "head_dim": D,
             }
             assert not row.parts or rows_of(row, facts) == shape_of(row, facts)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_has_one_tensor_of_a_role(name: str) -> None:
+    """Rows that name one role exclude each other, whatever a model is."""
+    family = load_architecture(CONFIGS[name]["model_type"])
+    facts = describe(family, CONFIGS[name], [])
+    roles = [role for row in family.rows if applies(Cell(row), facts) for role in row.roles]
+    assert len(roles) == len(set(roles))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -191,7 +191,7 @@ def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
 
 
 ONE_SUM = {
-    *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied")),
+    *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied", "phi_qk_norm", "falcon_grouped")),
     *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased")),
 }
 """A parallel block adds both biases to one sum, and norms after the rotation scale one product: no logits tell them apart, only their names."""
@@ -219,6 +219,9 @@ FUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "sizes of q and k": ("phi3", "attn.q", {"parts": ("K*D", "H*D", "K*D")}, "holds attn.q as [16, 32], config.json implies [32, 32]"),
     "a part too few": ("phi3", "attn.q", {"parts": ("H*D", "K*D", "D")}, "is [64, 32], config.json implies [56, 32]"),
     "q, k, v of all heads, not head by head": ("gpt_neox", "attn.q", {"groups": "1", "parts": ("H*D", "H*D", "H*D")}, "logits"),
+    "q, k, v of all heads, not group by group": ("falcon_grouped", "attn.q", {"groups": "1", "parts": ("H*D", "K*D", "K*D")}, "logits"),
+    "k and v of a group": ("falcon_grouped", "attn.q", {"roles": ("attn.q", "attn.v", "attn.k")}, "logits"),
+    "gate and up of a fused FFN": ("granitemoehybrid", "ffn.gate", {"roles": ("ffn.up", "ffn.gate")}, "logits"),
     "blocks of gate and up": ("phi3", "ffn.gate", {"groups": "f", "parts": ("1", "1")}, "logits"),
 }  # fmt: skip
 

@@ -30,11 +30,21 @@ BASE = {
     "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": 64, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+SLIDES, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 KINDS = tuple(kind for kind in architecture_names() if kind != "bam")
 EXPERTS = {kind: key for kind in KINDS for key, value in load_architecture(kind).config.items() if value == "$num_experts"}
 SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 40},
+    "granitemoehybrid": {
+        "num_local_experts": 0, "layer_types": [FULL, FULL], "shared_intermediate_size": 40, "position_embedding_type": "rope", "mamba_n_heads": 8,
+    },
+}  # fmt: skip
+"""What these model types have under keys of their own, and need."""
 
 
 def base(kind: str) -> dict[str, Any]:
@@ -45,7 +55,9 @@ def base(kind: str) -> dict[str, Any]:
     grows = {"llama_4_scaling_beta": 0.1, ORIGINAL: 32} if table.quirks.query_growth else {}
     rope = {"rope_parameters": {"rope_type": "default", **grows}} if table.quirks.rope_needed else {}
     heads = {"num_key_value_heads": 4} if kind != "gpt_neox" else {}
-    return {"model_type": kind, **BASE, **mixture, **head, **heads, **rope}
+    found = {"model_type": kind, **BASE, **mixture, **head, **heads, **rope, **OWN.get(kind, {})}
+    own = [word for word in table.quirks.taken_from if word not in table.neutral]
+    return {key: value for key, value in found.items() if key not in own}
 
 
 def theirs(config: dict[str, Any]) -> Any:
@@ -70,6 +82,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "rope.rope_type": ("linear", "dynamic"), "rope.rope_theta": (3e5, 7e3), "rope.partial_rotary_factor": (0.5, 0.75, 0.25), "dtype": ("float16", "bfloat16"),
     f"rope.{ORIGINAL}": (32, 64), "hidden_act": ("relu", "gelu_new", "gelu_fast"), "num_experts": (6, 8), "hidden_size": (64, 96), "num_hidden_layers": (3, 5),
     "num_attention_heads": (8, 16), "num_key_value_heads": (2, 1), "head_dim": (16, 4),
+    "intermediate_size": (48, 96),
 }  # fmt: skip
 """Values that a fact may have, by one of its keys: two, and a third where one can be a family's default."""
 
@@ -94,7 +107,9 @@ def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
     config = {key: value for key, value in base(kind).items() if key not in (*spelling.read, *spelling.ignored)}
     rope: dict[str, Any] = {}
     if "num_attention_heads" in spelling.read:
-        config["hidden_size"] = 1920  # which the classes' own counts of heads divide
+        config["hidden_size"] = 1920 * 71  # which the classes' own counts of heads divide
+    if "num_hidden_layers" in spelling.read:
+        config.pop("layer_types", None)  # which has one for each
     if spelling.only:
         rope = dict(LONGROPE if kind == "phi3" else YARN)
     elif "rope.rope_type" in spelling.read:
@@ -125,13 +140,16 @@ def their_value(spelling: Spelling, kind: str, config: dict[str, Any]) -> Any:
         case "the dtype":
             return None if found.dtype is None else str(found.dtype).removeprefix("torch.")
         case "the activation":
-            return found.hidden_act
+            return getattr(found, spelling.read[0])
         case "the number of experts":
             return found.num_experts
         case "the number of key and value heads" | "the size of a head":
             model = their_model(config)
             if kind != "gpt_neox":
-                return model.model.layers[0].self_attn.q_proj.out_features // found.num_attention_heads
+                layer = model.base_model.layers[0] if hasattr(model.base_model, "layers") else model.base_model.h[0]
+                if not hasattr(layer, "self_attn"):
+                    return layer.self_attention.num_kv_heads if "heads" in spelling.fact else layer.self_attention.head_dim
+                return layer.self_attn.q_proj.out_features // found.num_attention_heads
             attention = model.gpt_neox.layers[0].attention
             assert attention.query_key_value.out_features == 3 * found.hidden_size  # as many key heads as query heads
             return found.num_attention_heads if "heads" in spelling.fact else attention.head_size
@@ -324,7 +342,9 @@ def test_which_layers_slide_and_rotate_is_what_transformers_says(kind: str, keys
     assert problems == []
     used = getattr(found, "use_sliding_window", True)
     windows = [8 if kind == SLIDES and used else None for kind in found.layer_types]
-    turning = {"all": [1] * 9, "where windows are": windows}.get(table.quirks.turning) or found.no_rope_layers
+    turning = {"all": [1] * 9, "where windows are": windows, "where windows are, or all": windows}.get(
+        table.quirks.turning
+    ) or found.no_rope_layers
     expected = [layer for layer in range(9) if turning[layer]]
     for said in (vars(facts), described):
         assert [said["sliding_window"] if t == SLIDES else None for t in said["layer_types"]] == windows
@@ -339,6 +359,10 @@ def sees_far(config: dict[str, Any]) -> bool:
     ids = torch.arange(3, 15)[None]
     other = ids.clone()
     other[0, 0] = 40
+    if load_architecture(config["model_type"]).quirks.needed and SLIDES in config.get("layer_types", ()):
+        with pytest.raises(KeyError):  # a class that has no such layers at all
+            model(input_ids=ids)
+        return True
     with torch.no_grad():
         moved = float((model(input_ids=ids).logits - model(input_ids=other).logits)[0, -1].abs().max())
     return moved > 1e-6
@@ -454,7 +478,7 @@ def test_both_readings_agree(name: str) -> None:
     table = load_architecture(CONFIGS[name]["model_type"])
     config, facts = model_config(CONFIGS[name]), describe(table, CONFIGS[name], [])
     facts |= {f"{key}_per_expert": facts[key] for key in ("num_attention_heads", "num_key_value_heads")}
-    for key in ("rope_parameters", "parallel_block", "qk_norm", "attention_bias", "attention_out_bias", "mlp_bias", "norm_type", "norm_bias", "gated_ffn", "rope_interleaved", "sliding_window", "layer_types", "hidden_act", "head_dim", "logit_scale", "num_key_value_heads_per_expert", "num_attention_heads_per_expert", "tie_word_embeddings"):  # fmt: skip
+    for key in ("rope_parameters", "parallel_block", "qk_norm", "qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary", "rope_layers", "post_norms", "attention_bias", "attention_out_bias", "mlp_bias", "norm_type", "norm_bias", "gated_ffn", "rope_interleaved", "sliding_window", "layer_types", "hidden_act", "head_dim", "logit_scale", "num_key_value_heads_per_expert", "num_attention_heads_per_expert", "tie_word_embeddings"):  # fmt: skip
         assert getattr(config, key) == facts[key], key
 
 
@@ -518,6 +542,11 @@ def test_verification_finds_the_wrong_one_of_two_spellings(also: bool, tmp_path:
     ("gemma", {}, "embedding_scale_in_dtype", False, "source configs"),
     ("smollm3", {}, "rope_layers", [1], "source configs"), ("smollm3", {}, "rope_layers", None, "expert isolation"),
     ("cohere2", {}, "rope_layers", None, "expert isolation"), ("granite", {}, "residual_scale", 1.0, "expert isolation"),
+    ("olmo2", {}, "qk_norm_shape", "head", "model"), ("phi_qk_norm", {}, "qk_norm_bias", False, "model"), ("exaone4", {}, "rope_layers", None, "expert isolation"),
+    ("glm4", {}, "rms_norm_eps", 1e-2, "expert isolation"), ("olmo2", {}, "qk_norm_after_rotary", True, "expert isolation"),
+    ("falcon_grouped", {}, "parallel_norms", 1, "model"), ("falcon_sequential", {}, "parallel_block", True, "source configs"),
+    ("granitemoehybrid", {}, "rope_layers", [], "expert isolation"), ("granitemoehybrid_nope", {}, "rope_layers", None, "source configs"),
+    ("glm", {}, "rms_norm_eps", 1e-2, "head"), ("glm", {}, "rope_interleaved", False, "source configs"),
     ("hunyuan_v1_dense", {}, "qk_norm_after_rotary", False, "source configs"), ("ministral3", {}, "query_growth", 0.1, "source configs"),
     ("ministral3", {}, "query_growth", None, "source configs"), ("starcoder2", {}, "layer_norm_eps", 1e-2, "head"),
 ])  # fmt: skip

@@ -56,7 +56,7 @@ WRONG = {
     "a word for turning": (
         "[traits]",
         '[quirks]\nturning = "some"\n[traits]',
-        "quirks.turning: 'some' is not possible. Known: all, where windows are, listed.",
+        "quirks.turning: 'some' is not possible. Known: all, where windows are, where windows are, or all, listed, if rope.",
     ),
     "a power": (
         "[traits]",
@@ -64,6 +64,22 @@ WRONG = {
         "traits.logit_scale: found 'config:logits_scaling^x', expected a value, config:KEY, or config:KEY^POWER.",
     ),
     "a condition": ('when = "untied"', 'when = "unties"', ".when: 'unties' is no trait; did you mean 'untied'?"),
+    "a case": ("[traits]", "[[cases]]\nwhere = { a = 1 }\n[traits]", "cases[0]: needs facts (what holds then) or refused"),
+    "a fact of a case": (
+        "[traits]",
+        "[[cases]]\nwhere = { a = 1 }\nfacts = { num_heads = 1 }\n[traits]",
+        "cases[0].facts: 'num_heads' is neither a size nor a trait",
+    ),
+    "a reason for nothing": (
+        "[traits]",
+        '[quirks]\nreasons = { alibi = "x" }\n[traits]',
+        "quirks.reasons.alibi: quirks.only says nothing of it",
+    ),
+    "a key elsewhere": (
+        "[traits]",
+        '[quirks]\ntaken_from = { hidden_act = "a and b" }\n[traits]',
+        "quirks.taken_from.hidden_act: found 'a and b', expected KEY",
+    ),
     "a missing key": ('class = "LlamaForCausalLM"', "", "class is missing."),
     "another type": ('model_types = ["llama"]', 'model_types = "llama"', "model_types: found 'llama', expected list."),
     "both role and roles": ('role = "ffn.down"', 'role = "ffn.down", roles = ["ffn.up"]', "needs role (one) or roles (several"),

@@ -17,7 +17,7 @@ from bam_merge.planning.output_config import refusals
 
 OTHER: dict[str, Any] = {
     "norm_type": "layer_norm", "parallel_norms": 1, "norm_offset": 1, "attention_scale": 0.3, "embedding_scale": 2.0, "residual_scale": 0.5,
-    "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
+    "qk_norm_shape": "all heads", "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
 }  # fmt: skip
 """A value of each trait that is not the usual one; of those that are true or false, the other one."""
 
@@ -121,6 +121,20 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "an alpha below 0": ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": -2}}, "alpha in rope_parameters must be a number above 0, and less than 1e30, for heads of more than 2, found -2."),
     "no growth said": ("ministral3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters.llama_4_scaling_beta must be a number"),
     "no context to grow from": ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}, "rope_parameters.original_max_position_embeddings must be above 0"),
+    "positions by distance": ("falcon", {"alibi": True}, "alibi = true cannot be merged here: its scores are shifted by distance (ALiBi)"),
+    "no norms at all": ("falcon_grouped", {"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn = 3 is not known here, only 1 or 2"),
+    "no model of transformers": ("falcon_grouped", {"parallel_attn": False}, "new_decoder_architecture = true, parallel_attn = false: the new architecture is always parallel"),
+    "two norms of the old kind": ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2: only the new architecture has two norms"),
+    "a head that a class works out": ("falcon", {"head_dim": 8}, "head_dim = 8 cannot be merged here: it is always hidden_size / num_attention_heads"),
+    "an FFN under a key of its own": ("falcon", {"ffn_hidden_size": 0}, "ffn_hidden_size must be a positive integer, found 0."),
+    "another FFN under the common key": ("falcon", {"intermediate_size": 48}, "intermediate_size = 48 and ffn_hidden_size = 40 are two spellings of the size of the FFN, and differ; transformers takes ffn_hidden_size"),
+    "another activation": ("falcon", {"hidden_act": "relu"}, "hidden_act = 'relu' is another spelling of the activation, which transformers takes from activation for falcon"),
+    "a mixture already": ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts = 8 cannot be merged here: such a Granite 4 is a mixture already"),
+    "a mixture already, unsaid": ("granitemoehybrid", {"num_local_experts": ...}, "num_local_experts = 8, which is meant where it is left out, cannot be merged here"),
+    "layers with states": ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "layer_types names 'mamba'; granitemoehybrid merges here only where all its layers are full_attention."),
+    "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing; granitemoehybrid without it is another model than those that merge here. Add it."),
+    "letters and no layers": ("exaone4", {"sliding_window_pattern": "LG"}, "sliding_window_pattern must be an integer, found 'LG'."),
+    "letters that say otherwise": ("exaone4", {"sliding_window_pattern": "GL", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types says that layers 0 slide, sliding_window_pattern = 'GL' that layers none do"),
     "no number": ("granite", {"residual_multiplier": "0.2"}, "residual_multiplier must be a number, found '0.2'."),
     "a window that is not": ("cohere2", {"sliding_window": None}, "sliding_window is no number, and layers of cohere2 slide unless layer_types says otherwise."),
     "two patterns": ("cohere2_biased", {"sliding_window_pattern": 2}, "layer_types says that layers 1 slide, sliding_window_pattern = 2 that all but each 2th do"),
@@ -132,7 +146,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(case: str, tmp_path: P
     name, keys, message = WRONG[case]
     write_sources(tmp_path, CONFIGS[name])
     path = tmp_path / "law" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    stated = {**json.loads(path.read_text()), **keys}
+    path.write_text(json.dumps({key: value for key, value in stated.items() if value is not ...}))
     with pytest.raises(CheckpointError) as error:
         plan_file(write_recipe(tmp_path))
     assert any(problem.startswith("sources.law: config.json: ") and message in problem for problem in error.value.problems)
@@ -140,7 +155,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(case: str, tmp_path: P
 
 @pytest.mark.parametrize(("name", "keys", "named"), [
     ("granite", {"residual_multiplier": 0.4}, "residual_multiplier = 0.4"), ("granite", {"logits_scaling": 2.0}, "logits_scaling = 2.0"),
-    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("nemotron", {"norm_eps": 1e-3}, "norm_eps = 0.001"),
+    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("falcon_grouped", {"num_kv_heads": 4}, "num_key_value_heads = 4"),
+    ("exaone4", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window_pattern": None}, "layer_types"), ("nemotron", {"norm_eps": 1e-3}, "norm_eps = 0.001"),
     ("starcoder2", {"norm_epsilon": 1e-3}, "norm_epsilon = 0.001"),
 ])  # fmt: skip
 def test_sources_that_differ_in_a_trait_are_refused_once(name: str, keys: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -163,6 +179,14 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a pattern and its layers": ("cohere2", {}, {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]}),
     "biases under both names": ("internlm3", {}, {"attention_bias": True, "mlp_bias": True}),
     "a scale that is the usual one": ("granite", {"attention_multiplier": 12**-0.5}, {"attention_multiplier": 12**-0.5, "head_dim": 12}),
+    "the older name of a width": ("falcon", {}, {"hidden_size": ..., "n_embed": 32}),
+    "an FFN of four times the width, and one that says so": ("falcon_grouped", {}, {"ffn_hidden_size": 128}),
+    "one head for keys, said twice": ("falcon", {}, {"num_kv_heads": 71, "alibi": False}),
+    "letters for windows": ("exaone4", {}, {"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"]}),
+    "no pattern beside no window": ("exaone4_full", {}, {"sliding_window_pattern": None}),
+    "a pattern of nothing": ("exaone4_full", {}, {"sliding_window_pattern": 0}),
+    "an older word for full attention": ("granitemoehybrid", {}, {"layer_types": ["full_attention"] * 2}),
+    "an older key for kinds of layers": ("granitemoehybrid", {}, {"layer_types": ..., "layers_block_type": ["attention"] * 2}),
     "alpha and the base that it makes": (
         "hunyuan_v1_dense", {}, {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4 * 1000.0 ** (12 / 10)}},
     ),
@@ -175,7 +199,8 @@ def test_two_spellings_are_one_model(case: str, tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS[name])
     for source in ("seed", "code", "law"):
         path = tmp_path / source / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **(theirs if source == "law" else mine)}))
+        stated = {**json.loads(path.read_text()), **(theirs if source == "law" else mine)}
+        path.write_text(json.dumps({key: value for key, value in stated.items() if value is not ...}))
     assert [note for note in plan_file(write_recipe(tmp_path)).notes if "config.json" in note] == []
 
 

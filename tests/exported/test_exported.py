@@ -90,7 +90,7 @@ def test_every_variant_computes_what_the_reference_model_does(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere_qk_norm", "qwen3_biased"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere_qk_norm", "qwen3_biased", "olmo2", "phi_qk_norm", "falcon_grouped"])
 def test_saving_gives_the_same_tensors_back(name: str, kind: str, tmp_path: Path) -> None:
     """Byte for byte, one per expert; and the saved folder is a bam checkpoint, for the reference model and with its code."""
     method, text = KINDS[kind]

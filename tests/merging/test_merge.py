@@ -61,6 +61,7 @@ def test_expert_kv_of_every_family(name: str, tmp_path: Path) -> None:
     rename = {
         "gpt_neox.embed_in": "model.embed_tokens", "gpt_neox.final_layer_norm": "model.norm", "embed_out": "lm_head",
         "gpt_neox.": "model.", "attention.dense": "self_attn.o_proj", "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+        "post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm",
     }  # fmt: skip
     checked = set()
     for source in SOURCES:
