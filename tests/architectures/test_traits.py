@@ -116,6 +116,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no pattern": ("cohere2", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer, found 0."),
     "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm = true is not known here, only false: what such a model computes would be a guess."),
     "sight of what comes": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not known here, only false"),
+    "a null under one of two names": ("internlm3", {"attention_bias": None}, "attention_bias is null, which is no value of it: transformers does not load such a model."),
+    "a null under the other": ("internlm3_tied", {"qkv_bias": None}, "qkv_bias is null, which is no value of it: transformers does not load such a model."),
     "one bias by two keys": ("internlm3", {"attention_bias": False}, "qkv_bias = true and attention_bias = false are two spellings of one fact, and differ."),
     "no rotary embedding said": ("cwm", {"rope_parameters": None}, "rope_parameters is missing; cwm without it is given a scaling that no file says."),
     "an alpha below 0": ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": -2}}, "alpha in rope_parameters must be a number above 0, and less than 1e30, for heads of more than 2, found -2."),
