@@ -59,11 +59,12 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
     if not run and quirks == Quirks():
         return ()
     activations = tuple(quirks.activations.items())
+    activation, others = ACTIVATION[0], tuple(key for key in ACTIVATION[1] if key not in table.neutral)
     experts = (quirks.experts, _others(EXPERT_COUNTS, quirks.experts), quirks.experts_default)
     return (
         *(_rotary_lines(table) if run else ()),
         Spelling("the dtype", ("dtype", "torch_dtype")),
-        *([Spelling("the activation", *ACTIVATION, table.defaults.get("hidden_act", "silu"), same=activations)] if run else ()),
+        *([Spelling("the activation", activation, others, table.defaults.get("hidden_act", "silu"), same=activations)] if run else ()),
         *([Spelling("the number of experts", *experts)] if quirks.experts else ()),
         *(Spelling(fact, (key,), tuple(others)) for fact, (key, *others) in SIZES.items() if run),
         *(Spelling(WORKED_OUT[key], (), (key,), f"${source}") for key, source in quirks.worked_out.items()),

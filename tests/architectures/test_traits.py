@@ -116,6 +116,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no pattern": ("cohere2", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer, found 0."),
     "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm = true is not known here, only false: what such a model computes would be a guess."),
     "sight of what comes": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not known here, only false"),
+    "norms that may be absent": ("hunyuan_v1_dense", {"use_qk_norm": False}, "use_qk_norm = false is not known here, only true: what such a model computes would be a guess."),
+    "a compression": ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio = 2.0 is not known here, only 1.0 or 1"),
+    "an epsilon under another name": ("starcoder2", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06 is not known here, only 1e-05"),
     "a null under one of two names": ("internlm3", {"attention_bias": None}, "attention_bias is null, which is no value of it: transformers does not load such a model."),
     "a null under the other": ("internlm3_tied", {"qkv_bias": None}, "qkv_bias is null, which is no value of it: transformers does not load such a model."),
     "one bias by two keys": ("internlm3", {"attention_bias": False}, "qkv_bias = true and attention_bias = false are two spellings of one fact, and differ."),
@@ -163,6 +166,8 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gelu beside its meaning": ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, {}),
     "a list and its interval": ("smollm3", {"no_rope_layers": [1, 0]}, {"no_rope_layers": None, "no_rope_layer_interval": 2}),
     "a pattern and its layers": ("cohere2", {}, {"sliding_window_pattern": 2, "layer_types": ["sliding_attention", "full_attention"]}),
+    "a key that nothing reads": ("starcoder2", {}, {"activation_function": "gelu", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}),
+    "keys of the first code": ("hunyuan_v1_dense", {}, {"use_qk_norm": True, "attention_head_dim": 12, "norm_type": "rms", "use_cla": False}),
     "biases under both names": ("internlm3", {}, {"attention_bias": True, "mlp_bias": True}),
     "a scale that is the usual one": ("granite", {"attention_multiplier": 12**-0.5}, {"attention_multiplier": 12**-0.5, "head_dim": 12}),
     "alpha and the base that it makes": (
