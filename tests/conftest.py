@@ -143,15 +143,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CHEAP = ("test_architectures.py", "test_dense_models_compute_what_transformers_does")
 """What is tried for all of them always: tables, facts and logits against transformers."""
 
+WHOLE = ("test_every_family.py",)
+"""Files whose every case is one of many: of the first families too."""
+
+
+def tried_family(item: pytest.Item) -> str | None:
+    """The model type that a case is about, where it is one of many of its kind: of a family of `MORE`, or in a file of `WHOLE`."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    types = [CONFIGS[value]["model_type"] if value in CONFIGS else value for value in values if isinstance(value, str)]
+    late = {config["model_type"] for config in (CONFIGS if any(file in item.nodeid for file in WHOLE) else MORE).values()}
+    return next((kind for kind in types if kind in late), None)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of what every family and variant goes through, a sixteenth, the same every time; the rest is for `-m families`."""
+    """What every family and variant goes through is for `-m families`; one case of each test and family, always the same, is for all runs."""
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        case = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        late = any(isinstance(value, str) and value in MORE for value in case)
-        if late and not any(cheap in item.nodeid for cheap in CHEAP) and crc32(item.nodeid.encode()) % 16:
+        kind = None if any(cheap in item.nodeid for cheap in CHEAP) else tried_family(item)
+        if kind is not None:
             item.add_marker("families")
+            cases.setdefault((item.nodeid.partition("[")[0], kind), []).append(item)
+    for same in cases.values():
+        min(same, key=lambda item: crc32(item.nodeid.encode())).add_marker("sampled")
 
 
 @dataclass

@@ -37,16 +37,17 @@ def without_nulls(family: Architecture, config: Mapping[str, Any], problems: lis
         if key in known and known[key] is None:
             needed = key in (*family.defaults, family.quirks.rotary_base, family.quirks.rotary_share)
             if needed and not (isinstance(inner, dict) and inner.get(word) is not None):
-                problems.append(_meaningless(family, key))
+                problems.append(meaningless(family, key))
             del known[key]
     for key in (*family.defaults, "hidden_act", "tie_word_embeddings"):
         if key in known and known[key] is None and key not in MEANT:
-            problems.append(_meaningless(family, key))
+            problems.append(meaningless(family, key))
             del known[key]
     return known
 
 
-def _meaningless(family: Architecture, key: str) -> str:
+def meaningless(family: Architecture, key: str) -> str:
+    """What is said of a key whose null means nothing."""
     default = family.defaults.get(key)
     way = f"remove the key ({family.name} without it has {shown(default)})" if default is not None else "remove the key"
     return f"config.json: {key} is null, which is no value of it: transformers does not load such a model. Write the value, or {way}."

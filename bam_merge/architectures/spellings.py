@@ -76,7 +76,7 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
 
 
 def _activation(table: Architecture, same: tuple[tuple[str, str], ...]) -> Spelling:
-    read, ignored = ACTIVATION
+    read, ignored = ACTIVATION[0], tuple(key for key in ACTIVATION[1] if key not in table.neutral)
     own = table.quirks.taken_from.get("hidden_act")
     if own is None:
         return Spelling("the activation", read, ignored, table.defaults.get("hidden_act", "silu"), same=same)

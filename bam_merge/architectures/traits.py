@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from bam_merge.architectures.nulls import meaningless
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.vocabulary import TRAITS
 from bam_merge.text import printable
@@ -28,6 +29,10 @@ def renamed(family: Architecture, config: Mapping[str, Any], problems: list[str]
     for key, name in family.quirks.renamed.items():
         if key in result:
             value = result.pop(key)
+            if value is None:
+                problems.append(meaningless(family, key))
+            if value is None or config.get(name, value) is None:  # a null under the other name is said there
+                continue
             if name in config and config[name] != value:
                 problems.append(
                     f"config.json: {key} = {shown(value)} and {name} = {shown(config[name])} are two spellings of one fact, and differ. "
