@@ -1,4 +1,4 @@
-"""What a record of a merge method, an initialiser or a formula must say of itself; the records themselves are in expressions.py."""
+"""What a record of a merge method, an initialiser or a formula must say of itself; the records themselves are in expressions/."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class About:
 class Method:
     """The record of a merge method: its numbers, as a frozen dataclass; its name, and what is to be known of it.
 
-    Its kernel (merging/kernels.py) and its second way (verifying/rederive.py) are found by its class.
+    Its kernel (merging/kernels/) and its second way (verifying/rederive/) are found by its class.
     """
 
     __slots__ = ()
@@ -47,7 +47,7 @@ METHODS: dict[str, type[Method]] = {}
 class Initialiser:
     """The record of a way to draw a new tensor: its numbers, as a frozen dataclass, and its name.
 
-    Its values (values/streams.py) and its second way (verifying/rederive.py) are found by its class.
+    Its values (values/streams.py) and its second way (verifying/rederive/) are found by its class.
     """
 
     __slots__ = ()

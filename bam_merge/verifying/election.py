@@ -6,7 +6,7 @@ is an outcome like any other. The sum is of float64 products with whole-numbered
 fixes; only the order in which they are summed is free. So the sign is in doubt only where three or more products cancel to within
 the rounding of their sum, and not even there if they lie on a grid on which every partial sum is exact.
 
-On purpose apart from merging/kernels.py, which makes such tensors: only the whole-numbered weights are of one function.
+On purpose apart from merging/kernels/, which makes such tensors: only the whole-numbered weights are of one function.
 """
 
 import torch

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.merging.kernels import Chunk, combine, survey, ties_thresholds
+from bam_merge.merging.kernels import Chunk, combine, survey
+from bam_merge.merging.kernels.task_vectors import ties_thresholds
 from bam_merge.values.streams import initialise
 from bam_merge.values.tensors import TORCH_DTYPES, rounded
 from bam_merge.verifying.rederive import rederive, survey_all

@@ -13,7 +13,7 @@ from bam_merge.merging.kernels import Chunk, combine, survey
 from bam_merge.values.streams import uniforms
 from bam_merge.values.tensors import TORCH_DTYPES, rounded
 from bam_merge.verifying.election import elect
-from bam_merge.verifying.rederive import COMPUTING, Rows, _difference, derive
+from bam_merge.verifying.rederive.deriving import COMPUTING, Rows, derive, difference
 from bam_merge.verifying.rounding import Derived, nearest, worst
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -110,7 +110,7 @@ def derived(method: Any, operands: list[Tensor], base: Tensor | None) -> Derived
     if isinstance(method, expressions.Ties):
         assert base is not None
         keep = math.floor(method.density * len(base))
-        known = [float(_difference(x, base, computing).abs().sort(descending=True).values[keep - 1]) for x in operands]
+        known = [float(difference(x, base, computing).abs().sort(descending=True).values[keep - 1]) for x in operands]
     return derive(method, Rows(operands, base, known, 0, computing))
 
 

@@ -89,8 +89,8 @@ def test_public_layouts_pass(family: str, layout: str, tmp_path: Path) -> None:
 def test_every_make_rederives(name: str, make: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, small in (
         ("rows.ROWS_BYTES", 300),
-        ("rederive.SURVEY_BINS", 8),
-        ("rederive.SURVEY_SORTED", 16),
+        ("rederive.thresholds.SURVEY_BINS", 8),
+        ("rederive.thresholds.SURVEY_SORTED", 16),
     ):  # as a large tensor would be: in pieces
         monkeypatch.setattr(f"bam_merge.verifying.{limit}", small)
     write_sources(tmp_path, CONFIGS[name], dtype=dtype)

@@ -1,123 +1,20 @@
-"""The mathematics of merging and initialising, one small pure function per method.
-
-Tensors come as chunks of flat vectors in one floating dtype (float32, or float64 where a source is) and leave in it; nothing here
-casts, rounds or touches files. Methods that need to know a whole tensor first (a threshold, an angle) get it from `survey`, which
-reads the chunks once or twice; `combine` then works on any chunk by itself.
-
-Shapes: x_C is a chunk of C elements; a chunk list x_KC has one per operand; d_C = x_C - base_C is a task vector's chunk.
-"""
+"""Kernels of the methods that merge differences from a base (task vectors)."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import singledispatch
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bam_merge import expressions
+from bam_merge.merging.kernels.chunks import Chunk, Chunks, combine, survey, weighted_sum
 from bam_merge.values.streams import uniforms
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Elements [start, start + C) of every operand and of the base, flat, in the computing dtype."""
-
-    start: int
-    operands: list[Tensor]
-    base: Tensor | None = None
-
-    @property
-    def deltas(self) -> Iterator[Tensor]:
-        """The task vectors' chunks, one at a time."""
-        assert self.base is not None
-        return (x_C - self.base for x_C in self.operands)
-
-
-Chunks = Callable[[], Iterator[Chunk]]
-"""Reads the whole tensor once, in order, each time it is called."""
-
-
-@singledispatch
-def survey(method: expressions.Method, chunks: Chunks, numel: int) -> Any:
-    """What `combine` must know of the whole tensor, for records that say they are `surveyed`; nothing for the others."""
-    if method.about.surveyed:
-        raise NotImplementedError(f"merging/kernels.py surveys no {type(method).__name__}: a function under @survey.register is missing")
-    return None
-
-
-@singledispatch
-def combine(method: expressions.Method, chunk: Chunk, known: Any) -> Tensor:
-    """One chunk of the merged tensor [C]."""
-    raise NotImplementedError(f"merging/kernels.py merges by no {type(method).__name__}: a function under @combine.register is missing")
-
-
-# ---- sums ------------------------------------------------------------------------------------------------------------------
-
-
-@combine.register
-def mean(method: expressions.Mean, chunk: Chunk, known: None) -> Tensor:
-    """(x_1 + ... + x_K) / K, summed in the order of the operands."""
-    total_C = chunk.operands[0].clone()
-    for x_C in chunk.operands[1:]:
-        total_C += x_C
-    return total_C.div_(len(chunk.operands))
-
-
-@combine.register
-def linear(method: expressions.Linear, chunk: Chunk, known: None) -> Tensor:
-    """sum_i w_i x_i."""
-    return _weighted_sum(chunk.operands, method.weights)
 
 
 @combine.register
 def task_arithmetic(method: expressions.TaskArithmetic, chunk: Chunk, known: None) -> Tensor:
     """base + scale * sum_i w_i (x_i - base) (arXiv 2212.04089, section 2)."""
     assert chunk.base is not None
-    return _weighted_sum(chunk.deltas, method.weights).mul_(method.scale).add_(chunk.base)
-
-
-def _weighted_sum(terms: Iterator[Tensor] | list[Tensor], weights: tuple[float, ...]) -> Tensor:
-    total_C: Tensor | None = None
-    for x_C, weight in zip(terms, weights, strict=True):
-        total_C = x_C * weight if total_C is None else total_C.add_(x_C, alpha=weight)
-    assert total_C is not None
-    return total_C
-
-
-# ---- spherical interpolation -------------------------------------------------------------------------------------------
-
-
-@survey.register
-def slerp_weights(method: expressions.Slerp, chunks: Chunks, numel: int) -> tuple[float, float]:
-    """The two weights sin((1-t) a) / sin a and sin(t a) / sin a, with a the angle between the operands.
-
-    Dot products in float64, so the angle is good to about 1e-8; below that, or at opposite directions, where the arc is not
-    defined, the straight line 1-t, t.
-    """
-    dots: list[tuple[float, float, float]] = []
-    for chunk in chunks():
-        a_C, b_C = chunk.operands
-        dots.append((_dot(a_C, b_C), _dot(a_C, a_C), _dot(b_C, b_C)))
-    total = math.fsum if a_C.dtype == torch.float64 else sum
-    dot, norm_a, norm_b = map(total, zip(*dots, strict=True))
-    scale = math.sqrt(norm_a) * math.sqrt(norm_b)
-    angle = math.acos(max(-1.0, min(1.0, dot / scale))) if scale > 0 else 0.0
-    if math.sin(angle) < 1e-7:
-        return 1 - method.t, method.t
-    return math.sin((1 - method.t) * angle) / math.sin(angle), math.sin(method.t * angle) / math.sin(angle)
-
-
-def _dot(a_C: Tensor, b_C: Tensor) -> float:
-    """The inner product in float64. Of float64 it is summed pairwise, since there the sum's own error would be seen in the result."""
-    return float((a_C * b_C).sum() if a_C.dtype == torch.float64 else a_C.double() @ b_C.double())
-
-
-@combine.register
-def slerp(method: expressions.Slerp, chunk: Chunk, known: tuple[float, float]) -> Tensor:
-    """w_a a + w_b b with the weights of `slerp_weights` (Shoemake 1985)."""
-    return _weighted_sum(chunk.operands, known)
+    return weighted_sum(chunk.deltas, method.weights).mul_(method.scale).add_(chunk.base)
 
 
 # ---- TIES --------------------------------------------------------------------------------------------------------------------
