@@ -11,13 +11,15 @@ class About:
 
     `elementwise`: merging the parts of a tensor and merging the tensor is the same. `base`: it works on differences from a base.
     `surveyed`: it must see the whole tensor before it makes any of it. `operand_bytes`: what a worker holds at most per element of
-    every operand and of the base: 8 for the value as stored and as widened, and more for what the kernel keeps besides.
+    every operand and of the base: 8 for the value as stored and as widened, and more for what the kernel keeps besides. `by_rows`: what
+    it makes of an element depends on the element's row (the last axis), so its kernel is given whole rows.
     """
 
     elementwise: bool
     base: bool
     surveyed: bool
     operand_bytes: int
+    by_rows: bool = False
 
 
 class Method:

@@ -12,11 +12,16 @@ from bam_merge import expressions
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Elements [start, start + C) of every operand and of the base, flat, in the computing dtype."""
+    """Elements [start, start + C) of every operand and of the base, flat, in the computing dtype.
+
+    `row` is how many elements a row of the tensor has (its last axis); None where the tensor is a single row. Of a method that says it
+    works `by_rows` a chunk is whole rows, but for a tensor that is a single one.
+    """
 
     start: int
     operands: list[Tensor]
     base: Tensor | None = None
+    row: int | None = None
 
     @property
     def deltas(self) -> Iterator[Tensor]:
