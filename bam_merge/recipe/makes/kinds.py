@@ -1,11 +1,13 @@
 """What every make is: its keys are strict, and it says which record it makes; and the types of its numbers."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from fractions import Fraction as Exact
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bam_merge import expressions
+from bam_merge.recipe.makes.gradual import Gradual, at, knots
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -28,10 +30,10 @@ Integer = Annotated[int, Field(lt=2**63)]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
-Weights = dict[str, Finite]
+Weights = dict[str, Gradual[Finite]]
 
 
-PositiveWeights = dict[str, Positive]
+PositiveWeights = dict[str, Gradual[Positive]]
 
 
 class Strict(BaseModel):
@@ -98,6 +100,15 @@ class Merging(Strict):
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, message) of what is wrong with the values of its own keys together, each being right."""
         yield from ()
+
+    @property
+    def knots(self) -> list[Exact]:
+        """The places, from 0 (the first layer) to 1 (the last), where numbers of its gradients stand; none where it is the same in all."""
+        return knots(dict(self))
+
+    def at(self, place: Exact) -> Self:
+        """The make as it is at a place in the layers: with numbers alone."""
+        return self.model_copy(update=at(dict(self), place))
 
 
 class Initialising(Strict):

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from bam_merge import expressions
+from bam_merge.recipe.makes.gradual import Gradual
 from bam_merge.recipe.makes.kinds import Fraction, Merging
 
 
@@ -15,7 +16,7 @@ class Slerp(Merging):
     record: ClassVar = expressions.Slerp
     make: Literal["slerp"]
     from_: Annotated[tuple[str, str], Field(strict=False)] = Field(alias="from", description="the two sources: t=0 and t=1")
-    t: Fraction = Field(description="where on the arc between them: 0 is the first, 1 the second")
+    t: Gradual[Fraction] = Field(description="where on the arc between them: 0 is the first, 1 the second")
 
     def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
         return self.from_

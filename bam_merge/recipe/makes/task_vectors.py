@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from bam_merge import expressions
+from bam_merge.recipe.makes.gradual import Gradual
 from bam_merge.recipe.makes.kinds import Density, Finite, Merging, PositiveWeights, Weights
 
 
@@ -15,7 +16,7 @@ class TaskArithmetic(Merging):
     make: Literal["task_arithmetic"]
     base: str = Field(description="the source that differences are taken from")
     weights: Weights | None = Field(default=None, description="source: weight of its difference; default 1 for every other expert")
-    scale: Finite = Field(default=1.0, description="multiplies what is added to the base")
+    scale: Gradual[Finite] = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.TaskArithmetic:
         return expressions.TaskArithmetic(self.weighed(names), self.scale)
@@ -27,9 +28,9 @@ class Ties(Merging):
     record: ClassVar = expressions.Ties
     make: Literal["ties"]
     base: str = Field(description="the source that differences are taken from")
-    density: Density = Field(description="share of each difference that is kept, the largest entries")
+    density: Gradual[Density] = Field(description="share of each difference that is kept, the largest entries")
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
-    scale: Finite = Field(default=1.0, description="multiplies what is added to the base")
+    scale: Gradual[Finite] = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Ties:
         return expressions.Ties(self.density, self.weighed(names), self.scale)
@@ -41,9 +42,9 @@ class DareTies(Merging):
     record: ClassVar = expressions.DareTies
     make: Literal["dare_ties"]
     base: str = Field(description="the source that differences are taken from")
-    density: Density = Field(description="probability that an entry of a difference is kept")
+    density: Gradual[Density] = Field(description="probability that an entry of a difference is kept")
     weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
-    scale: Finite = Field(default=1.0, description="multiplies what is added to the base")
+    scale: Gradual[Finite] = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.DareTies:
         streams = tuple(f"dare:{name}:{place}" for name in names)
