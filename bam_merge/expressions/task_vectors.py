@@ -25,6 +25,7 @@ class TaskArithmetic(Method):
 class Ties(Method):
     """Trim each difference to its `density` largest entries, elect a sign, average what agrees (arXiv 2306.01708, section 4).
 
+    A difference of negative weight stands for the opposite one, with the weight's magnitude.
     A worker keeps every operand's difference, trimmed and weighted, besides.
     """
 

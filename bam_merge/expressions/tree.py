@@ -122,7 +122,7 @@ def in_float64(expr: Expr) -> bool:
 
 
 def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
-    """Whole numbers in the proportion of positive `weights`, read as the decimals that a recipe holds.
+    """Whole numbers in the proportion of `weights`, read as the decimals that a recipe holds.
 
     An elected sign is that of a weighted sum, and 0.2 a + 0.3 a = 0.5 a is a tie, which binary fractions would leave to their
     rounding. Weights whose whole numbers would have more than 28 bits stay as they are: up to there products with float32 are exact
@@ -132,7 +132,7 @@ def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
     common = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * common) for weight in exact]
     least = gcd(*whole)
-    return weights if max(whole) // least >= 2**28 else tuple(float(number // least) for number in whole)
+    return weights if not least or max(map(abs, whole)) // least >= 2**28 else tuple(float(number // least) for number in whole)
 
 
 def concat_runs(concat: Concat, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:

@@ -142,6 +142,17 @@ def test_ties_scale_and_weights() -> None:
     assert merged == [1 + 2 * 2.0, 1 + 2 * -5.0]
 
 
+def test_a_negative_weight_is_the_opposite_difference() -> None:
+    """Differences [4, -2, 1, 3] and [2, 2, 1, 0] by weights 1 and -0.5: they stand for 4, -2, 1, 3 and -2, -2, -1, 0 by weights 1 and 0.5.
+
+    Sums [3, -3, 0.5, 3]: means [4, (-2 - 1) / 1.5, 1, 3].
+    """
+    assert run(expressions.Ties(1.0, (1.0, -0.5), 1.0), [[4, -2, 1, 3], [2, 2, 1, 0]], [0] * 4) == [4.0, -2.0, 1.0, 3.0]
+    assert run(expressions.Ties(1.0, (-2.0,), 1.0), [[4, -2]], [1, 1]) == [-2.0, 4.0]
+    assert run(expressions.Ties(1.0, (0.0, 0.0), 1.0), [[4, -2], [3, 3]], [1, 1]) == [1.0, 1.0]
+    assert run(expressions.Ties(1.0, (1.0, 0.0), 1.0), [[4, -2], [-9, -9]], [1, 1]) == [4.0, -2.0]
+
+
 def test_ties_of_opposite_differences_is_the_base() -> None:
     assert run(expressions.Ties(1.0, (1.0, 1.0), 1.0), [[3, 0], [-3, 0]], [0, 0]) == [0.0, 0.0]
 

@@ -47,8 +47,8 @@ def exactly(method: Any, operands: list[Tensor], base: Tensor) -> list[Fraction]
     for place, start in enumerate(base.tolist()):
         terms = [(w, d[place]) for w, d in zip(weights, kept, strict=True)]
         total = sum(w * d for w, d in terms)
-        agree = [(w, d) for w, d in terms if d * total > 0]
-        step = sum(w * d for w, d in agree) / density / sum(w for w, _ in agree) if agree else Fraction(0)
+        agree = [(w, d) for w, d in terms if w * d * total > 0]
+        step = sum(w * d for w, d in agree) / density / sum(abs(w) for w, _ in agree) if agree else Fraction(0)
         result.append(Fraction(start) + Fraction(repr(method.scale)) * step)
     return result
 
@@ -61,7 +61,19 @@ def branches(dtype: torch.dtype, count: int, size: int, coarse: bool = False) ->
     return [(x.bfloat16() if coarse else x).to(dtype) for x in (base, *(base + step for step in steps))]
 
 
-WEIGHTS = [(1.0, 1.0), (0.3, 0.3), (1.0, 1.0, 1.0), (0.2, 0.3, 0.5), (0.1, 0.2, 0.3), (0.37, 1.91, 0.004)]
+WEIGHTS = [
+    (1.0, 1.0),
+    (0.3, 0.3),
+    (1.0, 1.0, 1.0),
+    (0.2, 0.3, 0.5),
+    (0.1, 0.2, 0.3),
+    (0.37, 1.91, 0.004),
+    (-1.0, 1.0),
+    (0.5, -0.5, 1.0),
+    (-0.2, -0.3, 0.5),
+    (0.7, 0.0, -0.1),
+    (0.0, 0.0),
+]
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -101,6 +113,7 @@ def test_thresholds_at_the_ends_of_float64(values: list[float]) -> None:
 METHODS: list[Any] = [
     expressions.Mean(), expressions.Linear((0.3, 0.3, 0.4)), expressions.TaskArithmetic((0.3, 1.0, 0.7), 0.6), expressions.Ties(0.3, (0.3, 0.3, 0.7), 1.0),
     expressions.DareTies(0.3, (0.3, 1.0, 0.7), 1.0, 0, ("a", "b", "c")), expressions.DareTies(0.5, (1.0, 1.0, 1.0), -0.4, 0, ("a", "b", "c")),
+    expressions.Ties(0.3, (0.3, -0.3, 0.7), 1.0), expressions.DareTies(0.3, (-0.3, 0.0, -0.7), 1.0, 0, ("a", "b", "c")),
 ]  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def test_public_layouts_pass(family: str, layout: str, tmp_path: Path) -> None:
     "{make: task_arithmetic, base: seed, scale: 0.7}",
     "{make: ties, base: seed, density: 0.3, weights: {code: 1, law: 2}}",
     "{make: dare_ties, base: seed, density: 0.4}",
+    "{make: ties, base: seed, density: 0.6, weights: {code: 1, law: -0.5}}",
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_every_make_rederives(name: str, make: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

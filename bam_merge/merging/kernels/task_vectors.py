@@ -74,8 +74,9 @@ def ties(method: expressions.Ties, chunk: Chunk, known: list[float]) -> Tensor:
 def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...], density: float) -> Tensor:
     """Elect the sign of the weighted sum, then average the non-zero entries that have it, by weight, each divided by `density`.
 
-    0 where none has it, which is where the sum is 0: a tie gives the base. So that it is the formula that makes a tie and not the
-    rounding of float32, the sum is of float64 and whole weights, before the division.
+    A difference of negative weight stands for the opposite one, with the weight's magnitude: so it votes, and so it is averaged. 0 where
+    none has it, which is where the sum is 0: a tie gives the base. So that it is the formula that makes a tie and not the rounding of
+    float32, the sum is of float64 and whole weights, before the division.
     """
     elected_C = torch.zeros_like(deltas[0], dtype=torch.float64)
     for d_C, share in zip(deltas, expressions.proportion(weights), strict=True):
@@ -84,9 +85,11 @@ def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...], density: fl
     elected_C = elected_C.sign_().to(deltas[0].dtype)
     total_C, mass_C = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for d_C, weight in zip(deltas, weights, strict=True):
-        agrees_C = (d_C.sign() == elected_C) & (d_C != 0)
+        if weight == 0:
+            continue
+        agrees_C = ((d_C.sign() if weight > 0 else -d_C.sign()) == elected_C) & (d_C != 0)
         total_C += torch.where(agrees_C, (d_C if density == 1 else d_C / density) * weight, 0.0)
-        mass_C += agrees_C.to(mass_C.dtype) * weight
+        mass_C += agrees_C.to(mass_C.dtype) * abs(weight)
     return torch.where(mass_C != 0, total_C / torch.where(mass_C != 0, mass_C, 1.0), 0.0).masked_fill_(lost_C, math.nan)
 
 

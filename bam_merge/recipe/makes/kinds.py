@@ -33,9 +33,6 @@ Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Weights = dict[str, Gradual[Finite]]
 
 
-PositiveWeights = dict[str, Gradual[Positive]]
-
-
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=False)
 

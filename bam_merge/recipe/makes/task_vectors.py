@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bam_merge import expressions
 from bam_merge.recipe.makes.gradual import Gradual
-from bam_merge.recipe.makes.kinds import Density, Finite, Merging, PositiveWeights, Weights
+from bam_merge.recipe.makes.kinds import Density, Finite, Merging, Weights
 
 
 class TaskArithmetic(Merging):
@@ -29,7 +29,9 @@ class Ties(Merging):
     make: Literal["ties"]
     base: str = Field(description="the source that differences are taken from")
     density: Gradual[Density] = Field(description="share of each difference that is kept, the largest entries")
-    weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
+    weights: Weights | None = Field(
+        default=None, description="source: weight of its difference; default 1. One below 0 stands for the opposite difference"
+    )
     scale: Gradual[Finite] = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Ties:
@@ -43,7 +45,9 @@ class DareTies(Merging):
     make: Literal["dare_ties"]
     base: str = Field(description="the source that differences are taken from")
     density: Gradual[Density] = Field(description="probability that an entry of a difference is kept")
-    weights: PositiveWeights | None = Field(default=None, description="source: weight of its difference, above 0; default 1")
+    weights: Weights | None = Field(
+        default=None, description="source: weight of its difference; default 1. One below 0 stands for the opposite difference"
+    )
     scale: Gradual[Finite] = Field(default=1.0, description="multiplies what is added to the base")
 
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.DareTies:
