@@ -1,4 +1,4 @@
-"""What a record of a merge method, an initialiser or a formula must say of itself; the records themselves are in expressions.py."""
+"""What a record of a merge method, an initialiser or a formula must say of itself; the records themselves are in expressions/."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,21 @@ class About:
 
     `elementwise`: merging the parts of a tensor and merging the tensor is the same. `base`: it works on differences from a base.
     `surveyed`: it must see the whole tensor before it makes any of it. `operand_bytes`: what a worker holds at most per element of
-    every operand and of the base: 8 for the value as stored and as widened, and more for what the kernel keeps besides.
+    every operand and of the base: 8 for the value as stored and as widened, and more for what the kernel keeps besides. `by_rows`: what
+    it makes of an element depends on the element's row (the last axis), so its kernel is given whole rows.
     """
 
     elementwise: bool
     base: bool
     surveyed: bool
     operand_bytes: int
+    by_rows: bool = False
 
 
 class Method:
     """The record of a merge method: its numbers, as a frozen dataclass; its name, and what is to be known of it.
 
-    Its kernel (merging/kernels.py) and its second way (verifying/rederive.py) are found by its class.
+    Its kernel (merging/kernels/) and its second way (verifying/rederive/) are found by its class.
     """
 
     __slots__ = ()
@@ -47,7 +49,7 @@ METHODS: dict[str, type[Method]] = {}
 class Initialiser:
     """The record of a way to draw a new tensor: its numbers, as a frozen dataclass, and its name.
 
-    Its values (values/streams.py) and its second way (verifying/rederive.py) are found by its class.
+    Its values (values/streams.py) and its second way (verifying/rederive/) are found by its class.
     """
 
     __slots__ = ()

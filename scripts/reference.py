@@ -147,7 +147,8 @@ def _type(value: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     if options and all("make" in _resolved(item, names).get("properties", {}) for item in options):
         return "a rule" if "roles" in _resolved(options[0], names)["properties"] else "a make"
     if options:
-        return " or ".join(dict.fromkeys(_type(item, names) for item in options if item.get("type") != "null"))
+        words = list(dict.fromkeys(_type(item, names) for item in options if item.get("type") != "null"))
+        return f"{words[0]}, or a list of such" if words[1:] == [f"list of {words[0]}"] else " or ".join(words)
     if "init" in value.get("properties", {}):
         return f"`init: {value['properties']['init'].get('const', value['properties']['init'].get('default'))}`"
     kind = value.get("type", "anything")

@@ -69,14 +69,14 @@ def test_a_method_and_an_initialiser_in_four_places(tmp_path: Path) -> None:
 
 
 FORGOTTEN = [
-    (METHOD, "recipe/makes.py", "", "shared.make: 'largest' is none of mean, copy, linear"),
-    (METHOD, "expressions.py", "", "module 'bam_merge.expressions' has no attribute 'Largest'"),
-    (METHOD, "merging/kernels.py", "largest(code, law; base=seed, scale=0.5)", "merging/kernels.py merges by no Largest"),
-    (METHOD, "verifying/rederive.py", "merged", "verifying/rederive.py derives no Largest"),
-    (INITIALISER, "recipe/makes.py", "", "router.init: 'signs' is none of normal, uniform, zeros, orthogonal"),
-    (INITIALISER, "expressions.py", "", "module 'bam_merge.expressions' has no attribute 'Signs'"),
+    (METHOD, "recipe/makes/task_vectors.py", "", "shared.make: 'largest' is none of mean, copy, linear"),
+    (METHOD, "expressions/task_vectors.py", "", "module 'bam_merge.expressions' has no attribute 'Largest'"),
+    (METHOD, "merging/kernels/task_vectors.py", "largest(code, law; base=seed, scale=0.5)", "merging/kernels/ merges by no Largest"),
+    (METHOD, "verifying/rederive/task_vectors.py", "merged", "verifying/rederive/ derives no Largest"),
+    (INITIALISER, "recipe/makes/initialisers.py", "", "router.init: 'signs' is none of normal, uniform, zeros, orthogonal"),
+    (INITIALISER, "expressions/initialisers.py", "", "module 'bam_merge.expressions' has no attribute 'Signs'"),
     (INITIALISER, "values/streams.py", "signs(step=0.01)", "values/streams.py draws no Signs"),
-    (INITIALISER, "verifying/rederive.py", "merged", "verifying/rederive.py draws no Signs"),
+    (INITIALISER, "verifying/rederive/initialisers.py", "merged", "verifying/rederive/ draws no Signs"),
 ]
 """The toy, the place forgotten, how far it goes, and what is said."""
 
@@ -155,9 +155,9 @@ def test_a_method_that_must_survey_and_does_not_is_refused() -> None:
     class Surveying:
         about: ClassVar = dataclasses.replace(PLAIN, surveyed=True)
 
-    with pytest.raises(NotImplementedError, match=r"merging/kernels.py surveys no Surveying"):
+    with pytest.raises(NotImplementedError, match=r"merging/kernels/ surveys no Surveying"):
         kernels.survey(Surveying(), lambda: iter(()), 1)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match=r"verifying/rederive.py surveys no Surveying"):
+    with pytest.raises(NotImplementedError, match=r"verifying/rederive/ surveys no Surveying"):
         rederive.survey_anew(Surveying(), None, None)  # type: ignore[arg-type]
 
 

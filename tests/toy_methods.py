@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "bam_merge"
 
 METHOD = {
-    "recipe/makes.py": '''
+    "recipe/makes/task_vectors.py": '''
 class Largest(Merging):
     """base + the largest of the differences from it, by magnitude, entry by entry."""
 
@@ -22,7 +22,7 @@ class Largest(Merging):
     def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Largest:
         return expressions.Largest(self.scale)
 ''',
-    "expressions.py": '''
+    "expressions/task_vectors.py": '''
 @dataclass(frozen=True, slots=True)
 class Largest(Method):
     """base + scale * the x_i - base of the largest magnitude, entry by entry; of equal magnitudes the first."""
@@ -35,7 +35,7 @@ class Largest(Method):
         if self.scale != 1.0:
             yield f"scale={self.scale:g}"
 ''',
-    "merging/kernels.py": '''
+    "merging/kernels/task_vectors.py": '''
 @combine.register
 def largest(method: expressions.Largest, chunk: Chunk, known: None) -> Tensor:
     """base + scale * d_i where |d_i| is largest, d_i = x_i - base."""
@@ -45,7 +45,7 @@ def largest(method: expressions.Largest, chunk: Chunk, known: None) -> Tensor:
         chosen_C = torch.where(d_C.abs() > chosen_C.abs(), d_C, chosen_C)
     return chosen_C.mul_(method.scale).add_(chunk.base)
 ''',
-    "verifying/rederive.py": '''
+    "verifying/rederive/task_vectors.py": '''
 @derive.register
 def _largest(method: expressions.Largest, rows: Rows) -> Derived:
     d_K = torch.stack(rows.deltas)
@@ -58,7 +58,7 @@ def _largest(method: expressions.Largest, rows: Rows) -> Derived:
 """What a merge method is, by file."""
 
 INITIALISER = {
-    "recipe/makes.py": '''
+    "recipe/makes/initialisers.py": '''
 class Signs(Initialising):
     record: ClassVar = expressions.Signs
     step: Positive = 0.02
@@ -66,7 +66,7 @@ class Signs(Initialising):
     def initialiser(self) -> expressions.Signs:
         return expressions.Signs(self.step)
 ''',
-    "expressions.py": '''
+    "expressions/initialisers.py": '''
 @dataclass(frozen=True, slots=True)
 class Signs(Initialiser):
     """step or -step, either as likely."""
@@ -85,7 +85,7 @@ class Signs(Initialiser):
 def signs(method: expressions.Signs, random: numpy.random.RandomState, shape: Shape) -> Values:
     return numpy.where(random.random_sample(shape) < 0.5, method.step, -method.step)
 ''',
-    "verifying/rederive.py": '''
+    "verifying/rederive/initialisers.py": '''
 @draw.register
 def _signs(method: expressions.Signs, random: numpy.random.RandomState, shape: Shape) -> Derived:
     heads = torch.from_numpy(random.random_sample(shape)) < 0.5

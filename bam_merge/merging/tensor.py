@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from bam_merge.errors import NonFiniteError
 from bam_merge.expressions import concat_runs, copy_runs
 from bam_merge.files import writing
 from bam_merge.merging.outputs import write_all
-from bam_merge.planning.plan import CHUNK_ELEMENTS, Plan, Step, moves_bytes
+from bam_merge.planning.plan import CHUNK_ELEMENTS, Plan, Step, chunk_elements, moves_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +126,7 @@ class TensorWriter:
         total = numel(expr)
         self.opened.clear()
         self.orders = {read: InOrder(numel(read) * DTYPE_BITS[read.dtype] // 8) for read in _whole_reads(expr)}
-        chunk = _chunk_elements(expr)
+        chunk = chunk_elements(expr, CHUNK_ELEMENTS)
         for start in range(0, total, chunk):
             if self.stop.is_set():
                 return False
@@ -138,7 +137,7 @@ class TensorWriter:
     def _survey(self, merge: expressions.Merge) -> object:
         from bam_merge.merging.kernels import survey
 
-        total, chunk = numel(merge), _chunk_elements(merge)
+        total, chunk = numel(merge), chunk_elements(merge, CHUNK_ELEMENTS)
         return survey(
             merge.method,
             lambda: (self._chunk(merge, s, min(total, s + chunk), {}) for s in range(0, total, chunk)),
@@ -152,7 +151,8 @@ class TensorWriter:
 
         dtype = torch.float64 if expressions.in_float64(merge) else torch.float32
         base = self._load(merge.base[1], start, stop, known).to(dtype) if merge.base else None
-        return Chunk(start, [self._load(expr, start, stop, known).to(dtype) for _, expr in merge.operands], base)
+        row = merge.shape[-1] if len(merge.shape) > 1 else None
+        return Chunk(start, [self._load(expr, start, stop, known).to(dtype) for _, expr in merge.operands], base, row)
 
     def _load(self, expr: expressions.Expr, start: int, stop: int, known: dict[int, object]) -> "Tensor":
         """Elements [start, stop) of `expr`, flat, in the computing dtype."""
@@ -261,11 +261,3 @@ def _whole_reads(expr: expressions.Expr) -> set[Read]:
         cut = {read for leaf in expressions.leaves(expr) if isinstance(leaf, Slice) for read in inputs(whole(leaf))}
         return {read for read in reads if reads.count(read) == 1} - cut
     return set()
-
-
-def _chunk_elements(expr: expressions.Expr) -> int:
-    """Elements that are made at a time: whole rows, where a computed tensor is made by rows."""
-    row = prod(expr.shape[1:])
-    if next(expressions.computed(expr), None) is None or not row:
-        return CHUNK_ELEMENTS
-    return max(1, CHUNK_ELEMENTS // row) * row

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from pydantic import TypeAdapter
 
@@ -21,6 +22,10 @@ KV_ROLES = ("attn.k", "attn.v", "attn.k_norm", "attn.k_norm.bias")
 
 
 QO_ROLES = ("attn.q", "attn.o", "attn.q_norm", "attn.q_norm.bias")
+
+
+BEFORE_THE_LAYERS = ("embed",)
+"""Roles of tensors that no layer has and that come before the first; the others come behind the last."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ class _Rules:
         ]
         self.matched.update(chosen)
         self.applied[chosen[0]] += 1
-        return self.rules[chosen[0]]
+        label, rule = self.rules[chosen[0]]
+        if isinstance(rule, Merging) and rule.knots:
+            rule = rule.at(_through(self.layers[chosen[0]], site))
+        return label, rule
 
     def idle(self) -> Iterator[str]:
         """A message for every rule of the recipe that made nothing."""
@@ -79,6 +87,16 @@ class _Rules:
                 yield f"{where} never applies: earlier rules make all {self.matched[index]} tensors it matches. Reorder or remove it."
             else:
                 yield f"{where} matches no tensor of this merge. Correct or remove it."
+
+
+def _through(layers: range | frozenset[int], site: Site) -> Fraction:
+    """How far through the layers that a rule is for a tensor stands: 0 in the first and before it, 1 in the last and behind it."""
+    role, layer = site
+    if layer is None:
+        return Fraction(int(role.removesuffix(".bias") not in BEFORE_THE_LAYERS))
+    if len(layers) < 2:
+        return Fraction(1)
+    return Fraction(sorted(layers).index(layer), len(layers) - 1)
 
 
 def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> dict[Site, Made]:

@@ -1,7 +1,7 @@
 """Numbers of a recipe that are finite and that float32 arithmetic cannot work with: refused before anything is computed."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from bam_merge.recipe.makes import Merging
 
@@ -33,8 +33,21 @@ def out_of_range(recipe: "Recipe") -> Iterator[str]:
 def _factors(make: Any) -> Iterator[tuple[str, float]]:
     """What a merge multiplies with: its weights, and every number that nothing limits from above."""
     if isinstance(make, Merging):
-        yield from ((f"weights.{name}", weight) for name, weight in (getattr(make, "weights", None) or {}).items())
+        for name, weight in (getattr(make, "weights", None) or {}).items():
+            yield from ((f"weights.{name}", value) for value in _numbers(weight))
         for key, info in type(make).model_fields.items():
-            value = getattr(make, key)
-            if isinstance(value, float) and not any(hasattr(limit, "le") for limit in info.metadata):
-                yield key, value
+            if not any(hasattr(limit, "le") for limit in (*info.metadata, *_limits(info.annotation))):
+                yield from ((key, value) for value in _numbers(getattr(make, key)))
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """A number, or those of a gradient over the layers."""
+    yield from (item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, float))
+
+
+def _limits(annotation: Any) -> Iterator[Any]:
+    """What limits the numbers of a type that is a number or a list of them."""
+    for item in getattr(annotation, "__metadata__", ()):
+        yield from getattr(item, "metadata", (item,))
+    for part in get_args(annotation):
+        yield from _limits(part)

@@ -123,14 +123,15 @@ class Plan:
     def peak_memory(self, workers: int = 2) -> int:
         """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result,
         with what a computed operand is made of."""
-        per_element, held = 0, 0
+        chunks, held = CHUNK_ELEMENTS * 16, 0
         for step in self.steps:
             held = max(held, sum(_held(node) for node in expressions.computed(step.expr)))
             merges = [part for part in expressions.parts(step.expr) if isinstance(part, expressions.Merge)]
             for merge in merges:
                 operands = len(merge.operands) + (merge.base is not None)
-                per_element = max(per_element, merge.method.about.operand_bytes * operands + 16)
-        return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16) + held)
+                size = max(CHUNK_ELEMENTS, chunk_elements(step.expr, CHUNK_ELEMENTS))
+                chunks = max(chunks, size * (merge.method.about.operand_bytes * operands + 16))
+        return BASE_MEMORY + workers * (COPY_BUFFER + chunks + held)
 
     def document(self, workers: int = 2) -> dict[str, Any]:
         """The plan as `plan --json` prints it."""
@@ -173,6 +174,15 @@ def _held(node: Computed) -> int:
     """Bytes that a worker holds at most while it makes a chunk's rows of a computed tensor."""
     rows = max(1, CHUNK_ELEMENTS // max(1, prod(node.shape[1:])))
     return node.formula.held([part.shape for part in node.inputs], min(rows, node.shape[0]))
+
+
+def chunk_elements(expr: expressions.Expr, most: int) -> int:
+    """Elements that are made at a time, about `most`: whole rows, where a computed tensor is made by rows, or a method works by them."""
+    row = prod(expr.shape[1:])
+    by_rows = any(isinstance(part, expressions.Merge) and part.method.about.by_rows for part in expressions.parts(expr))
+    if not (by_rows or next(expressions.computed(expr), None) is not None) or not row:
+        return most
+    return max(1, most // row) * row
 
 
 def moves_bytes(step: Step) -> bool:

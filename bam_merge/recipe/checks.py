@@ -133,7 +133,11 @@ def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[Doc
     for name in dict.fromkeys(make.named):
         if name not in recipe.sources:
             yield path, f"names the source {printable(name)!r}, which is not among the sources{nearest(name, recipe.sources)}"
-    yield from (((*path, key), text) for key, text in make.problems())
+    if not make.knots:
+        yield from (((*path, key), text) for key, text in make.problems())
+    for place in make.knots:
+        where = f"{float(place):.3g} of the way through the layers: "
+        yield from (((*path, key), where + text) for key, text in make.at(place).problems())
     base = make.from_base
     if base is not None:
         if base in (getattr(make, "weights", None) or ()):

@@ -97,7 +97,7 @@ def _difference_make(method: str, value: Callable[[str, str | None, Any], Any], 
             weights = _shares(weights)
         return {"make": method, "base": base, "weights": weights, **({"scale": float(scale)} if scale != 1 else {})}
     if any(weight < 0 for weight in weights.values()):
-        return f"negative weights of {method}, with which no sign can be elected here"
+        return f"negative weights of {method}: mergekit divides by the sum of the weights as they are, here it is that of their magnitudes"
     density = {densities[name] for name in weights}
     if len(density) > 1:
         return f"densities that differ ({some(f'{name} {densities[name]:g}' for name in weights)}); here all have one"

@@ -1,4 +1,4 @@
-"""What a recipe may write: every make of makes.py, as `shared`, as a rule with roles and layers, as `router`; and ranges and sizes."""
+"""What a recipe may write: every make of makes/, as `shared`, as a rule with roles and layers, as `router`; and ranges and sizes."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import Field, create_model
 
+from bam_merge.recipe import makes
 from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict
 from bam_merge.text import printable
 
@@ -13,9 +14,9 @@ T = TypeVar("T", bound=Strict)
 
 
 def makes_of(kind: type[T]) -> Iterator[type[T]]:
-    """Every make of a kind that makes.py defines, in its order."""
+    """Every make of a kind that a file of makes/ defines, in their order."""
     for make in kind.__subclasses__():
-        if make.__module__ == kind.__module__:
+        if make.__module__.startswith(f"{makes.__name__}."):
             yield make
             yield from makes_of(make)
 

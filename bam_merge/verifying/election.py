@@ -1,12 +1,13 @@
 """What an election of signs (TIES, DARE-TIES) may come to: one value nearly everywhere, a few where rounding decides.
 
 The formula (arXiv 2306.01708, section 4): the elected sign of an entry is that of the weighted sum of its differences, and the result
-base + scale * mean of the differences that have it. Where the sum is 0 no difference has its sign, and the result is the base: a tie
+base + scale * mean of the differences that have it. A difference of negative
+weight is the opposite one with the weight's magnitude. Where the sum is 0 no difference has its sign, and the result is the base: a tie
 is an outcome like any other. The sum is of float64 products with whole-numbered weights (expressions.proportion), whose rounding IEEE 754
 fixes; only the order in which they are summed is free. So the sign is in doubt only where three or more products cancel to within
 the rounding of their sum, and not even there if they lie on a grid on which every partial sum is exact.
 
-On purpose apart from merging/kernels.py, which makes such tensors: only the whole-numbered weights are of one function.
+On purpose apart from merging/kernels/, which makes such tensors: only the whole-numbered weights are of one function.
 """
 
 import torch
@@ -43,12 +44,14 @@ def _outcome(
     count, density = len(d_KE), method.density if isinstance(method, expressions.DareTies) else 1.0
     total_E, mass_E = torch.zeros_like(base_E), torch.zeros_like(base_E)
     for d_E, weight in zip(d_KE, method.weights, strict=True):
-        agrees_E = (d_E.sign() == sign_E) & (d_E != 0)
+        agrees_E = (d_E != 0) & ((d_E > 0) == ((sign_E > 0) == (weight > 0))) & (sign_E.abs() == 1) & (weight != 0)
         total_E += torch.where(agrees_E, d_E * (weight / density), 0.0)
-        mass_E += agrees_E.double() * weight
+        mass_E += agrees_E.double() * abs(weight)
     step_E = method.scale * torch.where(mass_E != 0, total_E / mass_E, 0.0).masked_fill(sign_E.isnan(), torch.nan)
     # weights, density, products and their sum 2 + 2 + K, the mass 1 + K, the quotient and the scale 3: of one sign all, so relative to it
-    underflow = (count + 3) * least * (1 + abs(method.scale) * (1 + 1 / min(method.weights)))
+    underflow = (
+        (count + 3) * least * (1 + abs(method.scale) * (1 + 1 / min((abs(weight) for weight in method.weights if weight), default=1.0)))
+    )
     return base_E + step_E, step_E.abs() * ((2 * count + 8) * unit) + torch.where(mass_E != 0, underflow, 0.0)
 
 

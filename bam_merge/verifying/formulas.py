@@ -1,7 +1,7 @@
 """A second way to the tensors that are computed from stored ones: blocks of rows in float64, one function per record of formulas.py.
 
 Beside each value stands a bound for its error: of the stored numbers, which are exact, and of as many float64 operations as there are.
-Nothing that carries out a plan is imported (rederive.py says why, and a contract of import-linter holds it).
+Nothing that carries out a plan is imported (rederive/ says why, and a contract of import-linter holds it).
 """
 
 from bisect import bisect_left

@@ -1,4 +1,4 @@
-"""Are the bytes right? The folder against its manifest, and every tensor against its sources by the slow path of rederive.py."""
+"""Are the bytes right? The folder against its manifest, and every tensor against its sources by the slow path of rederive/."""
 
 import math
 from collections.abc import Iterator

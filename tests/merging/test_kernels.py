@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.merging.kernels import Chunk, combine, survey, ties_thresholds
+from bam_merge.merging.kernels import Chunk, combine, survey
+from bam_merge.merging.kernels.task_vectors import ties_thresholds
 from bam_merge.values.streams import initialise
 from bam_merge.values.tensors import TORCH_DTYPES, rounded
 from bam_merge.verifying.rederive import rederive, survey_all
@@ -139,6 +140,17 @@ def test_ties_scale_and_weights() -> None:
     merged = run(expressions.Ties(1.0, (3.0, 1.0), 2.0), [[2, 1], [6, -4]], [1, 1])
     # differences [1, 0] and [5, -5]: weighted sums 8 and -5; means (3*1 + 5)/4 = 2 and -5
     assert merged == [1 + 2 * 2.0, 1 + 2 * -5.0]
+
+
+def test_a_negative_weight_is_the_opposite_difference() -> None:
+    """Differences [4, -2, 1, 3] and [2, 2, 1, 0] by weights 1 and -0.5: they stand for 4, -2, 1, 3 and -2, -2, -1, 0 by weights 1 and 0.5.
+
+    Sums [3, -3, 0.5, 3]: means [4, (-2 - 1) / 1.5, 1, 3].
+    """
+    assert run(expressions.Ties(1.0, (1.0, -0.5), 1.0), [[4, -2, 1, 3], [2, 2, 1, 0]], [0] * 4) == [4.0, -2.0, 1.0, 3.0]
+    assert run(expressions.Ties(1.0, (-2.0,), 1.0), [[4, -2]], [1, 1]) == [-2.0, 4.0]
+    assert run(expressions.Ties(1.0, (0.0, 0.0), 1.0), [[4, -2], [3, 3]], [1, 1]) == [1.0, 1.0]
+    assert run(expressions.Ties(1.0, (1.0, 0.0), 1.0), [[4, -2], [-9, -9]], [1, 1]) == [4.0, -2.0]
 
 
 def test_ties_of_opposite_differences_is_the_base() -> None:

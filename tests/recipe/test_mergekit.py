@@ -269,7 +269,7 @@ LACKS: dict[str, tuple[dict[str, Any], str]] = {
     "slerp beyond the end": ({"merge_method": "slerp", "base_model": "a", "models": listed("b"), "parameters": {"t": 1.5}}, "t = 1.5; here it is from 0 to 1"),
     "a gradient of nobody knows how many layers": ({"merge_method": "slerp", "base_model": "a", "models": listed("b"), "parameters": {"t": [0, 1]}}, "a gradient over the layers, and nothing says how many there are: write layer_range"),
     "densities that differ": ({"merge_method": "ties", "base_model": "a", "models": [*listed("b", weight=1, density=0.5), *listed("c", weight=1, density=0.3)]}, "densities that differ (b 0.5, c 0.3); here all have one"),
-    "negative weights": ({"merge_method": "ties", "base_model": "a", "models": listed("b", weight=-1)}, "negative weights of ties, with which no sign can be elected here"),
+    "negative weights": ({"merge_method": "ties", "base_model": "a", "models": listed("b", weight=-1)}, "negative weights of ties: mergekit divides by the sum of the weights as they are, here it is that of their magnitudes"),
     "sums that are not divided": ({"merge_method": "dare_ties", "base_model": "a", "models": listed("b", "c", weight=1, density=0.5)}, "dare_ties with normalize: false (its default): mergekit adds up the differences whose sign agrees, here they are averaged. Set normalize: true"),
     "no base": ({"merge_method": "ties", "models": listed("b", "c", weight=1)}, "ties needs base_model and other models"),
     "a density of nothing": ({"merge_method": "ties", "base_model": "a", "models": listed("b", weight=1, density=0)}, "density = 0; here it is above 0, and at most 1"),

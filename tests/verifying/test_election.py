@@ -13,7 +13,7 @@ from bam_merge.merging.kernels import Chunk, combine, survey
 from bam_merge.values.streams import uniforms
 from bam_merge.values.tensors import TORCH_DTYPES, rounded
 from bam_merge.verifying.election import elect
-from bam_merge.verifying.rederive import COMPUTING, Rows, _difference, derive
+from bam_merge.verifying.rederive.deriving import COMPUTING, Rows, derive, difference
 from bam_merge.verifying.rounding import Derived, nearest, worst
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -47,8 +47,8 @@ def exactly(method: Any, operands: list[Tensor], base: Tensor) -> list[Fraction]
     for place, start in enumerate(base.tolist()):
         terms = [(w, d[place]) for w, d in zip(weights, kept, strict=True)]
         total = sum(w * d for w, d in terms)
-        agree = [(w, d) for w, d in terms if d * total > 0]
-        step = sum(w * d for w, d in agree) / density / sum(w for w, _ in agree) if agree else Fraction(0)
+        agree = [(w, d) for w, d in terms if w * d * total > 0]
+        step = sum(w * d for w, d in agree) / density / sum(abs(w) for w, _ in agree) if agree else Fraction(0)
         result.append(Fraction(start) + Fraction(repr(method.scale)) * step)
     return result
 
@@ -61,7 +61,19 @@ def branches(dtype: torch.dtype, count: int, size: int, coarse: bool = False) ->
     return [(x.bfloat16() if coarse else x).to(dtype) for x in (base, *(base + step for step in steps))]
 
 
-WEIGHTS = [(1.0, 1.0), (0.3, 0.3), (1.0, 1.0, 1.0), (0.2, 0.3, 0.5), (0.1, 0.2, 0.3), (0.37, 1.91, 0.004)]
+WEIGHTS = [
+    (1.0, 1.0),
+    (0.3, 0.3),
+    (1.0, 1.0, 1.0),
+    (0.2, 0.3, 0.5),
+    (0.1, 0.2, 0.3),
+    (0.37, 1.91, 0.004),
+    (-1.0, 1.0),
+    (0.5, -0.5, 1.0),
+    (-0.2, -0.3, 0.5),
+    (0.7, 0.0, -0.1),
+    (0.0, 0.0),
+]
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -101,6 +113,7 @@ def test_thresholds_at_the_ends_of_float64(values: list[float]) -> None:
 METHODS: list[Any] = [
     expressions.Mean(), expressions.Linear((0.3, 0.3, 0.4)), expressions.TaskArithmetic((0.3, 1.0, 0.7), 0.6), expressions.Ties(0.3, (0.3, 0.3, 0.7), 1.0),
     expressions.DareTies(0.3, (0.3, 1.0, 0.7), 1.0, 0, ("a", "b", "c")), expressions.DareTies(0.5, (1.0, 1.0, 1.0), -0.4, 0, ("a", "b", "c")),
+    expressions.Ties(0.3, (0.3, -0.3, 0.7), 1.0), expressions.DareTies(0.3, (-0.3, 0.0, -0.7), 1.0, 0, ("a", "b", "c")),
 ]  # fmt: skip
 
 
@@ -110,7 +123,7 @@ def derived(method: Any, operands: list[Tensor], base: Tensor | None) -> Derived
     if isinstance(method, expressions.Ties):
         assert base is not None
         keep = math.floor(method.density * len(base))
-        known = [float(_difference(x, base, computing).abs().sort(descending=True).values[keep - 1]) for x in operands]
+        known = [float(difference(x, base, computing).abs().sort(descending=True).values[keep - 1]) for x in operands]
     return derive(method, Rows(operands, base, known, 0, computing))
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+from importlib import import_module
+from pkgutil import iter_modules
 from types import ModuleType
 
 import pytest
@@ -12,12 +14,12 @@ from hypothesis import strategies as st
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.verifying import election, formulas, rederive, rounding
-from bam_merge.verifying.rederive import kth_largest
+from bam_merge.verifying.rederive.thresholds import kth_largest
 from bam_merge.verifying.rounding import Derived, half_ulp, worst
 from bam_merge.verifying.rows import concat_runs
 
 SHARED = {"parts", "in_float64", "proportion"}
-"""The functions of expressions.py that both ways to a tensor call: rederive.py says why."""
+"""The functions of expressions/ that both ways to a tensor call: rederive/ says why."""
 
 magnitudes = st.lists(
     st.sampled_from([0.0, 1e-45, 1e-8, 0.25, 0.5, 0.5000001, 3.0, 3e38]) | st.floats(0, 1e4, width=32), min_size=1, max_size=60
@@ -30,8 +32,8 @@ def test_kth_largest_is_what_a_sort_gives(values: list[float], data: st.DataObje
     cut = data.draw(st.integers(0, len(values) - 1))
     parts = [torch.tensor(part, dtype=torch.float32) for part in (values[:cut], values[cut:]) if part]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bam_merge.verifying.rederive.SURVEY_BINS", 4)
-        patch.setattr("bam_merge.verifying.rederive.SURVEY_SORTED", data.draw(st.sampled_from([0, 3, 100])))
+        patch.setattr("bam_merge.verifying.rederive.thresholds.SURVEY_BINS", 4)
+        patch.setattr("bam_merge.verifying.rederive.thresholds.SURVEY_SORTED", data.draw(st.sampled_from([0, 3, 100])))
         assert kth_largest(lambda: iter(parts), k) == sorted(torch.cat(parts).tolist(), reverse=True)[k - 1]
 
 
@@ -58,7 +60,11 @@ def test_where_zero_is_right_nothing_else_is(dtype: str, least: float) -> None:
                 assert (error > 1, where) == (True, 1)
 
 
-@pytest.mark.parametrize("module", [rederive, election, rounding, formulas])
+MODULES = [import_module(f"{rederive.__name__}.{found.name}") for found in iter_modules(rederive.__path__)]
+"""The files of the second way."""
+
+
+@pytest.mark.parametrize("module", [rederive, *MODULES, election, rounding, formulas])
 def test_only_what_a_plan_says_is_shared_with_execution(module: ModuleType) -> None:
     """Records, and the functions that are named; import-linter forbids the modules that carry a plan out."""
     tree = ast.parse(inspect.getsource(module))

@@ -84,13 +84,14 @@ def test_public_layouts_pass(family: str, layout: str, tmp_path: Path) -> None:
     "{make: task_arithmetic, base: seed, scale: 0.7}",
     "{make: ties, base: seed, density: 0.3, weights: {code: 1, law: 2}}",
     "{make: dare_ties, base: seed, density: 0.4}",
+    "{make: ties, base: seed, density: 0.6, weights: {code: 1, law: -0.5}}",
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_every_make_rederives(name: str, make: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, small in (
         ("rows.ROWS_BYTES", 300),
-        ("rederive.SURVEY_BINS", 8),
-        ("rederive.SURVEY_SORTED", 16),
+        ("rederive.thresholds.SURVEY_BINS", 8),
+        ("rederive.thresholds.SURVEY_SORTED", 16),
     ):  # as a large tensor would be: in pieces
         monkeypatch.setattr(f"bam_merge.verifying.{limit}", small)
     write_sources(tmp_path, CONFIGS[name], dtype=dtype)

@@ -1,200 +1,13 @@
-"""Expressions: how one output tensor is made from source tensors. Frozen, plain data, no torch.
-
-An expression is a shallow tree: Read or Computed, maybe Slice, maybe Merge, maybe Concat; or Init. Its `str` is what plans and
-manifests show. The arithmetic that carries them out is in kernels.py, one function per method record.
-"""
+"""The tree: how one output tensor is made from source tensors, and what one can ask of that."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
-from typing import ClassVar
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Computed, Piece, Read, Shape, Slice, inputs, leaf_runs, numel, stored, whole
-from bam_merge.records import About
-from bam_merge.records import Formula as Formula
-from bam_merge.records import Initialiser as Initialiser
-from bam_merge.records import Method as Method
-
-# ---- merge methods: how several tensors become one -------------------------------------------------------------------
-
-
-def _weights(weights: tuple[float, ...]) -> str:
-    return "weights=" + "/".join(f"{weight:g}" for weight in weights)
-
-
-def _of_differences(weights: tuple[float, ...], scale: float) -> Iterator[str]:
-    """The weights and the scale of a sum of differences, where they are not 1."""
-    if set(weights) != {1.0}:
-        yield _weights(weights)
-    if scale != 1.0:
-        yield f"scale={scale:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Mean(Method):
-    """The uniform mean."""
-
-    name: ClassVar = "mean"
-    about: ClassVar = About(elementwise=True, base=False, surveyed=False, operand_bytes=8)
-
-
-@dataclass(frozen=True, slots=True)
-class Linear(Method):
-    """sum_i w_i x_i, one weight per operand; the weights sum to one (model soups, arXiv 2203.05482)."""
-
-    weights: tuple[float, ...]
-    name: ClassVar = "linear"
-    about: ClassVar = About(elementwise=True, base=False, surveyed=False, operand_bytes=8)
-
-    def arguments(self) -> Iterator[str]:
-        yield _weights(self.weights)
-
-
-@dataclass(frozen=True, slots=True)
-class Slerp(Method):
-    """Spherical interpolation of two tensors taken as flat vectors, at `t` in [0, 1] (Shoemake, SIGGRAPH 1985)."""
-
-    t: float
-    name: ClassVar = "slerp"
-    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=8)
-
-    def arguments(self) -> Iterator[str]:
-        yield f"t={self.t:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class TaskArithmetic(Method):
-    """base + scale * sum_i w_i (x_i - base) (arXiv 2212.04089, section 2)."""
-
-    weights: tuple[float, ...]
-    scale: float
-    name: ClassVar = "task_arithmetic"
-    about: ClassVar = About(elementwise=True, base=True, surveyed=False, operand_bytes=8)
-
-    def arguments(self) -> Iterator[str]:
-        return _of_differences(self.weights, self.scale)
-
-
-@dataclass(frozen=True, slots=True)
-class Ties(Method):
-    """Trim each difference to its `density` largest entries, elect a sign, average what agrees (arXiv 2306.01708, section 4).
-
-    A worker keeps every operand's difference, trimmed and weighted, besides.
-    """
-
-    density: float
-    weights: tuple[float, ...]
-    scale: float
-    name: ClassVar = "ties"
-    about: ClassVar = About(elementwise=False, base=True, surveyed=True, operand_bytes=32)
-
-    def arguments(self) -> Iterator[str]:
-        yield f"density={self.density:g}"
-        yield from _of_differences(self.weights, self.scale)
-
-
-@dataclass(frozen=True, slots=True)
-class DareTies(Method):
-    """Drop entries of each difference at random, rescale by 1/density (arXiv 2311.03099), then elect and average as TIES does.
-
-    `seed` and `streams` fix which entries are dropped: one stream per operand, by position.
-    """
-
-    density: float
-    weights: tuple[float, ...]
-    scale: float
-    seed: int
-    streams: tuple[str, ...]
-    name: ClassVar = "dare_ties"
-    about: ClassVar = About(elementwise=False, base=True, surveyed=False, operand_bytes=32)
-
-    def arguments(self) -> Iterator[str]:
-        yield f"density={self.density:g}"
-        yield from _of_differences(self.weights, self.scale)
-
-
-# ---- initialisers: tensors that no source has --------------------------------------------------------------------------
-
-
-NORMAL_REACH = 12.1
-"""No sample of numpy's polar method is more standard deviations out: sqrt(-2 ln r2), where r2 is 2**-104 or more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Normal(Initialiser):
-    """Normally distributed, of mean 0 and standard deviation `std`."""
-
-    std: float
-    name: ClassVar = "normal"
-
-    def arguments(self) -> Iterator[str]:
-        yield f"std={self.std:g}"
-
-    def size(self) -> tuple[str, float, float]:
-        return "std", self.std, NORMAL_REACH * self.std
-
-
-@dataclass(frozen=True, slots=True)
-class Uniform(Initialiser):
-    """Uniform on [-bound, bound]; the default bound is 1/sqrt(columns), as torch.nn.Linear starts."""
-
-    bound: float | None
-    name: ClassVar = "uniform"
-
-    def arguments(self) -> Iterator[str]:
-        if self.bound is not None:
-            yield f"bound={self.bound:g}"
-
-    def size(self) -> tuple[str, float, float] | None:
-        return None if self.bound is None else ("bound", self.bound, self.bound)
-
-
-@dataclass(frozen=True, slots=True)
-class Zeros(Initialiser):
-    """All 0."""
-
-    name: ClassVar = "zeros"
-
-    def size(self) -> None:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Ones(Initialiser):
-    """All 1. Only layouts ask for it, where an engine cannot do with zeros."""
-
-    name: ClassVar = "ones"
-
-    def size(self) -> None:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Orthogonal(Initialiser):
-    """Orthonormal rows times `gain`."""
-
-    gain: float
-    name: ClassVar = "orthogonal"
-
-    def arguments(self) -> Iterator[str]:
-        if self.gain != 1.0:
-            yield f"gain={self.gain:g}"
-
-    def size(self) -> tuple[str, float, float]:
-        return "gain", self.gain, self.gain
-
-    def misfit(self, rows: int, columns: int) -> str | None:
-        if rows <= columns:
-            return None
-        return (
-            f"orthogonal: {rows} experts, hidden_size is {columns}: at most {columns} rows of {columns} numbers can be orthogonal. "
-            f"Use at most {columns} experts, or init: normal."
-        )
-
-
-# ---- expressions -----------------------------------------------------------------------------------------------------------
+from bam_merge.records import Initialiser, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +122,7 @@ def in_float64(expr: Expr) -> bool:
 
 
 def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
-    """Whole numbers in the proportion of positive `weights`, read as the decimals that a recipe holds.
+    """Whole numbers in the proportion of `weights`, read as the decimals that a recipe holds.
 
     An elected sign is that of a weighted sum, and 0.2 a + 0.3 a = 0.5 a is a tie, which binary fractions would leave to their
     rounding. Weights whose whole numbers would have more than 28 bits stay as they are: up to there products with float32 are exact
@@ -319,7 +132,7 @@ def proportion(weights: tuple[float, ...]) -> tuple[float, ...]:
     common = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * common) for weight in exact]
     least = gcd(*whole)
-    return weights if max(whole) // least >= 2**28 else tuple(float(number // least) for number in whole)
+    return weights if not least or max(map(abs, whole)) // least >= 2**28 else tuple(float(number // least) for number in whole)
 
 
 def concat_runs(concat: Concat, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:

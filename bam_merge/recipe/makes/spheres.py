@@ -1,0 +1,29 @@
+"""Makes that average directions on the sphere."""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from bam_merge import expressions
+from bam_merge.recipe.makes.gradual import Gradual
+from bam_merge.recipe.makes.kinds import Fraction, Merging
+
+
+class Slerp(Merging):
+    """Spherical interpolation between two sources."""
+
+    record: ClassVar = expressions.Slerp
+    make: Literal["slerp"]
+    from_: Annotated[tuple[str, str], Field(strict=False)] = Field(alias="from", description="the two sources: t=0 and t=1")
+    t: Gradual[Fraction] = Field(description="where on the arc between them: 0 is the first, 1 the second")
+
+    def operands(self, distinct: tuple[str, ...]) -> tuple[str, ...]:
+        return self.from_
+
+    def method(self, names: tuple[str, ...], place: str, random_seed: int) -> expressions.Slerp:
+        return expressions.Slerp(self.t)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.from_[0] == self.from_[1]:
+            yield "from", "slerp needs two different sources."
