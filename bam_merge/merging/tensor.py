@@ -152,7 +152,8 @@ class TensorWriter:
 
         dtype = torch.float64 if expressions.in_float64(merge) else torch.float32
         base = self._load(merge.base[1], start, stop, known).to(dtype) if merge.base else None
-        return Chunk(start, [self._load(expr, start, stop, known).to(dtype) for _, expr in merge.operands], base)
+        operands = [self._load(expr, start, stop, known).to(dtype) for _, expr in merge.operands]
+        return Chunk(start, operands, base, prod(merge.shape[1:]))
 
     def _load(self, expr: expressions.Expr, start: int, stop: int, known: dict[int, object]) -> "Tensor":
         """Elements [start, stop) of `expr`, flat, in the computing dtype."""

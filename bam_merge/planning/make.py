@@ -17,7 +17,7 @@ from bam_merge.architectures.tables import Architecture, architecture_names, loa
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
-from bam_merge.planning.assign import Made, assign, check_axes
+from bam_merge.planning.assign import Made, assign, check_axes, check_units
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.output_config import merge_values, output_config, refusals
@@ -62,7 +62,7 @@ def make_plan(recipe: Recipe) -> Plan:
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies
     if layout.kind == "mixture":
-        problems += [f"{recipe.file}: {text}" for text in check_axes(made, seed.facts["num_hidden_layers"])]
+        problems += [f"{recipe.file}: {text}" for text in (*check_axes(made, seed.facts["num_hidden_layers"]), *check_units(made))]
     steps = make_steps(recipe, layout, seed, made, problems)
     problems += [*dtype_problems(recipe, steps), *copied_only_problems(steps, recipe.file)]
     if problems:

@@ -130,6 +130,7 @@ class Plan:
             for merge in merges:
                 operands = len(merge.operands) + (merge.base is not None)
                 per_element = max(per_element, merge.method.about.operand_bytes * operands + 16)
+                held = max(held, merge.method.held(merge.shape))
         return BASE_MEMORY + workers * (COPY_BUFFER + CHUNK_ELEMENTS * max(per_element, 16) + held)
 
     def document(self, workers: int = 2) -> dict[str, Any]:

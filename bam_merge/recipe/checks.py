@@ -8,9 +8,9 @@ from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
 from bam_merge.recipe.accepting import accept_problems
-from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging
+from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging, Varying
 from bam_merge.recipe.places import Adapted, base_problems, based_on
-from bam_merge.recipe.rules import covers, parse_layers, parse_size
+from bam_merge.recipe.rules import Copies, covers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
 
@@ -31,7 +31,10 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     yield from _make(recipe, recipe.shared, ("shared",))
     for index, rule in enumerate(recipe.rules):
         yield from _rule(recipe, rule, ("rules", index))
-    used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging) for name in make.named)}
+    used = {
+        *recipe.expert_names,
+        *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging | Varying) for name in make.named),
+    }
     used |= {name for _, name in _of_tokenizer(recipe)}
     yield from _tokenizer(recipe)
     for name in recipe.sources:
@@ -91,7 +94,11 @@ def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     for name in recipe.sources:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             yield ("sources", name), "a source's name is letters, digits, '_', '-' and '.'; rename it."
-    for index, name in enumerate(names):
+    if isinstance(recipe.experts, Copies):
+        yield from _make(recipe, recipe.experts, ("experts",))
+        if recipe.method != "sparse_upcycling":
+            yield ("experts",), f"so many experts of one model are method sparse_upcycling; with {recipe.method} list their sources."
+    for index, name in enumerate(() if isinstance(recipe.experts, Copies) else names):
         if name not in recipe.sources:
             yield ("experts", index), f"{printable(name)!r} is not among the sources{nearest(name, recipe.sources)}"
     if recipe.method == "merge":
@@ -128,14 +135,14 @@ def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
 
 
 def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
-    if not isinstance(make, Merging):
+    if not isinstance(make, Merging | Varying):
         return
     for name in dict.fromkeys(make.named):
         if name not in recipe.sources:
             yield path, f"names the source {printable(name)!r}, which is not among the sources{nearest(name, recipe.sources)}"
     yield from (((*path, key), text) for key, text in make.problems())
     base = make.from_base
-    if base is not None:
+    if base is not None and isinstance(make, Merging):
         if base in (getattr(make, "weights", None) or ()):
             yield (*path, "weights"), f"{printable(base)} is the base; its difference from itself is zero. Remove it."
         if not make.operands(recipe.distinct):
@@ -160,5 +167,12 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
             yield (*path, "roles", index), f"{rule.record.name} initialises routers only, {printable(pattern)!r} covers other tensors."
         if not isinstance(rule, Initialising) and any(routers):
             yield (*path, "roles", index), f"{printable(pattern)!r} covers routers, which no source has. Give them a rule of their own."
-    if isinstance(rule, Expert) and recipe.method == "merge":
+        groups = {role.partition(".")[0] for role in matched}
+        if isinstance(rule, Varying) and not groups & {"router"} and not groups <= set(rule.suits):
+            yield (
+                (*path, "roles", index),
+                f"{rule.record.name} makes tensors of experts ({', '.join(f'{group}.*' for group in rule.suits)}), "
+                f"{printable(pattern)!r} covers others.",
+            )
+    if isinstance(rule, Expert | Varying) and recipe.method == "merge":
         yield (*path, "make"), "method merge gives a dense model, which has no experts."

@@ -11,9 +11,9 @@ from bam_merge.errors import RecipeError
 from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
 from bam_merge.recipe.accepting import Accept
-from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
+from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Positive, Strict
 from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, model_store, recorded, stores
-from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
+from bam_merge.recipe.rules import ROUTER_INITS, AnyExperts, AnyMerging, Copies, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,11 @@ class Recipe(Strict):
         description="name: a Hugging Face folder, relative to the recipe, or a model of the hub; or {base: ..., adapter: ...}: with a LoRA "
         "adapter",
     )
-    experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
+    experts: AnyExperts | None = Field(
+        default=None,
+        description="order = expert index; a source may stand more than once; default: all. "
+        "For sparse_upcycling also {count: ..., make: ...}",
+    )
     attention: Attention | None = Field(default=None, description="method bam only")
     ffn: Ffn | None = Field(default=None, description="methods of mixtures only")
     router: RouterSection | None = Field(default=None, description="both routers, or {attention: ..., ffn: ...}")
@@ -134,6 +138,8 @@ class Recipe(Strict):
     @property
     def expert_names(self) -> tuple[str, ...]:
         """The source of each expert, by expert index."""
+        if isinstance(self.experts, Copies):
+            return (getattr(self.experts, "from_", None) or next(iter(self.sources)),) * self.experts.count
         return self.experts or tuple(self.sources)
 
     @property
@@ -219,7 +225,8 @@ class Recipe(Strict):
     def resolved(self) -> dict[str, Any]:
         """The recipe as a document with every default written out and no absolute path."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        document["experts"] = list(self.expert_names)
+        if not isinstance(self.experts, Copies):
+            document["experts"] = list(self.expert_names)
         document["sources"] = {name: self.recorded(name) for name in self.sources}
         document["output"]["path"] = relative(self.output.path, self.folder)
         if self.method != "merge":

@@ -134,8 +134,9 @@ def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
     for (name, expression, folded), members in over_experts.items():
         if folded:
             name = name.replace("{expert}", ranges([step.expert for step, _ in members if step.expert is not None]))
-            sources = ",".join(source for _, source in members)
-            expression = f"{{{sources}}}:{expression}" if len(members) > 1 else f"{sources}:{expression}"
+            sources = [source for _, source in members]
+            alike = "(" in sources[0] and len(set(sources)) == 1
+            expression = f"{{{','.join(sources)}}}:{expression}" if len(members) > 1 and not alike else f"{sources[0]}:{expression}"
         rows.append(_row(members[0][0], name, expression))
     return rows
 

@@ -7,7 +7,7 @@ proof failed, the two parameters are read and compared.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,12 @@ class Stranger:
     where: str
 
 
-def strangers(mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan, proved: frozenset[str]) -> Iterator[Stranger]:
-    """Every expert that has a parameter of another model than its own. `proved` are the tensors that follow from the sources."""
-    steps = {step.name: step for step in plan.steps}
-    names = plan.recipe.expert_names
+def strangers(
+    mixture: StoredModel, dense: Mapping[str, StoredModel], names: Sequence[str], plan: Plan, proved: frozenset[str]
+) -> Iterator[Stranger]:
+    """Every expert that has a parameter of another model than its own, which `names` names. `proved` are the tensors that follow from the
+    sources."""
+    steps, sources = {step.name: step for step in plan.steps}, plan.recipe.expert_names
     wrong: dict[tuple[int, int], dict[str, float]] = {}
     for parameter, leaf in mixture.leaves.items():
         found = EXPERTS.fullmatch(parameter)
@@ -46,7 +48,7 @@ def strangers(mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan
         own = f"model.layers.{layer}.{half}.{rest}"
         if j >= len(names) or own not in dense[names[j]].leaves:
             wrong.setdefault((layer, j), {})[f"{half}.{rest}"] = math.inf
-        elif not _proved(leaf, dense[names[j]].leaves[own], steps.get(stored(leaf).tensor), names[j], proved):
+        elif not _proved(leaf, dense[names[j]].leaves[own], steps.get(stored(leaf).tensor), sources[j], proved):
             error = _difference(mixture, parameter, dense[names[j]], own)
             if error:
                 wrong.setdefault((layer, j), {})[f"{half}.{rest}"] = error

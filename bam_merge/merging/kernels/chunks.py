@@ -12,11 +12,12 @@ from bam_merge import expressions
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Elements [start, start + C) of every operand and of the base, flat, in the computing dtype."""
+    """Elements [start, start + C) of every operand and of the base, flat, in the computing dtype; `columns` are in a row of the tensor."""
 
     start: int
     operands: list[Tensor]
     base: Tensor | None = None
+    columns: int = 1
 
     @property
     def deltas(self) -> Iterator[Tensor]:
