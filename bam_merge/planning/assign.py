@@ -43,9 +43,16 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
     elif recipe.method in ("btx", "sparse_upcycling"):
         made = recipe.experts.model_dump(by_alias=True, exclude={"count"}) if isinstance(recipe.experts, Copies) else {"make": "expert"}
         own.append({"roles": ["ffn.*"], **made})
+    if recipe.output.layers is not None and "shared" not in recipe.model_fields_set:  # as mergekit has it: of the first and the last one
+        own.append({"roles": ["embed"], "make": "copy", "from": recipe.output.layers[0].from_})
+        shared = {"make": "copy", "from": recipe.output.layers[-1].from_}
     own.append({"roles": ["*"], **shared})
     parsed = TypeAdapter(list[Rule]).validate_python(own)
-    return [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
+    every = [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
+    if recipe.output.layers is not None:  # the sources are stacked already (stacking.py): in each of them stand the result's layers
+        stack = {"roles": ["*"], "layers": "0-", "make": "copy", "from": recipe.output.layers[0].from_}
+        every.insert(0, ("output.layers", TypeAdapter(Rule).validate_python(stack)))
+    return every
 
 
 @dataclass

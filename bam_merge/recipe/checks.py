@@ -10,7 +10,7 @@ from bam_merge.paths import path_problem
 from bam_merge.recipe.accepting import accept_problems
 from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging, Varying
 from bam_merge.recipe.places import Adapted, base_problems, based_on
-from bam_merge.recipe.rules import Copies, covers, parse_layers, parse_size
+from bam_merge.recipe.rules import Copies, covers, list_layers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
 
@@ -31,11 +31,13 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     yield from _make(recipe, recipe.shared, ("shared",))
     for index, rule in enumerate(recipe.rules):
         yield from _rule(recipe, rule, ("rules", index))
+    averaged = recipe.output.layers is None or ("shared" in recipe.model_fields_set and not recipe.shared.named)
     used = {
-        *recipe.expert_names,
+        *(recipe.expert_names if averaged else ()),
         *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging | Varying) for name in make.named),
     }
-    used |= {name for _, name in _of_tokenizer(recipe)}
+    used |= {name for _, name in _of_tokenizer(recipe)} | {item.from_ for item in recipe.output.layers or ()}
+    yield from _layers(recipe)
     yield from _tokenizer(recipe)
     for name in recipe.sources:
         if name not in used | based_on(recipe.sources):
@@ -89,6 +91,33 @@ def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             yield place, f"found {shown(path)}: {wrong}"
 
 
+def _layers(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    """What is wrong with layers put behind one another, and with what cannot stand beside them."""
+    if recipe.output.layers is None:
+        return
+    if recipe.method != "merge":
+        yield ("output", "layers"), f"layers are put behind one another by method merge; {recipe.method} makes experts of whole models."
+    for index, item in enumerate(recipe.output.layers):
+        path: DocumentPath = ("output", "layers", index)
+        if item.from_ not in recipe.sources:
+            yield (*path, "from"), f"{printable(item.from_)!r} is not among the sources{nearest(item.from_, recipe.sources)}"
+        try:
+            list_layers(item.layers, 10**6)
+        except ValueError as error:
+            yield (*path, "layers"), str(error)
+    for index, rule in enumerate(recipe.rules):
+        inside = [role for role in ROLES if any(covers(pattern, role) for pattern in rule.roles) and role not in OUTSIDE]
+        if inside or rule.layers is not None:
+            yield (
+                ("rules", index),
+                "output.layers says what every layer is; rules are for what stands outside of them: embed, head, norm.final.",
+            )
+
+
+OUTSIDE = ("embed", "head", "head.bias", "norm.final", "norm.final.bias")
+"""The roles that stand outside the layers."""
+
+
 def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     names, distinct = recipe.expert_names, recipe.distinct
     for name in recipe.sources:
@@ -102,7 +131,7 @@ def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         if name not in recipe.sources:
             yield ("experts", index), f"{printable(name)!r} is not among the sources{nearest(name, recipe.sources)}"
     if recipe.method == "merge":
-        if len(distinct) < 2 and not isinstance(recipe.shared, Copy):
+        if len(distinct) < 2 and not isinstance(recipe.shared, Copy) and recipe.output.layers is None:
             yield ("experts",), "a merge needs at least two different sources."
         return
     if len(names) < 2:

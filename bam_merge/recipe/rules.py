@@ -102,9 +102,12 @@ def covers(pattern: str, role: str) -> bool:
 
 def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
     """The layer indices that `layers` names, of a model with `count` layers. Raises ValueError."""
-    if text is None:
-        return range(count)
-    chosen: set[int] = set()
+    return range(count) if text is None else frozenset(list_layers(text, count))
+
+
+def list_layers(text: int | str, count: int) -> list[int]:
+    """The same in the order in which they are named, as often as they are."""
+    chosen: list[int] = []
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
         if not part.isascii() or not first.isdecimal() or (last and not last.isdecimal()) or len(part) > 20:
@@ -114,8 +117,8 @@ def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
             raise ValueError(f"{printable(part.strip())!r} is an empty layer range.")
         if end >= count:
             raise ValueError(f"layer {end} does not exist; the model's layers are 0 to {count - 1}.")
-        chosen.update(range(int(first), end + 1))
-    return frozenset(chosen)
+        chosen += range(int(first), end + 1)
+    return chosen
 
 
 def parse_size(text: int | str) -> int:

@@ -77,9 +77,19 @@ class Vocabulary(Strict):
     chat_template: str | None = Field(default=None, min_length=1, description="the source whose chat template the result has")
 
 
+class Layers(Strict):
+    """Layers of one source, as the next ones of the result."""
+
+    from_: str = Field(alias="from", description="name of the source")
+    layers: Integer | str = Field(description='its layers, in this order: 3, "0-23", "0,4-7" or "8-" (to the last)')
+
+
 class Output(Strict):
     path: str = Field(min_length=1, description="the folder where the result appears, relative to the recipe")
     layout: str | None = Field(default=None, description="names and config of the result; default bam, for method merge the dense family")
+    layers: Annotated[tuple[Layers, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="method merge only: layers of sources behind one another, each as it is: [{from: a, layers: 0-23}, ...]"
+    )
     dtype: Literal["source", "float32", "float16", "bfloat16"] = Field(
         default="source", description="of every tensor; source: as stored, and sources that disagree are an error"
     )
@@ -229,6 +239,8 @@ class Recipe(Strict):
             document["experts"] = list(self.expert_names)
         document["sources"] = {name: self.recorded(name) for name in self.sources}
         document["output"]["path"] = relative(self.output.path, self.folder)
+        if self.output.layers is not None and "shared" not in self.model_fields_set:
+            del document["shared"]  # what stands outside the layers is of the first source and the last one then
         if self.method != "merge":
             top_k, renormalised = self.gates
             gate = "topk_then_softmax" if renormalised else "softmax_then_topk"
