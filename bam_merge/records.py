@@ -41,6 +41,10 @@ class Method:
         """What its call shows after operands and base, such as density=0.5."""
         yield from ()
 
+    def held(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a worker holds beside its chunks while it makes a tensor of that shape: none, unless all of it is needed at once."""
+        return 0
+
 
 METHODS: dict[str, type[Method]] = {}
 """The records of all merge methods, by name."""

@@ -177,7 +177,7 @@ def described(value: type) -> bool:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_complete(name: str) -> None:
     record = METHODS[name]
-    (make,) = [make for make in makes_of(makes.Merging) if make.record is record]
+    (make,) = [make for kind in (makes.Merging, makes.Varying) for make in makes_of(kind) if make.record is record]
     assert described(record) and described(make)
     assert has(kernels.combine, record) and has(rederive.derive, record)
     assert has(kernels.survey, record) == has(rederive.survey_anew, record) == record.about.surveyed
@@ -190,7 +190,8 @@ def test_every_method_is_complete(name: str) -> None:
     for field in dataclasses.fields(example):  # type: ignore[arg-type]
         assert field.name in drawn or f"{field.name}=" in shown, field.name
     places = schema()
-    assert places["properties"]["shared"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}"
+    if issubclass(make, makes.Merging):
+        assert places["properties"]["shared"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}"
     assert places["properties"]["rules"]["items"]["discriminator"]["mapping"][name] == f"#/$defs/{make.__name__}Rule"
     assert f"\n### {name}\n\n{make.__doc__}\n" in REFERENCE.read_text()
 
@@ -248,5 +249,6 @@ def test_every_initialiser_is_complete(name: str) -> None:
 def test_no_make_is_without_a_method() -> None:
     """But those that copy: expert, and copy itself."""
     assert {make.__name__ for make in makes_of(makes.Merging) if make.record is None} == {"Copy"}
-    assert {make.record for make in makes_of(makes.Merging)} - {None} == set(METHODS.values())
+    merging, varying = ({make.record for make in makes_of(kind)} - {None} for kind in (makes.Merging, makes.Varying))
+    assert merging | varying == set(METHODS.values()) and not merging & varying
     assert set(CONSTANTS) <= set(INITIALISERS)

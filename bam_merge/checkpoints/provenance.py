@@ -108,7 +108,7 @@ def _unreadable(found: object) -> str:
 def _damaged(document: dict[str, Any]) -> Iterator[str]:
     """Sections and entries of a manifest that are not what is read of them. A manifest that anyone may have written is read too."""
     entries: dict[str, Callable[[str, Any], bool]] = {
-        "recipe": lambda key, value: key != "experts" or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "recipe": lambda key, value: key != "experts" or recorded_experts({**document["recipe"], "experts": value}) is not None,
         "sources": lambda _, value: _has(value, {"files": dict}) and all(_has(f, SOURCE_FILE) for f in value["files"].values()),
         "files": lambda name, value: is_plain_name(name) and isinstance(value, str),
         "shards": lambda name, value: is_plain_name(name) and _has(value, {"bytes": int, "header": str}),
@@ -120,6 +120,19 @@ def _damaged(document: dict[str, Any]) -> Iterator[str]:
             yield from (name for name, value in found.items() if not is_right(name, value))
         else:
             yield section
+
+
+def recorded_experts(recipe: Mapping[str, Any]) -> list[str] | None:
+    """The source of each expert, of a manifest's recipe: a list, or a count of experts of one source. None: neither."""
+    found, sources = recipe.get("experts", []), recipe.get("sources")
+    if _has(found, {"count": int, "make": str}):
+        source = found.get("from", next(iter(sources), None) if isinstance(sources, dict) else None)
+        found = [source] * min(max(found["count"], 0), MOST_EXPERTS)
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+
+
+MOST_EXPERTS = 4096
+"""What a recipe may count; a manifest that counts more is no merge's."""
 
 
 TENSOR = {"expression": str, "file": str, "dtype": str, "shape": list, "digest": str}

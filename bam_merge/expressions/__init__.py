@@ -5,6 +5,7 @@ manifests show. The tree is in tree.py, the records of merge methods and initial
 files is `expressions.NAME`. The arithmetic that carries them out is in merging/kernels/, one function per method record.
 """
 
+from bam_merge.expressions.experts import *
 from bam_merge.expressions.initialisers import *
 from bam_merge.expressions.means import *
 from bam_merge.expressions.spheres import *

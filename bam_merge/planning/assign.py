@@ -12,8 +12,8 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES
 from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
-from bam_merge.recipe.makes import Expert, Initialising, Merging
-from bam_merge.recipe.rules import Rule, covers, parse_layers
+from bam_merge.recipe.makes import UNITS, Expert, Initialising, Merging, Varying
+from bam_merge.recipe.rules import Copies, Rule, covers, parse_layers
 from bam_merge.recipe.schema import Attention, Recipe, Routers
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
@@ -46,10 +46,18 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
             own.append({"roles": KV_ROLES, **shared})
         own.append({"roles": ["attn.*", "ffn.*"], "make": "expert"})
     elif recipe.method in ("btx", "sparse_upcycling"):
-        own.append({"roles": ["ffn.*"], "make": "expert"})
+        made = recipe.experts.model_dump(by_alias=True, exclude={"count"}) if isinstance(recipe.experts, Copies) else {"make": "expert"}
+        own.append({"roles": ["ffn.*"], **made})
+    if recipe.output.layers is not None and "shared" not in recipe.model_fields_set:  # as mergekit has it: of the first and the last one
+        own.append({"roles": ["embed"], "make": "copy", "from": recipe.output.layers[0].from_})
+        shared = {"make": "copy", "from": recipe.output.layers[-1].from_}
     own.append({"roles": ["*"], **shared})
     parsed = TypeAdapter(list[Rule]).validate_python(own)
-    return [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
+    every = [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
+    if recipe.output.layers is not None:  # the sources are stacked already (stacking.py): in each of them stand the result's layers
+        stack = {"roles": ["*"], "layers": "0-", "make": "copy", "from": recipe.output.layers[0].from_}
+        every.insert(0, ("output.layers", TypeAdapter(Rule).validate_python(stack)))
+    return every
 
 
 @dataclass
@@ -123,6 +131,9 @@ def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
 def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> Made:
     if isinstance(rule, Expert):
         return Made(label, tuple(models[name].tensors[site] for name in recipe.expert_names), per_expert=True)
+    if isinstance(rule, Varying):
+        exprs = (_varied(site, index, label, rule, recipe, models, problems) for index in range(len(recipe.expert_names)))
+        return Made(label, tuple(exprs), per_expert=True)
     if not isinstance(rule, Merging):
         raise AssertionError(f"{rule.make} makes no tensor that sources have")
     names = rule.operands(recipe.distinct)
@@ -135,15 +146,39 @@ def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[st
     if method is None or type(method) is not rule.record:
         raise TypeError(f"{type(rule).__name__}.method makes {method} of {len(parts)} operands, and its record is {rule.record}")
     base = (rule.from_base, models[rule.from_base].tensors[site]) if rule.from_base else None
+    return Made(label, (_merged(method, parts, base, f"{recipe.file}: {label}", problems),))
+
+
+def _varied(
+    site: Site, expert: int, label: str, rule: Varying, recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
+) -> expressions.Expr:
+    """The tensor of one expert, made of its source's."""
+    role, layer = site
+    name = rule.from_ or recipe.expert_names[expert]
+    own, base = models[name].tensors[site], (rule.from_base, models[rule.from_base].tensors[site]) if rule.from_base else None
+    method = rule.vary(role, own.shape, f"{layer}:{expert}", recipe.random_seed)
+    if method is None or (base is not None and base[1] == own):  # the difference of the base, or of an adapter that leaves it, is nothing
+        return own
+    return _merged(method, ((name, own),), base, f"{recipe.file}: {label}", problems)
+
+
+def _merged(
+    method: expressions.Method,
+    parts: tuple[tuple[str, expressions.Expr], ...],
+    base: tuple[str, expressions.Expr] | None,
+    label: str,
+    problems: list[str],
+) -> expressions.Merge:
+    """The merge of `parts` by `method`, of one dtype; what only copies cannot be computed with, which is a problem of `label`."""
     dtypes = {expr.dtype for _, expr in (*parts, *((base,) if base else ()))}
     unfit = sorted(dtypes - set(ARITHMETIC_DTYPES))
     if unfit:
-        where = f"{recipe.file}: {label}: "
-        why = f" is {unfit[0]}, and {rule.make} computes with {', '.join(ARITHMETIC_DTYPES)} only. "
+        where = f"{label}: "
+        why = f" is {unfit[0]}, and {method.name} computes with {', '.join(ARITHMETIC_DTYPES)} only. "
         if not any(text.startswith(where) and why in text for text in problems):  # one message for all tensors of a rule
             problems.append(f"{where}{parts[0][1]}{why}Use make: copy, or sources in full precision.")
     dtype = next(dtype for dtype in (*ARITHMETIC_DTYPES, *unfit) if dtype in dtypes)
-    return Made(label, (expressions.Merge(method, parts, base, dtype, parts[0][1].shape),))
+    return expressions.Merge(method, parts, base, dtype, parts[0][1].shape)
 
 
 def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel, problems: list[str]) -> Made:
@@ -160,6 +195,23 @@ def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel
         text = f"{recipe.file}: {label if by_rule else both}: {problem}"
         problems += [text] if text not in problems else []  # one message for all layers
     return Made(label if by_rule else "router", (init,))
+
+
+def check_units(made: Mapping[Site, Made]) -> Iterator[str]:
+    """Where units of an FFN are drawn anew, one rule must make all that they have in it: else half a unit would be."""
+    labels: dict[int | None, dict[str, list[str]]] = {}
+    for (role, layer), item in made.items():
+        if role in UNITS:
+            labels.setdefault(layer, {}).setdefault(item.by, []).append(role)
+    drops = {item.by for item in made.values() if any(_drops(expr) for expr in item.exprs)}
+    for layer, by in labels.items():
+        if len(by) > 1 and drops & by.keys():
+            split = "; ".join(f"{label} makes {some(roles)}" for label, roles in by.items())
+            yield f"layer {layer}: a dropped unit has its entries in gate, up and down, but {split}. Give ffn.* one rule."
+
+
+def _drops(expr: expressions.Expr) -> bool:
+    return isinstance(expr, expressions.Merge) and isinstance(expr.method, expressions.Drop)
 
 
 def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:

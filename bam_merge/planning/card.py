@@ -115,6 +115,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     dense = sum(prod(leaf.shape) for leaf in plan.models[recipe.seed_name].tensors.values())
     yield "layout", f"`{plan.layout.name}`"
     yield "sources", ", ".join(f"{name} ({_place(recipe, name)})" for name in plan.models)
+    if recipe.output.layers is not None:
+        yield "layers", f"{config['num_hidden_layers']}: {', '.join(f'{item.layers} of {item.from_}' for item in recipe.output.layers)}"
     if plan.alignment is not None:
         yield "vocabulary", ", ".join(_vocabulary(plan.alignment))
     if recipe.method == "merge":

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
-from bam_merge.recipe.makes import Merging
+from bam_merge.recipe.makes import Merging, Varying
 
 if TYPE_CHECKING:
     from bam_merge.recipe.schema import Recipe
@@ -18,7 +18,11 @@ GATE_LEAST, GATE_MOST = 1e-15, 1e15
 
 def out_of_range(recipe: "Recipe") -> Iterator[str]:
     """A message, beginning with the recipe's key, for every weight, scale and gate_scale that no sum in float32 can hold."""
-    for where, make in (("shared", recipe.shared), *((f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules))):
+    for where, make in (
+        ("shared", recipe.shared),
+        *((f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)),
+        ("experts", recipe.experts),
+    ):
         for key, value in _factors(make):
             if value and not LEAST <= abs(value) <= MOST:
                 yield f"{where}.{key}: found {value:g}, expected a magnitude from {LEAST:g} to {MOST:g}, or sums in float32 lose it."
@@ -32,7 +36,7 @@ def out_of_range(recipe: "Recipe") -> Iterator[str]:
 
 def _factors(make: Any) -> Iterator[tuple[str, float]]:
     """What a merge multiplies with: its weights, and every number that nothing limits from above."""
-    if isinstance(make, Merging):
+    if isinstance(make, Merging | Varying):
         for name, weight in (getattr(make, "weights", None) or {}).items():
             yield from ((f"weights.{name}", value) for value in _numbers(weight))
         for key, info in type(make).model_fields.items():

@@ -17,12 +17,13 @@ from bam_merge.architectures.tables import Architecture, architecture_names, loa
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
-from bam_merge.planning.assign import Made, assign, check_axes
+from bam_merge.planning.assign import Made, assign, check_axes, check_units
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
@@ -64,7 +65,7 @@ def make_plan(recipe: Recipe) -> Plan:
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies
     if layout.kind == "mixture":
-        problems += [f"{recipe.file}: {text}" for text in check_axes(made, seed.facts["num_hidden_layers"])]
+        problems += [f"{recipe.file}: {text}" for text in (*check_axes(made, seed.facts["num_hidden_layers"]), *check_units(made))]
     steps = make_steps(recipe, layout, seed, made, problems)
     problems += [*dtype_problems(recipe, steps), *copied_only_problems(steps, recipe.file)]
     if problems:
@@ -135,13 +136,21 @@ def _sources(recipe: Recipe, problems: list[str]) -> _Sources:
         tokenizers, alignment = align_tokenizers(ordered, recipe.tokenizer, recipe.file)
         ordered = with_one_vocabulary(ordered, alignment)
         tokenizers.problems += dict.fromkeys(alignment_problems(recipe, ordered))
+    if recipe.output.layers is not None and not broken:
+        stack = stacked(recipe, ordered)
+        ordered = stack.models
+        problems += stack.problems
     models = {name: next(model for model in ordered if model.name == name) for name in models}
     if ordered:
         broken += [*heads.problems, *same_folder(ordered), *accepted.problems, *disagreements(ordered), *tokenizers.problems]
         first = ordered[0]  # of the others it is said where they differ from it
         broken += [f"sources.{first.name}: {problem}" for problem in uncomputable(first.facts)]
-    if broken:
-        if len(models) == len(recipe.sources) and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered):
+    if broken or (recipe.output.layers is not None and problems):
+        if (
+            recipe.output.layers is None
+            and len(models) == len(recipe.sources)
+            and all(model.tensors.keys() == ordered[0].tensors.keys() for model in ordered)
+        ):
             assign(recipe, models, problems)  # the rules can be tried all the same
         raise CheckpointError(*problems, *broken)
     notes = [*found.notes, *unread_heads(ordered), *heads.notes, *accepted.notes, *tokenizers.notes]

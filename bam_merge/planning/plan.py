@@ -131,6 +131,7 @@ class Plan:
                 operands = len(merge.operands) + (merge.base is not None)
                 size = max(CHUNK_ELEMENTS, chunk_elements(step.expr, CHUNK_ELEMENTS))
                 chunks = max(chunks, size * (merge.method.about.operand_bytes * operands + 16))
+                held = max(held, merge.method.held(merge.shape))
         return BASE_MEMORY + workers * (COPY_BUFFER + chunks + held)
 
     def document(self, workers: int = 2) -> dict[str, Any]:

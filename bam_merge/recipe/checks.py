@@ -8,9 +8,9 @@ from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
 from bam_merge.recipe.accepting import accept_problems
-from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging
+from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging, Varying
 from bam_merge.recipe.places import Adapted, base_problems, based_on
-from bam_merge.recipe.rules import covers, parse_layers, parse_size
+from bam_merge.recipe.rules import Copies, covers, list_layers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
 
@@ -31,8 +31,13 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     yield from _make(recipe, recipe.shared, ("shared",))
     for index, rule in enumerate(recipe.rules):
         yield from _rule(recipe, rule, ("rules", index))
-    used = {*recipe.expert_names, *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging) for name in make.named)}
-    used |= {name for _, name in _of_tokenizer(recipe)}
+    averaged = recipe.output.layers is None or ("shared" in recipe.model_fields_set and not recipe.shared.named)
+    used = {
+        *(recipe.expert_names if averaged else ()),
+        *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging | Varying) for name in make.named),
+    }
+    used |= {name for _, name in _of_tokenizer(recipe)} | {item.from_ for item in recipe.output.layers or ()}
+    yield from _layers(recipe)
     yield from _tokenizer(recipe)
     for name in recipe.sources:
         if name not in used | based_on(recipe.sources):
@@ -86,16 +91,47 @@ def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             yield place, f"found {shown(path)}: {wrong}"
 
 
+def _layers(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    """What is wrong with layers put behind one another, and with what cannot stand beside them."""
+    if recipe.output.layers is None:
+        return
+    if recipe.method != "merge":
+        yield ("output", "layers"), f"layers are put behind one another by method merge; {recipe.method} makes experts of whole models."
+    for index, item in enumerate(recipe.output.layers):
+        path: DocumentPath = ("output", "layers", index)
+        if item.from_ not in recipe.sources:
+            yield (*path, "from"), f"{printable(item.from_)!r} is not among the sources{nearest(item.from_, recipe.sources)}"
+        try:
+            list_layers(item.layers, 10**6)
+        except ValueError as error:
+            yield (*path, "layers"), str(error)
+    for index, rule in enumerate(recipe.rules):
+        inside = [role for role in ROLES if any(covers(pattern, role) for pattern in rule.roles) and role not in OUTSIDE]
+        if inside or rule.layers is not None:
+            yield (
+                ("rules", index),
+                "output.layers says what every layer is; rules are for what stands outside of them: embed, head, norm.final.",
+            )
+
+
+OUTSIDE = ("embed", "head", "head.bias", "norm.final", "norm.final.bias")
+"""The roles that stand outside the layers."""
+
+
 def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     names, distinct = recipe.expert_names, recipe.distinct
     for name in recipe.sources:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             yield ("sources", name), "a source's name is letters, digits, '_', '-' and '.'; rename it."
-    for index, name in enumerate(names):
+    if isinstance(recipe.experts, Copies):
+        yield from _make(recipe, recipe.experts, ("experts",))
+        if recipe.method != "sparse_upcycling":
+            yield ("experts",), f"so many experts of one model are method sparse_upcycling; with {recipe.method} list their sources."
+    for index, name in enumerate(() if isinstance(recipe.experts, Copies) else names):
         if name not in recipe.sources:
             yield ("experts", index), f"{printable(name)!r} is not among the sources{nearest(name, recipe.sources)}"
     if recipe.method == "merge":
-        if len(distinct) < 2 and not isinstance(recipe.shared, Copy):
+        if len(distinct) < 2 and not isinstance(recipe.shared, Copy) and recipe.output.layers is None:
             yield ("experts",), "a merge needs at least two different sources."
         return
     if len(names) < 2:
@@ -128,7 +164,7 @@ def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
 
 
 def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
-    if not isinstance(make, Merging):
+    if not isinstance(make, Merging | Varying):
         return
     for name in dict.fromkeys(make.named):
         if name not in recipe.sources:
@@ -139,7 +175,7 @@ def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[Doc
         where = f"{float(place):.3g} of the way through the layers: "
         yield from (((*path, key), where + text) for key, text in make.at(place).problems())
     base = make.from_base
-    if base is not None:
+    if base is not None and isinstance(make, Merging):
         if base in (getattr(make, "weights", None) or ()):
             yield (*path, "weights"), f"{printable(base)} is the base; its difference from itself is zero. Remove it."
         if not make.operands(recipe.distinct):
@@ -164,5 +200,12 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
             yield (*path, "roles", index), f"{rule.record.name} initialises routers only, {printable(pattern)!r} covers other tensors."
         if not isinstance(rule, Initialising) and any(routers):
             yield (*path, "roles", index), f"{printable(pattern)!r} covers routers, which no source has. Give them a rule of their own."
-    if isinstance(rule, Expert) and recipe.method == "merge":
+        groups = {role.partition(".")[0] for role in matched}
+        if isinstance(rule, Varying) and not groups & {"router"} and not groups <= set(rule.suits):
+            yield (
+                (*path, "roles", index),
+                f"{rule.record.name} makes tensors of experts ({', '.join(f'{group}.*' for group in rule.suits)}), "
+                f"{printable(pattern)!r} covers others.",
+            )
+    if isinstance(rule, Expert | Varying) and recipe.method == "merge":
         yield (*path, "make"), "method merge gives a dense model, which has no experts."

@@ -57,7 +57,7 @@ def _described(path: DocumentPath, items: list[tuple[Any, list[str]]], root: typ
             case "union_tag_not_found":
                 yield (*path, key), "is required and missing"
             case "union_tag_invalid":
-                valid = [tag for tag in literals(item["ctx"]["expected_tags"]) if tag != "both"]
+                valid = [tag for tag in literals(item["ctx"]["expected_tags"]) if tag not in ("both", "list")]
                 value = item["input"].get(key) if isinstance(item["input"], dict) else item["input"]
                 yield (*path, key), f"{shown(value)} is none of {', '.join(valid)}{nearest(bare(value), valid)}"
 
@@ -85,7 +85,7 @@ def _document_path(error: Any, document: Any) -> tuple[DocumentPath, list[str]]:
 
 def _is_union(path: list[str | int]) -> bool:
     """Whether what stands at `path` is one of several models, so that pydantic's next step names which."""
-    return path in (["shared"], ["router"]) or (len(path) == 2 and path[0] in ("rules", "sources"))
+    return path in (["shared"], ["router"], ["experts"]) or (len(path) == 2 and path[0] in ("rules", "sources"))
 
 
 def _valid_keys(path: DocumentPath, tags: list[str], root: type[BaseModel]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from bam_merge.recipe.mergekit_methods import METHODS
 from bam_merge.recipe.mergekit_settings import Settings, layers_of, over_layers
+from bam_merge.recipe.mergekit_stacks import layers_in
 from bam_merge.recipe.mergekit_words import Equivalent, recipe_text, short_names
 from bam_merge.text import count, nearest, printable, some
 
@@ -29,8 +30,11 @@ KNOWN = {
 KNOWN_MOE = {"base_model", "gate_mode", "dtype", "experts", "experts_per_token", "shared_experts", "architecture"}
 
 
+PASSTHROUGH = "passthrough"
+
+
 OTHER_METHODS = (
-    "passthrough", "model_stock", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "nuslerp", "multislerp",
+    "model_stock", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "nuslerp", "multislerp",
     "karcher", "arcee_fusion", "nearswap", "core_space", "ram",
 )  # fmt: skip
 """mergekit's methods that have no equivalent here."""
@@ -130,8 +134,10 @@ class _Merge(_Reading):
         method = str(self.document.get("merge_method"))
         self.found.kind = f"mergekit (merge_method: {printable(str(method), 40)})"
         self.unknown_keys(KNOWN)
+        if method == PASSTHROUGH:
+            return self.stack()
         if method not in METHODS:
-            known = ", ".join(METHODS)
+            known = ", ".join([*METHODS, PASSTHROUGH])
             also = "" if method in OTHER_METHODS else f"{nearest(str(method), [*METHODS, *OTHER_METHODS]).rstrip('?')}"
             self.found.lacks.append(f"merge_method {printable(repr(method), 40)}{also}; the methods with an equivalent are {known}")
             return self.found
@@ -161,6 +167,21 @@ class _Merge(_Reading):
         self.found.text = recipe_text(self.found.kind, recipe, self.found.differs)
         return self.found
 
+    def stack(self) -> Equivalent:
+        """passthrough: layers of models behind one another."""
+        layers = layers_in(self.document, self.model, self.found)
+        base = self.document.get("base_model")
+        self.beside()
+        output = self.output(arithmetic=False)
+        if self.found.lacks:
+            return self.found
+        base = base if base in self.models else None
+        names = short_names([*([base] if base else []), *(model for model in self.models if model != base)], base)
+        output["layers"] = [{"from": names[model], "layers": text} for model, text in layers]
+        recipe = {"method": "merge", "sources": self.written(names), "output": output}
+        self.found.text = recipe_text(self.found.kind, recipe, self.found.differs)
+        return self.found
+
     def listed(self) -> dict[str, Any]:
         """The models that are merged, each with its own parameters, over all layers."""
         slices, models = self.document.get("slices"), self.document.get("models")
@@ -168,7 +189,7 @@ class _Merge(_Reading):
             self.found.lacks.append("modules, which merge the parts of a model apart")
         if slices is not None:
             if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
-                self.found.lacks.append("several slices, which put layers of models behind one another")
+                self.found.lacks.append("several slices, which put layers of models behind one another (here by passthrough alone)")
                 return {}
             models, one = slices[0].get("sources"), slices[0]
             if one.get("base_model") is not None or one.get("parameters") is not None:

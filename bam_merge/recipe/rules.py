@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import Field, create_model
+from pydantic import Discriminator, Field, Tag, create_model
 
+from bam_merge.checkpoints.provenance import MOST_EXPERTS
 from bam_merge.recipe import makes
-from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict
+from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict, Varying
 from bam_merge.text import printable
 
 T = TypeVar("T", bound=Strict)
@@ -35,6 +36,9 @@ def _named(make: type[Initialising], key: str, prefix: str = "") -> type[Initial
 MERGING = tuple(makes_of(Merging))
 
 
+VARYING = tuple(makes_of(Varying))
+
+
 INITIALISING = tuple(_named(make, "make") for make in makes_of(Initialising))
 
 
@@ -42,9 +46,33 @@ ROUTER_INITS = {make.record.name: _named(make, "init", "Router") for make in mak
 """What `router` may be, by init."""
 
 
+class Copies(Strict):
+    """Experts that are all made of one dense model."""
+
+    count: Annotated[int, Field(ge=2, le=MOST_EXPERTS)] = Field(description="how many experts")
+
+
+def _counted(make: Any) -> type[Copies]:
+    return create_model(f"{make.__name__}Copies", __base__=(Copies, make))
+
+
+COPIES: dict[str, type[Copies]] = {
+    "expert": _counted(Expert), **{make.record.name: _counted(make) for make in VARYING if not make.record.about.base}
+}  # fmt: skip
+"""What `experts` may be besides a list, by make."""
+
+
+def _form_of_experts(value: Any) -> str | None:
+    if isinstance(value, Copies):
+        return str(getattr(value, "make"))  # noqa: B009
+    return "list" if not isinstance(value, dict) else str(value["make"]) if "make" in value else None
+
+
 if TYPE_CHECKING:
     AnyMerging = Merging
     OneInit = Initialising
+
+    AnyExperts = Names | Copies
 
     class Rule(Selector):
         """One of `rules`: a make with the roles and layers it is for."""
@@ -53,9 +81,13 @@ if TYPE_CHECKING:
 else:
     AnyMerging = Annotated[Union[MERGING], Field(discriminator="make")]  # noqa: UP007
     OneInit = Annotated[Union[tuple(ROUTER_INITS.values())], Field(discriminator="init")]  # noqa: UP007
-    # for every make a class that has the make's keys and the selector's
+    AnyExperts = Annotated[
+        Union[tuple(Annotated[form, Tag(name)] for name, form in (("list", Names), *COPIES.items()))],  # noqa: UP007
+        Discriminator(_form_of_experts),
+    ]
+    RULING = (Expert, *MERGING, *VARYING, *INITIALISING)  # for each a class that has the make's keys and the selector's
     Rule = Annotated[
-        Union[tuple(create_model(f"{make.__name__}Rule", __base__=(Selector, make)) for make in (Expert, *MERGING, *INITIALISING))],  # noqa: UP007
+        Union[tuple(create_model(f"{make.__name__}Rule", __base__=(Selector, make)) for make in RULING)],  # noqa: UP007
         Field(discriminator="make"),
     ]
 
@@ -70,9 +102,12 @@ def covers(pattern: str, role: str) -> bool:
 
 def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
     """The layer indices that `layers` names, of a model with `count` layers. Raises ValueError."""
-    if text is None:
-        return range(count)
-    chosen: set[int] = set()
+    return range(count) if text is None else frozenset(list_layers(text, count))
+
+
+def list_layers(text: int | str, count: int) -> list[int]:
+    """The same in the order in which they are named, as often as they are."""
+    chosen: list[int] = []
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
         if not part.isascii() or not first.isdecimal() or (last and not last.isdecimal()) or len(part) > 20:
@@ -82,8 +117,8 @@ def parse_layers(text: int | str | None, count: int) -> range | frozenset[int]:
             raise ValueError(f"{printable(part.strip())!r} is an empty layer range.")
         if end >= count:
             raise ValueError(f"layer {end} does not exist; the model's layers are 0 to {count - 1}.")
-        chosen.update(range(int(first), end + 1))
-    return frozenset(chosen)
+        chosen += range(int(first), end + 1)
+    return chosen
 
 
 def parse_size(text: int | str) -> int:

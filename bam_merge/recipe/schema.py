@@ -11,9 +11,9 @@ from bam_merge.errors import RecipeError
 from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
 from bam_merge.recipe.accepting import Accept
-from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Names, Positive, Strict
+from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Positive, Strict
 from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, model_store, recorded, stores
-from bam_merge.recipe.rules import ROUTER_INITS, AnyMerging, OneInit, Rule
+from bam_merge.recipe.rules import ROUTER_INITS, AnyExperts, AnyMerging, Copies, OneInit, Rule
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
 
@@ -79,9 +79,19 @@ class Vocabulary(Strict):
     chat_template: str | None = Field(default=None, min_length=1, description="the source whose chat template the result has")
 
 
+class Layers(Strict):
+    """Layers of one source, as the next ones of the result."""
+
+    from_: str = Field(alias="from", description="name of the source")
+    layers: Integer | str = Field(description='its layers, in this order: 3, "0-23", "0,4-7" or "8-" (to the last)')
+
+
 class Output(Strict):
     path: str = Field(min_length=1, description="the folder where the result appears, relative to the recipe")
     layout: str | None = Field(default=None, description="names and config of the result; default bam, for method merge the dense family")
+    layers: Annotated[tuple[Layers, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="method merge only: layers of sources behind one another, each as it is: [{from: a, layers: 0-23}, ...]"
+    )
     dtype: Literal["source", "float32", "float16", "bfloat16"] = Field(
         default="source", description="of every tensor; source: as stored, and sources that disagree are an error"
     )
@@ -99,7 +109,11 @@ class Recipe(Strict):
         description="name: a Hugging Face folder, relative to the recipe, or a model of the hub; or {base: ..., adapter: ...}: with a LoRA "
         "adapter",
     )
-    experts: Names | None = Field(default=None, description="order = expert index; a source may stand more than once; default: all")
+    experts: AnyExperts | None = Field(
+        default=None,
+        description="order = expert index; a source may stand more than once; default: all. "
+        "For sparse_upcycling also {count: ..., make: ...}",
+    )
     attention: Attention | None = Field(default=None, description="method bam only")
     ffn: Ffn | None = Field(default=None, description="methods of mixtures only")
     router: RouterSection | None = Field(default=None, description="both routers, or {attention: ..., ffn: ...}")
@@ -136,6 +150,8 @@ class Recipe(Strict):
     @property
     def expert_names(self) -> tuple[str, ...]:
         """The source of each expert, by expert index."""
+        if isinstance(self.experts, Copies):
+            return (getattr(self.experts, "from_", None) or next(iter(self.sources)),) * self.experts.count
         return self.experts or tuple(self.sources)
 
     @property
@@ -221,9 +237,12 @@ class Recipe(Strict):
     def resolved(self) -> dict[str, Any]:
         """The recipe as a document with every default written out and no absolute path."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        document["experts"] = list(self.expert_names)
+        if not isinstance(self.experts, Copies):
+            document["experts"] = list(self.expert_names)
         document["sources"] = {name: self.recorded(name) for name in self.sources}
         document["output"]["path"] = relative(self.output.path, self.folder)
+        if self.output.layers is not None and "shared" not in self.model_fields_set:
+            del document["shared"]  # what stands outside the layers is of the first source and the last one then
         if self.method != "merge":
             top_k, renormalised = self.gates
             gate = "topk_then_softmax" if renormalised else "softmax_then_topk"

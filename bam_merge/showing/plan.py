@@ -26,6 +26,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "method": f"{recipe.method}, layout {plan.layout.name}",
         "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
         "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
+        "layers": ", ".join(f"{item.layers} of {item.from_}" for item in recipe.output.layers or ()),
         "adapters": ", ".join(_adapted(name, len(model.adapters)) for name, model in plan.models.items() if model.adapters),
         "tokenizer": _tokenizer(plan),
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
@@ -134,8 +135,9 @@ def _folded_rows(plan: Plan) -> list[tuple[str, str, str]]:
     for (name, expression, folded), members in over_experts.items():
         if folded:
             name = name.replace("{expert}", ranges([step.expert for step, _ in members if step.expert is not None]))
-            sources = ",".join(source for _, source in members)
-            expression = f"{{{sources}}}:{expression}" if len(members) > 1 else f"{sources}:{expression}"
+            sources = [source for _, source in members]
+            alike = "(" in sources[0] and len(set(sources)) == 1
+            expression = f"{{{','.join(sources)}}}:{expression}" if len(members) > 1 and not alike else f"{sources[0]}:{expression}"
         rows.append(_row(members[0][0], name, expression))
     return rows
 

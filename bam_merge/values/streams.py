@@ -34,6 +34,22 @@ def uniforms(seed: int, name: str, start: int, count: int) -> Values:
     return (raw >> numpy.uint64(11)) * 2.0**-53
 
 
+NORMALS = 2**14
+"""Numbers of one generator in a stream of normal numbers."""
+
+
+def normals(seed: int, name: str, start: int, count: int) -> Values:
+    """Elements [start, start + count) of the stream of normal numbers, of mean 0 and deviation 1, called `name`.
+
+    Marsaglia's method rejects, so that a place in its stream is not known: every NORMALS numbers have a generator of their own, of which
+    that of block b is called `name:b`.
+    """
+    first, last = start // NORMALS, -(-(start + count) // NORMALS)
+    blocks = [generator(seed, f"{name}:{block}").standard_normal(NORMALS) for block in range(first, last)]
+    skipped = start - first * NORMALS
+    return numpy.concatenate([numpy.empty(0), *blocks])[skipped : skipped + count]
+
+
 def initialise(method: expressions.Initialiser, shape: Shape, seed: int, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """A new tensor of `shape` in float32 (or `dtype`), from a generator that depends on `seed` and `name` only.
 

@@ -22,6 +22,7 @@ from bam_merge.recipe.schema import Ffn, Recipe
 from bam_merge.verifying.levels import layers_asked
 from bam_merge.verifying.measuring import Way, Worst, difference, of_layers, positions_of
 from bam_merge.verifying.parameters import strangers
+from bam_merge.verifying.remade import MARK, experts_models
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import miswired
 
@@ -98,24 +99,25 @@ def against_dense(
     Where all are asked, every dense model's hidden states advance by its own blocks; else every layer gets the embeddings. A layer that is
     off in float32 is measured again in float64, which tells an error from the rounding of a large model.
     """
-    names, seed = plan.recipe.expert_names, plan.recipe.seed_name
+    sources, seed = plan.recipe.expert_names, plan.recipe.seed_name
+    names, models = experts_models(plan, dense)
     isolation, identity = Worst("expert isolation"), Worst("identity")
     known = set()
-    for stranger in strangers(mixture, dense, plan, proved):
+    for stranger in strangers(mixture, models, names, plan, proved):
         known.add((stranger.layer, stranger.expert))
         isolation.value = max(isolation.value, stranger.error)
-        isolation.places.append(f"layer {stranger.layer}, expert {stranger.expert} ({_name(names, stranger.expert)}): {stranger.where}")
-    for layer, j, what in miswired(mixture, dense, names):
+        isolation.places.append(f"layer {stranger.layer}, expert {stranger.expert} ({_name(sources, stranger.expert)}): {stranger.where}")
+    for layer, j, what in miswired(mixture, models, names):
         known.add((layer, j))
         isolation.value = math.inf
-        isolation.places.append(f"layer {layer}, expert {j} ({names[j]}): the block's configuration or wiring ({what})")
+        isolation.places.append(f"layer {layer}, expert {j} ({sources[j]}): the block's configuration or wiring ({what})")
     factors: list[float] = []
-    x = {name: streamed_embeddings(dense[name], ids_BT, way.computing) for name in dict.fromkeys((*names, seed))}
+    x = {name: streamed_embeddings(models[name], ids_BT, way.computing) for name in dict.fromkeys((*names, seed))}
     asked = sorted(layers_asked(mixture.config, way.level))
     for layer in asked:
         for computing in way.precisions:
-            models = _Layer(mixture, dense, plan.recipe, layer, computing)
-            found = models.measured({name: computing.taken(x_BTD) for name, x_BTD in x.items()}, isolation.tolerance)
+            at = _Layer(mixture, models, names, plan.recipe, layer, computing)
+            found = at.measured({name: computing.taken(x_BTD) for name, x_BTD in x.items()}, isolation.tolerance)
             if all(error <= isolation.tolerance for error in (found.identity[0], *(error for error, _, _ in found.isolation))):
                 break
         for error, j, place in found.isolation:
@@ -127,7 +129,9 @@ def against_dense(
         way.ran(layer)
     of = of_layers(asked, mixture.config.num_hidden_layers)
     ran = f"; its blocks compute the same{of}" if of else ""
-    yield isolation.check(f"every expert of {len(names)} is its dense model in every layer{ran}")
+    anew = sum(MARK in name for name in names)
+    remade = f", {'all' if anew == len(names) else anew} remade as the recipe says," if anew else ""
+    yield isolation.check(f"every expert of {len(names)} is its dense model{remade} in every layer{ran}")
     scale = sum(factors) / len(factors)
     meaning = f"its attention exactly, its FFN times {scale:.4f} (the chosen gates' sum)"
     if abs(scale - 1) < 1e-6:
@@ -157,13 +161,14 @@ class _Layer:
 
     mixture: StoredModel
     dense: Mapping[str, StoredModel]
+    names: Sequence[str]
     recipe: Recipe
     layer: int
     computing: Computing
 
     def measured(self, x: Mapping[str, Tensor], tolerance: float) -> LayerErrors:
         """Run the layer on the dense models' hidden states `x`."""
-        names, seed, layer = self.recipe.expert_names, self.recipe.seed_name, self.layer
+        names, seed, layer = self.names, self.recipe.seed_name, self.layer
         block = streamed_block(self.mixture, layer, self.computing)
         isolation, hidden = [], {}
         for name, x_BTD in x.items():
@@ -174,7 +179,7 @@ class _Layer:
                 error = difference(got - x_BTD, expected - x_BTD, expected)
                 wrong = error > tolerance or error != error
                 blame = f": {_blame(block, own, j, x_BTD, expected, tolerance)}" if wrong else ""
-                isolation.append((error, j, f"layer {layer}, expert {j} ({name}){blame}"))
+                isolation.append((error, j, f"layer {layer}, expert {j} ({name.partition(MARK)[0]}){blame}"))
         of_copies, factor = _identity(block, streamed_block(self.dense[seed], layer, self.computing), x[seed], self.recipe)
         return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden)
 

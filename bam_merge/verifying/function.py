@@ -21,6 +21,7 @@ from bam_merge.verifying.levels import Level, layers_asked
 from bam_merge.verifying.measuring import Way
 from bam_merge.verifying.probes import as_it_is
 from bam_merge.verifying.report import Check, Report
+from bam_merge.verifying.stack import as_stacked, same_layers
 from bam_merge.verifying.updates import same_updates
 from bam_merge.verifying.work import Work
 
@@ -43,7 +44,7 @@ def function_checks(
         dense, sample_BT = aligned.models, aligned.sample(ids_BT if level.thorough else ids_BT[:1])
         ids_BT = aligned.sample(ids_BT)
         yield from aligned.checks
-        yield from same_function(mixture, dense)
+        yield from same_function(mixture, as_stacked(dense, plan.recipe))
         yield from same_head(mixture, dense, ids_BT, computing)
         if any(model.adapters for model in plan.models.values()):
             yield from same_updates(plan, in_result_ids(checkpoint.path, plan, as_accepted(own, plan.recipe), mixture.config.vocab_size))
@@ -51,6 +52,9 @@ def function_checks(
         asked = layers_asked(mixture.config, level)
         ran = work.of_layers("isolation", mixture, *dense.values(), asked=asked)
         yield from against_dense(mixture, dense, plan, proved, sample_BT, Way(level, computing, ran))
+    if plan is not None and plan.recipe.output.layers is not None:
+        ran = work.of_layers("isolation", mixture, asked=layers_asked(mixture.config, level))
+        yield from same_layers(mixture, dense, plan, proved, sample_BT, Way(level, computing, ran))
     work.finish("isolation")
     yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.of_layers("probes", mixture)))
     work.finish("probes")

@@ -7,7 +7,7 @@ proof failed, the two parameters are read and compared.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,12 @@ class Stranger:
     where: str
 
 
-def strangers(mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan, proved: frozenset[str]) -> Iterator[Stranger]:
-    """Every expert that has a parameter of another model than its own. `proved` are the tensors that follow from the sources."""
-    steps = {step.name: step for step in plan.steps}
-    names = plan.recipe.expert_names
+def strangers(
+    mixture: StoredModel, dense: Mapping[str, StoredModel], names: Sequence[str], plan: Plan, proved: frozenset[str]
+) -> Iterator[Stranger]:
+    """Every expert that has a parameter of another model than its own, which `names` names. `proved` are the tensors that follow from the
+    sources."""
+    steps, sources = {step.name: step for step in plan.steps}, plan.recipe.expert_names
     wrong: dict[tuple[int, int], dict[str, float]] = {}
     for parameter, leaf in mixture.leaves.items():
         found = EXPERTS.fullmatch(parameter)
@@ -46,8 +48,8 @@ def strangers(mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan
         own = f"model.layers.{layer}.{half}.{rest}"
         if j >= len(names) or own not in dense[names[j]].leaves:
             wrong.setdefault((layer, j), {})[f"{half}.{rest}"] = math.inf
-        elif not _proved(leaf, dense[names[j]].leaves[own], steps.get(stored(leaf).tensor), names[j], proved):
-            error = _difference(mixture, parameter, dense[names[j]], own)
+        elif not is_proved(leaf, dense[names[j]].leaves[own], steps.get(stored(leaf).tensor), sources[j], proved):
+            error = apart(mixture, parameter, dense[names[j]], own)
             if error:
                 wrong.setdefault((layer, j), {})[f"{half}.{rest}"] = error
     for (layer, j), errors in wrong.items():
@@ -62,7 +64,7 @@ EXPERTS = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<half>self_attn|mlp)\.e
 HALVES = {"self_attn": "attention", "mlp": "FFN"}
 
 
-def _proved(leaf: Leaf, own: Leaf, step: Step | None, source: str, proved: frozenset[str]) -> bool:
+def is_proved(leaf: Leaf, own: Leaf, step: Step | None, source: str, proved: frozenset[str]) -> bool:
     """Whether the parameter at `leaf` of a proved tensor is what the dense model called `source` reads at `own`."""
     if step is None or step.name not in proved:
         return False
@@ -83,7 +85,7 @@ def _joined(pieces: Iterable[Stretch]) -> list[Stretch]:
     return result
 
 
-def _difference(mixture: StoredModel, parameter: str, dense: StoredModel, own: str) -> float:
+def apart(mixture: StoredModel, parameter: str, dense: StoredModel, own: str) -> float:
     """The largest difference of two parameters, relative to the largest number of the second; infinite where they cannot be compared."""
     rows = mixture.leaves[parameter].shape[0]
     if mixture.leaves[parameter].shape != dense.leaves[own].shape:

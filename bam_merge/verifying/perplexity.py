@@ -67,14 +67,16 @@ def perplexities(checkpoint: Checkpoint, plan: Plan | None, ids: dict[Path, Tens
     """One row per text of `read_texts`: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone."""
     mixture = stored_model(checkpoint)
     dense = {} if plan is None else in_result_ids(checkpoint.path, plan, open_dense(plan), mixture.config.vocab_size)
-    averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None else []
+    averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None and plan.recipe.output.layers is None else []
     models: dict[str, StoredModel] = dict(dense)
     if len(averaged) > 1:
         models["average"] = Average(averaged[0].checkpoint, averaged[0].config, averaged[0].leaves, tuple(averaged))
     models["merged"] = mixture
     x = {(name, text): streamed_embeddings(model, ids_BT, computing) for name, model in models.items() for text, ids_BT in ids.items()}
-    for layer in range(mixture.config.num_hidden_layers):
+    for layer in range(max(model.config.num_hidden_layers for model in models.values())):
         for name, model in models.items():
+            if layer >= model.config.num_hidden_layers:  # the sources of a stack have fewer layers, or more
+                continue
             block = streamed_block(model, layer, computing)
             for text, ids_BT in ids.items():
                 positions = torch.arange(ids_BT.shape[1], device=computing.device)[None]

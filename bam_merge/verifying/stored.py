@@ -23,7 +23,7 @@ from bam_merge.model.model_config import ModelConfig
 from bam_merge.planning.plan import Plan, Step, moves_bytes
 from bam_merge.text import printable, some
 from bam_merge.values.torch_threads import one_torch_thread
-from bam_merge.verifying.rederive import rederive, survey_all
+from bam_merge.verifying.rederive import Written, overall, rederive, survey_all
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.rounding import worst
 from bam_merge.verifying.rows import COPIED_BYTES, RowReader, SourceTensors, row_blocks
@@ -203,6 +203,13 @@ def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tup
             error, index = worst(written, rederive(step.expr, sources, known, start, stop, step.dtype), step.dtype)
         if error > largest:
             largest, where = error, start * columns + index
+    if isinstance(step.expr, expressions.Merge):
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            return sources.reader.read(path, step.name, start, stop, step.dtype)
+
+        whole = overall(step.expr.method, step.expr, sources, known.get(id(step.expr)), Written(rows, step.dtype))
+        largest = max(largest, whole)
     return largest, where, bad
 
 

@@ -12,7 +12,7 @@ from bam_merge._version import __version__
 from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import Checkpoint
-from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest
+from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest, recorded_experts
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
 from bam_merge.model.streaming import computing_on
 from bam_merge.planning.make import make_plan
@@ -63,7 +63,7 @@ def verify(
     left = not_downloaded(manifest, snapshot)
     if plan is not None and plan.remotes:
         plan = make_plan(at_hand(plan.recipe))
-    report = Report(level.name, tuple(map(printable, manifest["recipe"].get("experts", ()))))
+    report = Report(level.name, tuple(map(printable, recorded_experts(manifest["recipe"]) or ())))
     try:
         checkpoint = open_folder(path)
     except BamMergeError as error:  # nothing more can be read

@@ -34,6 +34,21 @@ def miswired(mixture: StoredModel, dense: Mapping[str, StoredModel], names: tupl
                 yield layer, j, some(list(dict.fromkeys(wrong)), 4)
 
 
+def unlike_blocks(one: StoredModel, layer: int, other: StoredModel, its_layer: int) -> list[str]:
+    """What the blocks of two models, each at its layer, keep and in which they differ: all but which layer it is, and what their
+    configurations say of other layers."""
+    meanings = _Meanings()
+    mine, theirs = (
+        {where: said for where, said in _facts(_built(model, at), meanings) if not where.endswith(OF_LAYERS)}
+        for model, at in ((one, layer), (other, its_layer))
+    )
+    return [where for where in dict.fromkeys((*mine, *theirs)) if mine.get(where) != theirs.get(where)]
+
+
+OF_LAYERS = (".layer", ": windows", ": layers that rotate")
+"""What a block keeps of the model's other layers, or of its place among them."""
+
+
 def _built(model: StoredModel, layer: int) -> Block:
     with torch.device("meta"):
         return Block(model.config, layer)

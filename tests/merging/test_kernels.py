@@ -62,6 +62,19 @@ BY_HAND = {
         expressions.DareTies(0.625, (1.0, 2.0), 0.375, 0, ("stream", "other")),
         [[5, 10, -5, 7], [3, 5, 10, -15]], [0] * 4, [3.0, 4.0, 6.0, -9.0],
     ),
+    # the stream "units" of seed 0 begins .32 .46 .55 .18: units 3 and 0 are dropped, of mean 4 and deviation sqrt(9 + 9);
+    # the numbers begin -.8263 -.3591
+    "drop": ByHand(
+        expressions.Drop(0.5, "rows", 0, ("units", "numbers")), [[1, 5, 3, 7]], None,
+        [4 - 18**0.5 * 0.8263199675785325, 5.0, 3.0, 4 - 18**0.5 * 0.3591414623937942],
+    ),
+    # the stream "where" begins .29 .44 .76 .49
+    "noise": ByHand(
+        expressions.Noise(0.5, 0.45, 0, ("where", "numbers")), [[1, 5, 3, 7]], None,
+        [1 - 0.5 * 0.8263199675785325, 5 - 0.5 * 0.3591414623937942, 3.0, 7.0],
+    ),
+    # a column has one singular value: at rank 1 the expert is all there; tests/merging/test_experts.py has matrices
+    "low_rank": ByHand(expressions.LowRank(1), [[3, 1, 6]], [1, 1, 2], [3.0, 1.0, 6.0]),
 }  # fmt: skip
 """By the method's name. tests/test_methods.py asks for one of each."""
 
@@ -70,7 +83,7 @@ BY_HAND = {
 def test_kernel_by_hand(name: str) -> None:
     method, operands, base, expected = BY_HAND[name]
     assert run(method, operands, base) == pytest.approx(expected, rel=1e-6)
-    if name not in ("slerp", "dare_ties"):  # whose steps are not of numbers that float32 has
+    if name not in ("slerp", "dare_ties", "drop", "noise", "low_rank"):  # whose steps are not of numbers that float32 has
         assert run(method, operands, base) == expected
 
 

@@ -241,6 +241,18 @@ def test_names_paths_and_what_stands_beside(tmp_path: Path) -> None:
     parse_recipe(recipe)
 
 
+def test_layers_behind_one_another(tmp_path: Path) -> None:
+    """mergekit's ranges end before their last number; ours with it."""
+    ranges = [("org/a", [0, 24]), ("org/b", [8, 32]), ("org/a", [5, 6])]
+    slices = [{"sources": [{"model": model, "layer_range": of}]} for model, of in ranges]
+    found = equivalent({"merge_method": "passthrough", "dtype": "bfloat16", "base_model": "org/b", "slices": slices}, tmp_path)
+    assert found.lacks == [] and found.text is not None
+    recipe = yaml.safe_load(found.text)
+    assert recipe["sources"] == {"seed": "org/b", "a": "org/a"}
+    assert recipe["output"]["layers"] == [{"from": "a", "layers": "0-23"}, {"from": "seed", "layers": "8-31"}, {"from": "a", "layers": "5"}]
+    assert parse_recipe(recipe).output.layers is not None
+
+
 def test_long_sections_stand_on_lines_of_their_own() -> None:
     listed = [{"model": f"organisation/a-model-with-a-long-name-{n}", "parameters": {"weight": 1.0}} for n in range(5)]
     text = equivalent({"merge_method": "linear", "models": listed}).text
@@ -257,7 +269,11 @@ def listed(*models: str, **parameters: Any) -> list[dict[str, Any]]:
 
 
 LACKS: dict[str, tuple[dict[str, Any], str]] = {
-    "passthrough": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}, "merge_method 'passthrough'; the methods with an equivalent are linear, slerp, task_arithmetic, ties, dare_ties"),
+    "passthrough of nothing": ({"merge_method": "passthrough", "models": listed("a")}, "passthrough needs slices, each with one model and its layer_range"),
+    "passthrough of two": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 2]}]}]}, "slice 0 must have one source"),
+    "passthrough of no layer": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]}, "layer_range [2, 2] of slice 0; expected two numbers"),
+    "passthrough with a scale": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2], "parameters": {"scale": 0.5}}]}]}, "parameters of slice 0 (scale), which multiply layers"),
+    "an unknown method": ({"merge_method": "nearswap", "models": listed("a")}, "merge_method 'nearswap'; the methods with an equivalent are linear, slerp, task_arithmetic, ties, dare_ties, passthrough"),
     "a method with a typo": ({"merge_method": "lineer", "models": listed("a", weight=1)}, "merge_method 'lineer'; did you mean 'linear'; the methods"),
     "several slices": ({"merge_method": "linear", "slices": [{"sources": []}, {"sources": []}]}, "several slices, which put layers of models behind one another"),
     "layers that are not all": ({"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [2, 4]}]}]}, "layer_range [0, 2], [2, 4]: other layers than all of every model"),

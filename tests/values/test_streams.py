@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bam_merge import expressions
-from bam_merge.values.streams import initialise, uniforms
+from bam_merge.values.streams import NORMALS, generator, initialise, uniforms
+from bam_merge.values.streams import normals as streamed
 
 MASK = 2**64 - 1
 
@@ -64,6 +65,18 @@ def test_any_part_of_a_stream_is_that_part_of_it(seed: int, name: str, start: in
     numbers = stream(seed, name)
     expected = [next(numbers) for _ in range(start + count)][start:]
     assert uniforms(seed, name, start, count).tolist() == expected
+
+
+@given(st.integers(0, 2**63), st.integers(0, 2 * NORMALS), st.integers(0, 50))
+def test_any_part_of_a_stream_of_normal_numbers_is_that_part_of_it(seed: int, start: int, count: int) -> None:
+    """Block b of it is the stream `name:b`."""
+    whole = np.concatenate([generator(seed, f"noise:{block}").standard_normal(NORMALS) for block in range(4)])
+    assert streamed(seed, "noise", start, count).tolist() == whole[start : start + count].tolist()
+
+
+def test_a_stream_of_normal_numbers_is_this_one_for_good() -> None:
+    assert streamed(5, "noise", 0, 63).tolist() == pytest.approx(normals(5, "noise:0", 63), rel=1e-14)
+    assert streamed(5, "noise", NORMALS - 1, 3).tolist()[1:] == pytest.approx(normals(5, "noise:1", 2), rel=1e-14)
 
 
 @pytest.mark.parametrize(("bound", "limit"), [(0.3, 0.3), (None, 5**-0.5)])

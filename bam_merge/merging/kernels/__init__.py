@@ -7,6 +7,7 @@ reads the chunks once or twice; `combine` then works on any chunk by itself.
 Shapes: x_C is a chunk of C elements; a chunk list x_KC has one per operand; d_C = x_C - base_C is a task vector's chunk.
 """
 
+from bam_merge.merging.kernels import experts as experts
 from bam_merge.merging.kernels import means as means
 from bam_merge.merging.kernels import spheres as spheres
 from bam_merge.merging.kernels import task_vectors as task_vectors

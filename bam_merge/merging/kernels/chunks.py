@@ -24,6 +24,11 @@ class Chunk:
     row: int | None = None
 
     @property
+    def columns(self) -> int:
+        """Elements that belong to one row of a matrix, or to one element of a bias."""
+        return self.row or 1
+
+    @property
     def deltas(self) -> Iterator[Tensor]:
         """The task vectors' chunks, one at a time."""
         assert self.base is not None

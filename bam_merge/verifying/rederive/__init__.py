@@ -12,12 +12,15 @@ holds it. What both have is what a plan says, not how it is carried out:
 * how many bits a dtype has (checkpoints/dtypes.py), which its tests compare with torch.
 """
 
+from bam_merge.verifying.rederive import experts as experts
 from bam_merge.verifying.rederive import initialisers as initialisers
 from bam_merge.verifying.rederive import means as means
 from bam_merge.verifying.rederive import spheres as spheres
 from bam_merge.verifying.rederive import task_vectors as task_vectors
+from bam_merge.verifying.rederive.deriving import Written as Written
 from bam_merge.verifying.rederive.deriving import derive as derive
 from bam_merge.verifying.rederive.deriving import draw as draw
+from bam_merge.verifying.rederive.deriving import overall as overall
 from bam_merge.verifying.rederive.deriving import survey_anew as survey_anew
 from bam_merge.verifying.rederive.tree import rederive as rederive
 from bam_merge.verifying.rederive.tree import survey_all as survey_all

@@ -1,6 +1,6 @@
 """What the second way to a method is given and gives back, one function per record; and what these functions share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -81,6 +81,21 @@ def derive(method: expressions.Method, rows: Rows) -> Derived:
 def survey_anew(method: expressions.Method, node: expressions.Merge, sources: SourceTensors) -> Any:
     """What a method must know of whole tensors, for records that say they are `surveyed`, from blocks of rows."""
     raise NotImplementedError(f"verifying/rederive/ surveys no {type(method).__name__}: a function under @survey_anew.register is missing")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor that a merge wrote: what gives its rows [start, stop), and its dtype."""
+
+    rows: Callable[[int, int], Tensor]
+    dtype: str
+
+
+@singledispatch
+def overall(method: expressions.Method, node: expressions.Merge, sources: SourceTensors, known: Any, written: Written) -> float:
+    """How far a written tensor is as a whole from what its method asks for, in units of what rounding it allows: of methods that more than
+    one tensor may answer. Of the others its rows tell all."""
+    return 0.0
 
 
 def blocks_of(node: expressions.Merge) -> Iterator[tuple[int, int]]:

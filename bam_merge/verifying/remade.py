@@ -1,0 +1,125 @@
+"""The models that a mixture's experts stand for: their dense models, or these with what the recipe makes anew of them.
+
+What is made anew is worked out by rederive/, from the plan's expression of each tensor: the blocks of such a model compute what the expert
+must compute, in the dense model's own architecture.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_merge import expressions
+from bam_merge.architectures.locate import Cell
+from bam_merge.model.loading import StoredModel, parameter_name
+from bam_merge.planning.plan import Plan, Step
+from bam_merge.recipe.makes import Varying
+from bam_merge.sources.dense import Site
+from bam_merge.values.tensors import TORCH_DTYPES
+from bam_merge.verifying.rederive import rederive, survey_all
+from bam_merge.verifying.rounding import nearest
+from bam_merge.verifying.rows import RowReader, SourceTensors
+
+MARK = "#"
+"""Stands between the source and the number of an expert that is remade; no source's name has it."""
+
+
+SURVEYED = 4
+"""Tensors of which what a method must know of the whole is kept: those of one FFN."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How one parameter is made: its expression, and the dtype that it is stored in."""
+
+    expr: expressions.Expr
+    dtype: str
+
+
+@dataclass
+class _Known:
+    """What methods must know of whole tensors, of the last few that were asked for; for any number of threads."""
+
+    sources: SourceTensors
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    found: dict[int, dict[int, Any]] = field(default_factory=dict)
+
+    def of(self, expr: expressions.Expr) -> dict[int, Any]:
+        with self.lock:
+            if id(expr) not in self.found:
+                while len(self.found) >= SURVEYED:
+                    self.found.pop(next(iter(self.found)))
+                self.found[id(expr)] = survey_all(expr, self.sources)
+            return self.found[id(expr)]
+
+
+@dataclass(frozen=True)
+class Remade(StoredModel):
+    """The dense model `of`, with the parameters of one expert that the recipe makes anew."""
+
+    of: StoredModel | None = None
+    made: Mapping[str, Made] = field(default_factory=dict)
+    known: _Known | None = None
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        assert self.of is not None
+        if parameter not in self.made:
+            return self.of.read(parameter, dtype)
+        return self._rows(parameter, 0, self.made[parameter].expr.shape[0]).to(dtype)
+
+    def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        assert self.of is not None
+        if parameter not in self.made:
+            return self.of.read_rows(parameter, rows, dtype)
+        if isinstance(rows, range) and rows.step == 1:
+            return self._rows(parameter, rows.start, rows.stop).to(dtype)
+        return torch.cat([self._rows(parameter, row, row + 1) for row in rows]).to(dtype)
+
+    def _rows(self, parameter: str, start: int, stop: int) -> Tensor:
+        made = self.made[parameter]
+        assert self.known is not None
+        derived = rederive(made.expr, self.known.sources, self.known.of(made.expr), start, stop, made.dtype)
+        return nearest(derived.value, made.dtype).to(TORCH_DTYPES[made.dtype])
+
+
+def experts_models(plan: Plan, dense: Mapping[str, StoredModel]) -> tuple[tuple[str, ...], dict[str, StoredModel]]:
+    """The model of every expert, by a name for each; and the models by these names, with the dense ones."""
+    made: dict[int, dict[str, Made]] = {}
+    for step in plan.steps:
+        if step.expert is not None:
+            for role, expr in _by_role(step):
+                if _is_remade(expr, (role, step.layer), plan):
+                    made.setdefault(step.expert, {})[_parameter(role, step, plan)] = Made(expr, step.dtype)
+    models, known = dict(dense), _Known(SourceTensors(plan, RowReader()))
+    names = list(plan.recipe.expert_names)
+    for expert, parameters in made.items():
+        of = dense[names[expert]]
+        names[expert] = f"{names[expert]}{MARK}{expert}"
+        models[names[expert]] = Remade(of.checkpoint, of.config, of.leaves, of, parameters, known)
+    return tuple(names), models
+
+
+def _by_role(step: Step) -> Iterator[tuple[str, expressions.Expr]]:
+    """(role, its expression) of all that an expert's tensor holds; nothing of a fused one that is stored as a source has it."""
+    roles = step.role.split("+")
+    parts = step.expr.parts if isinstance(step.expr, expressions.Concat) and len(roles) > 1 else (step.expr,)
+    if len(parts) == len(roles):
+        yield from zip(roles, parts, strict=True)
+
+
+def _is_remade(expr: expressions.Expr, site: Site, plan: Plan) -> bool:
+    """Whether the recipe has a tensor of an expert made anew, or taken from the source that it names in the place of the expert's own."""
+    if any(isinstance(part, expressions.Merge) for part in expressions.parts(expr)):
+        return True
+    makes: tuple[object, ...] = (plan.recipe.experts, *plan.recipe.rules)
+    named = {make.from_ for make in makes if isinstance(make, Varying) and make.from_ is not None}
+    return any(expr == plan.models[name].tensors.get(site) for name in named)
+
+
+def _parameter(role: str, step: Step, plan: Plan) -> str:
+    """The dense model's name for the parameter."""
+    row = next(row for row in plan.layout.rows if role in row.roles)
+    return parameter_name(role, Cell(row, step.layer))
