@@ -74,7 +74,7 @@ def verdict_text(report: Report) -> str:
 
 
 @contextmanager
-def verify_progress() -> Iterator[Callable[[int, int], None]]:
+def verify_progress(doing: str = "verifying") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with time left, from the first word of work done on; silent where stderr is not a terminal."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -85,9 +85,9 @@ def verify_progress() -> Iterator[Callable[[int, int], None]]:
         if not console.is_terminal:
             return
         if not started:
-            columns = (TextColumn("verifying"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             progress = Progress(*columns, console=console, transient=True)
-            started.append((progress, progress.add_task("verifying", total=total)))
+            started.append((progress, progress.add_task(doing, total=total)))
             progress.start()
         started[0][0].update(started[0][1], completed=done, total=total)
 
