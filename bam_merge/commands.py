@@ -198,12 +198,27 @@ def by_domain(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 @click.argument("folder", type=UserPath())
 @click.option("--recipe", type=UserPath(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
 @click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
+@click.option(
+    "--texts",
+    "domains",
+    type=DomainFile(),
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Also say what the routers do with this text, which the expert NAME is for; a file, folder or glob; may be repeated.",
+)
 @click.option("--verify", "level", type=click.Choice(LEVELS[:2]), default="quick", help="How deep to look. Default: quick.")
 @click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @click.argument("more_texts", type=UserPath(), nargs=-1, metavar="[FILE ...]")
 def verify(
-    folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: tuple[str, ...], level: str, device: str, as_json: bool
+    folder: str,
+    recipe: str | None,
+    texts: tuple[str, ...],
+    domains: tuple[tuple[str, str], ...],
+    more_texts: tuple[str, ...],
+    level: str,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
 
@@ -218,11 +233,12 @@ def verify(
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     with downloads(), verify_progress() as progress:
         options = VerifyOptions(level, device, progress=progress)
-        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options)
+        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options, by_domain(domains))
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
-        print_result(_terminal().text(*report_tables(report)))
+        terminal = _terminal()
+        print_result(terminal.text(*report_tables(report, terminal)))
     if not report.ok:
         sys.exit(1)
 

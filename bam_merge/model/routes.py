@@ -3,10 +3,15 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bam_merge.checkpoints.folder import read_small_file
+from bam_merge.checkpoints.provenance import MANIFEST
+from bam_merge.documents import load_json
+from bam_merge.errors import BamMergeError
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.model import Block, BlockOutput
 from bam_merge.model.streaming import Computing, streamed_block, streamed_embeddings
@@ -83,36 +88,63 @@ Windows = Sequence[Tensor]
 
 
 @torch.no_grad()
-def route_texts(
-    mixture: StoredModel,
+def run_texts(
+    model: StoredModel,
     texts: Sequence[Windows],
-    layers: Collection[int],
     computing: Computing,
+    layers: Collection[int] | None = None,
+    experts: Sequence[int | None] | None = None,
     ran: Callable[[int], None] = lambda layer: None,
-) -> list[list[Choices]]:
-    """For each text what every router of `layers` did with its tokens, layer by layer. One block is held at a time; `ran` hears of each.
+) -> list[tuple[Windows, list[Choices]]]:
+    """For each text its hidden states [B, T, D] after the last of `layers` (of all), and what every router of these did, layer by layer.
 
-    Blocks after the last of `layers` are not computed.
+    One block is held at a time; `ran` hears of each. `experts`: for each text one that is forced, or None.
     """
-    x = [[streamed_embeddings(mixture, ids_BT, computing) for ids_BT in windows] for windows in texts]
+    x: list[Windows] = [[streamed_embeddings(model, ids_BT, computing) for ids_BT in batches] for batches in texts]
     found: list[list[Choices]] = [[] for _ in texts]
-    for layer in range(max(layers) + 1):
-        block = streamed_block(mixture, layer, computing)
-        for text, windows in enumerate(x):
-            parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-            for place, x_BTD in enumerate(windows):
-                with router_logits(block) as logits_of:
-                    out = block(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2]))
-                windows[place] = out.hidden
-                for router, pair in routed(out, logits_of).items():
-                    parts.setdefault(router, []).append(pair)
-            if layer in layers:
-                found[text] += [together(layer, router, pairs) for router, pairs in parts.items()]
+    wanted = range(model.config.num_hidden_layers) if layers is None else layers
+    for layer in range(max(wanted) + 1 if texts else 0):
+        block = streamed_block(model, layer, computing)
+        for text, expert in enumerate(experts or [None] * len(texts)):
+            x[text], did = through(block, layer, x[text], expert)
+            found[text] += did if layer in wanted else []
         ran(layer)
-    return found
+    return list(zip(x, found, strict=True))
 
 
-def together(layer: int, router: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Choices:
+def through(block: Block, layer: int, x: Windows, force_expert: int | None = None) -> tuple[list[Tensor], list[Choices]]:
+    """Hidden states [B, T, D] of a text's batches after a block, and what its routers did with them."""
+    outs = []
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for x_BTD in x:
+        with router_logits(block) as logits_of:
+            out = block(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[:2]), force_expert=force_expert)
+        outs.append(out.hidden)
+        for router, pair in routed(out, logits_of).items():
+            parts.setdefault(router, []).append(pair)
+    return outs, [_together(layer, router, pairs) for router, pairs in parts.items()]
+
+
+def _together(layer: int, router: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Choices:
     """The choices behind gates and logits [B, T, N] of several batches, one after the other."""
     gates_1MN, logits_1MN = (torch.cat([pair[which].cpu().flatten(0, 1) for pair in pairs])[None] for which in (0, 1))
     return choices(layer, router, gates_1MN, logits_1MN)
+
+
+def expert_names(mixture: StoredModel) -> tuple[str, ...]:
+    """The names of a mixture's experts by index: of its config.json, or of its manifest; else their numbers. A dense model has none."""
+    count = max(mixture.config.num_experts, mixture.config.num_attention_experts)
+    for names in (mixture.checkpoint.config.get("expert_names"), _recorded(mixture.checkpoint.path / MANIFEST)):
+        if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    return tuple(map(str, range(count)))
+
+
+def _recorded(manifest: Path) -> object:
+    """The experts that a manifest names, where there is one that can be read: names are for people, so nothing else is asked of it."""
+    try:
+        document = load_json(read_small_file(manifest)) if manifest.is_file() else None
+    except (ValueError, BamMergeError):
+        return None
+    recipe = document.get("recipe") if isinstance(document, dict) else None
+    return recipe.get("experts") if isinstance(recipe, dict) else None

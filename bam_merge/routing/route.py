@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 
-from bam_merge.checkpoints.folder import read_small_file
-from bam_merge.checkpoints.provenance import MANIFEST
-from bam_merge.documents import load_json
-from bam_merge.errors import BamMergeError, CheckpointError
+from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import StoredModel, open_model
-from bam_merge.model.routes import ROUTERS, Choices, route_texts
+from bam_merge.model.routes import ROUTERS, Choices, expert_names, run_texts
 from bam_merge.model.streaming import computing_on
 from bam_merge.recipe.rules import parse_layers
 from bam_merge.routing.reading import GivenText, ReadText, read_texts
 from bam_merge.sources.places import bring, find
-from bam_merge.text import nearest, printable
+from bam_merge.text import printable
 from bam_merge.verifying.devices import open_device, torch_workers
+from bam_merge.verifying.heldout import own_experts
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -140,15 +138,16 @@ def route(
     layers = _layers(options.layers, mixture, where)
     given = [GivenText(Path(file)) for file in texts]
     given += [GivenText(Path(file), name) for name, files in (domains or {}).items() for file in files]
-    own = own_experts(names, domains or {}, where)
+    own = _own_experts(domains or {}, names, where)
     if not given:
         raise CheckpointError(f"{where}: no text to route. Give one with --text FILE.")
     read = read_texts(found.path, given, options.tokens, mixture.config.vocab_size)
     with computing_on(device, torch_workers(options.workers)) as computing:
         total = max(layers) + 1
         options.progress(0, total)
-        choices = route_texts(mixture, [text.windows for text in read], layers, computing, lambda layer: options.progress(layer + 1, total))
-    routed = zip(read, choices, strict=True)
+        batches = [text.windows for text in read]
+        ran = run_texts(mixture, batches, computing, layers, ran=lambda layer: options.progress(layer + 1, total))
+    routed = [(text, choices) for text, (_, choices) in zip(read, ran, strict=True)]
     return Routes(
         os.fsdecode(path), str(mixture.checkpoint.config["model_type"]), names, tuple(sorted(layers)),
         tuple(RoutedText(text, one, own.get(text.given.domain or "", ())) for text, one in routed),
@@ -170,36 +169,15 @@ def _soft(mixture: StoredModel) -> tuple[str, ...]:
     return tuple(router for router, soft in zip(ROUTERS, (soft_attention, soft_ffn), strict=True) if soft)
 
 
-def expert_names(mixture: StoredModel) -> tuple[str, ...]:
-    """The names of a mixture's experts by index: of its config.json, or of its manifest; else their numbers. None for a dense model."""
-    count = max(mixture.config.num_experts, mixture.config.num_attention_experts)
-    for names in (mixture.checkpoint.config.get("expert_names"), _recorded(mixture.checkpoint.path / MANIFEST)):
-        if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return tuple(map(str, range(count)))
-
-
-def _recorded(manifest: Path) -> object:
-    """The experts that a manifest names, where there is one that can be read: names are for people, so nothing else is asked of it."""
-    try:
-        document = load_json(read_small_file(manifest)) if manifest.is_file() else None
-    except (ValueError, BamMergeError):
-        return None
-    recipe = document.get("recipe") if isinstance(document, dict) else None
-    return recipe.get("experts") if isinstance(recipe, dict) else None
-
-
-def own_experts(names: Sequence[str], domains: Mapping[str, object], where: str) -> dict[str, tuple[int, ...]]:
+def _own_experts(domains: Mapping[str, object], names: Sequence[str], where: str) -> dict[str, tuple[int, ...]]:
     """The indices of the experts that are to take each domain's texts. Raises CheckpointError with every name that no expert has."""
-    problems = []
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
     for domain in domains:
-        found[domain] = tuple(index for index, name in enumerate(names) if name == domain)
-        if not found[domain]:
-            there = ", ".join(dict.fromkeys(map(printable, names)))
-            problems.append(
-                f"{where}: --texts {printable(domain)}: no expert is called so{nearest(domain, names) or '.'} Experts: {there}."
-            )
+        try:
+            found[domain] = own_experts(domain, names, f"{where}: --texts {printable(domain)}")
+        except CheckpointError as error:
+            problems += error.problems
     if problems:
         raise CheckpointError(*problems)
     return found
