@@ -53,3 +53,17 @@ class Tolerance(click.FloatRange):
         if not math.isfinite(found):
             self.fail(f"{value!r} is no finite number.", param, ctx)
         return found
+
+
+class DomainFile(UserPath):
+    """NAME=FILE: a text, and the name of the expert that it is for."""
+
+    name = "NAME=FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        name, equals, file = value.partition("=")
+        if not name or not equals:
+            self.fail(f"{printable(repr(value))}: write NAME=FILE, the name of an expert and a text for it.", param, ctx)
+        return name, super().convert(file, param, ctx)

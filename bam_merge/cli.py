@@ -14,7 +14,7 @@ import click
 
 from bam_merge import __version__
 from bam_merge.arguments import DefaultMerge, UserPath
-from bam_merge.commands import LEVELS, convert, diff, downloads, inspect, tell_note, verify
+from bam_merge.commands import LEVELS, convert, diff, downloads, inspect, route, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
 from bam_merge.text import printable
@@ -35,10 +35,11 @@ def cli() -> None:
     bam-merge plan RECIPE.yaml      show what would be made from what
     bam-merge inspect PATH          show what a model is, holds and costs
     bam-merge diff A B              compare two models, or branches with their seed
+    bam-merge route OUT             show which expert takes which token of a text
     """
 
 
-for command in (inspect, diff, verify, convert):
+for command in (inspect, diff, route, verify, convert):
     cli.add_command(command)
 
 
@@ -180,4 +181,4 @@ def _check_place(plan: "Plan", output: str | None) -> None:
 
 def main() -> None:
     """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
-    run_command(cli, reads_only=sys.argv[1:2] in (["inspect"], ["diff"], ["verify"]))
+    run_command(cli, reads_only=sys.argv[1:2] in (["inspect"], ["diff"], ["route"], ["verify"]))

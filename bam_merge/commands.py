@@ -1,16 +1,16 @@
-"""The commands about models that are there: inspect, diff, verify, convert; and what the commands of cli.py say and show as these do."""
+"""The commands about models that are there: inspect, diff, route, verify, convert; and what those of cli.py say and show as these do."""
 
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bam_merge.arguments import Tolerance, UserPath
+from bam_merge.arguments import DomainFile, Tolerance, UserPath
 from bam_merge.process import PROBLEM_LENGTH, one_blas_thread, print_result, result_width, results_in_colour, results_in_unicode, tell
 from bam_merge.text import printable
 
@@ -134,14 +134,91 @@ def _compared(
 
 @click.command()
 @click.argument("folder", type=UserPath())
+@click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="A text to look at; may be repeated.")
+@click.option(
+    "--texts", "domains", type=DomainFile(), multiple=True, metavar="NAME=FILE", help="A text that the expert NAME is for; may be repeated."
+)
+@click.option("--layers", metavar="RANGE", help='Show the text for each of these layers, such as 3, "0,4-7" or "20-".')
+@click.option("--tokens", type=click.IntRange(2), default=512, metavar="N", help="So many tokens of each text. Default: 512.")
+@click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@click.option("--html", type=UserPath(dir_okay=False), metavar="FILE", help="Write it as one page that needs no network.")
+@click.option("--force", is_flag=True, help="Replace an existing FILE of --html.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON document.")
+@click.argument("more_texts", type=UserPath(), nargs=-1, metavar="[FILE ...]")
+def route(
+    folder: str,
+    texts: tuple[str, ...],
+    domains: tuple[tuple[str, str], ...],
+    more_texts: tuple[str, ...],
+    layers: str | None,
+    tokens: int,
+    device: str,
+    html: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Show which expert of the mixture in FOLDER takes which token of a text, per router and layer.
+
+    After --text FILE, further FILEs may follow. Any mixture will do that the reference model computes; its sources are not needed.
+    """
+    from bam_merge.routing.route import RouteOptions
+    from bam_merge.routing.route import route as run
+    from bam_merge.showing.routes import routes_text
+    from bam_merge.showing.verification import verify_progress
+
+    if more_texts and not texts:
+        raise click.UsageError(f"unexpected {more_texts[0]!r}; texts come after --text.")
+    if not texts and not domains:
+        raise click.UsageError("no text: give one with --text FILE, or --texts NAME=FILE where the expert that it is for is known.")
+    if html is not None:
+        from bam_merge.showing.page import check_free
+
+        check_free(Path(html), force)
+    with downloads(), verify_progress("routing") as progress:
+        found = run(folder, (*texts, *more_texts), by_domain(domains), RouteOptions(layers, tokens, device, progress=progress))
+    if html is not None:
+        from bam_merge.showing.routes_page import write_routes
+
+        write_routes(found, Path(html), force)
+    if as_json:
+        print_result(json.dumps(found.document(), indent=2, allow_nan=False))
+    else:
+        print_result(routes_text(found, _terminal(), each_layer=layers is not None))
+
+
+def by_domain(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """The files of each name, in the order given."""
+    found: dict[str, list[str]] = {}
+    for name, file in files:
+        found.setdefault(name, []).append(file)
+    return found
+
+
+@click.command()
+@click.argument("folder", type=UserPath())
 @click.option("--recipe", type=UserPath(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
 @click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="Measure perplexity on this text; may be repeated.")
+@click.option(
+    "--texts",
+    "domains",
+    type=DomainFile(),
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Also say what the routers do with this text, which the expert NAME is for; a file, folder or glob; may be repeated.",
+)
 @click.option("--verify", "level", type=click.Choice(LEVELS[:2]), default="quick", help="How deep to look. Default: quick.")
 @click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @click.argument("more_texts", type=UserPath(), nargs=-1, metavar="[FILE ...]")
 def verify(
-    folder: str, recipe: str | None, texts: tuple[str, ...], more_texts: tuple[str, ...], level: str, device: str, as_json: bool
+    folder: str,
+    recipe: str | None,
+    texts: tuple[str, ...],
+    domains: tuple[tuple[str, str], ...],
+    more_texts: tuple[str, ...],
+    level: str,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
 
@@ -156,11 +233,12 @@ def verify(
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     with downloads(), verify_progress() as progress:
         options = VerifyOptions(level, device, progress=progress)
-        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options)
+        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options, by_domain(domains))
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:
-        print_result(_terminal().text(*report_tables(report)))
+        terminal = _terminal()
+        print_result(terminal.text(*report_tables(report, terminal)))
     if not report.ok:
         sys.exit(1)
 

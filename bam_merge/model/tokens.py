@@ -17,7 +17,10 @@ def open_tokenizer(folder: Path) -> Any:
     except ImportError:
         raise CheckpointError("reading a text needs the package tokenizers: pip install tokenizers.") from None
     try:
-        return Tokenizer.from_buffer(path.read_bytes())  # from_file takes no name that is not UTF-8
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())  # from_file takes no name that is not UTF-8
+        tokenizer.no_truncation()  # a text is to be read as it is, whatever a training program has left in the file
+        tokenizer.no_padding()
+        return tokenizer
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the package raises no narrower one, and a panic of its Rust code is no Exception
@@ -26,11 +29,28 @@ def open_tokenizer(folder: Path) -> Any:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The token ids of `text`, with whatever the tokenizer puts around it. Raises CheckpointError when the tokenizer cannot."""
+    ids: list[int] = _encoding(tokenizer, text).ids
+    return ids
+
+
+def pieces_of(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
+    """`encode`, and for each token the part of `text` that it brings in; what stands between two tokens is the later one's.
+
+    Of a character that several tokens make up the first has all; a token that is of no character has an empty piece.
+    """
+    found = _encoding(tokenizer, text)
+    pieces, shown = [], 0
+    for _, end in found.offsets:
+        pieces.append(text[shown:end] if end > shown else "")
+        shown = max(shown, end)
+    return found.ids, pieces
+
+
+def _encoding(tokenizer: Any, text: str) -> Any:
     try:
-        ids: list[int] = tokenizer.encode(text).ids
+        return tokenizer.encode(text)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         why = printable(str(error))
         raise CheckpointError(f"the model's tokenizer.json cannot encode a text: {why}. Mend it, or use token ids.") from None
-    return ids

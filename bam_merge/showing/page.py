@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -49,8 +49,13 @@ def check_free(path: Path, force: bool) -> None:
 
 def write_page(found: Comparison | Drift, path: Path, force: bool = False) -> None:
     """Write the page, whole or not at all. Raises OutputError."""
+    write_html(page_of(found), path, force)
+
+
+def write_html(text: str, path: Path, force: bool) -> None:
+    """Write a page, whole or not at all. Raises OutputError."""
     check_free(path, force)
-    page = page_of(found).encode()
+    page = text.encode()
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".bam-merge.", delete=False) as file:
@@ -73,8 +78,13 @@ def write_page(found: Comparison | Drift, path: Path, force: bool = False) -> No
 def page_of(found: Comparison | Drift) -> str:
     """The page as HTML."""
     title, parts = (_drift(found)) if isinstance(found, Drift) else _comparison(found)
+    return filled("diff", title, parts)
+
+
+def filled(command: str, title: str, parts: Iterable[str]) -> str:
+    """The page of a command, with its parts in the body."""
     template = (resources.files("bam_merge.showing") / "page.html").read_text(encoding="utf-8")
-    return template.replace("@TITLE@", escape(title)).replace("@BODY@", "\n".join(parts))
+    return template.replace("@TITLE@", escape(title)).replace("@COMMAND@", command).replace("@BODY@", "\n".join(parts))
 
 
 def _comparison(found: Comparison) -> tuple[str, Iterator[str]]:
@@ -168,7 +178,7 @@ def _maps(maps: Sequence[tuple[str, str, Sequence[HeatmapRow]]]) -> Iterator[str
     top, largest = scale([value for _, _, rows in maps for row in rows for value in row.values if value is not None])
     for name, aside, rows in maps:
         yield f"<h2>{escape(name)} <small>{escape(aside)}</small></h2>"
-        yield _map(name, rows, top)
+        yield heatmap_picture(name, rows, top)
     shades = "".join(f'<path class="s{level}" d="M{level * 8} 0h8v10h-8z"/>' for level in range(LEVELS + 1))
     more = f", the largest {percent(largest)}" if largest > top else ""
     odd = " Framed: NaN or infinity in one of the two." if any(math.inf in row.values for _, _, rows in maps for row in rows) else ""
@@ -178,7 +188,7 @@ def _maps(maps: Sequence[tuple[str, str, Sequence[HeatmapRow]]]) -> Iterator[str
     )
 
 
-def _map(name: str, rows: Sequence[HeatmapRow], top: float) -> str:
+def heatmap_picture(name: str, rows: Sequence[HeatmapRow], top: float) -> str:
     """One heatmap: roles in layers above the layers' numbers, what has no layer below; a path per shade."""
     width = max((len(row.values) for row in rows), default=0)
     side = max(4, min(26, 840 // max(1, width)))

@@ -9,8 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bam_merge.process import progress_console
-from bam_merge.showing.terminal import grid, heading
+from bam_merge.showing.held_out import held_out_tables, readings_table
+from bam_merge.showing.terminal import Terminal, grid, heading
 from bam_merge.text import count, printable, short
+from bam_merge.verifying.perplexity import FORCED
 from bam_merge.verifying.report import Check, Report
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 MARKS = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("--", "yellow")}
 
 
-def report_tables(report: Report) -> Iterator[RenderableType]:
+def report_tables(report: Report, terminal: Terminal) -> Iterator[RenderableType]:
     """The tables of a verification, and its verdict as the last line."""
     yield _checks(report.checks)
     for router in ("attention", "ffn"):
@@ -27,9 +29,14 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
         if rows:
             yield heading(f"{router} router", "mean gate of each expert, and its share of the tokens' choices")
             yield _routing(rows, report.experts)
+    if report.held_out is not None:
+        yield from held_out_tables(report.held_out, report.experts, terminal)
     if report.perplexity:
-        yield heading("perplexity")
+        forced = any(FORCED in row["perplexity"] for row in report.perplexity)
+        yield heading("perplexity", "forced: gate 1 for the expert that the text is for, what the best routers could do" if forced else "")
         yield _perplexity(report.perplexity)
+    if report.readings:
+        yield from readings_table(report.readings)
     failures = sum(1 for _ in report.failures)
     open_ = [check.name for check in report.checks if check.ok is None]
     if failures:
@@ -58,11 +65,14 @@ def _routing(rows: Sequence[dict[str, Any]], experts: Sequence[str]) -> Table:
 
 
 def _perplexity(rows: Sequence[dict[str, Any]]) -> Table:
-    models = list(rows[0]["perplexity"])
-    table = grid("left", *["right"] * (1 + len(models)), header=("text", "tokens", *models))
+    models = list(dict.fromkeys(name for row in rows for name in row["perplexity"]))
+    named = any("domain" in row for row in rows)
+    table = grid("left", *["left"] * named, *["right"] * (1 + len(models)), header=("text", *["for"] * named, "tokens", *models))
     for row in rows:
-        values = (f"{value:.2f}" if value < 1e5 else f"{value:.2e}" for value in row["perplexity"].values())
-        table.add_row(Text(printable(row["text"])), str(row["tokens"]), *values)
+        found = row["perplexity"]
+        values = ("" if name not in found else f"{found[name]:.2f}" if found[name] < 1e5 else f"{found[name]:.2e}" for name in models)
+        domain = [Text(printable(row.get("domain", "")))] * named
+        table.add_row(Text(printable(row["text"])), *domain, str(row["tokens"]), *values)
     return table
 
 
@@ -74,7 +84,7 @@ def verdict_text(report: Report) -> str:
 
 
 @contextmanager
-def verify_progress() -> Iterator[Callable[[int, int], None]]:
+def verify_progress(doing: str = "verifying") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr with time left, from the first word of work done on; silent where stderr is not a terminal."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -85,9 +95,9 @@ def verify_progress() -> Iterator[Callable[[int, int], None]]:
         if not console.is_terminal:
             return
         if not started:
-            columns = (TextColumn("verifying"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             progress = Progress(*columns, console=console, transient=True)
-            started.append((progress, progress.add_task("verifying", total=total)))
+            started.append((progress, progress.add_task(doing, total=total)))
             progress.start()
         started[0][0].update(started[0][1], completed=done, total=total)
 

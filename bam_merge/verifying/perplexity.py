@@ -1,7 +1,7 @@
-"""Perplexity per text of the seed, every expert, their uniform average and the mixture, one block of all models at a time."""
+"""Perplexity per text of the seed, every expert, their uniform average and the mixture, one block of one model at a time."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from torch.nn.functional import cross_entropy
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import StoredModel, stored_model
-from bam_merge.model.streaming import Computing, streamed_block, streamed_embeddings, streamed_head
+from bam_merge.model.routes import Choices, run_texts
+from bam_merge.model.streaming import Computing, streamed_head
 from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.paths import located
 from bam_merge.planning.plan import Plan
 from bam_merge.text import printable
 from bam_merge.verifying.aligned import in_result_ids
 from bam_merge.verifying.conversion import open_dense
+from bam_merge.verifying.heldout import HeldOut
 
 WINDOW = 256
 """Tokens of one sequence; the first of each is not scored."""
@@ -27,6 +29,10 @@ WINDOW = 256
 
 WINDOWS = 8
 """Sequences per text: the first ones."""
+
+
+BATCH = 4
+"""Sequences that are computed at a time."""
 
 
 HEAD_TOKENS = 128
@@ -62,30 +68,50 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
     return ids
 
 
+def unnamed(ids: Mapping[Path, Tensor]) -> list[HeldOut]:
+    """The texts of `read_texts`, of which no expert is known, in batches of BATCH sequences."""
+    return [HeldOut(text.name, torch.split(ids_WT, BATCH)) for text, ids_WT in ids.items()]
+
+
+FORCED = "forced"
+"""The mixture with its routers put aside: gate 1 for the expert that a text is for, in every layer. What the best routers could do."""
+
+
 @torch.no_grad()
-def perplexities(checkpoint: Checkpoint, plan: Plan | None, ids: dict[Path, Tensor], computing: Computing) -> list[dict[str, Any]]:
-    """One row per text of `read_texts`: {"text", "tokens", "perplexity": {model: value}}. Without sources the mixture alone."""
+def perplexities(
+    checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], computing: Computing
+) -> tuple[list[dict[str, Any]], list[list[Choices]]]:
+    """One row per text: {"text", "tokens", "perplexity": {model: value}}, without sources of the mixture alone; and what its routers did
+    with each text whose expert is known. Such a text has "domain", and the mixture with its expert forced among the models."""
     mixture = stored_model(checkpoint)
+    scores: list[dict[str, float]] = [{} for _ in texts]
+    choices: list[list[Choices]] = []
+    for name, model in _models(checkpoint, plan, mixture).items():
+        for index, (x, did) in enumerate(run_texts(model, [text.batches for text in texts], computing)):
+            scores[index][name] = _score(model, x, texts[index], computing)
+            if model is mixture and texts[index].experts:
+                choices.append(did)
+    known = [index for index, text in enumerate(texts) if text.experts]
+    experts = [texts[index].experts[0] for index in known]
+    forced = run_texts(mixture, [texts[index].batches for index in known], computing, experts=experts)
+    for index, (x, _) in zip(known, forced, strict=True):
+        scores[index][FORCED] = _score(mixture, x, texts[index], computing)
+    rows = []
+    for text, found in zip(texts, scores, strict=True):
+        domain = {} if text.domain is None else {"domain": text.domain}
+        rows.append({"text": text.name, **domain, "tokens": text.tokens, "perplexity": found})
+    return rows, choices
+
+
+def _models(checkpoint: Checkpoint, plan: Plan | None, mixture: StoredModel) -> dict[str, StoredModel]:
+    """The dense models, where there is a plan, their average where there are several, and the mixture."""
     dense = {} if plan is None else in_result_ids(checkpoint.path, plan, open_dense(plan), mixture.config.vocab_size)
     averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None and plan.recipe.output.layers is None else []
     models: dict[str, StoredModel] = dict(dense)
     if len(averaged) > 1:
         models["average"] = Average(averaged[0].checkpoint, averaged[0].config, averaged[0].leaves, tuple(averaged))
     models["merged"] = mixture
-    x = {(name, text): streamed_embeddings(model, ids_BT, computing) for name, model in models.items() for text, ids_BT in ids.items()}
-    for layer in range(max(model.config.num_hidden_layers for model in models.values())):
-        for name, model in models.items():
-            if layer >= model.config.num_hidden_layers:  # the sources of a stack have fewer layers, or more
-                continue
-            block = streamed_block(model, layer, computing)
-            for text, ids_BT in ids.items():
-                positions = torch.arange(ids_BT.shape[1], device=computing.device)[None]
-                x[name, text] = torch.cat([block(row[None], positions).hidden for row in x[name, text]])
-    rows = []
-    values = {name: dict(_scores(model, {text: x[name, text] for text in ids}, ids, computing)) for name, model in models.items()}
-    for text in ids:
-        rows.append({"text": text.name, "tokens": ids[text].numel(), "perplexity": {name: values[name][text] for name in models}})
-    return rows
+    return models
 
 
 @dataclass(frozen=True)
@@ -109,13 +135,13 @@ def _mean(tensors: Iterable[Tensor]) -> Tensor:
     return total / len(parts)
 
 
-def _scores(model: StoredModel, x: dict[Path, Tensor], ids: dict[Path, Tensor], computing: Computing) -> Iterator[tuple[Path, float]]:
-    """Perplexity of each text from the last block's hidden states: exp of the mean of logsumexp(logits) - logit of the next token.
+def _score(model: StoredModel, x: Sequence[Tensor], text: HeldOut, computing: Computing) -> float:
+    """Perplexity of a text from the last block's hidden states: exp of the mean of logsumexp(logits) - logit of the next token.
 
     HEAD_TOKENS positions' logits are in memory at a time [HEAD_TOKENS, V].
     """
-    for text, x_BTD in x.items():
-        hidden_MD, wanted_M = x_BTD[:, :-1].flatten(0, 1), ids[text][:, 1:].flatten().to(computing.device)
-        pieces = zip(torch.split(hidden_MD, HEAD_TOKENS), torch.split(wanted_M, HEAD_TOKENS), strict=True)
-        lost = [cross_entropy(streamed_head(model, hidden, computing), wanted, reduction="sum") for hidden, wanted in pieces]
-        yield text, float((torch.stack(lost).double().sum() / len(wanted_M)).exp())
+    hidden_MD = torch.cat([x_BTD[:, :-1].flatten(0, 1) for x_BTD in x])
+    wanted_M = torch.cat([ids_BT[:, 1:].flatten() for ids_BT in text.batches]).to(computing.device)
+    pieces = zip(torch.split(hidden_MD, HEAD_TOKENS), torch.split(wanted_M, HEAD_TOKENS), strict=True)
+    lost = [cross_entropy(streamed_head(model, hidden, computing), wanted, reduction="sum") for hidden, wanted in pieces]
+    return float((torch.stack(lost).double().sum() / len(wanted_M)).exp())

@@ -1,7 +1,6 @@
 """The mixture by itself: are its numbers finite, and does no token see what it should not?"""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.model import Block, BlockOutput
 from bam_merge.model.positions import Cache
+from bam_merge.model.routes import choices, routed, router_logits
 from bam_merge.model.streaming import Computing, streamed_block, streamed_embeddings, streamed_head
 from bam_merge.text import some
 from bam_merge.verifying.decodable import decodable, first_part
@@ -87,13 +87,13 @@ class _Probes:
         if self.apart:
             outs = []
             for index, (x_BTD, positions) in enumerate(zip(self.x, self.positions, strict=True)):
-                with _router_logits(block) as logits_of:
+                with router_logits(block) as logits_of:
                     outs.append(block(x_BTD, positions))
                 if index == 0:
                     self._note(layer, outs[0], logits_of)
             self.x = [out.hidden for out in outs]
         else:
-            with _router_logits(block) as logits_of:
+            with router_logits(block) as logits_of:
                 out = block(torch.cat(self.x), torch.cat(self.positions))
             self._note(layer, out, logits_of)
             self.x = list(out.hidden.split(self.rows))
@@ -101,9 +101,11 @@ class _Probes:
     def _note(self, layer: int, out: BlockOutput, logits_of: Mapping[str, Tensor]) -> None:
         """What the routers did with the batch, whose rows come first."""
         rows = self.rows[0]
-        for router, gates_BTN in (("attention", out.attention_gates), ("ffn", out.ffn_gates)):
-            if gates_BTN is not None:
-                self.routing.append(_routing(layer, router, gates_BTN[:rows].cpu(), logits_of[router][:rows].cpu()))
+        for router, (gates_BTN, logits_BTN) in routed(out, logits_of).items():
+            found = choices(layer, router, gates_BTN[:rows].cpu(), logits_BTN[:rows].cpu())
+            self.routing.append(
+                {"layer": layer, "router": router, "entropy": found.entropy, "gate": [*found.gate], "share": [*found.share]}
+            )
 
     def _ask(self, block: Block, layer: int, x_BTD: Tensor, out_BTD: Tensor) -> None:
         """The same hidden states by other ways through the block."""
@@ -145,40 +147,6 @@ def _same(name: str, got: Tensor, expected: Tensor, passed: str) -> Check:
     worst = _ten_times(name)
     worst.add(difference(got, expected), "logits")
     return worst.check(passed)
-
-
-@contextmanager
-def _router_logits(block: Block) -> Iterator[dict[str, Tensor]]:
-    """The logits [B, T, N] that the block's routers give while the context is open, by router."""
-    logits: dict[str, Tensor] = {}
-    handles = []
-    for name, part in (("attention", block.self_attn), ("ffn", block.mlp)):
-        router = getattr(part, "router", None)
-        if router is not None:
-            handles.append(router.register_forward_hook(lambda module, args, out, name=name: logits.update({name: out})))
-    yield logits
-    for handle in handles:
-        handle.remove()
-
-
-def _routing(layer: int, router: str, gates_BTN: Tensor, logits_BTN: Tensor) -> dict[str, Any]:
-    """What a router does with the sample: entropy (nats) of its softmax, mean gate per expert, share of the tokens' choices.
-
-    A soft router chooses, in this sense, the expert with the largest gate.
-    """
-    p_MN = logits_BTN.float().softmax(-1).flatten(0, 1)
-    chosen_MN = gates_BTN.flatten(0, 1) > 0
-    if bool(chosen_MN.all()):
-        chosen_MN = p_MN == p_MN.amax(-1, keepdim=True)
-    share_N = chosen_MN.sum(0) / chosen_MN.sum()
-    entropy = float(-(p_MN * p_MN.clamp(min=1e-12).log()).sum(-1).mean())
-    return {
-        "layer": layer,
-        "router": router,
-        "entropy": entropy,
-        "gate": gates_BTN.flatten(0, 1).mean(0).tolist(),
-        "share": share_N.tolist(),
-    }
 
 
 def _router_check(routing: list[dict[str, Any]], sample: str) -> Check:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bam_merge.comparing.drift import Reading
+
 
 @dataclass(frozen=True)
 class Check:
@@ -40,6 +42,8 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[dict[str, Any]] = field(default_factory=list)
+    held_out: dict[str, Any] | None = None
+    readings: Sequence[Reading] = ()
 
     @property
     def ok(self) -> bool:
@@ -70,6 +74,8 @@ class Report:
             document["routing"] = self.routing
         if self.perplexity:
             document["perplexity"] = self.perplexity
+        if self.held_out is not None:
+            document["held_out"] = {**self.held_out, "readings": [reading.document() for reading in self.readings]}
         return document
 
 

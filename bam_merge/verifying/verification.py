@@ -10,11 +10,14 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.architectures.opening import open_folder
+from bam_merge.calibrating.texts import Files
 from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest, recorded_experts
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
-from bam_merge.model.streaming import computing_on
+from bam_merge.model.loading import stored_model
+from bam_merge.model.routes import expert_names
+from bam_merge.model.streaming import Computing, computing_on
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
@@ -28,11 +31,13 @@ from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import OnHub, file_checks, not_downloaded
 from bam_merge.verifying.function import function_checks as _function
+from bam_merge.verifying.heldout import HeldOut, Routed, read_domains
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
-from bam_merge.verifying.perplexity import perplexities, read_texts
+from bam_merge.verifying.perplexity import perplexities, read_texts, unnamed
 from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
+from bam_merge.verifying.router_words import readings
 from bam_merge.verifying.sources import Changes, changes, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 from bam_merge.verifying.work import Work
@@ -46,8 +51,10 @@ def verify(
     plan: Plan | None = None,
     texts: Sequence[str | os.PathLike[str]] = (),
     options: VerifyOptions | None = None,
+    domains: Mapping[str, Files] | None = None,
 ) -> Report:
-    """Verify the merged folder; with `texts`, also measure perplexities.
+    """Verify the merged folder; with `texts`, also measure perplexities, and with `domains` what the routers do with texts whose expert is
+    known: by its name a file, a folder or a glob, or a list of these.
 
     The sources are those of `plan`, or are found from the manifest; without them only digests and the model itself are checked, and
     the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read, or a folder
@@ -60,6 +67,7 @@ def verify(
     path, snapshot = local(folder, VerifyError, MANIFEST)
     manifest = read_manifest(path)
     ids = read_texts(path, texts)
+    known = read_domains(path, domains or {}, _routed_experts(manifest["recipe"]))
     left = not_downloaded(manifest, snapshot)
     if plan is not None and plan.remotes:
         plan = make_plan(at_hand(plan.recipe))
@@ -88,8 +96,24 @@ def verify(
         except CheckpointError as error:
             report.add([Check("model", False, "; ".join(error.problems))])
             return report
-        report.perplexity = perplexities(checkpoint, plan, ids, computing) if ids else []
+        if ids or known:
+            _on_texts(checkpoint, plan, [*unnamed(ids), *known], report, computing)
     return report
+
+
+def _on_texts(checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], report: Report, computing: Computing) -> None:
+    """Perplexities, and what the routers do with the texts whose expert is known."""
+    report.perplexity, choices = perplexities(checkpoint, plan, texts, computing)
+    if choices:
+        mixture = stored_model(checkpoint)
+        routed = Routed(expert_names(mixture), [text for text in texts if text.experts], choices)
+        report.held_out = routed.document()
+        report.readings = readings(routed, report.held_out, report.perplexity, mixture)
+
+
+def _routed_experts(recipe: Mapping[str, Any]) -> Sequence[str]:
+    """The names of the experts that routers choose from; none where the result is dense."""
+    return recipe.get("experts", ()) if recipe.get("method") != "merge" else ()
 
 
 # ---- against the sources -----------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ sys.path.insert(0, str(HERE.parent))
 from common import machine_line, markdown_table  # noqa: E402
 
 EXPERT_KV, SHARED_KV, BTX1, BTX2 = "BAM Expert-KV", "BAM Shared-KV", "BTX top-1", "BTX top-2"
+ROUTERS_OF_TEXT = ", ridge"
+"""Ends the names of settings of routers.yaml whose routers are made of text."""
 PAPER_AVERAGE = {
     "seed": 13.91, BTX1: 10.72, EXPERT_KV: 9.70, SHARED_KV: 10.32, f"{EXPERT_KV}{COMPUTE}": 10.00, f"{SHARED_KV}{COMPUTE}": 10.46,
 }  # fmt: skip
@@ -187,6 +189,47 @@ def table_experts(results: Results) -> str:
     return markdown_table(["", "router", "text", *(f"expert {name}" for name in experts), "entropy / log N"], rows, left=(0, 1, 2))
 
 
+def table_routers(results: Results | None) -> str:
+    """Phase 3 from routers drawn at random and from routers made of text, side by side: as merged, halfway, at the end, and by how much."""
+    if results is None:
+        return "Not measured yet: run that command."
+    rows = []
+    for name in [name for name in results["settings"] if ROUTERS_OF_TEXT in name]:
+        random = name.replace(ROUTERS_OF_TEXT, "")
+        starts, halves, finals = ([along(results, which, share) for which in (random, name)] for share in (0.0, 0.5, 1.0))
+        if not finals[1]:
+            continue
+        cells = [f"{spread(a)} -> {spread(b)}" for a, b in (starts, halves, finals)]
+        gains = differences(results, name, random)
+        rows.append([title(results, name, random), *cells, spread(gains, 1) + " %" if gains else "", verdict(gains)])
+    header = ["geometric means, random -> ridge", "as merged", "halfway", "at the end", "below by, at the end", "random seeds"]
+    return "\n\n".join([machine_line(results["machine"]) + ".", markdown_table(header, rows, left=(0, 5)), bam_or_btx(results)])
+
+
+def along(results: Results, name: str, share: float) -> list[float]:
+    """Of every random seed the geometric mean at a share of phase 3: the plot's point that is nearest; at the end as the tables have it."""
+    if share == 1.0:
+        return [geometric(run) for run in ends(results, name).values()]
+    found = []
+    for run in results["settings"].get(name, {}).values():
+        point = min(run["curve"], key=lambda point: abs(point["step"] - share * run["steps"]))
+        found.append(geometric({key: value for key, value in point.items() if key != "step"}))
+    return found
+
+
+def bam_or_btx(results: Results) -> str:
+    """Whether BAM ends below BTX, by the routers that both start from."""
+    rows = []
+    for bam, btx in ((EXPERT_KV, BTX1), (SHARED_KV, BTX1), ("BAM renormalised top-2", BTX2), ("BAM Shared-KV renormalised top-2", BTX2)):
+        for compute, words in (("", "equal data"), (COMPUTE, "equal compute")):
+            cells = []
+            for routers in ("", ROUTERS_OF_TEXT):
+                values = differences(results, f"{bam}{routers}{compute}", f"{btx}{routers}")
+                cells += [spread(values, 1) + " %" if values else "", verdict(values)]
+            rows.append([f"{bam} ends below {btx}, {words}", *cells])
+    return markdown_table(["", "from random by", "random seeds", "from ridge by", "random seeds"], rows, left=(0, 2, 4))
+
+
 def table_forward(forward: dict[str, Any] | None) -> str:
     if forward is None:
         return "Not measured yet: run that command, then `python benchmarks/paper/report.py`."
@@ -258,7 +301,8 @@ PARTS: dict[str, Callable[[Results], str]] = {
 def page(results: Results, forward: dict[str, Any] | None) -> str:
     """page.md with every {{part}} filled in."""
     text = (HERE / "page.md").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(.+?)\}\}", lambda found: table_forward(forward) if found[1] == "forward" else PARTS[found[1]](results), text)
+    beside = {"forward": lambda: table_forward(forward), "routers": lambda: table_routers(read_routers())}
+    return re.sub(r"\{\{(.+?)\}\}", lambda found: beside[found[1]]() if found[1] in beside else PARTS[found[1]](results), text)
 
 
 def write(results: Results, forward: dict[str, Any] | None, out: Path) -> None:
@@ -275,6 +319,11 @@ def write(results: Results, forward: dict[str, Any] | None, out: Path) -> None:
 
 def read_forward() -> dict[str, Any] | None:
     file = HERE / "forward.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def read_routers() -> Results | None:
+    file = HERE / "routers.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 

@@ -78,7 +78,12 @@ def graph(config: dict[str, Any], random_seed: int) -> Graph:
             recipe["experts"] = experts
         sources = list(dict.fromkeys(experts))
         inputs = {source: made.dense[source] for source in sources}
-        made.merged[name] = Stage(label(f"merge {name}"), "merged", {"recipe": recipe, "sources": sources, "window": window}, inputs)
+        parameters = {"recipe": recipe, "sources": sources, "window": window}
+        if "texts" in setting:  # routers made of so many tokens of each source's domain
+            recipe["router"] = {"init": "ridge", "tokens": setting["texts"]}
+            parameters["texts"] = {source: config["domains"][list(made.dense).index(source)] for source in sources}
+            inputs["data"] = made.data
+        made.merged[name] = Stage(label(f"merge {name}"), "merged", parameters, inputs)
         measure(f"{name}@0", made.merged[name])
         if recipe["method"] == "merge":
             of = training("phase3", equal)

@@ -226,6 +226,9 @@ def merged(out: Path, parameters: dict[str, Any], inputs: Inputs) -> None:
     """model/, as `bam-merge recipe.yaml` makes it, verify.json and cost.json (FLOPs per token of a window)."""
     recipe = {**parameters["recipe"], "sources": {name: str(inputs[name]) for name in parameters["sources"]}}
     recipe["output"] = {"path": "model", **parameters["recipe"].get("output", {})}
+    if "texts" in parameters:
+        texts = {source: str(inputs["data"] / "text" / f"{domain}.txt") for source, domain in parameters["texts"].items()}
+        recipe["router"] = {**recipe["router"], "texts": texts}
     (out / "recipe.yaml").write_text(json.dumps(recipe, indent=2) + "\n")
     merge(load_recipe(out / "recipe.yaml"), options=MergeOptions(verify=False))
     report = verify(out / "model", texts=[])
