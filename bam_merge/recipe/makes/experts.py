@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from bam_merge import expressions
-from bam_merge.recipe.makes.kinds import Count, Fraction, Positive, Strict
+from bam_merge.recipe.makes.kinds import Count, Fraction, Graded, Positive
 
 UNITS: dict[str, Literal["rows", "columns"]] = {
     "ffn.gate": "rows", "ffn.gate.bias": "rows", "ffn.up": "rows", "ffn.up.bias": "rows", "ffn.down": "columns",
@@ -14,7 +14,7 @@ UNITS: dict[str, Literal["rows", "columns"]] = {
 """Where the intermediate units of an FFN are in its tensors. Its last bias has none: it belongs to the hidden size."""
 
 
-class Varying(Strict):
+class Varying(Graded):
     """A make that makes one tensor per expert, each of its own source's, or of the one that `from` names; its other keys say how."""
 
     record: ClassVar[type[expressions.Method]]

@@ -46,7 +46,20 @@ class Expert(Strict):
     make: Literal["expert"]
 
 
-class Merging(Strict):
+class Graded(Strict):
+    """A make whose numbers may be gradients over the layers."""
+
+    @property
+    def knots(self) -> list[Exact]:
+        """The places, from 0 (the first layer) to 1 (the last), where numbers of its gradients stand; none where it is the same in all."""
+        return knots(dict(self))
+
+    def at(self, place: Exact) -> Self:
+        """The make as it is at a place in the layers: with numbers alone."""
+        return self.model_copy(update=at(dict(self), place))
+
+
+class Merging(Graded):
     """A make that makes one tensor of several. One with a `base` is for methods of differences, one with `weights` names its operands."""
 
     record: ClassVar[type[expressions.Method] | None]
@@ -97,15 +110,6 @@ class Merging(Strict):
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, message) of what is wrong with the values of its own keys together, each being right."""
         yield from ()
-
-    @property
-    def knots(self) -> list[Exact]:
-        """The places, from 0 (the first layer) to 1 (the last), where numbers of its gradients stand; none where it is the same in all."""
-        return knots(dict(self))
-
-    def at(self, place: Exact) -> Self:
-        """The make as it is at a place in the layers: with numbers alone."""
-        return self.model_copy(update=at(dict(self), place))
 
 
 class Initialising(Strict):
