@@ -43,9 +43,22 @@ def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor
         if name == "phi3":
             fused = tensors[f"{ours}self_attn.qkv_proj.weight"]
             q, k, v = fused.split([32, 16, 16])
-            gate, up = tensors[f"{ours}mlp.gate_up_proj.weight"].chunk(2)
             result |= {f"{ours}self_attn.{part}_proj.weight": w for part, w in zip("qkv", (q, k, v), strict=True)}
-            result |= {f"{ours}mlp.gate_proj.weight": gate, f"{ours}mlp.up_proj.weight": up}
+        for gates in (f"{ours}mlp.gate_up_proj.weight", f"{ours}shared_mlp.input_linear.weight"):  # phi3, glm; granitemoehybrid
+            if gates in tensors:
+                gate, up = tensors[gates].chunk(2)
+                result |= {f"{ours}mlp.gate_proj.weight": gate, f"{ours}mlp.up_proj.weight": up}
+        for kind in (
+            ("weight", "bias") if name.startswith("falcon") else ()
+        ):  # modeling_falcon: view(..., -1, heads // num_kv_heads + 2, head_dim)
+            fused = tensors.get(f"transformer.h.{layer}.self_attention.query_key_value.{kind}")
+            if fused is not None:
+                kv_heads = (
+                    config["num_kv_heads"] if config.get("new_decoder_architecture") else 1 if config.get("multi_query", True) else heads
+                )
+                groups = fused.view(kv_heads, heads // kv_heads + 2, 8, *fused.shape[1:])
+                parts = {"q": groups[:, :-2].flatten(0, 2), "k": groups[:, -2].flatten(0, 1), "v": groups[:, -1].flatten(0, 1)}
+                result |= {f"{ours}self_attn.{part}_proj.{kind}": w for part, w in parts.items()}
     return result
 
 
@@ -59,10 +72,18 @@ def test_expert_kv_of_every_family(name: str, tmp_path: Path) -> None:
     sources = {source: load(tmp_path / source) for source in SOURCES}
     cut = {source: split_qkv(name, config, tensors) for source, tensors in sources.items()}
     rename = {
+        "self_attention.dense": "self_attn.o_proj", "self_attn.dense": "self_attn.o_proj", ".fc1.": ".up_proj.", ".fc2.": ".down_proj.", ".c_fc.": ".up_proj.", ".c_proj.": ".down_proj.", "final_layernorm": "norm",
+        "query_layernorm": "q_norm", "key_layernorm": "k_norm",
         "gpt_neox.embed_in": "model.embed_tokens", "gpt_neox.final_layer_norm": "model.norm", "embed_out": "lm_head",
         "gpt_neox.": "model.", "attention.dense": "self_attn.o_proj", "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
-        "post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm",
+        "post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm", "shared_mlp.output_linear": "mlp.down_proj",
+        "transformer.word_embeddings": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h.": "model.layers.",
+        ".ln_attn.": ".input_layernorm.", ".ln_mlp.": ".post_attention_layernorm.",
     }  # fmt: skip
+    if config["model_type"] in ("olmo2", "exaone4"):  # no norms before, and those after have names that others have before
+        rename |= {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
+    if config["model_type"] == "phi":
+        rename |= {"_layernorm.": "_norm.", "input_norm": "input_layernorm"}
     checked = set()
     for source in SOURCES:
         for old, tensor in [*sources[source].items(), *cut[source].items()]:
