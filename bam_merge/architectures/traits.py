@@ -86,7 +86,7 @@ def beyond(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json: layer_types names {what}; {family.name} merges here only where all its layers are {' or '.join(known)}."
     for key in family.quirks.needed:
         if config.get(key) is None:
-            yield f"config.json: {key} is missing; {family.name} without it is another model than those that merge here. Add it."
+            yield f"config.json: {key} is missing, and what {family.name} is without it is not known here. Add it."
 
 
 def facts_of_cases(family: Architecture, get: Get, problems: list[str]) -> dict[str, Any]:

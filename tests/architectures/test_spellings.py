@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, write_recipe, write_sources
+from conftest import CONFIGS, STAND_INS, write_recipe, write_sources
 from proofs import UNPROVED, failed
 
 from bam_merge.architectures import config
@@ -33,7 +33,7 @@ BASE = {
 SLIDES, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-KINDS = tuple(kind for kind in architecture_names() if kind != "bam")
+KINDS = tuple(kind for kind in architecture_names() if kind not in ("bam", *STAND_INS))
 EXPERTS = {kind: key for kind in KINDS for key, value in load_architecture(kind).config.items() if value == "$num_experts"}
 SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
 
@@ -89,7 +89,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 def lines() -> Iterator[Any]:
     """(fact, model type, two of its keys): every pair, and every key with itself as the only one."""
-    for kind in architecture_names():
+    for kind in (*KINDS, "bam"):
         for spelling in spellings_of(load_architecture(kind)):
             for first, second in itertools.combinations_with_replacement((*spelling.read, *spelling.ignored), 2):
                 if not (kind == "phi3" and "rope.rope_type" in spelling.read):  # Phi3Config takes longrope only

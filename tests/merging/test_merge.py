@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from conftest import CONFIGS, SOURCES, STAND_INS, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge
@@ -31,7 +31,7 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 
 def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The family's fused tensors cut apart with transformers' own way of viewing them, under llama's names."""
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    heads, layers = config["num_attention_heads"], 2
     result = {}
     for layer in range(layers):
         ours = f"model.layers.{layer}."
@@ -77,6 +77,7 @@ def test_expert_kv_of_every_family(name: str, tmp_path: Path) -> None:
         "gpt_neox.embed_in": "model.embed_tokens", "gpt_neox.final_layer_norm": "model.norm", "embed_out": "lm_head",
         "gpt_neox.": "model.", "attention.dense": "self_attn.o_proj", "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
         "post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm", "shared_mlp.output_linear": "mlp.down_proj",
+        **{old: new for _, _, names in STAND_INS.values() for old, new in names.items() if config["model_type"] in STAND_INS},
         "transformer.word_embeddings": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h.": "model.layers.",
         ".ln_attn.": ".input_layernorm.", ".ln_mlp.": ".post_attention_layernorm.",
     }  # fmt: skip
