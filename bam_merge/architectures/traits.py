@@ -18,6 +18,10 @@ LEGACY = {"attention": "full_attention"}
 """Kinds of layers as older files spell them."""
 
 
+SOFTCAPS = ("attention_softcap", "logit_softcap")
+"""Traits that are divided by."""
+
+
 Get = Callable[[str], Any]
 """The value of a key of config.json, or its default."""
 
@@ -113,6 +117,12 @@ def stated_traits(family: Architecture, get: Get, problems: list[str]) -> dict[s
         stated = get(key)
         if isinstance(default, bool):
             facts[trait] = bool(stated)
+        elif stated is not None and type(stated) not in (int, float):
+            problems.append(f"config.json: {key} must be a number, found {shown(stated)}.")
+            facts[trait] = None
+        elif trait in SOFTCAPS and stated is not None and not 1e-30 < stated < 1e30:
+            problems.append(f"config.json: {key} must be above 0, and less than 1e30, or null for no cap, found {shown(stated)}.")
+            facts[trait] = None
         elif power and stated is not None and not 1e-30 < stated < 1e30:
             problems.append(f"config.json: {key} must be above 0, and less than 1e30, found {shown(stated)}.")
             facts[trait] = None

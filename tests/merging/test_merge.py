@@ -62,6 +62,29 @@ def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor
     return result
 
 
+AROUND = {
+    "post_attention_layernorm": "post_self_attn_layernorm", "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}  # fmt: skip
+AFTER = {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
+"""No norms before attention and FFN, and those after have names that others have before."""
+
+RENAMED = {
+    "gemma2": AROUND, "gemma3_text": AROUND, "hyperclovax": {"post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm"},
+    "starcoder2": {"c_fc": "up_proj", "c_proj": "down_proj"}, "hunyuan_v1_dense": {"query_layernorm": "q_norm", "key_layernorm": "k_norm"},
+    "phi": {
+        "self_attn.dense": "self_attn.o_proj", "fc1": "up_proj", "fc2": "down_proj", "final_layernorm": "norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
+    },
+    "olmo2": AFTER, "exaone4": AFTER, "granitemoehybrid": {"shared_mlp.output_linear": "mlp.down_proj"},
+    "falcon": {
+        "self_self_attn": "self_attn", "transformer.word_embeddings": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h.": "model.layers.",
+        ".ln_attn.": ".input_layernorm.", ".ln_mlp.": ".post_attention_layernorm.",
+    },
+    **{family: names for family, (_, _, names) in STAND_INS.items()},
+}  # fmt: skip
+"""What families call what llama calls otherwise, one after another."""
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_expert_kv_of_every_family(name: str, tmp_path: Path) -> None:
     """Every expert tensor is its source's bit for bit; every mean is the float32 mean."""
@@ -72,19 +95,10 @@ def test_expert_kv_of_every_family(name: str, tmp_path: Path) -> None:
     sources = {source: load(tmp_path / source) for source in SOURCES}
     cut = {source: split_qkv(name, config, tensors) for source, tensors in sources.items()}
     rename = {
-        "self_attention.dense": "self_attn.o_proj", "self_attn.dense": "self_attn.o_proj", ".fc1.": ".up_proj.", ".fc2.": ".down_proj.", ".c_fc.": ".up_proj.", ".c_proj.": ".down_proj.", "final_layernorm": "norm",
-        "query_layernorm": "q_norm", "key_layernorm": "k_norm",
         "gpt_neox.embed_in": "model.embed_tokens", "gpt_neox.final_layer_norm": "model.norm", "embed_out": "lm_head",
         "gpt_neox.": "model.", "attention.dense": "self_attn.o_proj", "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
-        "post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm", "shared_mlp.output_linear": "mlp.down_proj",
-        **{old: new for _, _, names in STAND_INS.values() for old, new in names.items() if config["model_type"] in STAND_INS},
-        "transformer.word_embeddings": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h.": "model.layers.",
-        ".ln_attn.": ".input_layernorm.", ".ln_mlp.": ".post_attention_layernorm.",
+        **RENAMED.get(config["model_type"], {}),
     }  # fmt: skip
-    if config["model_type"] in ("olmo2", "exaone4"):  # no norms before, and those after have names that others have before
-        rename |= {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
-    if config["model_type"] == "phi":
-        rename |= {"_layernorm.": "_norm.", "input_norm": "input_layernorm"}
     checked = set()
     for source in SOURCES:
         for old, tensor in [*sources[source].items(), *cut[source].items()]:
