@@ -1,5 +1,6 @@
 """Tiny checkpoints of every family, made from the architecture tables, and the command line in process."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads of several test processes spin against each other
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is: no test asks a hub but its own, whatever a folder is called
@@ -51,6 +53,42 @@ HYBRID = {
 }
 
 
+EXAONE = {"num_layers": 2, "activation_function": "silu", "layer_norm_epsilon": 1e-5}
+
+STAND_INS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
+    "exaone": (
+        "llama",
+        {"num_layers": "num_hidden_layers", "activation_function": "hidden_act", "layer_norm_epsilon": "rms_norm_eps"},
+        {
+            "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h.": "model.layers.", "attn.attention.out_proj": "self_attn.o_proj",
+            "attn.attention": "self_attn", ".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.", "c_fc_0": "gate_proj", "c_fc_1": "up_proj",
+            "c_proj": "down_proj",
+        },
+    ),
+}  # fmt: skip
+"""Families that the least transformers has no class of, and what newer ones load them as: model type, keys and names that differ."""
+
+
+def stand_in(folder: Path) -> Path:
+    """A checkpoint as one of a model type that transformers has a class of."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] not in STAND_INS:
+        return folder
+    model_type, keys, names = STAND_INS[config["model_type"]]
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        tensors[name] = tensor
+    other = folder.with_name(f"{folder.name}_as_{model_type}")
+    other.mkdir(exist_ok=True)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = {keys.get(key, key): value for key, value in config.items()}
+    width = {"intermediate_size": 4 * config["hidden_size"]}
+    (other / "config.json").write_text(json.dumps({**width, **config, "model_type": model_type, "architectures": ["LlamaForCausalLM"]}))
+    return other
+
+
 def without(keys: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in names}
 
@@ -65,6 +103,10 @@ MORE: dict[str, dict[str, Any]] = {
     "hyperclovax_biased": {"model_type": "hyperclovax", **BASE, **GROUPED, **BIASED, "use_post_norm": False, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **BASE, **GROUPED, "head_dim": 12},
     "gemma_biased": {"model_type": "gemma", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "hidden_act": "gelu", "tie_word_embeddings": False},
+    "gemma2": {"model_type": "gemma2", **BASE, **GROUPED, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma2_uncapped": {"model_type": "gemma2", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": [FULL, SLIDES], "attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    "gemma3_text": {"model_type": "gemma3_text", **BASE, **GROUPED, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8, "sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3_text_biased": {"model_type": "gemma3_text", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "sliding_window": 8, "layer_types": [FULL, SLIDES], "rope_parameters": {FULL: {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 16}, SLIDES: {"rope_type": "default", "rope_theta": 1e3}}, "final_logit_softcapping": 4.0, "tie_word_embeddings": False},
     "smollm3": {"model_type": "smollm3", **BASE, **GROUPED, "no_rope_layers": [1, 0]},
     "smollm3_sliding": {"model_type": "smollm3", **BASE, **GROUPED, **BIASED, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": False},
     "seed_oss": {"model_type": "seed_oss", **BASE, **GROUPED, "head_dim": 12},
@@ -104,6 +146,8 @@ MORE: dict[str, dict[str, Any]] = {
     "olmo2_biased": {"model_type": "olmo2", **BASE, "attention_bias": True, "tie_word_embeddings": True},
     "exaone4": {"model_type": "exaone4", **BASE, **GROUPED, "head_dim": 12, "sliding_window": 8, "sliding_window_pattern": 2},
     "exaone4_full": {"model_type": "exaone4", **BASE, **GROUPED, "sliding_window": None, "layer_types": [FULL, FULL], "tie_word_embeddings": True},
+    "exaone": {"model_type": "exaone", **without(BASE, "num_hidden_layers"), **EXAONE, **GROUPED, "rope_scaling": LLAMA3, "tie_word_embeddings": False},
+    "exaone_tied": {"model_type": "exaone", **without(BASE, "num_hidden_layers", "intermediate_size"), **EXAONE, "head_dim": 12, "tie_word_embeddings": True},
     "glm": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 12},
     "glm_unbiased": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 8, "attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
     "granitemoehybrid": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "position_embedding_type": "rope"},

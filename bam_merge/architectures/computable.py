@@ -19,7 +19,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
     """A message for everything in a model's `facts` that is well-formed and cannot be run, each naming its key."""
-    yield from rotary_problems(facts["rope_parameters"], facts["head_dim"], facts["max_position_embeddings"])
+    for rope in (facts["rope_parameters"], facts.get("sliding_rope_parameters")):
+        if rope is not None:
+            yield from rotary_problems(rope, facts["head_dim"], facts["max_position_embeddings"])
     act = facts["hidden_act"]
     if act not in ACTIVATION_NAMES:
         yield f"config.json: hidden_act {printable(repr(act), 60)} is not known here. Known: {', '.join(ACTIVATION_NAMES)}."
@@ -31,3 +33,7 @@ def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
         value = facts.get(key)
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             yield f"config.json: {key} must be {'0 or more' if least == 0 else 'finite'}, found {value}."
+    for key in ("attention_softcap", "logit_softcap"):
+        value = facts.get(key)
+        if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+            yield f"config.json: {key} must be finite and above 0, found {value}."

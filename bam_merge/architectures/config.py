@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.quantisation import quantisation
+from bam_merge.architectures.rotary_sets import SETS, set_problems, settled, with_one_set
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.traits import (
@@ -33,7 +34,7 @@ COMMON_FUNCTION = (
 
 ROPE_KEYS = (
     "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
-    "original_max_position_embeddings",
+    "original_max_position_embeddings", "rope_local_base_freq",
 )  # fmt: skip
 
 
@@ -162,6 +163,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
         return config[key] if key in config else family.defaults.get(key)
 
     facts: dict[str, Any] = {key: get(key) for key in (*COMMON_FUNCTION, *family.function) if key not in BY_LAYER}
+    facts["hidden_act"] = get(family.quirks.activation)
     facts["hidden_act"] = "silu" if facts["hidden_act"] == "swish" else facts["hidden_act"]  # one function, two names
     facts["hidden_act"] = next((new for old, new in family.quirks.activations.items() if old == facts["hidden_act"]), facts["hidden_act"])
     cases = facts_of_cases(family, get, problems)
@@ -178,12 +180,15 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
             f"config.json: num_attention_heads {facts['num_attention_heads']} is not a multiple of "
             f"num_key_value_heads {facts['num_key_value_heads']}."
         )
-    facts["rope_parameters"] = _rope(family, config, problems)
+    sets = _ropes(family, config, problems)
+    facts["rope_parameters"] = sets[0]
     facts["query_growth"] = query_growth(family, facts["rope_parameters"], problems)
     facts["max_position_embeddings"] = config.get("max_position_embeddings")
     turning = listed_as_turning(family, get, facts["num_hidden_layers"], problems)
     facts.update(_sliding(family, get, {**facts, "turning": turning}))
     windows = facts["layer_types"] if facts["sliding_window"] else ()
+    slides = [kind == "sliding_attention" for kind in windows]
+    facts["rope_parameters"], facts["sliding_rope_parameters"] = settled(sets, slides)
     if family.quirks.turning == "where windows are" or (family.quirks.turning == "where windows are, or all" and get("sliding_window")):
         turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
     facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
@@ -238,6 +243,15 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     for key in (*NEUTRAL, *family.neutral):
         if not _is_plain(config.get(key)):
             yield f"config.json: {key} must be a number, text or a list of numbers, found {printable(repr(config[key]), 60)}."
+
+
+def _ropes(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
+    """The rotary embedding of all layers; or that of those without a sliding window, and that of those with one."""
+    if not family.quirks.rotary_by_kind:
+        return [_rope(family, config, problems)]
+    wrong = set_problems(family, config)
+    problems += wrong
+    return [{}, {}] if wrong else [_rope(family, with_one_set(family, config, kind), problems) for kind in SETS]
 
 
 def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

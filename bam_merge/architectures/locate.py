@@ -90,6 +90,13 @@ def applies(cell: Cell, facts: Mapping[str, Any]) -> bool:
     return bool(cell.row.roles) and (cell.row.when is None or holds(cell.row.when, facts))
 
 
+def is_named_here(row: Row, table: Architecture, facts: Mapping[str, Any]) -> bool:
+    """Whether a model with these facts calls what `row` holds by the row's name: of several rows with one role, the one whose condition
+    is true."""
+    rivals = any(other is not row and other.roles == row.roles and other.per_expert == row.per_expert for other in table.rows)
+    return row.when is None or not rivals or holds(row.when, facts)
+
+
 def holds(when: str, facts: Mapping[str, Any]) -> bool:
     """Whether the condition of a row, "FACT" or "not FACT", is true of a model with these facts."""
     fact = when.removeprefix("not ")

@@ -6,11 +6,12 @@ What transformers 5.23 does with a null was tried for every key of every family 
 from collections.abc import Mapping
 from typing import Any
 
+from bam_merge.architectures.rotary_sets import FULL, set_of
 from bam_merge.architectures.tables import Architecture
 from bam_merge.validation_words import shown
 
-MEANT = ("head_dim", "layer_types", "num_key_value_heads", "sliding_window")
-"""null is a value of its own: follows from the other sizes, or no window."""
+MEANT = ("head_dim", "layer_types", "num_key_value_heads", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""null is a value of its own: follows from the other sizes, or no window, or no cap."""
 
 
 UNSET = ("partial_rotary_factor", "use_qk_norm", "original_max_position_embeddings", "rope_scaling", "rope_parameters")
@@ -21,7 +22,10 @@ ROPE_SPELLINGS = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "
 """Keys beside rope_parameters whose null counts where rope_parameters has no value of its own, and the value's key there."""
 
 
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "max_position_embeddings", "sliding_window")
+KEPT = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "max_position_embeddings", "sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
 """Keys whose null is written into an output; any other key is left out there, since some readers refuse it."""
 
 
@@ -33,13 +37,15 @@ def without_nulls(family: Architecture, config: Mapping[str, Any], problems: lis
         if isinstance(rope, dict) and "truncate" in rope and rope["truncate"] is None:
             known[key] = {**rope, "truncate": False}  # transformers asks whether it is true, and null is not
     inner = known.get("rope_scaling") or known.get("rope_parameters")
+    if family.quirks.rotary_by_kind:
+        inner = set_of(known, FULL)[0]
     for key, word in ROPE_SPELLINGS.items():
         if key in known and known[key] is None:
             needed = key in (*family.defaults, family.quirks.rotary_base, family.quirks.rotary_share)
             if needed and not (isinstance(inner, dict) and inner.get(word) is not None):
                 problems.append(meaningless(family, key))
             del known[key]
-    for key in (*family.defaults, "hidden_act", "tie_word_embeddings"):
+    for key in (*family.defaults, family.quirks.activation, "tie_word_embeddings"):
         if key in known and known[key] is None and key not in MEANT:
             problems.append(meaningless(family, key))
             del known[key]

@@ -6,11 +6,12 @@ unlike in the [quirks] of an architecture's table; tests/architectures/test_spel
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+from bam_merge.architectures.rotary_sets import FULL, SLIDING, set_of
 from bam_merge.architectures.tables import Architecture, Quirks
-from bam_merge.architectures.vocabulary import EXPERT_COUNTS, ROTARY_BASES, ROTARY_SHARES, WORKED_OUT
+from bam_merge.architectures.vocabulary import ACTIVATION_KEYS, EXPERT_COUNTS, ROTARY_BASES, ROTARY_SHARES, SLIDING_BASES, WORKED_OUT
 from bam_merge.text import printable
 
 STRETCHED = ("yarn", "longrope", "llama3")
@@ -25,7 +26,8 @@ class Spelling:
     model type, though other types or other programs read them. "rope.KEY" is KEY inside rope_scaling or rope_parameters. `default` is
     the value where no key of `read` is there: a literal, "$KEY" for the value of another key, or None where there is none to compare
     with. `same` are values that this model type reads as another one, beside the `SYNONYMS` of
-    all. `only` limits the fact to some types of rotary scaling.
+    all. `only` limits the fact to some types of rotary scaling. `kind` is the kind of layer whose rotary embedding it is of, where each
+    has its own: "rope." is then what stands inside of that one.
     """
 
     fact: str
@@ -34,6 +36,7 @@ class Spelling:
     default: Any = None
     only: tuple[str, ...] | None = None
     same: tuple[tuple[str, str], ...] = ()
+    kind: str | None = None
 
 
 BASE, SHARE, CONTEXT = "the rotary base", "the share of a head that turns", "the context before the rotary scaling"
@@ -42,7 +45,8 @@ BASE, SHARE, CONTEXT = "the rotary base", "the share of a head that turns", "the
 ORIGINAL = "original_max_position_embeddings"
 
 
-ACTIVATION = ("hidden_act",), ("hidden_activation", "activation_function")
+SIZE = "sliding_window_size"
+"""A key of early files of some families, for what is sliding_window."""
 
 
 OWN = {"intermediate_size": "the size of the FFN", "num_key_value_heads": "the number of key and value heads"}
@@ -62,25 +66,28 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
     quirks, run = table.quirks, table.kind != "foreign"
     if not run and quirks == Quirks():
         return ()
-    activations = tuple(quirks.activations.items())
     experts = (quirks.experts, _others(EXPERT_COUNTS, quirks.experts), quirks.experts_default)
     return (
-        *(_rotary_lines(table) if run else ()),
+        *((_lines_of_sets(table) if quirks.rotary_by_kind else _rotary_lines(table)) if run else ()),
         Spelling("the dtype", ("dtype", "torch_dtype")),
-        *([_activation(table, activations)] if run else ()),
+        *([_activation(table)] if run else ()),
         *(_own_keys(table) if run else ()),
         *([Spelling("the number of experts", *experts)] if quirks.experts else ()),
+        *(
+            [Spelling("the sliding window", ("sliding_window",), (SIZE,), table.defaults["sliding_window"])]
+            if SIZE in table.neutral
+            else ()
+        ),
         *(Spelling(fact, (key,), tuple(others)) for fact, (key, *others) in SIZES.items() if run),
         *(Spelling(WORKED_OUT[key], (), (key,), f"${source}") for key, source in quirks.worked_out.items()),
     )
 
 
-def _activation(table: Architecture, same: tuple[tuple[str, str], ...]) -> Spelling:
-    read, ignored = ACTIVATION[0], tuple(key for key in ACTIVATION[1] if key not in table.neutral)
-    own = table.quirks.taken_from.get("hidden_act")
-    if own is None:
-        return Spelling("the activation", read, ignored, table.defaults.get("hidden_act", "silu"), same=same)
-    return Spelling("the activation", (own,), _others((*read, *ignored), (own,)), table.defaults.get(own, "silu"), same=same)
+def _activation(table: Architecture) -> Spelling:
+    key = table.quirks.activation
+    same = tuple(table.quirks.activations.items())
+    others = tuple(other for other in ACTIVATION_KEYS if other not in (key, *table.neutral))
+    return Spelling("the activation", (key,), others, table.defaults.get(key, "silu"), same=same)
 
 
 def _own_keys(table: Architecture) -> Iterator[Spelling]:
@@ -92,9 +99,10 @@ def _own_keys(table: Architecture) -> Iterator[Spelling]:
 
 
 def _rotary_lines(table: Architecture) -> Iterator[Spelling]:
+    bases = (*ROTARY_BASES, *SLIDING_BASES)
     base, share, inner = table.quirks.rotary_base, table.quirks.rotary_share, "rope.partial_rotary_factor"
     yield Spelling("the type of the rotary scaling", ("rope.rope_type", "rope.type"))
-    yield Spelling(BASE, ("rope.rope_theta", base), _others(ROTARY_BASES, (base,)), table.defaults.get("rope_theta", 10000.0))
+    yield Spelling(BASE, ("rope.rope_theta", base), _others(bases, (base,)), table.defaults.get("rope_theta", 10000.0))
     if share:
         yield Spelling(SHARE, (inner, share), _others(ROTARY_SHARES, (share,)), table.defaults.get("partial_rotary_factor", 1.0))
     else:
@@ -103,6 +111,20 @@ def _rotary_lines(table: Architecture) -> Iterator[Spelling]:
         yield Spelling(CONTEXT, (ORIGINAL,), (f"rope.{ORIGINAL}",), table.defaults.get(ORIGINAL, "$max_position_embeddings"), STRETCHED)
     else:
         yield Spelling(CONTEXT, (f"rope.{ORIGINAL}",), (ORIGINAL,), "$max_position_embeddings", STRETCHED)
+
+
+def _lines_of_sets(table: Architecture) -> Iterator[Spelling]:
+    """The same for each of two sets: what stands beside rope_parameters is of layers without a window, but for a base of the others'."""
+    base, of_sliding = table.quirks.rotary_base, table.quirks.sliding_base
+    for line in _rotary_lines(table):
+        yield replace(line, kind=FULL, ignored=tuple(key for key in line.ignored if key != of_sliding))
+    for line in _rotary_lines(table):
+        if line.fact == BASE:
+            read = ("rope.rope_theta", *([of_sliding] if of_sliding else ()))
+            default = table.defaults.get(of_sliding or "rope_theta", line.default)
+            yield replace(line, kind=SLIDING, read=read, ignored=() if of_sliding else (base,), default=default)
+        else:
+            yield replace(line, kind=SLIDING, ignored=tuple(key for key in line.ignored if key.startswith("rope.")))
 
 
 def _others(known: tuple[str, ...], taken_from: tuple[str, ...]) -> tuple[str, ...]:
@@ -117,9 +139,11 @@ def conflicts(table: Architecture, config: Mapping[str, Any]) -> list[str]:
     kind = table.name
     rope_key = next((key for key in ("rope_scaling", "rope_parameters") if isinstance(config.get(key), dict) and config[key]), None)
     rope = config[rope_key] if rope_key else {}
-    problems = list(_two_ropes(table, config)) if rope_key == "rope_scaling" else []
+    problems = list(_two_ropes(table, config)) if rope_key == "rope_scaling" and not table.quirks.rotary_by_kind else []
     for spelling in spellings_of(table):
-        if spelling.only is None or _rope_type(rope) in spelling.only:
+        if spelling.kind is not None:
+            problems += _conflict_in_set(spelling, kind, config)
+        elif spelling.only is None or _rope_type(rope) in spelling.only:
             problems += _conflict(spelling, kind, config, rope_key)
     window = config.get("sliding_window", table.defaults.get("sliding_window"))
     return problems + [f"config.json: {text}" for text in _sliding(table, config, window)]
@@ -172,6 +196,17 @@ def _conflict(spelling: Spelling, kind: str, config: Mapping[str, Any], rope_key
                 f"{here}, but {spelling.fact} is always {_brief(value)} in transformers' {kind}, which ignores the key. Remove {name}, "
                 "unless the model was trained with it: then it is no such model."
             )
+
+
+def _conflict_in_set(spelling: Spelling, kind: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """The same of the rotary embedding of one kind of layer."""
+    assert spelling.kind is not None
+    own, name = set_of(config, spelling.kind)
+    if spelling.only is not None and _rope_type(own) not in spelling.only:
+        return
+    if spelling.kind == SLIDING and len(spelling.read) == 1 and spelling.fact == BASE and own.get("rope_theta") is not None:
+        return  # rope_theta beside it is the other kind's
+    yield from _conflict(spelling, kind, {**config, name: own}, name)
 
 
 def _two_ropes(table: Architecture, config: Mapping[str, Any]) -> Iterator[str]:

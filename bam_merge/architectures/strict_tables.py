@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from bam_merge.architectures.vocabulary import (
+    ACTIVATION_KEYS,
     CONTEXTS,
     DERIVED,
     EXPERT_COUNTS,
     ROLES,
     ROTARY_BASES,
     ROTARY_SHARES,
+    SLIDING_BASES,
     SYMBOLS,
     TRAIT_WORDS,
     TRAITS,
@@ -36,12 +38,13 @@ ROW: Kinds = {
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
     "experts_default": int, "pattern_is_read": bool, "pattern_letters": bool, "turning": str, "alpha": bool, "query_growth": bool,
-    "rope_needed": bool, "needed": list, "kinds": list, "taken_from": dict, "reasons": dict,
-    "norm_eps": str, "renamed": dict, "activations": dict, "only": dict,
+    "rope_needed": bool, "rotary_by_kind": bool, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
+    "norm_eps": str, "activation": str, "renamed": dict, "activations": dict, "only": dict, "reasons": dict,
 }  # fmt: skip
 """What tables.Quirks documents, key by key."""
 QUIRK_WORDS: Mapping[str, Iterable[str]] = {
-    "rotary_base": ROTARY_BASES, "rotary_share": ROTARY_SHARES, "context": CONTEXTS, "windows": WINDOWS, "worked_out": WORKED_OUT,
+    "rotary_base": ROTARY_BASES, "sliding_base": SLIDING_BASES, "rotary_share": ROTARY_SHARES, "context": CONTEXTS, "windows": WINDOWS,
+    "worked_out": WORKED_OUT, "activation": ACTIVATION_KEYS,
     "turning": TURNING, "experts": EXPERT_COUNTS,
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""

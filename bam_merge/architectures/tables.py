@@ -65,6 +65,8 @@ class Quirks:
     """What transformers' configuration class takes of a config.json where classes differ. Most families need none of it.
 
     `rotary_base`       the key beside rope_parameters that holds the rotary base
+    `rotary_by_kind`    whether layers with and without a sliding window have a rotary embedding each
+    `sliding_base`      the key beside rope_parameters for the base of those with one; None: there is none, rope_theta is the others'
     `rotary_share`      the key beside rope_parameters that holds the share of a head that turns; None: whole heads turn, whatever is asked
     `rope_types`        types of rotary scaling that are read as another one
     `context`           where the context before the rotary scaling stands: "inner" (in rope_parameters) or "outer" (a key beside it)
@@ -82,6 +84,7 @@ class Quirks:
     `taken_from`        facts that stand under another key than in most families, and what is meant where that is left out: "KEY",
                         "KEY or 4 * SIZE"
     `norm_eps`          the key of the norms' epsilon; None: rms_norm_eps or layer_norm_eps, by the norms' kind
+    `activation`        the key of the activation: hidden_act, or hidden_activation of classes that read nothing else
     `renamed`           keys that are read as another key
     `activations`       activations that are read as another one
     `only`              the values that a key can have to be understood: of others nobody here knows what they compute
@@ -91,6 +94,8 @@ class Quirks:
     """
 
     rotary_base: str = "rope_theta"
+    rotary_by_kind: bool = False
+    sliding_base: str | None = None
     rotary_share: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
     context: str = "inner"
@@ -106,6 +111,7 @@ class Quirks:
     kinds: tuple[str, ...] = ()
     taken_from: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str | None = None
+    activation: str = "hidden_act"
     renamed: Mapping[str, str] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)

@@ -19,6 +19,10 @@ LEGACY = {"attention": "full_attention"}
 """Kinds of layers as older files spell them."""
 
 
+SOFTCAPS = ("attention_softcap", "logit_softcap")
+"""Traits that are divided by."""
+
+
 Get = Callable[[str], Any]
 """The value of a key of config.json, or its default."""
 
@@ -91,7 +95,7 @@ def beyond(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"config.json: layer_types names {what}; {family.name} merges here only where all its layers are {' or '.join(known)}."
     for key in family.quirks.needed:
         if config.get(key) is None:
-            yield f"config.json: {key} is missing; {family.name} without it is another model than those that merge here. Add it."
+            yield f"config.json: {key} is missing, and what {family.name} is without it is not known here. Add it."
 
 
 def facts_of_cases(family: Architecture, get: Get, problems: list[str]) -> dict[str, Any]:
@@ -118,6 +122,12 @@ def stated_traits(family: Architecture, get: Get, problems: list[str]) -> dict[s
         stated = get(key)
         if isinstance(default, bool):
             facts[trait] = bool(stated)
+        elif stated is not None and type(stated) not in (int, float):
+            problems.append(f"config.json: {key} must be a number, found {shown(stated)}.")
+            facts[trait] = None
+        elif trait in SOFTCAPS and stated is not None and not 1e-30 < stated < 1e30:
+            problems.append(f"config.json: {key} must be above 0, and less than 1e30, or null for no cap, found {shown(stated)}.")
+            facts[trait] = None
         elif power and stated is not None and not 1e-30 < stated < 1e30:
             problems.append(f"config.json: {key} must be above 0, and less than 1e30, found {shown(stated)}.")
             facts[trait] = None

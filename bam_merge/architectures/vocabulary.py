@@ -26,7 +26,7 @@ TRAITS: dict[str, Any] = {
     "rope_interleaved": False, "qk_norm": False, "qk_norm_shape": None, "qk_norm_bias": False,
     "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
-    "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None,
+    "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None, "attention_softcap": None, "logit_softcap": None,
 }  # fmt: skip
 """What a family's model type can imply, and what holds where its table is silent.
 
@@ -45,6 +45,8 @@ embedding_scale            what the embeddings are multiplied with before the fi
 embedding_scale_in_dtype   that factor is rounded to the dtype of the embeddings first
 residual_scale             what attention and FFN are multiplied with before they are added to what went in; None: nothing
 logit_scale                what the logits are multiplied with; None: nothing
+attention_softcap          c: scaled scores x of q k^T become c tanh(x / c), so that none is above c; None: they stay
+logit_softcap              the same of the logits, after they are scaled
 
 "config:KEY" takes the value of a config.json's key, "config:KEY^POWER" that to a power: "config:logits_scaling^-1" divides by it.
 """
@@ -58,11 +60,12 @@ TRAIT_WORDS = {"norm_type": ("rms_norm", "layer_norm"), "qk_norm_shape": QK_NORM
 QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
-    "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False,
+    "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False, "sliding_rope_parameters": None, "attention_softcap": None,
+    "logit_softcap": None,
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 
-UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "norm_type": "rms_norm"}
+UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "sliding_rope_parameters": None, "norm_type": "rms_norm"}
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
 
 DERIVED = ("untied", "second_norm", "twin_norms")
@@ -72,8 +75,14 @@ norms of a parallel block."""
 ROTARY_BASES = ("rope_theta", "rotary_emb_base")
 """Keys beside rope_parameters for the rotary base: of these a family has one, and passes over the others."""
 
+SLIDING_BASES = ("rope_local_base_freq",)
+"""Keys beside rope_parameters for the rotary base of layers with a sliding window, where these have one of their own."""
+
 ROTARY_SHARES = ("partial_rotary_factor", "rotary_pct")
 """Keys beside rope_parameters for the share of a head that turns."""
+
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+"""Keys for the activation of the FFN."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys for the number of experts."""

@@ -38,11 +38,14 @@ class BamConfig(PreTrainedConfig):
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
     Of families that are unlike most, None or the default where theirs is: `pre_norms` are those before attention and FFN, `post_norms`
-    those of what the experts of either give together; `norm_offset` is added to the weights of norms before they
-    multiply; `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads", or "all heads" of an
-    expert, whose norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms); `rope_layers` are the layers
-    with rotary embedding; queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T),
-    `embedding_scale`, `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors.
+    those of what the experts of either give together; `norm_offset` is added to the weights of norms before they multiply;
+    `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads", or "all heads" of an expert, whose
+    norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
+    `sliding_rope_parameters` are the rope_parameters of layers with a window; `rope_layers` are the layers with rotary embedding;
+    queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T), `embedding_scale`,
+    `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors. `attention_softcap` c puts c tanh(x / c)
+    in the place of a scaled score x, which torch's fused attention does not: such a model has eager attention; `logit_softcap` does so
+    with logits.
     """
 
     model_type = "bam"
@@ -82,6 +85,7 @@ class BamConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     rope_parameters: dict[str, Any] | None = None
+    sliding_rope_parameters: dict[str, Any] | None = None
     rope_interleaved: bool = False
     rope_layers: list[int] | None = None
     query_growth: float | int | None = None
@@ -93,6 +97,8 @@ class BamConfig(PreTrainedConfig):
     embedding_scale_in_dtype: bool = False
     head_bias: bool = False
     logit_scale: float | int | None = None
+    attention_softcap: float | int | None = None
+    logit_softcap: float | int | None = None
     num_experts: int = 4
     expert_names: list[str] | None = None
     num_experts_per_tok: int = 1

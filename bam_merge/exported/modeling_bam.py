@@ -43,6 +43,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """c tanh(x / c): about x where x is small, and never above c."""
+    return x if cap is None else cap * (x / cap).tanh()
+
+
 # ---- norms and positions ---------------------------------------------------------------------------------------------------
 
 
@@ -104,21 +109,20 @@ class BamRotaryEmbedding(nn.Module):
         self.config = config
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B or 1, T, 1, P] each."""
+    def forward(self, x: Tensor, position_ids: Tensor, rope: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B or 1, T, 1, P] each, by `rope`: the configuration's rope_parameters, or those of layers with a window."""
         position_BT = position_ids.to(torch.promote_types(x.dtype, torch.float32))
         device_type = x.device.type if x.device.type != "mps" else "cpu"
         with torch.autocast(device_type, enabled=False):
-            freqs_BP, factor = self.frequencies(position_BT.amax(-1, keepdim=True) + 1)
+            freqs_BP, factor = self.frequencies(rope, position_BT.amax(-1, keepdim=True) + 1)
             angles_BTxP = (position_BT[..., None] * freqs_BP[:, None])[:, :, None]
             return angles_BTxP.cos() * factor, angles_BTxP.sin() * factor
 
-    def frequencies(self, lengths_Bx: Tensor) -> tuple[Tensor, float]:
+    def frequencies(self, rope: dict[str, Any], lengths_Bx: Tensor) -> tuple[Tensor, float]:
         """Radians per position [B or 1, P], and the factor on cosines and sines (arXiv 2104.09864, section 3.4.2).
 
         linear: arXiv 2306.15595; dynamic NTK and YaRN: 2309.00071; LongRoPE: 2402.13753; llama3: Llama 3.1.
         """
-        rope = self.config.rope_parameters
         kind, theta, most = rope.get("rope_type", "default"), rope["rope_theta"], self.config.max_position_embeddings or 1
         original = rope.get("original_max_position_embeddings") or most
         factor = rope.get("factor") or most / original
@@ -227,11 +231,12 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scaling + mask) v: [B, T, heads, C], and the weights [B, heads, T, S]. q [B, heads, T, C]; k and v have fewer heads."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = capped(torch.matmul(query, key.transpose(2, 3)) * scaling, softcap)
     scores = wide(scores if attention_mask is None else scores + attention_mask)
     weights = nn.functional.dropout(scores.softmax(-1).to(query.dtype), p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -312,6 +317,7 @@ class BamAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **({} if self.config.attention_softcap is None else {"softcap": self.config.attention_softcap}),
             **kwargs,
         )
         if gates is not None:
@@ -485,6 +491,12 @@ class BamPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(BamAttention, index=1),
     }
 
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        """Not where scores are capped, which it has no way to do: eager is then the default, and flex attention another way."""
+        if self.config.attention_softcap is not None:
+            raise ValueError('attention_softcap is not computed by "sdpa": use attn_implementation="eager" or "flex_attention"')
+        return super()._sdpa_can_dispatch(is_init_check)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -544,13 +556,15 @@ class BamModel(BamPreTrainedModel):
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        turns = {"full_attention": self.rotary_emb(inputs_embeds, position_ids, self.config.rope_parameters)}
+        if self.config.sliding_rope_parameters is not None:
+            turns["sliding_attention"] = self.rotary_emb(inputs_embeds, position_ids, self.config.sliding_rope_parameters)
         hidden_states, ffn_logits, attention_logits = inputs_embeds, (), ()
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states, of_ffn, of_attention = layer(
                 hidden_states,
                 attention_mask=masks[kind],
-                position_embeddings=position_embeddings,
+                position_embeddings=turns.get(kind, turns["full_attention"]),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE: cache},
@@ -639,6 +653,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
         if self.config.logit_scale is not None:
             logits = logits * self.config.logit_scale
+        logits = capped(logits, self.config.logit_softcap)
         total = self.router_loss(outputs, attention_mask, hidden_states) if routed else None
         loss = None
         if labels is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, cut, holds, locate, rows_of
+from bam_merge.architectures.locate import Cell, cells, cut, is_named_here, locate, rows_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -242,12 +242,9 @@ class _Parameters:
         self.report(f"stored as {dtypes}: {{}} tensor(s); the reference model computes with {known_dtypes}. Convert them.", unreadable)
 
     def stands(self, row: Row) -> bool:
-        """Whether the condition of a row holds, where another row of the table has the same role: of a parameter's two names, its own."""
-        rivals = [other for other in self.architecture.rows if other is not row and other.roles == row.roles]
-        if row.when is None or row.per_expert or not rivals:
-            return True
+        """Whether a row's name is the one that its role has in this model, by the reference model's own reading of what it is."""
         both_norms = self.config.parallel_block and self.config.parallel_norms == 2
-        return holds(row.when, {**vars(self.config), "twin_norms": both_norms})
+        return is_named_here(row, self.architecture, {**vars(self.config), "twin_norms": both_norms})
 
     def take(self, cell: Cell, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's roles."""

@@ -27,6 +27,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """c tanh(x / c): about x where x is small, and never above c."""
+    return x if cap is None else cap * (x / cap).tanh()
+
+
 class Norm(nn.Module):
     """RMS norm over the last axis. Layer norm is the same of the centred vector."""
 
@@ -125,6 +130,7 @@ class Heads(nn.Module):
         q_BTHC = grown(self.config.query_growth, self.config.rope_parameters, at[1], q_BTHC)
         k_BSHC, v_BSHC = (z.repeat_interleave(q_BTHC.shape[2] // z.shape[2], 2) for z in (k_BSKC, v_BSKC))
         scores_BHTS = wide(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC) * (C**-0.5 if scale is None else scale))
+        scores_BHTS = capped(scores_BHTS, self.config.attention_softcap)
         hidden = torch.finfo(scores_BHTS.dtype).min  # not -inf: padding sees nothing, and must not become NaN
         weights_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], hidden).softmax(-1).to(x_BTD.dtype)
         y_BTD: Tensor = self.o_proj(torch.einsum("bhts,bshc->bthc", weights_BHTS, v_BSHC).flatten(-2))
@@ -138,8 +144,7 @@ class Attention(Heads):
         N, shares_kv = config.num_attention_experts, config.attention_kv == "shared" or layer in (config.shared_kv_layers or ())
         super().__init__(config, query=N == 0, key_value=N == 0 or shares_kv)
         self.layer, self.shares_kv = layer, shares_kv
-        slides = config.layer_types is None or config.layer_types[layer] == "sliding_attention"
-        self.window = config.sliding_window if slides else None
+        self.window = config.sliding_window if config.slides(layer) else None
         self.rotates = config.rope_layers is None or layer in config.rope_layers
         if N:
             self.router = nn.Linear(config.hidden_size, N, bias=False)
@@ -152,7 +157,7 @@ class Attention(Heads):
         config = self.config
         turn: Turn = None
         if self.rotates:
-            turn = turns(config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, x_BTD.dtype)
+            turn = turns(config.rope_of(self.layer), config.head_dim, config.max_position_embeddings, positions_BT, x_BTD.dtype)
         seen_BTS = visible(positions_BT, cache.extend(self.layer, "positions", positions_BT), self.window)
 
         def cached(heads: Heads, name: str) -> tuple[Tensor, Tensor]:
@@ -282,7 +287,12 @@ def scaled_embeddings(config: ModelConfig, x_BTD: Tensor) -> Tensor:
 
 def head(config: ModelConfig, norm: nn.Module, weight_VD: Tensor, bias_V: Tensor | None, x_BTD: Tensor) -> Tensor:
     """Logits [B, T, V] of the last block's hidden states; `weight_VD` is the embedding where it is tied."""
-    return linear(norm(x_BTD), weight_VD, bias_V) * (1.0 if config.logit_scale is None else config.logit_scale)
+    return as_logits(config, linear(norm(x_BTD), weight_VD, bias_V))
+
+
+def as_logits(config: ModelConfig, y_BTV: Tensor) -> Tensor:
+    """What the head gives, scaled and capped."""
+    return capped(y_BTV * (1.0 if config.logit_scale is None else config.logit_scale), config.logit_softcap)
 
 
 class Head(nn.Module):

@@ -19,6 +19,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     head_bias: bool = False
     logit_scale: float | None = None
+    logit_softcap: float | None = None  # c: c tanh(x / c) in the place of a logit x
     embedding_scale: float | None = None
     embedding_scale_in_dtype: bool = False  # rounded as the embeddings are
     residual_scale: float | None = None  # of attention and FFN, before they are added
@@ -38,7 +39,9 @@ class ModelConfig:
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # the same of scaled scores
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    sliding_rope_parameters: Mapping[str, Any] | None = None  # of layers with a window; None: as all
     rope_interleaved: bool = False
     query_growth: float | None = None  # beta: queries are multiplied with 1 + beta ln(1 + floor(position / original context))
     rope_layers: Sequence[int] | None = None  # the layers that rotate; None: all
@@ -63,6 +66,15 @@ class ModelConfig:
     def qk_norm_weights(self) -> Literal["head", "heads", "all heads"]:
         """Of each head with weights [C] for all (qwen3), [H, C] (cohere); or of all heads together, with weights [H * C] (olmo2)."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
+
+    def slides(self, layer: int) -> bool:
+        """Whether `layer` has a sliding window."""
+        return self.sliding_window is not None and (self.layer_types is None or self.layer_types[layer] == "sliding_attention")
+
+    def rope_of(self, layer: int) -> Mapping[str, Any]:
+        """The rotary embedding of `layer`."""
+        own = self.sliding_rope_parameters if self.slides(layer) else None
+        return self.rope_parameters if own is None else own
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":

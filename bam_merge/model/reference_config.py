@@ -13,6 +13,9 @@ from bam_merge.architectures.tables import Architecture
 ORIGINAL = "original_max_position_embeddings"
 
 
+NUMBERS = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale", "attention_softcap", "logit_softcap")
+
+
 def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of model.ModelConfig that `config` means, by name, for a dense family or a public mixture.
 
@@ -37,12 +40,12 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
         "num_key_value_heads_per_expert": get("num_key_value_heads") or heads,
         "head_dim": get("head_dim") or get("hidden_size") // heads,
         "tie_word_embeddings": get("tie_word_embeddings") is True,
-        "hidden_act": table.quirks.activations.get(get("hidden_act"), get("hidden_act")),
+        "hidden_act": _activation(table, get),
         "max_position_embeddings": get("max_position_embeddings"),
-        "rope_parameters": rotary(table, config),
         **_layers(table, config),
         **_block(table, get),
     }
+    values |= _rotary_embeddings(table, config, values)
     for eps in ("rms_norm_eps", "layer_norm_eps"):
         if get(eps) is not None:
             values[eps] = get(eps)
@@ -52,6 +55,12 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
         values["layer_norm_eps" if values["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(table.quirks.norm_eps)
     values |= _together(table, get)
     return values | (_experts(table, config, get) if table.kind == "mixture" else {})
+
+
+def _activation(table: Architecture, get: Any) -> Any:
+    """By the one key that the modeling code asks for, under the name that ACT2FN is asked for."""
+    stated = get(table.quirks.activation)
+    return table.quirks.activations.get(stated, stated)
 
 
 def _under_their_names(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +118,7 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         key, power = value.partition(":")[2].partition("^")[::2]
         stated = get(key)
         factor = stated if not power or stated is None else float(stated ** float(power))
-        neutral = factor == 1 and name != "attention_scale" and bool(power or name != "logit_scale")
+        neutral = factor == 1 and (name in ("embedding_scale", "residual_scale") or (name == "logit_scale" and bool(power)))
         return None if neutral else factor
 
     bias = bool(trait("attention_bias", False))
@@ -133,8 +142,24 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         "qk_norm_after_rotary": bool(trait("qk_norm", False) and trait("qk_norm_after_rotary", False)),
         "head_bias": bool(trait("head_bias", False)),
         "embedding_scale_in_dtype": bool(trait("embedding_scale_in_dtype", False)),
-        **{name: number(name) for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")},
+        **{name: number(name) for name in NUMBERS},
     }
+
+
+def _rotary_embeddings(table: Architecture, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """One set for all layers, or one each for those without and with a window, as Gemma3TextConfig and Olmo3Config make them."""
+    if not table.quirks.rotary_by_kind:
+        return {"rope_parameters": rotary(table, config)}
+    nested, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    plain = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
+    far = rotary(table, {**plain, "rope_parameters": {**(nested.get("full_attention") or {}), **older}})
+    beside = table.quirks.sliding_base
+    local = plain.get(beside, table.defaults.get(beside)) if beside else table.defaults.get("rope_theta", 10_000.0)
+    near = rotary(table, {**plain, table.quirks.rotary_base: local, "rope_parameters": nested.get("sliding_attention") or {}})
+    kinds = set(values["layer_types"]) if values["sliding_window"] else {"full_attention"}
+    if kinds == {"sliding_attention"}:
+        return {"rope_parameters": near}
+    return {"rope_parameters": far, "sliding_rope_parameters": near if near != far and "sliding_attention" in kinds else None}
 
 
 def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bam_merge.model.loading import StoredModel
-from bam_merge.model.model import Block, Norm
+from bam_merge.model.model import Block, Norm, as_logits
 from bam_merge.values.torch_threads import one_torch_thread
 
 CHUNK_ELEMENTS = 2**19
@@ -123,4 +123,4 @@ def streamed_head(model: StoredModel, x_BTD: Tensor, computing: Computing) -> Te
     logits_MV = product(model, model.head_parameter, model.config.vocab_size, normed_MD, computing)
     bias_V = model.head_bias()
     logits_MV = logits_MV if bias_V is None else logits_MV + computing.taken(bias_V)
-    return logits_MV.reshape(*x_BTD.shape[:-1], -1) * (1.0 if model.config.logit_scale is None else model.config.logit_scale)
+    return as_logits(model.config, logits_MV.reshape(*x_BTD.shape[:-1], -1))

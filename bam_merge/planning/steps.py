@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bam_merge import expressions
+from bam_merge.architectures.locate import is_named_here
 from bam_merge.architectures.tables import Architecture, evaluate, load_architecture, natural_order
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS, DTYPE_NAMES
 from bam_merge.checkpoints.header import encode_header
@@ -22,6 +23,8 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
     steps: list[Step] = []
     stored: set[Site] = set()
     for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
+        if not is_named_here(row, layout, seed.facts):
+            continue
         filled = filling(row, layer, seed, made, recipe.random_seed)
         if filled is not None:
             steps.append(Step(row.name(layer), row.roles[0], layer, None, filled.dtype, filled.shape, filled, f"layout {layout.name}"))

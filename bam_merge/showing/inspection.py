@@ -114,6 +114,8 @@ def _factors(facts: Mapping[str, Any]) -> Iterator[str]:
     for key, what in (("embedding_scale", "embeddings"), ("residual_scale", "residual branches"), ("logit_scale", "logits")):
         if isinstance(facts.get(key), int | float):
             yield f"{what} x {facts[key]:.4g}"
+    if isinstance(facts.get("logit_softcap"), int | float):
+        yield f"logits capped at {facts['logit_softcap']:.4g}"
 
 
 def _attention(found: Inspection) -> str:
@@ -129,10 +131,15 @@ def _attention(found: Inspection) -> str:
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")
         traits.append(f"rotary{'' if kind == 'default' else ' ' + printable(str(kind), 20)}, theta {rope['rope_theta']:,.0f}")
+    local = facts.get("sliding_rope_parameters")
+    if isinstance(local, dict) and isinstance(local.get("rope_theta"), int | float):
+        traits[-1] += f" ({local['rope_theta']:,.0f} in layers with a window)"
     if isinstance(facts.get("rope_layers"), list):
         traits[-1:] = [f"{traits[-1]} in {len(facts['rope_layers'])} of {facts['num_hidden_layers']} layers"]
     if isinstance(facts.get("attention_scale"), int | float):
         traits.append(f"scores x {facts['attention_scale']:.4g}")
+    if isinstance(facts.get("attention_softcap"), int | float):
+        traits.append(f"scores capped at {facts['attention_softcap']:.4g}")
     if facts.get("sliding_window"):
         traits.append(f"window {facts['sliding_window']}")
     return ", ".join((text, *traits))

@@ -83,7 +83,8 @@ def _accept_fact(recipe: Recipe, found: Settled, fact: str, source: str) -> None
 
 def _differs(fact: str, model: DenseModel, decides: DenseModel) -> list[str]:
     """In words, how `model` differs from `decides` in a fact and in what goes with it."""
-    keys = ("sliding_window", "layer_types") if fact == "sliding_window" else (fact,)
+    together = {"sliding_window": ("sliding_window", "layer_types"), "rope_parameters": ("rope_parameters", "sliding_rope_parameters")}
+    keys = together.get(fact, (fact,))
     return [f"{label} {mine}, not {theirs}" for label, mine, theirs in fact_differences(keys, model, decides)]
 
 

@@ -20,6 +20,10 @@ SILENT = (
 """Facts that follow from another one, or are a limit or another choice that no forward pass depends on."""
 
 
+ROTARY = {"rope_parameters": "rotary embedding", "sliding_rope_parameters": "rotary embedding of layers with a window"}
+"""Facts that are compared as functions."""
+
+
 ADVICE = {
     "vocab_size": "Embeddings are never cut; align the tokenizers first: tokenizer: {source: union} in the recipe does it, by token.",
     "tie_word_embeddings": "Tied and untied models cannot be mixed; untie the others first (save lm_head as a copy), or "
@@ -45,10 +49,10 @@ def disagreements(models: list[DenseModel]) -> list[str]:
 
 def _facts(model: DenseModel, first: DenseModel) -> Iterator[str]:
     keys = [key for key in dict.fromkeys((*model.facts, *first.facts)) if key not in SILENT]
-    differ = [key for key in keys if key != "rope_parameters" and model.facts.get(key) != first.facts.get(key)]
+    differ = [key for key in keys if key not in ROTARY and model.facts.get(key) != first.facts.get(key)]
     for key in keys:
-        if key == "rope_parameters":
-            yield from _rotary(model, first)
+        if key in ROTARY:
+            yield from _rotary(key, model, first)
         elif key in differ and not _follows(key, differ, model, first):
             label, mine, theirs, more = contrast(key, model.facts.get(key), first.facts.get(key))
             advice = ADVICE.get(key) or f"Experts must share it{_or_accept(key, first)}."
@@ -89,25 +93,28 @@ def fact_differences(keys: Iterable[str], model: DenseModel, first: DenseModel) 
     """(what differs, in `model`, in `first`), in words, of all that differs in these facts."""
     for key in keys:
         mine, theirs = model.facts.get(key), first.facts.get(key)
-        if key == "rope_parameters":
-            yield from ((label, here, there) for label, here, there, _ in _rotary_differences(model, first))
+        if key in ROTARY:
+            yield from ((label, here, there) for label, here, there, _ in _rotary_differences(key, model, first))
         elif mine != theirs:
             yield contrast(key, mine, theirs)[:3]
 
 
-def _rotary(model: DenseModel, first: DenseModel) -> Iterator[str]:
-    found = list(_rotary_differences(model, first))
+def _rotary(key: str, model: DenseModel, first: DenseModel) -> Iterator[str]:
+    found = list(_rotary_differences(key, model, first))
     if found:
         parts = [f"{label} {here} here, {there} there{more}" for label, here, there, more in found]
         way_out = "" if any(label == "partial_rotary_factor" for label, *_ in found) else _or_accept("rope_parameters", first)
         said = "; ".join(parts)
-        yield f"sources.{model.name}: rotary embedding differs from sources.{first.name}: {said}. Experts must share it{way_out}."
+        yield f"sources.{model.name}: {ROTARY[key]} differs from sources.{first.name}: {said}. Experts must share it{way_out}."
 
 
-def _rotary_differences(model: DenseModel, first: DenseModel) -> Iterator[tuple[str, str, str, str]]:
+def _rotary_differences(key: str, model: DenseModel, first: DenseModel) -> Iterator[tuple[str, str, str, str]]:
     """(what differs, here, there, how much more) of what the two rotary embeddings compute."""
+    if model.facts.get(key) is None and first.facts.get(key) is None:
+        return
     mine, theirs = (
-        rope_function.effective(side.facts["rope_parameters"], side.facts["max_position_embeddings"]) for side in (model, first)
+        rope_function.effective(side.facts.get(key) or side.facts["rope_parameters"], side.facts["max_position_embeddings"])
+        for side in (model, first)
     )
     different = rope_function.differences(mine, theirs)
     if "rope_type" in different:  # what else differs belongs to the types

@@ -26,7 +26,7 @@ FIELDS = {
     "rms_norm_eps": ("rms_norm_eps",),
     "layer_norm_eps": ("layer_norm_eps",),
     "logit_scale": ("logit_scale",),
-    "rope_parameters": ("rope_parameters", "max_position_embeddings"),
+    "rope_parameters": ("rope_parameters", "sliding_rope_parameters", "max_position_embeddings"),
     "sliding_window": ("sliding_window", "layer_types"),
 }
 """What of the reference model's configuration goes with a fact that can be accepted."""

@@ -39,9 +39,10 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
     layered = config.norm_type == "layer_norm"
     limit = config.max_position_embeddings or 1
     lengths = torch.tensor([[1.0], [limit], [limit + 1], [4 * limit]], dtype=torch.float64)
-    radians, factor = frequencies(config.rope_parameters, config.head_dim, config.max_position_embeddings, lengths)
-    by_length = radians.expand(len(lengths), -1)
-    turning = config.rope_parameters["rope_type"] in ("dynamic", "longrope")  # others have one set of frequencies for all lengths
+    sets = [config.rope_parameters, *([config.sliding_rope_parameters] if config.sliding_rope_parameters else [])]
+    found = [frequencies(rope, config.head_dim, config.max_position_embeddings, lengths) for rope in sets]
+    by_length = [radians.expand(len(lengths), -1) for radians, _ in found]
+    turning = any(rope["rope_type"] in ("dynamic", "longrope") for rope in sets)  # others have one set of frequencies for all lengths
     types = config.layer_types or ["sliding_attention"] * config.num_hidden_layers
     return {
         "number of heads": (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim),
@@ -63,11 +64,13 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "embedding scale rounded": config.embedding_scale is not None and config.embedding_scale_in_dtype,
         "head bias": config.head_bias,
         "rotary pairs": "neighbours" if config.rope_interleaved else "halves",
-        "rotary frequencies": tuple((by_length if turning else by_length[:1]).flatten().tolist()),
-        "rotary factor": factor,
+        "rotary frequencies": tuple(tuple((of if turning else of[:1]).flatten().tolist()) for of in by_length),
+        "rotary factor": tuple(factor for _, factor in found),
         "context": limit if turning else None,
         "layers that rotate": tuple(range(config.num_hidden_layers)) if config.rope_layers is None else tuple(sorted(config.rope_layers)),
         "windows": tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types),
+        "score softcap": config.attention_softcap,
+        "logit softcap": config.logit_softcap,
         "logit scale": 1.0 if config.logit_scale is None else config.logit_scale,
     }
 

@@ -12,7 +12,7 @@ from bam_merge.model.positions import Cache
 from bam_merge.model.routes import choices, routed, router_logits
 from bam_merge.model.streaming import Computing, streamed_block, streamed_embeddings, streamed_head
 from bam_merge.text import some
-from bam_merge.verifying.decodable import decodable, first_part
+from bam_merge.verifying.decodable import decodable, first_part, scalings_by_length
 from bam_merge.verifying.levels import layers_asked
 from bam_merge.verifying.measuring import Way, Worst, difference, of_layers
 from bam_merge.verifying.report import Check, Report
@@ -125,7 +125,8 @@ class _Probes:
         bad = int((~torch.isfinite(whole)).sum())
         yield Check("finite logits", bad == 0, f"{bad} of {whole.numel()} logits are NaN or infinite" if bad else "", float(bad), 0.0)
         yield _same("causality", later[:, : self.cut], whole[: len(later), : self.cut], "a later token changes nothing before it")
-        scaled = f"{self.mixture.config.rope_parameters['rope_type']} scaling changes the frequencies of longer sequences"
+        kinds = dict.fromkeys(rope["rope_type"] for rope in scalings_by_length(self.mixture.config))
+        scaled = f"{' and '.join(kinds)} scaling changes the frequencies of longer sequences"
         of = of_layers(asked, self.mixture.config.num_hidden_layers)
         if self.span:
             passed = "equals the full forward" + (f" of {self.span} tokens ({scaled})" if self.span < whole.shape[1] else "")

@@ -101,7 +101,7 @@ def test_as_mixture_is_what_a_merge_makes(name: str, kind: Kind, tmp_path: Path)
     write_sources(tmp_path, CONFIGS[name])
     method, text = METHODS[kind]
     plan = plan_file(write_recipe(tmp_path, text, method))
-    normed_after = any(step.role == "norm.ffn.post" for step in plan.steps)
+    normed_after = plan.models["seed"].facts["post_norms"]
     assert plan.recipe.gates[0] == (2 if normed_after and not text.startswith("ffn") else 1)
     made = as_mixture(cost_at(tmp_path / "seed"), 3, kind, plan.recipe.gates[0])
     assert (made.parameters, made.active) == (plan.parameters, plan.active_parameters)

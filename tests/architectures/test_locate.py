@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BASE, CONFIGS, GROUPED, write_recipe
+from conftest import BASE, CONFIGS, GROUPED, STAND_INS, stand_in, write_recipe
 from safetensors import safe_open
 
 from bam_merge import load_recipe, merge
@@ -138,6 +138,9 @@ def build(config: dict[str, Any], folder: Path) -> Any:
     """A model of transformers' own making with random weights, norms and biases too, saved to `folder` as it saves them."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
+    if config["model_type"] in STAND_INS:
+        own = stand_in(write_checkpoint(folder, config, random_values(3, 0.3)))
+        return transformers.AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32).eval()
     torch.manual_seed(0)
     settings = {key: value for key, value in config.items() if key != "model_type"}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(config["model_type"], **settings))

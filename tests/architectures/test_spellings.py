@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, write_recipe, write_sources
+from conftest import CONFIGS, STAND_INS, write_recipe, write_sources
 from proofs import UNPROVED, failed
 
 from bam_merge.architectures import config
@@ -33,7 +33,7 @@ BASE = {
 SLIDES, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-KINDS = tuple(kind for kind in architecture_names() if kind != "bam")
+KINDS = tuple(kind for kind in architecture_names() if kind not in ("bam", *STAND_INS))
 EXPERTS = {kind: key for kind in KINDS for key, value in load_architecture(kind).config.items() if value == "$num_experts"}
 SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
 
@@ -81,7 +81,7 @@ def their_model(config: dict[str, Any]) -> Any:
 VALUES: dict[str, tuple[Any, ...]] = {
     "rope.rope_type": ("linear", "dynamic"), "rope.rope_theta": (3e5, 7e3), "rope.partial_rotary_factor": (0.5, 0.75, 0.25), "dtype": ("float16", "bfloat16"),
     f"rope.{ORIGINAL}": (32, 64), "hidden_act": ("relu", "gelu_new", "gelu_fast"), "num_experts": (6, 8), "hidden_size": (64, 96), "num_hidden_layers": (3, 5),
-    "num_attention_heads": (8, 16), "num_key_value_heads": (2, 1), "head_dim": (16, 4),
+    "num_attention_heads": (8, 16), "num_key_value_heads": (2, 1), "head_dim": (16, 4), "sliding_window": (8, 16),
     "intermediate_size": (48, 96),
 }  # fmt: skip
 """Values that a fact may have, by one of its keys: two, and a third where one can be a family's default."""
@@ -89,7 +89,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 def lines() -> Iterator[Any]:
     """(fact, model type, two of its keys): every pair, and every key with itself as the only one."""
-    for kind in architecture_names():
+    for kind in (*KINDS, "bam"):
         for spelling in spellings_of(load_architecture(kind)):
             for first, second in itertools.combinations_with_replacement((*spelling.read, *spelling.ignored), 2):
                 if not (kind == "phi3" and "rope.rope_type" in spelling.read):  # Phi3Config takes longrope only
@@ -105,6 +105,8 @@ def values_of(spelling: Spelling) -> tuple[Any, Any]:
 def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
     """A configuration that says only `keys` of the fact; "rope.KEY" goes into rope_parameters."""
     config = {key: value for key, value in base(kind).items() if key not in (*spelling.read, *spelling.ignored)}
+    if spelling.kind:  # transformers looks at the set of no other kind
+        config["layer_types"] = [FULL, SLIDES]
     rope: dict[str, Any] = {}
     if "num_attention_heads" in spelling.read:
         config["hidden_size"] = 1920 * 71  # which the classes' own counts of heads divide
@@ -118,24 +120,27 @@ def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
         inside = key.removeprefix("rope.")
         (config if inside == key else rope)[inside] = value
     if rope:
-        config["rope_parameters"] = rope if "type" in rope else {"rope_type": "default", **rope}
+        rope = rope if "type" in rope else {"rope_type": "default", **rope}
+        config["rope_parameters"] = {spelling.kind: rope} if spelling.kind else rope
     return config
 
 
 def their_value(spelling: Spelling, kind: str, config: dict[str, Any]) -> Any:
     """What transformers takes for the fact, from its configuration, or from a model where the configuration leaves it open."""
     found = theirs(config)
+    rope = found.rope_parameters[spelling.kind] if spelling.kind else found.rope_parameters
     match spelling.fact:
         case "the type of the rotary scaling":
-            return found.rope_parameters["rope_type"]
+            return rope["rope_type"]
         case "the rotary base":
-            return found.rope_parameters["rope_theta"]
+            return rope["rope_theta"]
         case "the context before the rotary scaling":
-            return found.rope_parameters[ORIGINAL]
+            return rope[ORIGINAL]
         case "the share of a head that turns" if kind == "bam":
-            return found.rope_parameters.get("partial_rotary_factor", 1.0)
+            return rope.get("partial_rotary_factor", 1.0)
         case "the share of a head that turns":
-            pairs = next(value.shape[0] for name, value in their_model(config).named_buffers() if name.endswith("rotary_emb.inv_freq"))
+            frequencies = f"rotary_emb.{spelling.kind}_inv_freq" if spelling.kind else "rotary_emb.inv_freq"
+            pairs = next(value.shape[0] for name, value in their_model(config).named_buffers() if name.endswith(frequencies))
             return 2 * pairs / 8
         case "the dtype":
             return None if found.dtype is None else str(found.dtype).removeprefix("torch.")
@@ -176,7 +181,7 @@ def test_the_table_says_what_transformers_does(spelling: Spelling, kind: str, fi
     else:
         expected = keys[counts[0]]
     assert their_value(spelling, kind, config) == expected
-    named = [key.replace("rope.", "rope_parameters.") for key in keys]
+    named = [key.replace("rope.", f"rope_parameters.{spelling.kind}." if spelling.kind else "rope_parameters.") for key in keys]
     problems = conflicts(load_architecture(kind), config)
     if len(keys) == 2 and counts:
         assert len(problems) == 1
@@ -200,7 +205,7 @@ def test_no_alias_of_transformers_is_missing(kind: str) -> None:
         assert any({alias, key} <= group for group in groups), (alias, key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not load_architecture(kind).quirks.rotary_by_kind])
 def test_of_two_dictionaries_transformers_takes_all_of_rope_scaling(kind: str) -> None:
     scaling = dict(LONGROPE if kind == "phi3" else YARN)
     config = {**base(kind), "rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5}}
@@ -318,6 +323,8 @@ def test_the_word_for_windows_is_what_transformers_does(kind: str) -> None:
         (True, False, True, False): ("by layer",), (True, True, True, False): ("every other layer", "all but each first", "where nothing turns"),
         (False, False, True, False): ("by layer or all", "all but each last"),
     }  # fmt: skip
+    if load_architecture(kind).defaults.get("sliding_window_pattern") == 2:  # of the two layers one slides
+        words = {(True, True, True, False): ("all but each last",)}
     if load_architecture(kind).quirks.only.get("use_sliding_window") is False:
         ways = tuple({key: value for key, value in way.items() if key != "use_sliding_window"} for way in ways)
     assert SLIDING[kind] in words[tuple(sees_far({**base(kind), **keys}) for keys in ways)]

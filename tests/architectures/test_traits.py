@@ -137,9 +137,13 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mixture already": ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts = 8 cannot be merged here: such a Granite 4 is a mixture already"),
     "a mixture already, unsaid": ("granitemoehybrid", {"num_local_experts": ...}, "num_local_experts = 8, which is meant where it is left out, cannot be merged here"),
     "layers with states": ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "layer_types names 'mamba'; granitemoehybrid merges here only where all its layers are full_attention."),
-    "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing; granitemoehybrid without it is another model than those that merge here. Add it."),
+    "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing, and what granitemoehybrid is without it is not known here. Add it."),
     "letters and no layers": ("exaone4", {"sliding_window_pattern": "LG"}, "sliding_window_pattern must be an integer, found 'LG'."),
     "letters that say otherwise": ("exaone4", {"sliding_window_pattern": "GL", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types says that layers 0 slide, sliding_window_pattern = 'GL' that layers none do"),
+    "an epsilon that classes differ in": ("exaone", {"layer_norm_epsilon": ...}, "layer_norm_epsilon is missing, and what exaone is without it is not known here."),
+    "an activation under the common key": ("exaone", {"hidden_act": "relu"}, "hidden_act = 'relu' and activation_function = 'silu' are two spellings of the activation, and differ"),
+    "a share of heads": ("exaone", {"rotary_pct": 0.25}, "the share of a head that turns is always 1.0"),
+    "two numbers of layers": ("exaone", {"num_hidden_layers": 3}, "num_layers = 2 and num_hidden_layers = 3 are two spellings of one fact, and differ."),
     "no number": ("granite", {"residual_multiplier": "0.2"}, "residual_multiplier must be a number, found '0.2'."),
     "a window that is not": ("cohere2", {"sliding_window": None}, "sliding_window is no number, and layers of cohere2 slide unless layer_types says otherwise."),
     "two patterns": ("cohere2_biased", {"sliding_window_pattern": 2}, "layer_types says that layers 1 slide, sliding_window_pattern = 2 that all but each 2th do"),
@@ -160,7 +164,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(case: str, tmp_path: P
 
 @pytest.mark.parametrize(("name", "keys", "named"), [
     ("granite", {"residual_multiplier": 0.4}, "residual_multiplier = 0.4"), ("granite", {"logits_scaling": 2.0}, "logits_scaling = 2.0"),
-    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("falcon_grouped", {"num_kv_heads": 4}, "num_key_value_heads = 4"),
+    ("smollm3", {"no_rope_layers": [0, 1]}, "rope_layers"), ("falcon_grouped", {"activation": "relu"}, "hidden_act = 'relu'"),
     ("exaone4", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window_pattern": None}, "layer_types"), ("nemotron", {"norm_eps": 1e-3}, "norm_eps = 0.001"),
     ("starcoder2", {"norm_epsilon": 1e-3}, "norm_epsilon = 0.001"),
 ])  # fmt: skip
@@ -192,6 +196,8 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "letters for windows": ("exaone4", {}, {"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"]}),
     "no pattern beside no window": ("exaone4_full", {}, {"sliding_window_pattern": None}),
     "a pattern of nothing": ("exaone4_full", {}, {"sliding_window_pattern": 0}),
+    "the common key of layers": ("exaone", {}, {"num_layers": ..., "num_hidden_layers": 2}),
+    "an FFN of four times the width unsaid": ("exaone_tied", {}, {"intermediate_size": 128}),
     "an older word for full attention": ("granitemoehybrid", {}, {"layer_types": ["full_attention"] * 2}),
     "an older key for kinds of layers": ("granitemoehybrid", {}, {"layer_types": ..., "layers_block_type": ["attention"] * 2}),
     "alpha and the base that it makes": (

@@ -121,7 +121,17 @@ def test_defaults_are_those_of_the_text_models_class(model_type: str) -> None:
     ):
         if key not in ("sliding_window", "layer_types") and theirs.get(key) is not None:
             assert ours[key] == theirs[key], key
-    assert ours["rope_parameters"]["rope_theta"] == theirs["rope_parameters"]["rope_theta"]
+    sets = (
+        [ours["rope_parameters"], ours["sliding_rope_parameters"]]
+        if "full_attention" in theirs["rope_parameters"]
+        else [ours["rope_parameters"]]
+    )
+    nested = (
+        [theirs["rope_parameters"].get(kind) for kind in ("full_attention", "sliding_attention")]
+        if len(sets) > 1
+        else [theirs["rope_parameters"]]
+    )
+    assert [rope["rope_theta"] for rope in sets] == [rope["rope_theta"] for rope in nested]
     assert ours["head_dim"] == (theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"])
     assert ours["sliding_window"] == (
         theirs["sliding_window"] if theirs.get("sliding_window") and theirs.get("use_sliding_window", True) else None

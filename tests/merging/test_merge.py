@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from conftest import CONFIGS, SOURCES, STAND_INS, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge
@@ -33,7 +33,7 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 
 def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The family's fused tensors cut apart with transformers' own way of viewing them, under llama's names."""
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    heads, layers = config["num_attention_heads"], 2
     result = {}
     for layer in range(layers):
         ours = f"model.layers.{layer}."
@@ -45,9 +45,22 @@ def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor
         if name == "phi3":
             fused = tensors[f"{ours}self_attn.qkv_proj.weight"]
             q, k, v = fused.split([32, 16, 16])
-            gate, up = tensors[f"{ours}mlp.gate_up_proj.weight"].chunk(2)
             result |= {f"{ours}self_attn.{part}_proj.weight": w for part, w in zip("qkv", (q, k, v), strict=True)}
-            result |= {f"{ours}mlp.gate_proj.weight": gate, f"{ours}mlp.up_proj.weight": up}
+        for gates in (f"{ours}mlp.gate_up_proj.weight", f"{ours}shared_mlp.input_linear.weight"):  # phi3, glm; granitemoehybrid
+            if gates in tensors:
+                gate, up = tensors[gates].chunk(2)
+                result |= {f"{ours}mlp.gate_proj.weight": gate, f"{ours}mlp.up_proj.weight": up}
+        for kind in (
+            ("weight", "bias") if name.startswith("falcon") else ()
+        ):  # modeling_falcon: view(..., -1, heads // num_kv_heads + 2, head_dim)
+            fused = tensors.get(f"transformer.h.{layer}.self_attention.query_key_value.{kind}")
+            if fused is not None:
+                kv_heads = (
+                    config["num_kv_heads"] if config.get("new_decoder_architecture") else 1 if config.get("multi_query", True) else heads
+                )
+                groups = fused.view(kv_heads, heads // kv_heads + 2, 8, *fused.shape[1:])
+                parts = {"q": groups[:, :-2].flatten(0, 2), "k": groups[:, -2].flatten(0, 1), "v": groups[:, -1].flatten(0, 1)}
+                result |= {f"{ours}self_attn.{part}_proj.{kind}": w for part, w in parts.items()}
     return result
 
 

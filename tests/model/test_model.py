@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, write_recipe
+from conftest import CONFIGS, stand_in, write_recipe
 from torch.nn.functional import silu
 
 from bam_merge import MergeOptions, load_recipe, merge
@@ -66,7 +66,7 @@ def ids(length: int = 40, batch: int = 2) -> torch.Tensor:
 
 def theirs(folder: Path) -> Any:
     transformers = pytest.importorskip("transformers")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(stand_in(folder), dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return model.eval()

@@ -53,7 +53,8 @@ STORED_HEAD = ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral-communi
 def shapes(model: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
     """The tensors of a model's text, as its files name them."""
     inside, problems = unwrap(model["config"]), []
-    tied = bool(inside.ties) if inside.wrapper else bool(inside.config.get("tie_word_embeddings"))
+    said = inside.wrapper is not None and inside.wrapper.tied and model["name"] not in STORED_HEAD
+    tied = (said if inside.ties is None else inside.ties) if inside.wrapper else bool(inside.config.get("tie_word_embeddings"))
     config = {**inside.config, **({"tie_word_embeddings": tied} if inside.wrapper else {})}
     family = load_architecture(config["model_type"])
     facts = describe(family, config, problems)
