@@ -48,7 +48,7 @@ LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
-    "beside": dict,
+    "beside": dict, "refused": str,
 }  # fmt: skip
 """What wrappers.Wrapper documents, key by key."""
 SPELLING: Kinds = {"trunk": str, "rest": str}
