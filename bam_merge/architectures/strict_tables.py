@@ -26,7 +26,8 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
-    "quirks": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
+    "quirks": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list, "engines": list,
+    "tensors": dict,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
@@ -44,7 +45,8 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
     "turning": TURNING, "experts": EXPERT_COUNTS,
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
-LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
+LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list}
+ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs": bool}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
@@ -110,8 +112,14 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
         for index, row in enumerate(table["tensors"].get(key, ())):
             yield from _row(f"tensors.{key}[{index}]", row, own_roles=table["kind"] != "foreign")
     for index, limit in enumerate(table.get("limits", ())):
-        yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise",))
+        yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise", "engines"))
         yield from _sizes(f"limits[{index}].equal", limit.get("equal", ()))
+        for name in limit.get("engines", ()):
+            engines = [engine.get("name") for engine in table.get("engines", ())]
+            if name not in engines:
+                yield f"limits[{index}].engines: {name!r} is none of [[engines]]{_known(str(name), map(str, engines))}"
+    for index, engine in enumerate(table.get("engines", ())):
+        yield from _keys(f"engines[{index}]", engine, ENGINE, needed=("name", "version", "tried", "how"))
 
 
 def _quirks(quirks: Mapping[str, Any]) -> Iterator[str]:
