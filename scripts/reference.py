@@ -284,7 +284,7 @@ def _overview() -> str:
             for key in ("windows", "turning", "query_growth")
             if getattr(item.quirks, key) not in ("none", "all", False)
         ]
-        own = [layout for layout in mixture_layouts() if not _ruled_out(item, layout)]
+        own = [layout for layout in mixture_layouts() if not ruled_out(item, layout)]
         layouts = ", ".join(code(layout.name) for layout in own)
         rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), layouts, _tried(item, own)))
     said = (
@@ -297,7 +297,7 @@ def _overview() -> str:
 PLAIN = {"norm_type": "rms_norm", "gated_ffn": True}
 
 
-def _ruled_out(family: Architecture, layout: Architecture) -> bool:
+def ruled_out(family: Architecture, layout: Architecture) -> bool:
     """Whether a trait that all models of `family` have is one that `layout` has no word for."""
     if not layout.accepts:
         return False
