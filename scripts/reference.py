@@ -202,21 +202,76 @@ def families() -> str:
         accepts = [
             (code(key), ", ".join(map(code, value)) if isinstance(value, list) else code(value)) for key, value in item.accepts.items()
         ]
-        parts += [f"### {item.name}", _facts(item), *([table(("needs", "to be"), accepts)] if accepts else []), _tensors(item)]
+        parts += [
+            f"### {item.name}",
+            _facts(item),
+            *_served(item),
+            *([table(("needs", "to be"), accepts)] if accepts else []),
+            _tensors(item),
+        ]
     parts += ["## Mixtures that are only looked at", "`inspect` and `diff` read them; nothing writes them."]
     parts += [f"### {item.name}\n\n{_facts(item)}" for item in architectures() if item.kind == "foreign"]
     parts += ["## Wrappers", "Models of images or sound whose text model merges as a family of its own, where that is known.", _wrappers()]
-    inside = ((code(text.model_type), text.family) for text in text_models().values())
-    parts += ["The text models that are known inside them:", table(("model_type in text_config", "merges as"), inside)]
+    inside = ((code(text.model_type), text.family) for text in text_models().values() if text.model_type != text.family)
+    parts += ["The text model inside may be of any dense family, by its own model_type, or one of these:"]
+    parts += [table(("model_type in text_config", "merges as"), inside)]
     return "\n\n".join(parts) + "\n"
 
 
 def _wrappers() -> str:
     rows = (
-        (", ".join(map(code, item.model_types)), " or ".join(code(s.trunk) for s in item.spellings), ", ".join(item.beside))
+        (
+            ", ".join(map(code, item.model_types)),
+            f"refused: {item.refused}" if item.refused else " or ".join(code(s.trunk) for s in item.spellings),
+            ", ".join(item.beside),
+        )
         for item in wrappers()
     )
     return table(("model_type", "the text model's names begin with", "not read"), rows)
+
+
+GATES = {"softmax_then_topk": False, "topk_then_softmax": True}
+"""The gates of an FFN's router, as a recipe names them, and whether they are renormalised."""
+
+
+def _gates(layout: Architecture, engine: str | None = None) -> list[str]:
+    """The gates that a layout can say, and with `engine` those of them that this engine computes."""
+    stated = layout.accepts.get("norm_topk_prob", list(GATES.values()))
+    limits = [limit.only for limit in layout.limits if limit.fact == "norm_topk_prob" and engine in limit.engines]
+    possible = stated if isinstance(stated, list) else [stated]
+    return [gate for gate, value in GATES.items() if value in possible and all(value in only for only in limits)]
+
+
+def _served(layout: Architecture) -> Iterator[str]:
+    """What runs a layout, with which gates, as it was tried, and what an engine computes otherwise."""
+    every = "every family that fits, with logits within 1e-5 of the reference model's: in this project's tests"
+    own = ", by the model code in the folder (`trust_remote_code=True`)" if not layout.accepts else ""
+    rows = [(f"transformers{own}", ", ".join(map(code, _gates(layout))), every, "")]
+    for engine in layout.engines:
+        gates = ", ".join(map(code, _gates(layout, engine.name))) if engine.runs else "none"
+        tried = f"{', '.join(engine.tried)}: {engine.how}"
+        rows.append((f"{engine.name} ({engine.version})", gates, tried, "; ".join(_otherwise(layout, engine.name))))
+    yield table(("runs in", "FFN gates", "tried with", "not as config.json says, where"), rows)
+
+
+def _otherwise(layout: Architecture, engine: str) -> Iterator[str]:
+    """Where an engine does not compute what config.json says, but for the gates: by size, and by fact, outside of what all limits allow."""
+    limits = [limit for limit in layout.limits if engine in limit.engines]
+    yield from (" is not ".join(map(code, limit.equal)) for limit in limits if limit.equal)
+    for fact in dict.fromkeys(limit.fact for limit in limits if limit.fact not in (None, "norm_topk_prob")):
+        only = [limit.only for limit in limits if limit.fact == fact]
+        fine = [value for value in only[0] if all(value in values for values in only)]
+        yield f"{code(fact)} is not {' or '.join(code(str(value).lower()) for value in fine)}"
+
+
+def _tried(family: Architecture, layouts: Iterable[Architecture]) -> str:
+    """In which engines beside transformers merges of `family` were run."""
+    found = [
+        f"{code(layout.name)} in {' and '.join(names)}"
+        for layout in layouts
+        if (names := [engine.name for engine in layout.engines if engine.runs and family.name in engine.tried])
+    ]
+    return ", ".join(found) or "not tried"
 
 
 def _overview() -> str:
@@ -230,18 +285,20 @@ def _overview() -> str:
             for key in ("windows", "turning", "query_growth")
             if getattr(item.quirks, key) not in ("none", "all", False)
         ]
-        own = [layout.name for layout in mixture_layouts() if not _ruled_out(item, layout)]
-        rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), ", ".join(map(code, own))))
+        own = [layout for layout in mixture_layouts() if not ruled_out(item, layout)]
+        layouts = ", ".join(code(layout.name) for layout in own)
+        rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), layouts, _tried(item, own)))
     said = (
-        "What a source may be. The layouts are those that no fixed trait rules out; a config.json can rule out more, and the plan says so."
+        "What a source may be. The layouts are those that no fixed trait rules out; a config.json can rule out more, and the plan says so. "
+        "transformers runs all of them: [layouts](#layouts) says what else does, with which gates, and how that was tried."
     )
-    return f"{said}\n\n{table(('family', 'unlike Llama in', 'layouts'), rows)}"
+    return f"{said}\n\n{table(('family', 'unlike Llama in', 'layouts', 'tried beside transformers'), rows)}"
 
 
 PLAIN = {"norm_type": "rms_norm", "gated_ffn": True}
 
 
-def _ruled_out(family: Architecture, layout: Architecture) -> bool:
+def ruled_out(family: Architecture, layout: Architecture) -> bool:
     """Whether a trait that all models of `family` have is one that `layout` has no word for."""
     if not layout.accepts:
         return False

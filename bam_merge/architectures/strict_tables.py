@@ -29,7 +29,8 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
-    "quirks": dict, "cases": list, "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
+    "quirks": dict, "cases": list, "accepts": dict, "implies": dict, "config": dict, "limits": list, "engines": list,
+    "tensors": dict,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
@@ -49,11 +50,12 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
 CASE: Kinds = {"where": dict, "facts": dict, "refused": str}
-LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
+LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list}
+ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs": bool}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
-    "beside": dict,
+    "beside": dict, "refused": str,
 }  # fmt: skip
 """What wrappers.Wrapper documents, key by key."""
 SPELLING: Kinds = {"trunk": str, "rest": str}
@@ -119,9 +121,20 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for key in ("rows", "others"):
         for index, row in enumerate(table["tensors"].get(key, ())):
             yield from _row(f"tensors.{key}[{index}]", row, own_roles=table["kind"] != "foreign")
+    yield from _engines(table)
+
+
+def _engines(table: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with what a layout says of engines, and where they compute something else."""
     for index, limit in enumerate(table.get("limits", ())):
-        yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise",))
+        yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise", "engines"))
         yield from _sizes(f"limits[{index}].equal", limit.get("equal", ()))
+        for name in limit.get("engines", ()):
+            engines = [engine.get("name") for engine in table.get("engines", ())]
+            if name not in engines:
+                yield f"limits[{index}].engines: {name!r} is none of [[engines]]{_known(str(name), map(str, engines))}"
+    for index, engine in enumerate(table.get("engines", ())):
+        yield from _keys(f"engines[{index}]", engine, ENGINE, needed=("name", "version", "tried", "how"))
 
 
 def _quirks(quirks: Mapping[str, Any]) -> Iterator[str]:

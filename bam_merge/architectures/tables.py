@@ -51,13 +51,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Limit:
-    """What engines cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
+    """What `engines` cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
     value than those of `only`, `otherwise` happens."""
 
     otherwise: str
+    engines: tuple[str, ...]
     equal: tuple[str, ...] = ()
     fact: str | None = None
     only: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine beside transformers in which merges in a layout were run: its version, of which families' sources, how it went (`how`), and
+    whether it `runs` them at all. What it computes otherwise than config.json says is a Limit."""
+
+    name: str
+    version: str
+    tried: tuple[str, ...]
+    how: str
+    runs: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,8 @@ class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
-    merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines need besides.
+    merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
+    need besides, `engines` those that were tried.
     """
 
     name: str
@@ -155,6 +169,7 @@ class Architecture:
     implies: Mapping[str, Any]
     config: Mapping[str, Any]
     limits: tuple[Limit, ...]
+    engines: tuple[Engine, ...] = ()
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -218,6 +233,7 @@ def read_table(text: str, file: str) -> Architecture:
         implies=table.get("implies", {}),
         config=table.get("config", {}),
         limits=tuple(_limit(record) for record in table.get("limits", ())),
+        engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
     )
 
 
@@ -227,7 +243,8 @@ def _quirks(record: Mapping[str, Any]) -> Quirks:
 
 
 def _limit(record: Mapping[str, Any]) -> Limit:
-    return Limit(record["otherwise"], tuple(record.get("equal", ())), record.get("fact"), tuple(record.get("only", ())))
+    engines, equal, only = (tuple(record.get(key, ())) for key in ("engines", "equal", "only"))
+    return Limit(record["otherwise"], engines, equal, record.get("fact"), only)
 
 
 def _row(record: Mapping[str, Any]) -> Row:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bam_merge.architectures.config import ROPE_KEYS, describe
 from bam_merge.architectures.strict_tables import check_wrapper
-from bam_merge.architectures.tables import Architecture, find_by_model_type, load_architecture
+from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type, load_architecture
 from bam_merge.text import listed, printable, some
 from bam_merge.validation_words import shown
 
@@ -39,7 +39,7 @@ class Wrapper:
 
     `config` are the keys under which the text model's configuration stands; with `flat` it may stand at the top, beside the keys that
     `flat` lists. `text` is its model type where none is written, `tied` whether transformers ties its head where nothing is said.
-    `beside` maps what is no part of the text model to the first words of its names.
+    `beside` maps what is no part of the text model to the first words of its names. `refused` is why the text model cannot be taken out.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Wrapper:
     flat: tuple[str, ...] = ()
     text: str | None = None
     tied: bool = False
+    refused: str | None = None
 
     def what(self, name: str) -> str | None:
         """What of the wrapper the tensor `name` belongs to, where that is beside the text model."""
@@ -105,14 +106,21 @@ def read_wrapper(text: str, file: str) -> Wrapper:
         flat=tuple(table.get("flat", ())),
         text=table.get("text"),
         tied=table["tied"],
+        refused=table.get("refused"),
     )
 
 
 @cache
 def text_models() -> Mapping[str, TextModel]:
-    """Every model type of a text model that a family here computes, by that type."""
+    """Every model type of a text model that a family here computes, by that type: those with a record, then all families' own.
+
+    Of a family without a record, what its configuration class fills in beyond the table (its sizes) must be said by the file.
+    """
     document = tomllib.loads((files("bam_merge.architectures") / "wrapper_tables" / "_text_models.toml").read_text(encoding="utf-8"))
-    return {key: TextModel(key, record["family"], record["defaults"], record.get("mrope", False)) for key, record in document.items()}
+    known = {key: TextModel(key, record["family"], record["defaults"], record.get("mrope", False)) for key, record in document.items()}
+    return known | {
+        kind: TextModel(kind, family.name, {}) for family in dense_families() for kind in family.model_types if kind not in known
+    }
 
 
 def find_wrapper(model_type: object) -> Wrapper | None:
@@ -127,6 +135,8 @@ def unwrap(config: Mapping[str, Any]) -> Unwrapped:
     wrapper = find_wrapper(config.get("model_type"))
     if wrapper is None:
         return Unwrapped(config, problems=tuple(_stranger(config)))
+    if wrapper.refused:
+        return Unwrapped({}, wrapper, problems=(f"config.json: model_type {wrapper.name!r}: {wrapper.refused}, which cannot be merged.",))
     key = next((key for key in wrapper.config if config.get(key) is not None), None)
     inner = config if key is None else config[key]
     if not isinstance(inner, dict) or (key is None and not wrapper.flat):

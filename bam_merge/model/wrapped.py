@@ -37,6 +37,8 @@ def text_config(config: Mapping[str, Any], has_head: bool) -> dict[str, Any]:
     """
     wrapper = wrapper_of(config)
     assert wrapper is not None
+    if wrapper.refused:
+        raise CheckpointError(f"config.json: model_type {wrapper.name!r}: {wrapper.refused}, which is not known here.")
     places = [config[key] for key in wrapper.config if isinstance(config.get(key), dict)]
     if not places and not wrapper.flat:
         raise CheckpointError(

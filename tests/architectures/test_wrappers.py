@@ -2,22 +2,29 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from conftest import CONFIGS
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bam_merge import MergeOptions
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.locate import family_tensors
 from bam_merge.architectures.naming import find_naming
 from bam_merge.architectures.tables import load_architecture
 from bam_merge.architectures.wrappers import find_wrapper, text_models, unwrap, wrappers
+from bam_merge.errors import CheckpointError
+from bam_merge.model.config import model_config
 from bam_merge.model.loading import load_model, open_model
 from bam_merge.model.wrapped import text_config
+from bam_merge.planning.make import plan_file
+from bam_merge.publishing.publish import publish
 
 TINY = {
     "hidden_size": 32,
@@ -50,7 +57,7 @@ def tiny_text(model_type: str, **more: Any) -> dict[str, Any]:
 def on_meta(name: str) -> Any:
     """The wrapper as transformers makes it, without memory, around a small text model."""
     text = FIXED.get(name, "qwen2" if name in ("ovis2", "internvl") else "llama")
-    more = {"text_config": tiny_text(text)} if text in text_models() else {}
+    more = {"text_config": tiny_text(text)} if text in text_models() and not find_wrapper(name).refused else {}
     if name == "aya_vision":
         more["vision_config"] = {"model_type": "siglip_vision_model"}
     config = CONFIG_MAPPING[name](**more)
@@ -78,7 +85,7 @@ def test_names_are_those_of_transformers(name: str, form: str) -> None:
     state = model.state_dict()
     names = list(revert_weight_conversion(model, state) if form == "on disk" else state)
     stated = model.config.text_config.model_type
-    if stated not in text_models():  # no table of the family yet: the wrapper's own part
+    if stated not in text_models() or wrapper.refused:  # no table of the family yet: the wrapper's own part
         for key in names:
             assert wrapper.what(key) is not None or any(
                 key.startswith(s.trunk) or key == f"{s.rest}lm_head.weight" for s in wrapper.spellings
@@ -95,7 +102,7 @@ def test_names_are_those_of_transformers(name: str, form: str) -> None:
     assert naming.note is None
 
 
-@pytest.mark.parametrize("model_type", text_models())
+@pytest.mark.parametrize("model_type", [kind for kind, text in text_models().items() if text.defaults])
 def test_defaults_are_those_of_the_text_models_class(model_type: str) -> None:
     """A text_config that says nothing means what transformers' class implies, in every fact."""
     text = text_models()[model_type]
@@ -177,7 +184,10 @@ COMPUTED: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
     """A small wrapper as transformers saves it, and itself."""
-    keys = {"model_type": request.param.split(" ")[0], **COMPUTED[request.param]}
+    return save({"model_type": request.param.split(" ")[0], **COMPUTED[request.param]}, tmp_path)
+
+
+def save(keys: dict[str, Any], tmp_path: Path) -> tuple[Path, Any]:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[keys.pop("model_type")](**keys)
     model = getattr(transformers, find_wrapper(config.model_type).class_name)(config).eval()
@@ -209,3 +219,55 @@ def test_the_text_model_computes_what_the_wrapper_does(saved: tuple[Path, Any]) 
     assert plain == {key: value for key, value in again.items() if key != "tie_word_embeddings"}
     assert again["tie_word_embeddings"] is bool(theirs.config.tie_word_embeddings)
     assert open_model(folder).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("saved", COMPUTED, indirect=True)
+@torch.no_grad()
+def test_a_dense_merge_of_wrappers_is_a_plain_model_that_computes_the_same(saved: tuple[Path, Any]) -> None:
+    """A wrapper with itself: transformers loads the result as the text model's family, and nothing of the wrapper is left in it."""
+    folder, theirs = saved
+    copytree(folder, folder.parent / "again")
+    (folder.parent / "recipe.yaml").write_text("method: merge\nsources: {seed: saved, law: again}\noutput: {path: out}\n")
+    plan = plan_file(folder.parent / "recipe.yaml")
+    made = publish(plan, None, MergeOptions(verify=False))
+    config = json.loads((made / "config.json").read_text())
+    assert config["model_type"] == text_models()[theirs.config.text_config.model_type].family
+    assert not {"vision_config", "text_config", "image_token_id", "mrope_section"} & set(config)
+    assert not any("mrope" in key for key in config.get("rope_parameters") or {})
+    ids = torch.randint(3, 70, (2, 60), generator=torch.Generator().manual_seed(5))
+    expected = theirs(input_ids=ids).logits
+    plain = transformers.AutoModelForCausalLM.from_pretrained(made).eval()
+    assert float((plain(input_ids=ids).logits - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+FIRST = {config["model_type"]: config for config in reversed(CONFIGS.values())}
+
+
+@pytest.mark.parametrize("family", [kind for kind in FIRST if kind in CONFIG_MAPPING])
+@torch.no_grad()
+def test_llava_over_every_family(family: str, tmp_path: Path) -> None:
+    """What transformers builds around any text model: its text is read as that family's, with the same hidden states as in the whole.
+
+    Its logits are the family's: the wrapper's own head has neither the family's factor or cap (which change no order) nor its bias.
+    """
+    folder, theirs = save({"model_type": "llava", "vision_config": SIGLIP, "text_config": {"pad_token_id": 0, **FIRST[family]}}, tmp_path)
+    if model_config(FIRST[family]).head_bias:
+        with pytest.raises(CheckpointError, match=r"lm_head\.bias missing"):
+            load_model(folder)
+        return
+    plain = transformers.AutoModelForCausalLM.from_config(theirs.config.text_config).eval()
+    plain.base_model.load_state_dict(theirs.model.language_model.state_dict())
+    plain.get_output_embeddings().weight.copy_(theirs.lm_head.weight)
+    ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(theirs.model(input_ids=ids).last_hidden_state, plain.base_model(input_ids=ids).last_hidden_state)
+    expected = plain(input_ids=ids).logits
+    assert float((load_model(folder)(ids) - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_a_text_model_that_is_none_of_its_family_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "paligemma", "text_config": {**FIRST["gemma"]}, "vision_config": {}}
+    assert unwrap(config).problems == (
+        "config.json: model_type 'paligemma': its text model sees the whole of a prompt in both directions, which cannot be merged.",
+    )
+    with pytest.raises(CheckpointError, match="sees the whole of a prompt in both directions"):
+        text_config(config, has_head=False)

@@ -65,6 +65,19 @@ def test_readme_names_every_family_and_layout() -> None:
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+def test_readme_names_the_families_of_a_public_layout() -> None:
+    """As the reference has them, which tests hold against plans; `of these` takes in those of the row above."""
+    text, above = (ROOT / "README.md").read_text(encoding="utf-8"), set[str]()
+    names = {family.name for family in dense_families()}
+    for layout in mixture_layouts():
+        if layout.name == "bam":
+            continue
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{layout.name}` |"))
+        said = names & set(re.findall(r"\w+", row.split("|")[2])) | (above if "of these" in row else set())
+        assert said == {family.name for family in dense_families() if not reference.ruled_out(family, layout)}, layout.name
+        above = said
+
+
 def test_contributing_lists_the_parts_of_make_check() -> None:
     parts = re.search(r"^check: ([^#\n]+)", MAKEFILE, re.M)
     assert parts is not None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, SOURCES, STAND_INS, write_recipe, write_sources
+from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge

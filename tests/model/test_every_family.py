@@ -7,6 +7,7 @@ and what is unusual about a family is taken away, or misread, and must be missed
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,34 @@ def test_a_layout_that_takes_a_family_computes_the_mixture(name: str, layout: st
     assert distance(model(ids()), expected) < TOLERANCE
     report = verify(folder, plan)
     assert report.ok, failed(report)
+
+
+def plainest(family: str) -> dict[str, Any]:
+    """The family's first variant with every factor at what is none, and no layer that slides."""
+    table, config = load_architecture(family), CONFIGS[FIRST[family]]
+    facts, plain = describe(table, config, []), {"layer_types": ["full_attention"] * 2} if table.quirks.windows != "none" else {}
+    for trait, value in table.traits.items():
+        key, _, power = str(value).partition(":")[2].partition("^")
+        if key and key not in SYMBOLS.values() and type(table.defaults.get(key)) is not bool:
+            plain[key] = facts["head_dim"] ** (-0.5 / float(power or 1)) if trait == "attention_scale" else 1.0
+    return {**config, **plain}
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_the_reference_says_which_layouts_take_a_family(family: str, tmp_path: Path) -> None:
+    """Those that a variant of it, or of what its config can switch, can be planned in; the others refuse all of them."""
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
+    line = next(line for line in page.splitlines() if line.startswith(f"| [{family}](#{family}) |"))
+    variants = [config for config in CONFIGS.values() if config["model_type"] == family]
+    variants += [{**CONFIGS[FIRST[family]], **change.keys} for (of, _), change in CHANGES.items() if of == family]
+    taken = set()
+    for config in (*variants, plainest(family)):
+        write_sources(tmp_path, config)
+        for layout in (*LAYOUTS, "bam"):
+            with suppress(BamMergeError):
+                plan_file(write_recipe(tmp_path, method="btx", output=f"{{path: out, layout: {layout}}}"))
+                taken.add(layout)
+    assert taken == {word for word in (*LAYOUTS, "bam") if f"`{word}`" in line.split(" | ")[2]}
 
 
 # ---- what is unusual is missed ------------------------------------------------------------------------------------------------------
