@@ -178,8 +178,16 @@ def _make(recipe: "Recipe", make: Any, path: DocumentPath) -> Iterator[tuple[Doc
     if base is not None and isinstance(make, Merging):
         if base in (getattr(make, "weights", None) or ()):
             yield (*path, "weights"), f"{printable(base)} is the base; its difference from itself is zero. Remove it."
-        if not make.operands(recipe.distinct):
+        others = make.operands(recipe.distinct)
+        if not others:
             yield path, f"no source but the base {printable(base)} is left to merge. Name others in experts or weights."
+        elif len(others) < make.least:
+            name = printable(str(getattr(make, "make", "")))
+            yield (
+                path,
+                f"{name} needs {make.least} sources or more beside the base, found {some(map(printable, others))} alone. "
+                "Name others in experts, or use task_arithmetic.",
+            )
 
 
 def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:

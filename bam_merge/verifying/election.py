@@ -10,6 +10,8 @@ the rounding of their sum, and not even there if they lie on a grid on which eve
 On purpose apart from merging/kernels/, which makes such tensors: only the whole-numbered weights are of one function.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,21 @@ from bam_merge import expressions
 from bam_merge.verifying.rounding import Derived, Other
 
 
-def elect(method: expressions.Ties | expressions.DareTies, deltas: list[Tensor], base: Tensor, unit: float, least: float) -> Derived:
+def elect(
+    method: expressions.Ties | expressions.DareTies,
+    deltas: list[Tensor],
+    base: Tensor,
+    unit: float,
+    least: float,
+    shares: Sequence[float] | None = None,
+) -> Derived:
     """The merged rows of the trimmed or kept differences, all in float64; every outcome that rounding may lead to.
 
-    `unit` is the relative error of an operation of the merge, `least` the error of one that underflows.
+    `unit` is the relative error of an operation of the merge, `least` the error of one that underflows. `shares` are the whole-numbered
+    weights of the election, where they are not those of the mean.
     """
     d_KE = torch.stack([d.flatten() for d in deltas])
-    shares_K1 = torch.tensor(expressions.proportion(method.weights), dtype=torch.float64)[:, None]
+    shares_K1 = torch.tensor(shares or expressions.proportion(method.weights), dtype=torch.float64)[:, None]
     p_KE = d_KE * shares_K1
     sum_E = p_KE.sum(0)
     sign_E = sum_E.sign().masked_fill(sum_E.isnan(), torch.nan)

@@ -75,6 +75,28 @@ BY_HAND = {
     ),
     # a column has one singular value: at rank 1 the expert is all there; tests/merging/test_experts.py has matrices
     "low_rank": ByHand(expressions.LowRank(1), [[3, 1, 6]], [1, 1, 2], [3.0, 1.0, 6.0]),
+    # the streams of seed 0 begin .41 .24 .14 .64, so at density 1/2 the kept are [4, 8, 2, 0], doubled; times 1/4
+    "dare_linear": ByHand(expressions.DareLinear(0.5, (0.5,), 0.5, 0, ("stream",)), [[4, 8, 2, 6]], [0] * 4, [2.0, 4.0, 1.0, 0.0]),
+    # of five magnitudes the one largest goes (gamma 1/5), and of the rest the three largest stay (density 3/5):
+    # [0, -5, 3, 2, 0] of [9, -5, 3, 2, 1], and [0, 4, -2, 0, 6] of [1, 4, -2, 8, 6]; weights 1 and 1/2
+    "breadcrumbs": ByHand(
+        expressions.Breadcrumbs(0.6, 0.2, (1.0, 0.5), 2.0), [[10, -4, 4, 3, 2], [2, 5, -1, 9, 7]], [1] * 5, [1.0, -5.0, 5.0, 5.0, 7.0]
+    ),
+    # of the row [8, -1, 2, -4] the ranks are 3, 0, 1, 2 and the probabilities 3/4, 1/4, 5/12, 7/12, below which .41 .24 .14 .64 lie thrice
+    "della": ByHand(
+        expressions.Della(0.5, 0.25, (2.0,), 0.5, 0, ("stream",)), [[8, -1, 2, -4]], [0] * 4, [8 / 0.75 / 2, -1 / 0.25 / 2, 2.4, 0.0]
+    ),
+    # larger than 1/2 are [4, 0, -2, 0] and [2, 3, 0, 0]
+    "ram": ByHand(expressions.Ram(0.5), [[5, 1, -1, 1.5], [3, 4, 1, 0.5]], [1] * 4, [4.0, 4.0, -1.0, 1.0]),
+    # differences [4, 1, 2, 3] and [0, 1, -1, 2]: half their distances are 2, 0, 3/2, 1/2. Of the three that are not 0 two thirds are selected:
+    # [4, 0, 2, 0] and [0, 0, -1, 0], of squares 20 and 1. The sums are 4 and 1, so that of the third entry 2 stays
+    "sce": ByHand(expressions.Sce(2 / 3), [[5, 2, 3, 4], [1, 2, 0, 3]], [1] * 4, [5.0, 1.0, 3.0, 1.0]),
+    # differences [3, 4] and [4, 3]: cosine 24/25, so t = 48/49; means [4.5, 4.5] and base [1, 1]
+    "model_stock": ByHand(expressions.ModelStock(), [[4, 5], [5, 4]], [1, 1], [1 + 48 / 49 * 3.5] * 2),
+    # each row by itself at t = 1/3: a right angle, with the weights sin 60 and sin 30; and one direction, where it is the line
+    "nuslerp": ByHand(expressions.Nuslerp(1 / 3, "rows"), [[2, 0], [0, 2]], None, [2 * math.sin(math.pi / 3), 2 * math.sin(math.pi / 6)]),
+    # a right angle between lengths 1 and 3: the bisector, of length 2
+    "karcher": ByHand(expressions.Karcher(), [[1, 0], [0, 3]], None, [math.sqrt(2), math.sqrt(2)]),
 }  # fmt: skip
 """By the method's name. tests/test_methods.py asks for one of each."""
 
@@ -83,7 +105,7 @@ BY_HAND = {
 def test_kernel_by_hand(name: str) -> None:
     method, operands, base, expected = BY_HAND[name]
     assert run(method, operands, base) == pytest.approx(expected, rel=1e-6)
-    if name not in ("slerp", "dare_ties", "drop", "noise", "low_rank"):  # whose steps are not of numbers that float32 has
+    if name not in ("slerp", "dare_ties", "drop", "noise", "low_rank", "della", "model_stock", "nuslerp", "karcher"):  # whose steps are not of numbers that float32 has
         assert run(method, operands, base) == expected
 
 

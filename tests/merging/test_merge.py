@@ -156,6 +156,12 @@ def test_different_makes_within_one_fused_tensor(tmp_path: Path) -> None:
     "{make: ties, base: seed, density: 0.3}",
     "{make: dare_ties, base: seed, density: 0.3}",
     "{make: slerp, from: [code, law], t: 0.3}",
+    "{make: dare_linear, base: seed, density: 0.4}",
+    "{make: breadcrumbs, base: seed, density: 0.5, gamma: 0.1}",
+    "{make: della, base: seed, density: 0.5, epsilon: 0.4}",
+    "{make: ram, base: seed}",
+    "{make: sce, base: seed, density: 0.3}",
+    "{make: nuslerp, from: [code, law], t: 0.3, by: rows}",
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_bytes_do_not_depend_on_workers_chunks_or_shards(name: str, make: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,14 @@ def test_public_layouts_pass(family: str, layout: str, tmp_path: Path) -> None:
     "{make: ties, base: seed, density: 0.3, weights: {code: 1, law: 2}}",
     "{make: dare_ties, base: seed, density: 0.4}",
     "{make: ties, base: seed, density: 0.6, weights: {code: 1, law: -0.5}}",
+    "{make: dare_linear, base: seed, density: [0.4, 0.8]}",
+    "{make: breadcrumbs, base: seed, density: 0.5, gamma: 0.1}",
+    "{make: della, base: seed, density: 0.5, epsilon: 0.4}",
+    "{make: ram, base: seed, epsilon: 0.01}",
+    "{make: sce, base: seed, density: 0.3}",
+    "{make: model_stock, base: seed}",
+    "{make: karcher}",
+    "{make: nuslerp, from: [code, law], t: 0.3, by: rows}",
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_every_make_rederives(name: str, make: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
 """Kernels of the methods that merge differences from a base (task vectors)."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.merging.kernels.chunks import Chunk, Chunks, combine, survey, weighted_sum
+from bam_merge.merging.kernels.surveys import cosine as cosine_of
+from bam_merge.merging.kernels.surveys import dot, gram, kth_largest
 from bam_merge.values.streams import uniforms
 
 
@@ -17,46 +20,94 @@ def task_arithmetic(method: expressions.TaskArithmetic, chunk: Chunk, known: Non
     return weighted_sum(chunk.deltas, method.weights).mul_(method.scale).add_(chunk.base)
 
 
+@combine.register
+def dare_linear(method: expressions.DareLinear, chunk: Chunk, known: None) -> Tensor:
+    """DARE (arXiv 2311.03099, section 3.2: drop with probability 1 - density, rescale by 1 / density), then the sum of task arithmetic."""
+    assert chunk.base is not None
+    total_C = weighted_sum(_dropped(method, chunk), tuple(weight / method.density for weight in method.weights))
+    return total_C.mul_(method.scale).add_(chunk.base)
+
+
+def _dropped(method: expressions.DareLinear | expressions.DareTies, chunk: Chunk) -> Iterator[Tensor]:
+    """The differences' chunks, with the entries that were drawn, each with probability `density`, and 0 for the others."""
+    for d_C, stream in zip(chunk.deltas, method.streams, strict=True):
+        keep_C = torch.from_numpy(uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
+        yield torch.where(keep_C, d_C, 0.0)
+
+
+@survey.register
+def breadcrumbs_bounds(method: expressions.Breadcrumbs, chunks: Chunks, numel: int) -> list[tuple[float, float]]:
+    """For each operand the least and the largest magnitude that are kept (`Breadcrumbs.kept`)."""
+    first, last = method.kept(numel)
+    if last - first == numel:
+        return [(0.0, math.inf)] * len(method.weights)
+    found = kth_largest(chunks, _deltas, [[numel - first, numel - last + 1]] * len(method.weights))
+    return [(least, most) for least, most in found]
+
+
+@combine.register
+def breadcrumbs(method: expressions.Breadcrumbs, chunk: Chunk, known: list[tuple[float, float]]) -> Tensor:
+    """base + scale * sum_i w_i d_i without the largest and the smallest entries of each d_i (arXiv 2312.06795, section 3)."""
+    assert chunk.base is not None
+    pairs = zip(chunk.deltas, known, strict=True)
+    kept = (d_C.masked_fill_((d_C.abs() < least) | (d_C.abs() > most), 0.0) for d_C, (least, most) in pairs)
+    return weighted_sum(kept, method.weights).mul_(method.scale).add_(chunk.base)
+
+
+@combine.register
+def ram(method: expressions.Ram, chunk: Chunk, known: None) -> Tensor:
+    """base + mean of the differences that are larger than epsilon, where any is (arXiv 2601.13572)."""
+    assert chunk.base is not None
+    total_C, count_C = torch.zeros_like(chunk.base), torch.zeros_like(chunk.base)
+    for d_C in chunk.deltas:
+        active_C = ~(d_C.abs() <= _at_most(method.epsilon, d_C.dtype))  # NaN is active, so that it is found
+        total_C += d_C.masked_fill_(~active_C, 0.0)
+        count_C += active_C
+    return total_C.div_(count_C.clamp_(min=1)).add_(chunk.base)
+
+
+def _at_most(value: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` that is not above `value`: comparing with it is comparing with `value`."""
+    near = torch.tensor(value, dtype=dtype)
+    return float(near if float(near) <= value else torch.nextafter(near, torch.tensor(-math.inf, dtype=dtype)))
+
+
+# ---- Model Stock -----------------------------------------------------------------------------------------------------------
+
+
+@survey.register
+def model_stock_share(method: expressions.ModelStock, chunks: Chunks, numel: int) -> float:
+    """The share t = N c / (1 + (N - 1) c) of the mean, with c the mean cosine between two differences; 0 where that is unbounded."""
+    gram_KK = gram(chunks, _deltas)
+    count = len(gram_KK)
+    cosines = [cosine_of(gram_KK, i, j) for i in range(count) for j in range(i)]
+    cosine = math.fsum(cosines) / len(cosines) if cosines else 1.0
+    denominator = 1 + (count - 1) * cosine
+    return count * cosine / denominator if denominator >= expressions.STOCK_LEAST else 0.0
+
+
+@combine.register
+def model_stock(method: expressions.ModelStock, chunk: Chunk, known: float) -> Tensor:
+    """t mean(x_1 ... x_N) + (1 - t) base (arXiv 2403.19522, section 4)."""
+    assert chunk.base is not None
+    count = len(chunk.operands)
+    return weighted_sum([*chunk.operands, chunk.base], (*[known / count] * count, 1 - known))
+
+
 # ---- TIES --------------------------------------------------------------------------------------------------------------------
 
 
 @survey.register
 def ties_thresholds(method: expressions.Ties, chunks: Chunks, numel: int) -> list[float]:
-    """For each operand the magnitude of its k-th largest difference, k = floor(density * numel), at least 1.
-
-    Exact, in two passes (of float64 four) and constant memory: the bit pattern of a non-negative float orders like its value, so a
-    histogram of its high 16 bits finds the bin of the k-th largest, one of the next 16 bits in that bin a finer bin, and so on.
-    """
+    """For each operand the magnitude of its k-th largest difference, k = floor(density * numel), at least 1."""
     keep = max(1, math.floor(method.density * numel))
     if keep >= numel:
         return [0.0] * len(method.weights)
-    dtype = next(chunks()).operands[0].dtype
-    found = [(0, keep)] * len(method.weights)  # of each operand's threshold the bits known so far, and its rank among all that have them
-    first = dtype.itemsize * 8 - 16
-    for shift in range(first, -1, -16):
-        counts_KB = [torch.zeros(2**16, dtype=torch.int64) for _ in found]
-        for chunk in chunks():
-            for counts_B, (high, _), d_C in zip(counts_KB, found, chunk.deltas, strict=True):
-                bits_C = _bits(d_C) >> shift
-                counts_B += torch.bincount(bits_C if shift == first else bits_C[bits_C >> 16 == high] & 0xFFFF, minlength=2**16)
-        bins = [_bin_of(counts_B, rank) for counts_B, (_, rank) in zip(counts_KB, found, strict=True)]
-        found = [((high << 16) | low, rank) for (high, _), (low, rank) in zip(found, bins, strict=True)]
-    values = [float(torch.tensor(pattern, dtype=_INTEGERS[dtype]).view(dtype)) for pattern, _ in found]
-    return [math.inf if math.isnan(value) else value for value in values]  # so many NaN that nothing finite is kept
+    return [least for (least,) in kth_largest(chunks, _deltas, [[keep]] * len(method.weights))]
 
 
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def _bits(d_C: Tensor) -> Tensor:
-    return d_C.abs().view(_INTEGERS[d_C.dtype])
-
-
-def _bin_of(counts_B: Tensor, keep: int) -> tuple[int, int]:
-    """The bin that holds the keep-th largest element, and its rank inside the bin (1 = the largest)."""
-    above_B = counts_B.flip(0).cumsum(0).flip(0)  # elements in this bin or a higher one
-    index = int((above_B >= keep).nonzero()[-1])
-    return index, keep - int(above_B[index] - counts_B[index])
+def _deltas(chunk: Chunk) -> Iterator[Tensor]:
+    return chunk.deltas
 
 
 @combine.register
@@ -68,18 +119,22 @@ def ties(method: expressions.Ties, chunk: Chunk, known: list[float]) -> Tensor:
     """
     trimmed = [d_C.masked_fill_(d_C.abs() < least, 0.0) for d_C, least in zip(chunk.deltas, known, strict=True)]
     assert chunk.base is not None
-    return _disjoint_mean(trimmed, method.weights, 1.0).mul_(method.scale).add_(chunk.base)
+    return _disjoint_mean(trimmed, method.weights).mul_(method.scale).add_(chunk.base)
 
 
-def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...], density: float) -> Tensor:
+def _disjoint_mean(
+    deltas: list[Tensor], weights: tuple[float, ...], density: float = 1.0, shares: tuple[float, ...] | None = None
+) -> Tensor:
     """Elect the sign of the weighted sum, then average the non-zero entries that have it, by weight, each divided by `density`.
+
+    `shares` are the weights of the election, where they are not those of the mean.
 
     A difference of negative weight stands for the opposite one, with the weight's magnitude: so it votes, and so it is averaged. 0 where
     none has it, which is where the sum is 0: a tie gives the base. So that it is the formula that makes a tie and not the rounding of
     float32, the sum is of float64 and whole weights, before the division.
     """
     elected_C = torch.zeros_like(deltas[0], dtype=torch.float64)
-    for d_C, share in zip(deltas, expressions.proportion(weights), strict=True):
+    for d_C, share in zip(deltas, shares or expressions.proportion(weights), strict=True):
         elected_C += d_C if share == 1 else d_C.double() * share
     lost_C = elected_C.isnan()
     elected_C = elected_C.sign_().to(deltas[0].dtype)
@@ -96,9 +151,97 @@ def _disjoint_mean(deltas: list[Tensor], weights: tuple[float, ...], density: fl
 @combine.register
 def dare_ties(method: expressions.DareTies, chunk: Chunk, known: None) -> Tensor:
     """DARE (arXiv 2311.03099, section 3.2: drop with probability 1 - density, rescale by 1 / density) in the place of TIES's trim."""
-    kept = []
-    for d_C, stream in zip(chunk.deltas, method.streams, strict=True):
-        keep_C = torch.from_numpy(uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
-        kept.append(torch.where(keep_C, d_C, 0.0))
+    kept = list(_dropped(method, chunk))
     assert chunk.base is not None
     return _disjoint_mean(kept, method.weights, method.density).mul_(method.scale).add_(chunk.base)
+
+
+# ---- DELLA -----------------------------------------------------------------------------------------------------------------
+
+
+@survey.register
+def della_sorted(method: expressions.Della, chunks: Chunks, numel: int) -> list[Tensor] | None:
+    """For each operand its sorted magnitudes, where the tensor is a single row; the rows of others are ranked as they come."""
+    if method.density == 1 or next(chunks()).row is not None:
+        return None
+    whole = [list(deltas) for deltas in zip(*(chunk.deltas for chunk in chunks()), strict=True)]
+    return [torch.cat(parts).abs_().sort().values for parts in whole]
+
+
+@combine.register
+def della(method: expressions.Della, chunk: Chunk, known: list[Tensor] | None) -> Tensor:
+    """Keep entries with a probability that rises with the rank of their magnitude, rescale each by it (arXiv 2406.11617, section 3)."""
+    assert chunk.base is not None
+    kept = [_pruned(method, chunk, index, d_C, known) for index, d_C in enumerate(chunk.deltas)]
+    return chunk.base + _disjoint_mean(kept, method.weights).mul_(method.scale).to(chunk.base.dtype)
+
+
+def _pruned(method: expressions.Della, chunk: Chunk, index: int, d_C: Tensor, known: list[Tensor] | None) -> Tensor:
+    """The difference's chunk in float64: what is kept divided by the probability that it was, 0 elsewhere.
+
+    The rank of an entry is the number of those in its row that are smaller, and half of the others that are equal.
+    """
+    if method.density == 1:
+        return d_C.double()
+    d_RC = d_C.view(-1, chunk.row or d_C.numel())
+    sorted_RC = d_RC.abs().sort(1).values if known is None else known[index][None]
+    columns = sorted_RC.shape[1]
+    rank_RC = torch.searchsorted(sorted_RC, d_RC.abs(), out_int32=True)  # each row in its own, and the one row in the whole one
+    rank_RC += torch.searchsorted(sorted_RC, d_RC.abs(), right=True, out_int32=True)
+    p_RC = (rank_RC - 1).double().mul_(1 / 2)
+    del rank_RC, sorted_RC
+    p_RC.mul_(2).div_(max(1, columns - 1)).sub_(1).mul_(method.epsilon if columns > 1 else 0.0).add_(method.density)
+    keep_RC = torch.from_numpy(uniforms(method.seed, method.streams[index], chunk.start, d_C.numel())).view_as(p_RC) < p_RC
+    return torch.where(keep_RC, d_RC / p_RC, 0.0).flatten()
+
+
+# ---- SCE -------------------------------------------------------------------------------------------------------------------
+
+
+@survey.register
+def sce_weights(method: expressions.Sce, chunks: Chunks, numel: int) -> tuple[float, tuple[float, ...]]:
+    """(the least deviation that is selected, the models' weights): sums of squares of the selected differences, as shares."""
+    least = 0.0
+    if method.density < 1:
+        apart = sum(int((_deviation(chunk) > 0).sum()) for chunk in chunks())
+        keep = math.floor(method.density * apart)
+        least = kth_largest(chunks, lambda chunk: [_deviation(chunk)], [[keep]])[0][0] if keep else math.inf
+    parts = [[dot(d_C, d_C) for d_C in _selected(chunk, least)] for chunk in chunks()]
+    squares = list(map(math.fsum, zip(*parts, strict=True)))
+    total = math.fsum(squares)
+    return least, tuple(square / total for square in squares) if total > 0 else (1 / len(squares),) * len(squares)
+
+
+def _deviation(chunk: Chunk) -> Tensor:
+    """The standard deviation over the models of each entry of the differences; 0 where all are equal, and only there.
+
+    From the differences to the first one, in float64: N sum e^2 - (sum e)^2 is N^2 times the variance. Rounded to the computing dtype,
+    which leaves no trace of the order of the sums: what is equally far apart is selected alike.
+    """
+    assert chunk.base is not None
+    first_C, *others = (d_C.double() for d_C in chunk.deltas)
+    sum_C, squares_C = torch.zeros_like(first_C), torch.zeros_like(first_C)
+    for d_C in others:
+        d_C.sub_(first_C)
+        sum_C += d_C
+        squares_C.addcmul_(d_C, d_C)
+    count = len(chunk.operands)
+    return squares_C.mul_(count).addcmul_(sum_C, sum_C, value=-1).clamp_(min=0).sqrt_().div_(count).to(chunk.base.dtype)
+
+
+def _selected(chunk: Chunk, least: float) -> Iterator[Tensor]:
+    """The differences' chunks with 0 where they deviate less than `least`."""
+    if least == 0:
+        yield from chunk.deltas
+        return
+    left_C = _deviation(chunk) < least
+    for d_C in chunk.deltas:
+        yield d_C.masked_fill_(left_C, 0.0)
+
+
+@combine.register
+def sce(method: expressions.Sce, chunk: Chunk, known: tuple[float, tuple[float, ...]]) -> Tensor:
+    """base + mean, by the models' weights, of the selected differences that have the sign of their sum (arXiv 2408.07990, section 3.3)."""
+    assert chunk.base is not None
+    least, weights = known
+    return _disjoint_mean(list(_selected(chunk, least)), weights, shares=(1.0,) * len(weights)).add_(chunk.base)

@@ -65,6 +65,9 @@ class Merging(Graded):
     record: ClassVar[type[expressions.Method] | None]
     """The method's record; None for what only copies."""
 
+    least: ClassVar[int] = 1
+    """How many sources the method needs, the base apart."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a make that says less than is asked of it, or other than its record."""

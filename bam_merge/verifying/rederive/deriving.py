@@ -33,6 +33,10 @@ COMPUTING = {
 """By whether a source is float64."""
 
 
+COSINE_ERROR = {"F32": 2.0**-40, "F64": 2.0**-48}
+"""How much two correct ways to the cosine of an angle between tensors of a dtype may differ, or, relative to it, to a sum of squares."""
+
+
 @singledispatch
 def draw(method: expressions.Initialiser, random: numpy.random.RandomState, shape: Shape) -> Derived:
     """The whole tensor in float64, one function per record, out of the generator, which is the one thing shared with the merge. Where
