@@ -1,7 +1,7 @@
 """Expressions: how one output tensor is made from source tensors. Frozen, plain data, no torch.
 
-An expression is a shallow tree: Read or Computed, maybe Slice, maybe Merge, maybe Concat; or Init. Its `str` is what plans and
-manifests show. The arithmetic that carries them out is in kernels.py, one function per method record.
+An expression is a shallow tree: Read or Computed, maybe Slice, maybe Merge, maybe Concat; or Init, or Calibrated. Its `str` is what plans
+and manifests show. The arithmetic that carries them out is in kernels.py, one function per method record.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,12 @@ from fractions import Fraction
 from math import gcd, lcm
 from typing import ClassVar
 
+from bam_merge.calibrators import HiddenMean as HiddenMean
+from bam_merge.calibrators import Ridge as Ridge
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Computed, Piece, Read, Shape, Slice, inputs, leaf_runs, numel, stored, whole
 from bam_merge.records import About
+from bam_merge.records import Calibrator as Calibrator
 from bam_merge.records import Formula as Formula
 from bam_merge.records import Initialiser as Initialiser
 from bam_merge.records import Method as Method
@@ -244,7 +247,27 @@ class Init:
         return f"{self.method.name}({shown})" if shown else self.method.name
 
 
-Expr = Read | Computed | Slice | Merge | Concat | Init
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A router whose row j is made for the text of source `names[j]`; `of` is the place in the recipe that says which text that is.
+
+    `inputs` says whose hidden states those are: the seed's or the mixture's. `tokens` of each text are wanted.
+    """
+
+    method: Calibrator
+    names: tuple[str, ...]
+    of: str
+    tokens: int
+    inputs: str
+    dtype: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        shown = [f"tokens={self.tokens}", *self.method.arguments(), *([f"inputs={self.inputs}"] if self.inputs != "seed" else [])]
+        return f"{self.method.name}({', '.join(dict.fromkeys(self.names))}; {', '.join(shown)})"
+
+
+Expr = Read | Computed | Slice | Merge | Concat | Init | Calibrated
 
 
 # ---- what one can ask of an expression ------------------------------------------------------------------------------------

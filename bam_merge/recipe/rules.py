@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import Field, create_model
 
+from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict
 from bam_merge.text import printable
 
@@ -25,8 +26,11 @@ class Selector(Strict):
     layers: Integer | str | None = Field(default=None, description='layers such as 3, "0-3", "0,4-7" or "20-" (to the last)')
 
 
-def _named(make: type[Initialising], key: str, prefix: str = "") -> type[Initialising]:
-    """An initialiser as it stands in a recipe: `key` says which it is."""
+RouterMake = TypeVar("RouterMake", Initialising, FromTexts)
+
+
+def _named(make: type[RouterMake], key: str, prefix: str = "") -> type[RouterMake]:
+    """A make of routers as it stands in a recipe: `key` says which it is."""
     name: Any = (Literal[make.record.name], ...)
     return create_model(prefix + make.__name__, __base__=make, **{key: name})
 
@@ -37,13 +41,20 @@ MERGING = tuple(makes_of(Merging))
 INITIALISING = tuple(_named(make, "make") for make in makes_of(Initialising))
 
 
-ROUTER_INITS = {make.record.name: _named(make, "init", "Router") for make in makes_of(Initialising)}
+FROM_TEXTS = tuple(_named(make, "make") for make in makes_of(FromTexts) if make.record.name not in {"mean"})
+"""Of the makes from texts those that a rule can ask for: there `mean` is that of the sources' tensors."""
+
+
+ROUTER_INITS: dict[str, type[Strict]] = {
+    **{make.record.name: _named(make, "init", "Router") for make in makes_of(Initialising)},
+    **{make.record.name: _named(make, "init", "Router") for make in makes_of(FromTexts)},
+}
 """What `router` may be, by init."""
 
 
 if TYPE_CHECKING:
     AnyMerging = Merging
-    OneInit = Initialising
+    OneInit = Initialising | FromTexts
 
     class Rule(Selector):
         """One of `rules`: a make with the roles and layers it is for."""
@@ -52,9 +63,10 @@ if TYPE_CHECKING:
 else:
     AnyMerging = Annotated[Union[MERGING], Field(discriminator="make")]  # noqa: UP007
     OneInit = Annotated[Union[tuple(ROUTER_INITS.values())], Field(discriminator="init")]  # noqa: UP007
+    _OF_RULES = (Expert, *MERGING, *INITIALISING, *FROM_TEXTS)
     # for every make a class that has the make's keys and the selector's
     Rule = Annotated[
-        Union[tuple(create_model(f"{make.__name__}Rule", __base__=(Selector, make)) for make in (Expert, *MERGING, *INITIALISING))],  # noqa: UP007
+        Union[tuple(create_model(f"{make.__name__}Rule", __base__=(Selector, make)) for make in _OF_RULES)],  # noqa: UP007
         Field(discriminator="make"),
     ]
 
