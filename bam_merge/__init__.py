@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bam_merge.publishing.publish import merge
     from bam_merge.recipe.load import load_recipe
     from bam_merge.recipe.schema import Recipe
+    from bam_merge.routing.route import RoutedText, RouteOptions, Routes, route
     from bam_merge.verifying.options import VerifyOptions
     from bam_merge.verifying.report import Check, Report
     from bam_merge.verifying.verification import verify
@@ -73,6 +74,12 @@ _HOMES = {
     "publishing.publish": ("merge",),
     "recipe.load": ("load_recipe",),
     "recipe.schema": ("Recipe",),
+    "routing.route": (
+        "RouteOptions",
+        "RoutedText",
+        "Routes",
+        "route",
+    ),
     "verifying.report": (
         "Check",
         "Report",
@@ -103,6 +110,9 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "RouteOptions",
+    "RoutedText",
+    "Routes",
     "Step",
     "SyncFailed",
     "VerificationFailed",
@@ -116,6 +126,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "merge",
+    "route",
     "verify",
 ]
 

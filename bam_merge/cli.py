@@ -149,8 +149,10 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
         for note in plan.notes:
             if note not in said:
                 tell_note(note)
-    with merge_progress(plan) as advance, verify_progress() as verified:
-        watched = replace(options, notify=tell_note, progress=advance, on_report=reports.append, on_verify=verified)
+    with merge_progress(plan) as advance, verify_progress("calibrating") as calibrated, verify_progress() as verified:
+        watched = replace(
+            options, notify=tell_note, progress=advance, on_report=reports.append, on_verify=verified, on_calibrate=calibrated
+        )
         try:
             target = publish(plan, output, watched)
         except KeyboardInterrupt:

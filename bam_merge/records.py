@@ -1,4 +1,4 @@
-"""What a record of a merge method, an initialiser or a formula must say of itself; the records themselves are in expressions/."""
+"""What a record of a merge method, an initialiser, a calibrator or a formula must say of itself; the records are in expressions/."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +81,27 @@ INITIALISERS: dict[str, type[Initialiser]] = {}
 """The records of all initialisers, by name."""
 
 
+class Calibrator:
+    """The record of a rule by which a router is made of texts: its numbers, as a frozen dataclass, and its name.
+
+    Its rows (calibrating/rows.py) and its second way (verifying/calibrated.py) are found by its class.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        _enter(cls, Calibrator, CALIBRATORS)
+
+    def arguments(self) -> Iterator[str]:
+        """What a plan shows of it, such as scale=6."""
+        yield from ()
+
+
+CALIBRATORS: dict[str, type[Calibrator]] = {}
+"""The records of all calibrators, by name."""
+
+
 class Formula:
     """The record of how a tensor that no file holds is computed from stored ones, row by row: its numbers, as a frozen dataclass.
 
@@ -118,7 +139,7 @@ FORMULAS: dict[str, type[Formula]] = {}
 """The records of all formulas, by name."""
 
 
-T = TypeVar("T", bound="Method | Initialiser | Formula")
+T = TypeVar("T", bound="Method | Initialiser | Calibrator | Formula")
 
 
 def _enter(record: type[T], kind: type[T], records: dict[str, type[T]]) -> None:

@@ -172,3 +172,10 @@ def span(values: Iterable[float | None], text: Callable[[float], str] = short) -
         return "-"
     low, high = text(shown[0]), text(shown[-1])
     return low if low == high else f"{low} to {high}"
+
+
+def duration(seconds: float) -> str:
+    """About how long: '20 seconds', '12 minutes', '3.5 hours'."""
+    if seconds < 90:
+        return count(max(1, round(seconds)), "second")
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"

@@ -16,11 +16,13 @@ from bam_merge.architectures.tables import Architecture, Row, architectures, den
 from bam_merge.architectures.vocabulary import ROLES, SYMBOLS, UNSAID
 from bam_merge.architectures.wrappers import text_models, wrappers
 from bam_merge.cli import cli
-from bam_merge.recipe import makes
+from bam_merge.recipe import data_routers, makes
+from bam_merge.recipe.rules import makes_of
 from bam_merge.recipe.schema import schema
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 MAKES = {re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): item for name, item in vars(makes).items() if isinstance(item, type)}
+FROM_TEXTS = {item.record.name: item for item in makes_of(data_routers.FromTexts)}
 MADE = "<!-- Made by scripts/reference.py: change the code, then run it again. -->"
 
 
@@ -100,7 +102,7 @@ def recipe() -> str:
 
 def _described_make(name: str, item: Mapping[str, Any], names: Mapping[str, Any]) -> Iterator[str]:
     """What a make, or a router's start of the same name, does, and its keys."""
-    make = MAKES[name]
+    make = FROM_TEXTS[name] if "texts" in item["properties"] else MAKES[name]
     yield inspect.cleandoc(make.__doc__ or make.record.__doc__ or "")
     keys = [key for key in item["properties"] if key not in ("make", "init", "roles", "layers")]
     yield _properties(keys, item, names) if keys else "No further keys."

@@ -120,6 +120,21 @@ def _damaged(document: dict[str, Any]) -> Iterator[str]:
             yield from (name for name, value in found.items() if not is_right(name, value))
         else:
             yield section
+    if "calibration" in document and not _is_calibration(document["calibration"]):
+        yield "calibration"
+
+
+def _is_calibration(value: Any) -> bool:
+    """Whether a record of the texts of routers, and of what was measured, has the parts that are read of it."""
+    if not _has(value, {"texts": dict, "accuracy": dict}):
+        return False
+    places = value["texts"].values()
+    texts = [text for place in places if _has(place, {"texts": dict}) for text in place["texts"].values()]
+    return (
+        all(_has(place, {"texts": dict}) for place in places)
+        and all(_has(text, {"tokens": int, "further": int, "digest": str, "read": list}) for text in texts)
+        and all(_has(router, {"tokens": int | float, "windows": int | float}) for router in value["accuracy"].values())  # type: ignore[dict-item]
+    )
 
 
 def recorded_experts(recipe: Mapping[str, Any]) -> list[str] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bam_merge.checkpoints.reading import SourceFiles, check_unchanged
 from bam_merge.errors import SyncFailed
+from bam_merge.expressions import Calibrated
 from bam_merge.files import writing
 from bam_merge.merging.outputs import prepare, written_behind
 from bam_merge.merging.tensor import Finished, Settings, TensorWriter
@@ -31,7 +32,7 @@ def execute(plan: Plan, folder: Path, settings: Settings, done: Iterable[str] = 
     """
     finished: dict[str, Finished] = {}
     skip = set(done)
-    steps = Steps(step for step in plan.steps if step.name not in skip)
+    steps = Steps(step for step in plan.steps if step.name not in skip and not isinstance(step.expr, Calibrated))  # made after all others
     workers, stop, lock = itertools.count(), threading.Event(), threading.Lock()
     outputs = {shard.file: prepare(folder / shard.file, shard.header, shard.nbytes, settings.folder) for shard in plan.shards}
 

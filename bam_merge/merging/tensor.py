@@ -178,8 +178,8 @@ class TensorWriter:
                 if read in self.orders:
                     self.orders[read].add(start * DTYPE_BITS[read.dtype] // 8, view)
                 return decode(bytes_B, read.dtype).to(torch.float64 if read.dtype == "F64" else torch.float32)
-            case expressions.Init():
-                raise AssertionError("an initialised tensor is no operand")
+            case expressions.Init() | expressions.Calibrated():
+                raise AssertionError("a new tensor is no operand")
 
     def _open(self, node: Computed) -> "ComputedRows":
         """A computed tensor with what its formula keeps from one chunk to the next."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
-from bam_merge.checkpoints.pieces import Computed, Whole, whole
+from bam_merge.checkpoints.pieces import Computed, Read, Slice, Whole, whole
 from bam_merge.formulas import ByToken, RowRun
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel
@@ -57,7 +57,7 @@ def _tensors(model: DenseModel, models: Mapping[str, DenseModel], alignment: Ali
 
 
 def _whole(expr: expressions.Expr) -> Whole:
-    assert not isinstance(expr, expressions.Merge | expressions.Concat | expressions.Init), "a source's tensor"
+    assert isinstance(expr, Read | Computed | Slice), "a source's tensor"
     of = whole(expr)
     assert of is expr, "embeddings and heads are stored by themselves"
     return of

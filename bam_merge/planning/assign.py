@@ -12,9 +12,10 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES
 from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
+from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import UNITS, Expert, Initialising, Merging, Varying
 from bam_merge.recipe.rules import Copies, Rule, covers, parse_layers
-from bam_merge.recipe.schema import Attention, Recipe, Routers
+from bam_merge.recipe.schema import ROUTER_PLACES, Attention, Recipe
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import some
 
@@ -183,15 +184,19 @@ def _merged(
 
 def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel, problems: list[str]) -> Made:
     """A router starts as the first rule that names it says, else as the recipe's `router` section."""
-    by_rule = isinstance(rule, Initialising)
-    method = rule.initialiser() if isinstance(rule, Initialising) else recipe.router_init(role)
+    by_rule = isinstance(rule, Initialising | FromTexts)
+    make = rule if isinstance(rule, Initialising | FromTexts) else recipe.router_make(role)
     shape = (len(recipe.expert_names), first.facts["hidden_size"])
     dtype = dtype_of_new_tensors(first)
-    init = expressions.Init(method, "", recipe.random_seed, dtype, shape)
+    if isinstance(make, FromTexts):
+        of = label if by_rule else ROUTER_PLACES[role]
+        record = recipe.calibrator(make, role)
+        return Made(of, (expressions.Calibrated(record, recipe.expert_names, of, make.tokens, make.inputs, dtype, shape),))
+    init = expressions.Init(make.initialiser(), "", recipe.random_seed, dtype, shape)
     wanted = DTYPE_NAMES.get(recipe.output.dtype, dtype)
     problem = router_problem(init, wanted) if wanted in ARITHMETIC_DTYPES else None  # what only copies is refused by name
     if problem:
-        both = {"router.attn": "router.attention", "router.ffn": "router.ffn"}[role] if isinstance(recipe.router, Routers) else "router"
+        both = recipe.written(ROUTER_PLACES[role])
         text = f"{recipe.file}: {label if by_rule else both}: {problem}"
         problems += [text] if text not in problems else []  # one message for all layers
     return Made(label if by_rule else "router", (init,))

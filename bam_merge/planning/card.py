@@ -6,6 +6,7 @@ from math import prod
 from bam_merge._version import __version__
 from bam_merge.architectures.cost import Cost, cost_of_tensors
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_name
+from bam_merge.expressions import Calibrated
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted
 from bam_merge.recipe.schema import Recipe
@@ -48,7 +49,7 @@ model = bam_merge.load_model("THIS_FOLDER")  # model(input_ids [B, T]) -> logits
 TRAINING = """
 ## Training
 
-The routers are freshly initialised: train the mixture before use, on a mix of the experts' domains, with any trainer of causal
+{routers}, on a mix of the experts' domains, with any trainer of causal
 language models (transformers' Trainer, TRL, a loop). Given labels, the model returns as `loss` the negative log-likelihood plus
 
     router_aux_loss_coef ({balance}) * load balance  +  router_z_loss_coef ({z}) * router z-loss
@@ -57,6 +58,13 @@ averaged over layers, without padding; change the coefficients in `model.config`
 leaves both out, to measure perplexity; `aux_loss` is what was added, over router_aux_loss_coef. `configuration_bam.py` has the
 formulas. `save_pretrained` writes the same tensors, one per expert, that are in this folder.
 """
+
+
+FRESH = "The routers are freshly initialised: train the mixture before use"
+
+
+FROM_TEXTS = "The routers were made of texts, so that the mixture can be used as it is; training makes it better"
+"""What is said of routers that start at random, and of those that are all made of texts."""
 
 
 PUBLIC_LOADING = """
@@ -95,10 +103,16 @@ def model_card(plan: Plan) -> str:
     text = "\n".join(lines) + "\n" + _accepted(plan)
     if plan.layout.name == "bam":
         balance, z = config["router_aux_loss_coef"], config["router_z_loss_coef"]
-        return text + LOADING.format(floor=TRANSFORMERS_FLOOR) + TRAINING.format(balance=balance, z=z)
+        return text + LOADING.format(floor=TRANSFORMERS_FLOOR) + TRAINING.format(routers=_routers(plan), balance=balance, z=z)
     if recipe.method != "merge":
-        text += "\nThe routers are freshly initialised: train the mixture before use.\n"
+        text += f"\n{_routers(plan)}.\n"
     return text + PUBLIC_LOADING.format(name=plan.layout.class_name)
+
+
+def _routers(plan: Plan) -> str:
+    """How the routers start."""
+    made = [isinstance(step.expr, Calibrated) for step in plan.steps if step.role.startswith("router.")]
+    return FROM_TEXTS if all(made) else FRESH
 
 
 def _accepted(plan: Plan) -> str:

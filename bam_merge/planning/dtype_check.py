@@ -24,7 +24,7 @@ def dtype_of_new_tensors(model: DenseModel) -> str:
 def copied_only_problems(steps: Sequence["Step"], file: str) -> Iterator[str]:
     """A message for what is to be made in a dtype that is only copied, and for slices that do not begin and end with a byte."""
     for step in steps:
-        if isinstance(step.expr, expressions.Init) and step.expr.dtype not in ARITHMETIC_DTYPES:
+        if isinstance(step.expr, expressions.Init | expressions.Calibrated) and step.expr.dtype not in ARITHMETIC_DTYPES:
             yield (
                 f"{file}: {step.name} would be {step.expr.dtype}, as the embeddings and the final norm are, and nothing can be "
                 f"initialised in that. Use sources whose embeddings or final norm are {', '.join(ARITHMETIC_DTYPES)}."

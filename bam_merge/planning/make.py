@@ -14,10 +14,12 @@ from bam_merge._version import __version__
 from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.cost import cost_of_tensors
 from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
+from bam_merge.calibrating.corpus import Calibration
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
 from bam_merge.planning.assign import Made, assign, check_axes, check_units
+from bam_merge.planning.calibration import calibration, calibration_notes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
@@ -75,6 +77,8 @@ def make_plan(recipe: Recipe) -> Plan:
     config = output_config(layout, seed, values, _dtype_of_most(steps))
     if alignment is not None:
         config = aligned_config(config, recipe, alignment, models[alignment.giver])
+    cost = cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"])
+    texts = calibration(recipe, models, alignment, placed, cost)
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -86,13 +90,15 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *copied_only_note(placed),
+            *calibration_notes(recipe, texts),
             *found.notes,
         ),
         accepted=tuple(found.warnings),
-        cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
-        fingerprint=_fingerprint(recipe, models, config, alignment),
+        cost=cost,
+        fingerprint=_fingerprint(recipe, models, config, alignment, texts),
         files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),
         alignment=alignment,
+        calibration=texts,
     )
 
 
@@ -207,7 +213,13 @@ def _notes(
         yield from gating_notes(recipe, models[0].facts)
 
 
-def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mapping[str, Any], alignment: Alignment | None) -> str:
+def _fingerprint(
+    recipe: Recipe,
+    models: Mapping[str, DenseModel],
+    config: Mapping[str, Any],
+    alignment: Alignment | None,
+    texts: Calibration | None,
+) -> str:
     """What a finished tensor of an earlier run must have been made from to be worth keeping.
 
     Tokenizer and generation files are not part of it, but for the rows that they align: no other tensor depends on them, and they are
@@ -222,6 +234,8 @@ def _fingerprint(recipe: Recipe, models: Mapping[str, DenseModel], config: Mappi
     document = [__version__, recipe.resolved(), sources, dict(config)]
     if alignment is not None:
         document.append({name: mine.runs for name, mine in alignment.sources.items()})
+    if texts is not None:
+        document.append(texts.document())
     return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
+from bam_merge.calibrating.corpus import Calibration
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint, Remote
 from bam_merge.checkpoints.pieces import Computed
@@ -18,6 +19,10 @@ from bam_merge.checkpoints.reading import COPY_BUFFER
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel
 from bam_merge.sources.tokenizers.alignment import Alignment
+
+NEW = expressions.Init | expressions.Calibrated
+"""What makes a tensor that no source has."""
+
 
 CHUNK_ELEMENTS = 2**17
 """Elements of one operand that a worker holds at a time: few enough for a processor's cache, which halves the time of 2**20."""
@@ -54,7 +59,7 @@ class Step:
     @property
     def expression(self) -> str:
         """How the tensor is made, as plans and manifests show it."""
-        cast = f" as {self.dtype}" if self.expr.dtype != self.dtype and not isinstance(self.expr, expressions.Init) else ""
+        cast = f" as {self.dtype}" if self.expr.dtype != self.dtype and not isinstance(self.expr, NEW) else ""
         return str(self.expr).removesuffix(f": {self.name}") + cast
 
 
@@ -71,6 +76,8 @@ class Shard:
 class Plan:
     """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's;
     `accepted` are warnings, one for each difference between the sources that the recipe accepts.
+
+    `calibration` has the texts of the routers that are made of some.
 
     `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
     were aligned.
@@ -89,6 +96,7 @@ class Plan:
     files: Mapping[str, str]
     alignment: Alignment | None
     accepted: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -156,8 +164,13 @@ class Plan:
             "notes": list(self.notes),
             "accepted": list(self.accepted),
             **({} if self.alignment is None else {"tokenizer": self.alignment.document()}),
+            **({} if self.calibration is None else {"calibration": self._calibrated(self.calibration)}),
             **self._hub(),
         }  # fmt: skip
+
+    def _calibrated(self, found: Calibration) -> dict[str, Any]:
+        """The texts, and what the pass over them takes."""
+        return {"tokens": found.tokens, "flops": found.flops, "seconds": float(f"{found.seconds:.2g}"), "texts": found.document()}
 
     def _hub(self) -> dict[str, Any]:
         """Of each folder that is a model of the hub its name with the commit, and the bytes of it that are yet to be downloaded."""

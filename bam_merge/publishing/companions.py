@@ -39,8 +39,10 @@ def _identity(path: Path) -> FileIdentity | None:
         return None
 
 
-def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished], descriptor: int) -> None:
-    """config.json, index, tokenizer files, model code, model card and, last, the manifest."""
+def write_companions(
+    plan: Plan, folder: Path, finished: dict[str, Finished], descriptor: int, calibration: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, index, tokenizer files, model code, model card and, last, the manifest, with what it says of a `calibration`."""
     documents = {"config.json": _json(plan.config)}
     if len(plan.shards) > 1:
         weight_map = {step.name: step.file for step in sorted(plan.steps, key=lambda step: step.name)}
@@ -51,7 +53,7 @@ def write_companions(plan: Plan, folder: Path, finished: dict[str, Finished], de
     documents.update(model_code(plan.config))
     documents["README.md"] = model_card(plan).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
-    documents[MANIFEST] = sealed(manifest(plan, finished, digests))
+    documents[MANIFEST] = sealed({**manifest(plan, finished, digests), **(calibration or {})})
     for name, data in documents.items():
         write_file(folder / name, data, descriptor)
 

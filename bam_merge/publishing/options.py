@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class MergeOptions:
     """How to run a merge.
 
-    `verify` proves the result before it appears: quick (or true), full, none (or false), computing on `device`; `on_report` is given what
-    that found, `on_verify` hears of work done and of all the work. `notify` gets one line for each thing worth saying, `progress` the bytes
-    just written, from any worker.
+    `verify` proves the result before it appears: quick (or true), full, none (or false), computing on `device`, as a pass over the texts of
+    routers does; `on_report` is given what that found, `on_verify` hears of work done and of all the work, and `on_calibrate` of the pass.
+    `notify` gets one line for each thing worth saying, `progress` the bytes just written, from any worker.
     """
 
     force: bool = False
@@ -29,6 +29,7 @@ class MergeOptions:
     progress: Callable[[int], None] = lambda count: None
     on_report: "Callable[[Report], None]" = lambda report: None
     on_verify: Callable[[int, int], None] = lambda done, total: None
+    on_calibrate: Callable[[int, int], None] = lambda done, total: None
 
     @property
     def level(self) -> str | None:

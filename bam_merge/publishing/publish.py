@@ -13,6 +13,7 @@ from bam_merge._version import __version__
 from bam_merge.checkpoints.provenance import MANIFEST, MANIFEST_FORMAT, companion_digests, read_manifest
 from bam_merge.checkpoints.reading import changed, check_unchanged
 from bam_merge.errors import BamMergeError, CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed
+from bam_merge.expressions import Calibrated
 from bam_merge.merging.execute import execute
 from bam_merge.merging.tensor import Finished, Settings
 from bam_merge.planning.make import make_plan
@@ -74,8 +75,13 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     """Write everything into the staging folder, synced, and prove it."""
     done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
     companions = companion_files(plan)
-    finished = _run(plan, staging, options, done)
-    write_companions(plan, staging.output, finished, staging.files)
+    finished, record = _run(plan, staging, options, done), {}
+    if plan.calibration is not None:
+        from bam_merge.publishing.calibrated import calibration_record, make_routers  # with torch, which copies do without
+
+        made, routers = make_routers(plan, staging, options)
+        finished, record = {**finished, **routers}, calibration_record(plan, made)
+    write_companions(plan, staging.output, finished, staging.files, record)
     check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
     if changes := [changed(source, path) for source, path, _ in companions ^ companion_files(plan)]:
         raise CheckpointError(*dict.fromkeys(changes))
@@ -195,6 +201,6 @@ def _run(plan: Plan, staging: Staging, options: MergeOptions, done: dict[str, Fi
     def on_finished(step: Step, finished: Finished) -> None:
         staging.record(step.name, finished)
 
-    options.progress(sum(step.nbytes for step in plan.steps if step.name in done))
+    options.progress(sum(step.nbytes for step in plan.steps if step.name in done and not isinstance(step.expr, Calibrated)))
     settings = Settings(options.workers, options.progress, on_finished, options.allow_nonfinite, staging.files)
     return {**done, **execute(plan, staging.output, settings, done)}

@@ -37,10 +37,10 @@ from bam_merge.publishing.renaming import Entry, give_name
 from bam_merge.publishing.replacing import Which, delete_saved
 from bam_merge.text import printable, some
 
-OUTPUT, REPLACED, JOURNAL = "output", "replaced", "journal"
+OUTPUT, REPLACED, JOURNAL, STATES, NEW_STATES = "output", "replaced", "journal", "states", "states.new"
 
 
-EXPECTED = {OUTPUT: stat.S_IFDIR, REPLACED: stat.S_IFDIR, JOURNAL: stat.S_IFREG, PID: stat.S_IFREG, PROBE: stat.S_IFREG}
+EXPECTED = {OUTPUT: stat.S_IFDIR, REPLACED: stat.S_IFDIR, **dict.fromkeys((JOURNAL, STATES, NEW_STATES, PID, PROBE), stat.S_IFREG)}
 """What a staging folder may hold. `replaced` is the old target where the file system cannot exchange two folders."""
 
 
@@ -196,9 +196,10 @@ class Staging:
         return _stands_there(self.folder.name, self.parent, self.lock)
 
     def forget(self) -> None:
-        """Delete the journal, so that nothing here is resumed from."""
-        with writing(self.folder / JOURNAL), suppress(FileNotFoundError):
-            os.unlink(JOURNAL, dir_fd=self.lock)
+        """Delete the journal, and what a pass over texts kept, so that nothing here is resumed from."""
+        for name in (JOURNAL, STATES, NEW_STATES):
+            with writing(self.folder / name), suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.lock)
 
     # ---- the end -----------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
 from bam_merge.recipe.accepting import accept_problems
+from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging, Varying
 from bam_merge.recipe.places import Adapted, base_problems, based_on
 from bam_merge.recipe.rules import Copies, covers, list_layers, parse_layers, parse_size
@@ -39,6 +40,9 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     used |= {name for _, name in _of_tokenizer(recipe)} | {item.from_ for item in recipe.output.layers or ()}
     yield from _layers(recipe)
     yield from _tokenizer(recipe)
+    for place, make in {recipe.written(place): make for place, make in recipe.from_texts.items()}.items():
+        keys = re.findall(r"\w+", place)
+        yield from _texts(recipe, make, tuple(int(key) if key.isdecimal() else key for key in keys))
     for name in recipe.sources:
         if name not in used | based_on(recipe.sources):
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
@@ -204,9 +208,10 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
                 f"{printable(pattern)!r} is no role{nearest(pattern, (*ROLES, *ROLE_GLOBS)) or '.'} Roles: {', '.join(ROLES)}.",
             )
         routers = [role.startswith("router.") for role in matched]
-        if isinstance(rule, Initialising) and not all(routers):
+        of_routers = isinstance(rule, Initialising | FromTexts)
+        if isinstance(rule, Initialising | FromTexts) and not all(routers):
             yield (*path, "roles", index), f"{rule.record.name} initialises routers only, {printable(pattern)!r} covers other tensors."
-        if not isinstance(rule, Initialising) and any(routers):
+        if not of_routers and any(routers):
             yield (*path, "roles", index), f"{printable(pattern)!r} covers routers, which no source has. Give them a rule of their own."
         groups = {role.partition(".")[0] for role in matched}
         if isinstance(rule, Varying) and not groups & {"router"} and not groups <= set(rule.suits):
@@ -217,3 +222,18 @@ def _rule(recipe: "Recipe", rule: Any, path: DocumentPath) -> Iterator[tuple[Doc
             )
     if isinstance(rule, Expert | Varying) and recipe.method == "merge":
         yield (*path, "make"), "method merge gives a dense model, which has no experts."
+
+
+def _texts(recipe: "Recipe", make: FromTexts, path: DocumentPath) -> Iterator[tuple[DocumentPath, str]]:
+    """What is wrong with the texts of a router: names that are no experts, files that can be none, experts without one."""
+    for key in ("texts", "prompts", "negative_prompts"):
+        for name, value in (getattr(make, key, None) or {}).items():
+            if name not in recipe.distinct:
+                what = "is no expert, so no router chooses it" if name in recipe.sources else "is not among the experts"
+                close = nearest(name, recipe.distinct) or f". Experts: {some(recipe.distinct, 8)}."
+                yield (*path, key, name), f"{printable(name)!r} {what}{close}"
+            elif key == "texts":
+                for file in [value] if isinstance(value, str) else value:
+                    if wrong := path_problem(file):
+                        yield (*path, key, name), f"found {shown(file)}: {wrong}"
+    yield from (((*path, *key), text) for key, text in make.problems(recipe.distinct))

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, create_model
 
 from bam_merge.checkpoints.provenance import MOST_EXPERTS
 from bam_merge.recipe import makes
+from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict, Varying
 from bam_merge.text import printable
 
@@ -27,8 +28,11 @@ class Selector(Strict):
     layers: Integer | str | None = Field(default=None, description='layers such as 3, "0-3", "0,4-7" or "20-" (to the last)')
 
 
-def _named(make: type[Initialising], key: str, prefix: str = "") -> type[Initialising]:
-    """An initialiser as it stands in a recipe: `key` says which it is."""
+RouterMake = TypeVar("RouterMake", Initialising, FromTexts)
+
+
+def _named(make: type[RouterMake], key: str, prefix: str = "") -> type[RouterMake]:
+    """A make of routers as it stands in a recipe: `key` says which it is."""
     name: Any = (Literal[make.record.name], ...)
     return create_model(prefix + make.__name__, __base__=make, **{key: name})
 
@@ -42,7 +46,14 @@ VARYING = tuple(makes_of(Varying))
 INITIALISING = tuple(_named(make, "make") for make in makes_of(Initialising))
 
 
-ROUTER_INITS = {make.record.name: _named(make, "init", "Router") for make in makes_of(Initialising)}
+FROM_TEXTS = tuple(_named(make, "make") for make in makes_of(FromTexts) if make.record.name not in {"mean"})
+"""Of the makes from texts those that a rule can ask for: there `mean` is that of the sources' tensors."""
+
+
+ROUTER_INITS: dict[str, type[Strict]] = {
+    **{make.record.name: _named(make, "init", "Router") for make in makes_of(Initialising)},
+    **{make.record.name: _named(make, "init", "Router") for make in makes_of(FromTexts)},
+}
 """What `router` may be, by init."""
 
 
@@ -70,7 +81,7 @@ def _form_of_experts(value: Any) -> str | None:
 
 if TYPE_CHECKING:
     AnyMerging = Merging
-    OneInit = Initialising
+    OneInit = Initialising | FromTexts
 
     AnyExperts = Names | Copies
 
@@ -85,7 +96,7 @@ else:
         Union[tuple(Annotated[form, Tag(name)] for name, form in (("list", Names), *COPIES.items()))],  # noqa: UP007
         Discriminator(_form_of_experts),
     ]
-    RULING = (Expert, *MERGING, *VARYING, *INITIALISING)  # for each a class that has the make's keys and the selector's
+    RULING = (Expert, *MERGING, *VARYING, *INITIALISING, *FROM_TEXTS)  # for each a class that has the make's keys and the selector's
     Rule = Annotated[
         Union[tuple(create_model(f"{make.__name__}Rule", __base__=(Selector, make)) for make in RULING)],  # noqa: UP007
         Field(discriminator="make"),

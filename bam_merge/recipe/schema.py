@@ -11,9 +11,10 @@ from bam_merge.errors import RecipeError
 from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
 from bam_merge.recipe.accepting import Accept
+from bam_merge.recipe.data_routers import FromTexts, default_scale
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Positive, Strict
 from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, model_store, recorded, stores
-from bam_merge.recipe.rules import ROUTER_INITS, AnyExperts, AnyMerging, Copies, OneInit, Rule
+from bam_merge.recipe.rules import ROUTER_INITS, AnyExperts, AnyMerging, Copies, OneInit, Rule, covers
 
 # ---- the sections ----------------------------------------------------------------------------------------------------------
 
@@ -30,17 +31,20 @@ class Attention(Strict):
 
 class Ffn(Strict):
     top_k: Count | None = Field(
-        default=None, description="experts per token; default 1 for bam, 2 for btx, sparse_upcycling, and where a norm stands after the FFN"
+        default=None,
+        description="experts per token; default 1 for bam; 2 for btx, sparse_upcycling, routers from texts, and where a norm stands after "
+        "the FFN",
     )
     gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = Field(
         default=None,
         description="gates of the softmax over all experts, not renormalised (default for bam); or over the chosen ones, "
-        "so that they sum to one (default for btx, sparse_upcycling, and where a norm stands after the FFN; what Mixtral computes)",
+        "so that they sum to one (default for btx, sparse_upcycling, routers from texts, and where a norm stands after the FFN; "
+        "what Mixtral computes)",
     )
     gate_scale: Positive = Field(default=1.0, description="multiplies the combined output of the experts; makes up for gates below one")
 
 
-NORMAL = ROUTER_INITS["normal"].model_validate({"init": "normal"})
+NORMAL: Any = ROUTER_INITS["normal"].model_validate({"init": "normal"})
 """What a router is where a recipe says nothing."""
 
 
@@ -49,12 +53,16 @@ class Routers(Strict):
     ffn: OneInit = Field(default=NORMAL, description="how the routers of FFN experts start")
 
 
+ROUTER_PLACES = {"router.attn": "router.attention", "router.ffn": "router.ffn"}
+"""Where a recipe says how a router of that role is made."""
+
+
 def _init_or_both(value: Any) -> str:
     return str(value["init"]) if isinstance(value, dict) and "init" in value else getattr(value, "init", "both")
 
 
 if TYPE_CHECKING:
-    RouterSection = Initialising | Routers
+    RouterSection = Initialising | FromTexts | Routers
 else:
     RouterSection = Annotated[
         Union[tuple(Annotated[init, Tag(name)] for name, init in (*ROUTER_INITS.items(), ("both", Routers)))],  # noqa: UP007
@@ -168,21 +176,48 @@ class Recipe(Strict):
     def gates(self) -> tuple[int, bool]:
         """(FFN experts per token, whether their gates are renormalised to sum to one)."""
         ffn = self.ffn or Ffn()
-        top_k = ffn.top_k or (1 if self.method == "bam" else 2)
-        gate = ffn.gate or ("softmax_then_topk" if self.method == "bam" else "topk_then_softmax")
+        asks = ffn.gate == "softmax_then_topk" or (ffn.gate is None and ffn.top_k == 1)
+        paper = self.method == "bam" and (asks or not self._routes_ffn_by_texts)  # routers that are right at once can do with sure gates
+        top_k = ffn.top_k or (1 if paper else 2)
+        gate = ffn.gate or ("softmax_then_topk" if paper else "topk_then_softmax")
         return top_k, gate == "topk_then_softmax"
 
-    def router_init(self, role: str) -> expressions.Initialiser:
-        """The initialiser of `router.attn` or `router.ffn`, where no rule says otherwise."""
+    def router_make(self, role: str) -> Initialising | FromTexts:
+        """How `router.attn` or `router.ffn` is made where no rule says otherwise."""
         router = self.router or Routers()
         if isinstance(router, Routers):
-            router = router.attention if role == "router.attn" else router.ffn
-        return router.initialiser()
+            return router.attention if role == "router.attn" else router.ffn
+        return router
+
+    def router_init(self, role: str) -> expressions.Initialiser | expressions.Calibrator:
+        """The record of `router_make`."""
+        make = self.router_make(role)
+        return self.calibrator(make, role) if isinstance(make, FromTexts) else make.initialiser()
+
+    def calibrator(self, make: FromTexts, role: str) -> expressions.Calibrator:
+        """The record of a router of `role` that is made of texts."""
+        return make.calibrator(make.scale or default_scale(role, self.gates))
+
+    @property
+    def from_texts(self) -> dict[str, FromTexts]:
+        """The makes that say which text an expert gets, by the place in the recipe that each has where every default is written out."""
+        makes: dict[str, Any] = {place: self.router_make(role) for role, place in ROUTER_PLACES.items()}
+        makes |= {f"rules[{index}]": rule for index, rule in enumerate(self.rules)}
+        return {place: make for place, make in makes.items() if isinstance(make, FromTexts)}
+
+    def written(self, place: str) -> str:
+        """A place of `from_texts` as it stands in this recipe: one section may be for both routers."""
+        return place if isinstance(self.router, Routers) or place not in ROUTER_PLACES.values() else "router"
+
+    @property
+    def _routes_ffn_by_texts(self) -> bool:
+        first = next((rule for rule in self.rules if any(covers(pattern, "router.ffn") for pattern in rule.roles)), None)
+        return isinstance(first or self.router_make("router.ffn"), FromTexts)
 
     @property
     def needs_tokenizers(self) -> bool:
         """Whether a plan depends on what the tokenizers hold, and not only on whether they are alike."""
-        return self.tokenizer is not None
+        return self.tokenizer is not None or bool(self.from_texts)
 
     @property
     def known(self) -> Mapping[str, Known]:
@@ -248,13 +283,32 @@ class Recipe(Strict):
             gate = "topk_then_softmax" if renormalised else "softmax_then_topk"
             document["ffn"] = {"top_k": top_k, "gate": gate, "gate_scale": (self.ffn or Ffn()).gate_scale}
             if not isinstance(self.router, Routers):
-                both = (self.router or NORMAL).model_dump(mode="json", exclude_none=True)
+                both = (self.router or NORMAL).model_dump(mode="json", by_alias=True, exclude_none=True)
                 document["router"] = {"attention": both, "ffn": both}
+            document["router"] = {router: self._said(router, section) for router, section in document["router"].items()}
+            document["rules"] = [self._said(None, rule) for rule in document["rules"]]
         if self.method == "bam":
             document["attention"] = (self.attention or Attention()).model_dump(mode="json", exclude_none=True)
         elif "router" in document:
             del document["router"]["attention"]
         return document
+
+    def _said(self, router: str | None, section: dict[str, Any]) -> dict[str, Any]:
+        """A router section, or a rule, as a document has it: with no absolute path, and with the scale of a router from texts."""
+        if not {"texts", "prompts"} & section.keys():
+            return section
+        texts = {
+            name: self._text(files) if isinstance(files, str) else [self._text(file) for file in files]
+            for name, files in section.get("texts", {}).items()
+        }
+        said = {**section, **({"texts": texts} if texts else {})}
+        if router is not None and "scale" not in section:
+            said["scale"] = default_scale("router.attn" if router == "attention" else "router.ffn", self.gates)
+        return said
+
+    def _text(self, path: str) -> str:
+        """A file, folder or glob relative to the recipe's folder."""
+        return relative(path, self.folder)
 
 
 def schema() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`bam-merge route`: which expert takes which token of a text, per router and layer."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,9 @@ def route(
         batches = [text.windows for text in read]
         ran = run_texts(mixture, batches, computing, layers, ran=lambda layer: options.progress(layer + 1, total))
     routed = [(text, choices) for text, (_, choices) in zip(read, ran, strict=True)]
+    if odd := next((one for _, choices in routed for one in choices if not math.isfinite(one.entropy)), None):
+        what = f"the {odd.router} router of layer {odd.layer} gives NaN or infinity, so nothing can be said of its choices"
+        raise CheckpointError(f"{where}: {what}. bam-merge inspect --stats says which weights are no numbers.")
     return Routes(
         os.fsdecode(path), str(mixture.checkpoint.config["model_type"]), names, tuple(sorted(layers)),
         tuple(RoutedText(text, one, own.get(text.given.domain or "", ())) for text, one in routed),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.checkpoints.folder import VOCABULARIES
+from bam_merge.expressions import Calibrated
 from bam_merge.hub_id import hub_id
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.process import progress_console
-from bam_merge.text import count, human_bytes, listed, printable, ranges
+from bam_merge.text import count, duration, human_bytes, listed, printable, ranges
 
 
 def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None) -> str:
@@ -32,6 +33,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         "parameters": f"{plan.parameters:,} total, {plan.active_parameters:,} active per token",
         "read, write": f"{human_bytes(plan.bytes_read)}, {human_bytes(plan.bytes_written)} in {count(len(plan.shards), 'file')}",
         "peak memory": f"about {human_bytes(plan.peak_memory(workers))} with {count(workers, 'worker')}",
+        "routers": _calibrated(plan),
         "output": f"{printable(str(target), 1000)} ({human_bytes(free)} free)",
     }
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value), *_tokens(plan)]
@@ -74,6 +76,14 @@ def _tokenizer(plan: Plan) -> str:
     found = plan.alignment
     added = f" and {count(len(found.added), 'token')} of others" if found.added else ""
     return f"of {given}{added}: {count(len(found.ids), 'token')}, {found.shared:,} in all sources; {count(found.rows, 'row')}"
+
+
+def _calibrated(plan: Plan) -> str:
+    """What the pass over the texts takes that routers are made of."""
+    found = plan.calibration
+    if found is None:
+        return ""
+    return f"from {found.tokens:,} tokens of text: {found.flops / 1e12:.3g} Tflop, about {duration(found.seconds)} on these processors"
 
 
 def _tokens(plan: Plan) -> Iterator[str]:
@@ -159,7 +169,7 @@ def merge_progress(plan: Plan) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = progress_console()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("merging", total=sum(step.nbytes for step in plan.steps))
+        task = progress.add_task("merging", total=sum(step.nbytes for step in plan.steps if not isinstance(step.expr, Calibrated)))
 
         def advance(count: int) -> None:
             progress.advance(task, count)

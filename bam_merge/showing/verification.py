@@ -84,8 +84,8 @@ def verdict_text(report: Report) -> str:
 
 
 @contextmanager
-def verify_progress(doing: str = "verifying") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr with time left, from the first word of work done on; silent where stderr is not a terminal."""
+def verify_progress(what: str = "verifying") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr with time left, from the first word of work done until all is; silent where stderr is not a terminal."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = progress_console()
@@ -95,11 +95,13 @@ def verify_progress(doing: str = "verifying") -> Iterator[Callable[[int, int], N
         if not console.is_terminal:
             return
         if not started:
-            columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             progress = Progress(*columns, console=console, transient=True)
-            started.append((progress, progress.add_task(doing, total=total)))
+            started.append((progress, progress.add_task(what, total=total)))
             progress.start()
         started[0][0].update(started[0][1], completed=done, total=total)
+        if done >= total:  # another one may follow
+            started[0][0].stop()
 
     try:
         yield advance

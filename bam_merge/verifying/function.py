@@ -1,7 +1,8 @@
 """What the merged folder computes: all checks that run models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from bam_merge.model.tokens import encode, open_tokenizer
 from bam_merge.planning.plan import Plan
 from bam_merge.verifying.accepted import accepted_check, as_accepted
 from bam_merge.verifying.aligned import in_result_ids, token_checks
+from bam_merge.verifying.calibrated import calibration_checks
 from bam_merge.verifying.computed import against_dense
 from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
@@ -30,8 +32,9 @@ copy of the software. Let x be a real number such that x * x = 2; then x is not 
 
 
 def function_checks(
-    checkpoint: Checkpoint, plan: Plan | None, proved: frozenset[str], report: Report, level: Level, computing: Computing, work: Work
-) -> Iterator[Check]:
+    checkpoint: Checkpoint, plan: Plan | None, proved: frozenset[str], report: Report, level: Level, computing: Computing, work: Work,
+    manifest: Mapping[str, Any],
+) -> Iterator[Check]:  # fmt: skip
     """Every check of what a folder computes: against its dense models where there is a plan, and by itself."""
     mixture = stored_model(checkpoint)
     ids_BT, sample = sample_tokens(checkpoint.path, mixture.config.vocab_size, level.tokens)
@@ -56,6 +59,9 @@ def function_checks(
         ran = work.of_layers("isolation", mixture, asked=layers_asked(mixture.config, level))
         yield from same_layers(mixture, dense, plan, proved, sample_BT, Way(level, computing, ran))
     work.finish("isolation")
+    passed = work.advancing("calibration", mixture.config.num_hidden_layers)
+    yield from calibration_checks(checkpoint, plan, manifest, Way(level, computing, lambda layer: passed(1)))
+    work.finish("calibration")
     yield from as_it_is(mixture, ids_BT, report, sample, Way(level, computing, work.of_layers("probes", mixture)))
     work.finish("probes")
 

@@ -35,7 +35,7 @@ from bam_merge.verifying.report import Check
 
 KEYS = {
     "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", "accepted",
-    SEAL,
+    "calibration", SEAL,
 }  # fmt: skip
 
 
@@ -209,6 +209,8 @@ def record_problems(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
         problems.append(f"{some(wrong)}: not the size and header that the plan gives")
     if manifest.get("accepted", []) != list(plan.accepted):
         problems.append(f"accepted is {_shown(manifest.get('accepted'))}, the plan gives {_shown(list(plan.accepted))}")
+    if ("calibration" in manifest) is not (plan.calibration is not None):
+        problems.append(f"calibration is {'there' if 'calibration' in manifest else 'missing'}, unlike in the plan")
     unused = {name: dict(reasons) for name, reasons in plan.unused.items() if reasons}
     if manifest.get("unused") != unused:
         problems.append(f"unused is {_shown(manifest.get('unused'))}, the plan gives {_shown(unused)}")

@@ -71,14 +71,23 @@ class Report:
             ],
         }  # fmt: skip
         if self.routing:
-            document["routing"] = self.routing
+            document["routing"] = _numbers(self.routing)
         if self.perplexity:
-            document["perplexity"] = self.perplexity
+            document["perplexity"] = _numbers(self.perplexity)
         if self.held_out is not None:
-            document["held_out"] = {**self.held_out, "readings": [reading.document() for reading in self.readings]}
+            document["held_out"] = {**_numbers(self.held_out), "readings": [reading.document() for reading in self.readings]}
         return document
 
 
 def _number(value: float | None) -> float | str | None:
     """JSON has no NaN and no infinity: they are given as text."""
     return value if value is None or abs(value) < float("inf") else str(value)
+
+
+def _numbers(value: Any) -> Any:
+    """`_number` of all numbers in a document."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return _number(value) if isinstance(value, float) else value

@@ -26,6 +26,7 @@ from bam_merge.sources.places import local
 from bam_merge.sources.recipe_places import at_hand
 from bam_merge.text import printable, some
 from bam_merge.verifying.aligned import rows_are_tokens
+from bam_merge.verifying.calibrated import tokens_of_texts
 from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
@@ -81,7 +82,7 @@ def verify(
     report.add(structure(checkpoint, manifest))
     report.add(engines(checkpoint))
     work = Work(options.progress)
-    work.plan(checkpoint)
+    work.plan(checkpoint, tokens_of_texts(manifest))
     report.add(digests(checkpoint, manifest, work, workers))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
     wrong = [*contradictions(checkpoint, manifest), *wrong_counts]
@@ -92,7 +93,7 @@ def verify(
         return report
     with computing_on(device, workers) as computing:
         try:
-            report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work))
+            report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work, manifest))
         except CheckpointError as error:
             report.add([Check("model", False, "; ".join(error.problems))])
             return report

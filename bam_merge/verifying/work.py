@@ -11,6 +11,10 @@ COST = {"digests": 2, "sources": 8, "isolation": 4, "probes": 10}
 """What a stored byte costs in each part of a quick verification, in processor time, by the part's share on two cores."""
 
 
+TOKENS_PER_BYTE = 60
+"""Tokens of the texts of routers that a stored byte has to be multiplied with for what one unit costs."""
+
+
 @dataclass
 class Work:
     """`tell` hears of work done and of all the work, in units of about equal time; neither ever goes down."""
@@ -20,10 +24,11 @@ class Work:
     done: int = 0
     parts: dict[str, int] = field(default_factory=dict)
 
-    def plan(self, checkpoint: Checkpoint) -> None:
+    def plan(self, checkpoint: Checkpoint, texts: int = 0) -> None:
         """All that may have to be done for a folder: what turns out not to be is counted as done when `finish` is called."""
         nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())
         self.parts = {part: cost * nbytes for part, cost in COST.items()}
+        self.parts["calibration"] = texts * nbytes // TOKENS_PER_BYTE
         self.total = sum(self.parts.values())
 
     def advancing(self, part: str, whole: int) -> Callable[[int], None]:

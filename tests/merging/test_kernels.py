@@ -105,7 +105,17 @@ BY_HAND = {
 def test_kernel_by_hand(name: str) -> None:
     method, operands, base, expected = BY_HAND[name]
     assert run(method, operands, base) == pytest.approx(expected, rel=1e-6)
-    if name not in ("slerp", "dare_ties", "drop", "noise", "low_rank", "della", "model_stock", "nuslerp", "karcher"):  # whose steps are not of numbers that float32 has
+    if name not in (
+        "slerp",
+        "dare_ties",
+        "drop",
+        "noise",
+        "low_rank",
+        "della",
+        "model_stock",
+        "nuslerp",
+        "karcher",
+    ):  # whose steps are not of numbers that float32 has
         assert run(method, operands, base) == expected
 
 

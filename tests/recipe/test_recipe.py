@@ -36,7 +36,7 @@ BAD = {  # the recipe, and all that is said of it
     "typo in a nested key": (GOOD + "ffn: {topk: 1}", "HOME/x.yaml:4:7: ffn.topk: unknown key; did you mean 'top_k'?"),
     "typo in a method": (GOOD.replace("bam", "btxx"), "HOME/x.yaml:1:1: method: found 'btxx', expected bam or btx or sparse_upcycling or merge; did you mean 'btx'?"),
     "typo in a make": (GOOD + "shared: {make: slrp}", "HOME/x.yaml:4:10: shared.make: 'slrp' is none of mean, copy, linear, slerp, task_arithmetic, ties, dare_ties; did you mean 'slerp'?"),
-    "typo in an init": (GOOD + "router: {init: nrmal}", "HOME/x.yaml:4:10: router.init: 'nrmal' is none of normal, uniform, zeros, orthogonal; did you mean 'normal'?"),
+    "typo in an init": (GOOD + "router: {init: nrmal}", "HOME/x.yaml:4:10: router.init: 'nrmal' is none of normal, uniform, zeros, orthogonal, ridge, mean; did you mean 'normal'?"),
     "typo in a router key": (GOOD + "router: {init: normal, sdt: 1}", "HOME/x.yaml:4:24: router.sdt: unknown key; did you mean 'std'?"),
     "typo in one router": (GOOD + "router: {fnn: {init: zeros}}", "HOME/x.yaml:4:10: router.fnn: unknown key; did you mean 'ffn'?"),
     "typo in a rule key": (GOOD + "rules: [{roles: [head], make: copy, form: seed}]", "HOME/x.yaml:4:9: rules[0].from: is required and missing.\nHOME/x.yaml:4:37: rules[0].form: unknown key; did you mean 'from'?"),

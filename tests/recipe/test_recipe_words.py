@@ -129,7 +129,7 @@ def test_no_word_of_a_library_reaches_the_user() -> None:
     ({"shared": {"make": "mean", "mean": {"a": 1}}}, "shared.mean: unknown key."),
     ({"shared": {"make": 5}}, "shared.make: 5 is none of mean, copy, linear, slerp, task_arithmetic, ties, dare_ties."),
     ({"shared": 3}, "shared: found 3, expected a mapping."),
-    ({"router": {"init": None}}, "router.init: null is none of normal, uniform, zeros, orthogonal."),
+    ({"router": {"init": None}}, "router.init: null is none of normal, uniform, zeros, orthogonal, ridge, mean."),
     ({"router": []}, "router: found [], expected a mapping."),
     ({"rules": "x"}, "rules: found 'x', expected a list."),
     ({"rules": [{"roles": ["head"], "make": "mean", "layers": {"int": 3}}]}, 'rules[0].layers: found {"int": 3}, expected an integer or text.'),

@@ -256,6 +256,23 @@ def test_what_cannot_be_routed_is_said(tmp_path: Path, run: Any) -> None:
         route(folder, [text], options=RouteOptions(device="abacus"))
 
 
+def test_a_model_that_computes_no_numbers_is_said_to(tmp_path: Path, run: Any) -> None:
+    folder = mixture(tmp_path)
+    forge = Forger(folder)
+    name = "model.layers.1.mlp.router.weight"
+    forge.write(name, forge.read(name) * float("inf"))
+    text = write_words(tmp_path / "text", random_ids(30))
+    result = run("route", folder, "--text", text, "--html", tmp_path / "page.html")
+    assert result.status == 2 and "the ffn router of layer 1 gives NaN or infinity" in result.err
+    assert not (tmp_path / "page.html").exists()
+    assert run("route", folder, "--text", text, "--layers", "0").status == 0
+    forge.write(name, torch.zeros(3, 32))
+    forge.write("model.norm.weight", torch.full((32,), 3e38))
+    checked = run("verify", folder, "--texts", f"law={text}", "--json")
+    assert checked.status == 1, "and no traceback, for there is no NaN in JSON"
+    assert json.loads(checked.out)["perplexity"][0]["perplexity"]["merged"] in ("nan", "inf")
+
+
 def test_a_mixture_that_is_only_to_look_at_is_refused_in_words(tmp_path: Path, run: Any) -> None:
     write_checkpoint(tmp_path / "seed", CONFIGS["llama"], random_values(3, 0.2))
     config = json.loads((tmp_path / "seed" / "config.json").read_text())

@@ -1,0 +1,45 @@
+"""The records of the rules by which routers are made of texts. Their rows are worked out in calibrating/rows.py, and a second time in
+verifying/calibrated.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bam_merge.records import Calibrator
+
+
+@dataclass(frozen=True, slots=True)
+class Ridge(Calibrator):
+    """Ridge regression of the expert on x, without a bias (after DUME, arXiv 2603.29765, for FFN routers):
+
+    S = mean over j of E_j[x x^T],  B_j = (mu_j - mean over k of mu_k) / N,  W_j = scale (S + penalty tr(S)/D I)^-1 B_j
+
+    x [D] is the router's true input, E_j the mean over the tokens of text j, mu_j = E_j[x]. S is not centred: the constant direction of
+    normed inputs does what a bias would.
+    """
+
+    scale: float
+    penalty: float
+    name: ClassVar = "ridge"
+
+    def arguments(self) -> Iterator[str]:
+        yield f"scale={self.scale:g}"
+        yield f"lambda={self.penalty:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenMean(Calibrator):
+    """The directions of the texts' means (mergekit's gate_mode hidden, at the router's true input), with a scale that means what ridge's
+    does:
+
+    d_j = mu_j / |mu_j|,  e_j = d_j - mean over k of d_k,  W_j = scale e_j / (N / (N - 1) mean over k of e_k . mu_k)
+
+    so that the mean token of a text is `scale` nearer to its expert than to the others. Negative prompts' means are subtracted from mu_j
+    in d_j. (Subtracting the same from every row changes no gate.)
+    """
+
+    scale: float
+    name: ClassVar = "mean"
+
+    def arguments(self) -> Iterator[str]:
+        yield f"scale={self.scale:g}"
