@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bam_merge.model.model import Model
     from bam_merge.planning.make import make_plan
     from bam_merge.planning.plan import Plan, Step
+    from bam_merge.publishing.anew import calibrate
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.publishing.publish import merge
     from bam_merge.recipe.load import load_recipe
@@ -70,6 +71,7 @@ _HOMES = {
         "Plan",
         "Step",
     ),
+    "publishing.anew": ("calibrate",),
     "publishing.options": ("MergeOptions",),
     "publishing.publish": ("merge",),
     "recipe.load": ("load_recipe",),
@@ -119,6 +121,7 @@ __all__ = [
     "VerifyError",
     "VerifyOptions",
     "__version__",
+    "calibrate",
     "diff",
     "drift",
     "inspect",

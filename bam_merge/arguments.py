@@ -1,6 +1,7 @@
 """What the command line takes: paths, tolerances, and a recipe where a command's name would stand."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,15 @@ class DomainFile(UserPath):
         if not name or not equals:
             self.fail(f"{printable(repr(value))}: write NAME=FILE, the name of an expert and a text for it.", param, ctx)
         return name, super().convert(file, param, ctx)
+
+
+def named_texts(words: Iterable[str]) -> dict[str, list[str]]:
+    """The texts of each expert, given as NAME=FILE, where FILE may be a folder or a glob."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name and equals and text):
+            shown = printable(repr(word))
+            raise click.UsageError(f"--texts {shown}: write NAME=FILE, as in law=texts/law/*.txt; NAME is an expert's, or its number.")
+        found.setdefault(name, []).append(text)
+    return found

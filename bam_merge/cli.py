@@ -14,7 +14,7 @@ import click
 
 from bam_merge import __version__
 from bam_merge.arguments import DefaultMerge, UserPath
-from bam_merge.commands import LEVELS, convert, diff, downloads, inspect, route, tell_note, verify
+from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
 from bam_merge.text import printable
@@ -39,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, diff, route, verify, convert):
+for command in (inspect, diff, route, verify, calibrate, convert):
     cli.add_command(command)
 
 
@@ -52,7 +52,7 @@ for command in (inspect, diff, route, verify, convert):
     "--verify", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result before it appears. Default: quick."
 )
 @click.option("--no-verify", is_flag=True, help="The same as --verify none.")
-@click.option("--device", default="cpu", metavar="NAME", help="What the proof computes on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@click.option("--device", default="cpu", metavar="NAME", help="What proof and texts compute on: cpu, cuda, cuda:1, mps. Default: cpu.")
 @click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as bam-merge plan does.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinity where a merge gives them, and record it in the manifest.")

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bam_merge.arguments import DomainFile, Tolerance, UserPath
+from bam_merge.arguments import DomainFile, Tolerance, UserPath, named_texts
 from bam_merge.process import PROBLEM_LENGTH, one_blas_thread, print_result, result_width, results_in_colour, results_in_unicode, tell
 from bam_merge.text import printable
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --hel
     from bam_merge.comparing.drift import Drift
     from bam_merge.comparing.two_models import Comparison
     from bam_merge.showing.terminal import Terminal
+    from bam_merge.verifying.report import Report
 
 
 LEVELS = ("quick", "full", "none")
@@ -260,6 +261,58 @@ def convert(folder: str, output: str, force: bool, max_shard_size: str) -> None:
     for note in result.notes:
         tell_note(f"{note}.")
     print_result(summary(result))
+
+
+@click.command()
+@click.argument("folder", type=UserPath())
+@click.option("--texts", multiple=True, metavar="NAME=GLOB", help="An expert's text, a file, folder or glob; repeated.")
+@click.argument("more_texts", nargs=-1, metavar="[NAME=GLOB]...")
+@click.option("--output", type=UserPath(), metavar="DIR", help="Write here. Default: in the place of FOLDER.")
+@click.option("--init", type=click.Choice(["ridge", "mean"]), default="ridge", help="The rule, as in a recipe. Default: ridge.")
+@click.option("--tokens", type=click.IntRange(2), metavar="N", help="Tokens of each text. Default: 8192.")
+@click.option("--scale", type=float, metavar="X", help="How sure the gates are. Default: 6; 180 for top-1 gates that are not renormalised.")
+@click.option("--lambda", type=float, metavar="X", help="Of ridge. Default: 0.1.")
+@click.option("--inputs", type=click.Choice(["seed", "mixture"]), help="Whose hidden states. Default: the seed's, where sources are there.")
+@click.option("--force", is_flag=True, help="Replace an existing output folder that holds a saved model and nothing else.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one.")
+@click.option("--verify", "level", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result. Default: quick.")
+@click.option("--no-verify", is_flag=True, help="The same as --verify none.")
+@click.option("--device", default="cpu", metavar="NAME", help="What to compute on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
+def calibrate(
+    folder: str,
+    texts: tuple[str, ...],
+    more_texts: tuple[str, ...],
+    output: str | None,
+    level: Literal["quick", "full", "none"],
+    no_verify: bool,
+    workers: int | None,
+    force: bool,
+    resume: bool,
+    device: str,
+    **rule: Any,
+) -> None:
+    """Make the routers of the mixture in FOLDER anew, of a text for each expert, without merging again.
+
+    FOLDER is of layout bam, mixtral, qwen2_moe or qwen3_moe. After --texts NAME=GLOB, further NAME=GLOB may follow.
+    """
+    from bam_merge.publishing.anew import calibrate as run
+    from bam_merge.publishing.options import MergeOptions
+    from bam_merge.showing.verification import verdict_text, verify_progress
+    from bam_merge.values.threads import default_workers
+
+    if more_texts and not texts:
+        raise click.UsageError(f"unexpected {more_texts[0]!r}; texts come after --texts.")
+    named = named_texts((*texts, *more_texts))
+    settings = {key: value for key, value in rule.items() if value is not None}
+    reports: list[Report] = []
+    with verify_progress("calibrating") as calibrated, verify_progress() as verified:
+        options = MergeOptions(
+            force, resume, workers or default_workers(), verify="none" if no_verify else level, device=device, notify=tell_note,
+            on_report=reports.append, on_verify=verified, on_calibrate=calibrated,
+        )  # fmt: skip
+        target = run(folder, named, output, settings, options)
+    print_result("\n".join([f"{printable(str(target), 1000)}: routers made anew", *map(verdict_text, reports)]))
 
 
 # ---- what commands say and show ------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Routers that are made of texts: what a plan has to know of the texts, what it says of them, and what the pass over them costs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bam_merge import expressions
@@ -45,13 +46,14 @@ def calibration(
     except CheckpointError as error:
         problems += [f"{recipe.file}: {recipe.written(next(iter(used)))}: {problem}" for problem in error.problems]
     else:
-        window = min(WINDOW, seed.facts["max_position_embeddings"] or WINDOW)
         read: dict[str, Corpus] = {}
         for place in used:
             make = recipe.from_texts[place]
             asked = repr((list(_asked(make)), make.tokens))
             if asked not in read:  # one section for both routers is read once
-                read[asked] = _corpus(recipe, place, tokenizer, window, giver.facts["vocab_size"], problems)
+                reading = reading_of(make, tokenizer, seed.facts["max_position_embeddings"], recipe.folder)
+                where = f"{recipe.file}: {recipe.written(place)}"
+                read[asked] = read_corpus(make, reading, where, giver.facts["vocab_size"], problems)
             corpora[place] = read[asked]
     if problems and recipe.from_document:
         return Calibration({}, absent="; ".join(problems))
@@ -73,32 +75,36 @@ def _unfit(recipe: Recipe, seed: DenseModel, steps: Sequence[Step]) -> list[str]
     return [f"{recipe.file}: {place}: {what}. Use init: normal, or sources in full precision."]
 
 
-def _corpus(recipe: Recipe, place: str, tokenizer: Any, window: int, vocabulary: int, problems: list[str]) -> Corpus:
-    """The texts of one place of the recipe. Problems are appended."""
-    make = recipe.from_texts[place]
-    reading = Reading(tokenizer, make.tokens, min(max(window, make.tokens // SHARE_FURTHER), MOST_FURTHER), window, recipe.folder)
+def read_corpus(make: FromTexts, reading: Reading, where: str, vocabulary: int, problems: list[str]) -> Corpus:
+    """The texts of a section that messages call `where`, for a model with a `vocabulary` of so many rows. Problems are appended."""
+    assert reading.folder is not None
     found: tuple[dict[str, Text], dict[str, Text]] = ({}, {})
     for kind, name, text in _asked(make):
-        where = f"{recipe.file}: {recipe.written(place)}.{kind}.{name}"
+        place = f"{where}.{kind}.{name}"
         try:
             if kind == "texts":
-                read = read_text(find_files(text, recipe.folder, where), reading, where)
+                read = read_text(find_files(text, reading.folder, place), reading, place)
             else:
-                read = read_prompts([text] if isinstance(text, str) else text, reading, where)
+                read = read_prompts([text] if isinstance(text, str) else text, reading, place)
         except BamMergeError as error:
             problems += error.problems
             continue
         largest = max(max(ids) for ids in (*read.windows, *read.further))
         if largest >= vocabulary:
             problems.append(
-                f"{where}: tokenizer.json gives the token {largest}, and the model has rows for {vocabulary}. Is it this model's tokenizer?"
+                f"{place}: tokenizer.json gives the token {largest}, and the model has rows for {vocabulary}. Is it this model's tokenizer?"
             )
         found[kind == "negative_prompts"][name] = read
     texts, negative = found
     if len(texts) > 1 and len({text.windows for text in texts.values()}) == 1:
-        where = f"{recipe.file}: {recipe.written(place)}.texts"
-        problems.append(f"{where}: all texts are the same, so no router follows from them. Give each expert its own.")
+        problems.append(f"{where}.texts: all texts are the same, so no router follows from them. Give each expert its own.")
     return Corpus(texts, negative)
+
+
+def reading_of(make: FromTexts, tokenizer: Any, positions: int | None, folder: Path) -> Reading:
+    """How the texts of a section are read, for a model with so many positions. Paths are relative to `folder`."""
+    window = min(WINDOW, positions or WINDOW)
+    return Reading(tokenizer, make.tokens, min(max(window, make.tokens // SHARE_FURTHER), MOST_FURTHER), window, folder)
 
 
 def _asked(make: FromTexts) -> Iterator[tuple[str, str, str | tuple[str, ...]]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bam_merge.calibrating.corpus import Calibration
 from bam_merge.calibrating.stage import Made, State, Watch
 from bam_merge.merging.calibrate import calibrate, calibrated_steps, write_routers
 from bam_merge.merging.tensor import Finished
@@ -20,7 +21,8 @@ def make_routers(plan: Plan, staging: Staging, options: MergeOptions) -> tuple[d
         return {}, {}
     from bam_merge.verifying.devices import open_device
 
-    kept = KeptStates(staging, plan)
+    assert plan.calibration is not None
+    kept = KeptStates(staging, plan.fingerprint)
     watch = Watch(kept.save, kept.load, options.on_calibrate)
     made = calibrate(plan, staging.output, open_device(options.device), options.workers, watch)
     last = steps[-1][1].inputs
@@ -30,30 +32,27 @@ def make_routers(plan: Plan, staging: Staging, options: MergeOptions) -> tuple[d
         staging.record(step.name, finished)
 
     written = write_routers(plan, staging.output, staging.files, made, on_finished)
-    options.notify(accuracy_text(plan, made))
+    options.notify(accuracy_text(plan.calibration, made))
     return made, written
 
 
-def calibration_record(plan: Plan, made: Mapping[str, Made]) -> dict[str, Any]:
-    """What a manifest says of the texts and of what was measured; nothing where no router is made of some."""
-    if plan.calibration is None:
-        return {}
+def calibration_record(found: Calibration, made: Mapping[str, Made]) -> dict[str, Any]:
+    """What a manifest says of the texts and of what was measured."""
     measured = {name: {"tokens": _share(router.tokens), "windows": _share(router.windows)} for name, router in made.items()}
-    return {"calibration": {"texts": plan.calibration.document(), "accuracy": measured}}
+    return {"texts": found.document(), "accuracy": measured}
 
 
 def _share(value: float) -> float:
     return round(value, 4)
 
 
-def accuracy_text(plan: Plan, made: Mapping[str, Made]) -> str:
+def accuracy_text(found: Calibration, made: Mapping[str, Made]) -> str:
     """How often routers choose the expert whose text it is."""
-    assert plan.calibration is not None
-    further = all(text.further for corpus in plan.calibration.corpora.values() for text in corpus.texts.values())
+    further = all(text.further for corpus in found.corpora.values() for text in corpus.texts.values())
     of = "tokens that they were not made of" if further else "their own tokens, as there are no further ones"
     tokens, windows = (sum(getattr(router, key) for router in made.values()) / len(made) for key in ("tokens", "windows"))
     name, lowest = min(made.items(), key=lambda item: item[1].tokens)
     return (
-        f"{count(len(made), 'router')} from {plan.calibration.tokens:,} tokens of text: {tokens:.0%} of {of} go to the expert whose text "
+        f"{count(len(made), 'router')} from {found.tokens:,} tokens of text: {tokens:.0%} of {of} go to the expert whose text "
         f"it is, and {windows:.0%} of windows by their sum; least in {printable(name)}, {lowest.tokens:.0%}."
     )

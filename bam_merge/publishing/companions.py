@@ -53,7 +53,7 @@ def write_companions(
     documents.update(model_code(plan.config))
     documents["README.md"] = model_card(plan).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
-    documents[MANIFEST] = sealed({**manifest(plan, finished, digests), **(calibration or {})})
+    documents[MANIFEST] = sealed({**manifest(plan, finished, digests), **({"calibration": calibration} if calibration else {})})
     for name, data in documents.items():
         write_file(folder / name, data, descriptor)
 

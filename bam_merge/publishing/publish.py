@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from bam_merge._version import __version__
 from bam_merge.checkpoints.provenance import MANIFEST, MANIFEST_FORMAT, companion_digests, read_manifest
@@ -75,13 +76,14 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     """Write everything into the staging folder, synced, and prove it."""
     done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
     companions = companion_files(plan)
-    finished, record = _run(plan, staging, options, done), {}
+    finished = _run(plan, staging, options, done)
+    record: dict[str, Any] = {}
     if plan.calibration is not None:
         from bam_merge.publishing.calibrated import calibration_record, make_routers  # with torch, which copies do without
 
         made, routers = make_routers(plan, staging, options)
-        finished, record = {**finished, **routers}, calibration_record(plan, made)
-    write_companions(plan, staging.output, finished, staging.files, record)
+        finished, record = {**finished, **routers}, {"calibration": calibration_record(plan.calibration, made)}
+    write_companions(plan, staging.output, finished, staging.files, **record)
     check_unchanged(plan.checkpoints)  # once more, after what the manifest read and the companions
     if changes := [changed(source, path) for source, path, _ in companions ^ companion_files(plan)]:
         raise CheckpointError(*dict.fromkeys(changes))
@@ -126,14 +128,18 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions, le
     report = verify(staging.output, plan, options=VerifyOptions(level, options.device, options.workers, options.on_verify))
     options.on_report(report)
     if not report.ok:
-        failed = next(path for path in map(target.with_name, free_names(target.name, ".failed")) if not os.path.lexists(path))
-        staging.appear(failed, replace_existing=False)
-        with suppress(SyncFailed):  # it is only for looking at
-            sync_descriptor(staging.parent, target.parent)
-        staging.remove()
-        names = [f"{check.name}: {check.detail}" for check in report.failures]
-        kept = f"the result is kept for inspection in {printable(str(failed))}"
-        raise VerificationFailed(*names, f"{printable(str(target))} was not published; {kept}.")
+        refuse(staging, target, [f"{check.name}: {check.detail}" for check in report.failures])
+
+
+def refuse(staging: Staging, target: Path, failures: list[str]) -> NoReturn:
+    """Keep a result that failed its proof beside the target, under a name that says so, and raise VerificationFailed."""
+    failed = next(path for path in map(target.with_name, free_names(target.name, ".failed")) if not os.path.lexists(path))
+    staging.appear(failed, replace_existing=False)
+    with suppress(SyncFailed):  # it is only for looking at
+        sync_descriptor(staging.parent, target.parent)
+    staging.remove()
+    kept = f"the result is kept for inspection in {printable(str(failed))}"
+    raise VerificationFailed(*failures, f"{printable(str(target))} was not published; {kept}.")
 
 
 def _check_proof(level: str, device: str) -> None:

@@ -20,7 +20,6 @@ from bam_merge.calibrating.stage import Made, State
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.files import writing
 from bam_merge.own_folder import open_file, read_file
-from bam_merge.planning.plan import Plan
 from bam_merge.publishing.journal import begun, line
 from bam_merge.publishing.staging import NEW_STATES, STATES, Staging
 from bam_merge.values.tensors import decode, encode
@@ -30,10 +29,10 @@ SAVE_SECONDS = 5.0
 
 
 class KeptStates:
-    """The states of one plan's pass in a staging folder."""
+    """The states of one pass in a staging folder. `fingerprint` says what it is of."""
 
-    def __init__(self, staging: Staging, plan: Plan) -> None:
-        self.staging, self.of, self.saved = staging, {"fingerprint": plan.fingerprint, "version": __version__}, time.monotonic()
+    def __init__(self, staging: Staging, fingerprint: str) -> None:
+        self.staging, self.of, self.saved = staging, {"fingerprint": fingerprint, "version": __version__}, time.monotonic()
 
     def save(self, state: State, at_once: bool = False) -> None:
         """Keep `state` in place of what was kept, if that is old enough."""

@@ -7,7 +7,7 @@ plan has read, whose files' bytes are digested again. Bits are not the same, so 
 Shape suffixes:  T tokens of a window    M tokens    D hidden_size    K texts
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from pathlib import Path
@@ -21,16 +21,16 @@ from torch import Tensor
 from bam_merge import expressions
 from bam_merge.calibrating.corpus import Corpus
 from bam_merge.checkpoints.folder import Checkpoint
+from bam_merge.checkpoints.pieces import Read
 from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.model.model import Block
 from bam_merge.model.streaming import streamed_block, streamed_embeddings
-from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.plan import Plan
 from bam_merge.text import count, printable, some
 from bam_merge.verifying.aligned import in_result_ids
 from bam_merge.verifying.conversion import open_dense
 from bam_merge.verifying.measuring import Way
 from bam_merge.verifying.report import Check
-from bam_merge.verifying.rounding import nearest
 
 Matrix = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
@@ -57,7 +57,12 @@ def calibration_checks(checkpoint: Checkpoint, plan: Plan | None, manifest: Mapp
         yield Check("calibration", None, f"not run, so that routers have their digests alone: {why}")
         return
     yield _texts(plan, manifest)
-    yield from _routers(checkpoint, plan, manifest, way)
+    mixture, given = stored_model(checkpoint), plan
+
+    def seed() -> StoredModel:
+        return in_result_ids(checkpoint.path, given, open_dense(given), mixture.config.vocab_size)[given.recipe.seed_name]
+
+    yield from router_checks(mixture, asked_of(plan), seed, manifest.get("calibration", {}).get("accuracy", {}), way)
 
 
 def tokens_of_texts(manifest: Mapping[str, Any]) -> int:
@@ -150,30 +155,58 @@ def _hidden_mean(method: expressions.HiddenMean, inputs: _Inputs, negative: _Inp
     return numpy.asarray(method.scale / numpy.mean(margins) * rows)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One router that is to follow from its texts: tensor, place, dtype, the rule, and the text of each row's source."""
+
+    name: str
+    role: str
+    layer: int
+    dtype: str
+    method: expressions.Calibrator
+    names: tuple[str, ...]
+    inputs: str
+    corpus: Corpus
+    expression: str
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.names))
+
+
+def asked_of(plan: Plan) -> list[Asked]:
+    """The routers of a plan that are made of texts."""
+    assert plan.calibration is not None
+    return [
+        Asked(
+            step.name, step.role, step.layer or 0, step.dtype, step.expr.method, step.expr.names, step.expr.inputs,
+            plan.calibration.corpora[step.expr.of], step.expression,
+        )
+        for step in plan.steps
+        if isinstance(step.expr, expressions.Calibrated)
+    ]  # fmt: skip
+
+
 @torch.no_grad()
-def _routers(checkpoint: Checkpoint, plan: Plan, manifest: Mapping[str, Any], way: Way) -> Iterator[Check]:
-    """Every router against its rows as they are worked out here, and its recorded accuracy."""
-    routers = [(step, step.expr) for step in plan.steps if isinstance(step.expr, expressions.Calibrated)]
-    mixture = stored_model(checkpoint)
+def router_checks(
+    mixture: StoredModel, asked: Sequence[Asked], seed: Callable[[], StoredModel], recorded: Mapping[str, Any], way: Way
+) -> Iterator[Check]:
+    """Every router against its rows as they are worked out here, and its recorded accuracy. `seed` opens the source of that name."""
     wrong, worst, bound, accuracies = list[str](), 0.0, 0.0, list[str]()
-    recorded = manifest.get("calibration", {}).get("accuracy", {})
-    for inputs in dict.fromkeys(expr.inputs for _, expr in routers):
-        model = mixture
-        if inputs == "seed":
-            model = in_result_ids(checkpoint.path, plan, open_dense(plan), mixture.config.vocab_size)[plan.recipe.seed_name]
-        of = [(step, expr) for step, expr in routers if expr.inputs == inputs]
-        for step, expr, seen, negative in _passed(model, plan, of, way):
-            error, accuracy = _compared(mixture, checkpoint, step, expr, seen, negative)
-            allowed = ROW_TOLERANCE[inputs] + _rounding(step.dtype)
+    for inputs in dict.fromkeys(router.inputs for router in asked):
+        of = [router for router in asked if router.inputs == inputs]
+        for router, seen, negative in _passed(mixture if inputs == "mixture" else seed(), of, way):
+            error, accuracy = _compared(mixture, router, seen, negative)
+            allowed = ROW_TOLERANCE[inputs] + _rounding(router.dtype)
             if error / allowed >= worst / max(bound, 1e-300):
                 worst, bound = error, allowed
             if not error <= allowed:
-                wrong.append(f"{step.name} ({error:.3g} of a row's length off, expected {step.expression})")
-            said = recorded.get(step.name, {}).get("tokens")
-            if not isinstance(said, float | int) or abs(said - accuracy) > ACCURACY_TOLERANCE + (ROW_TOLERANCE[inputs] if wrong else 0):
-                accuracies.append(f"{step.name} ({said}, measured {accuracy:.4f})")
-    extra = sorted(recorded.keys() - {step.name for step, _ in routers})
-    detail = f"{len(routers)} routers follow from their texts, by a pass of our own" + ("" if way.level.thorough else " in float32")
+                wrong.append(f"{router.name} ({error:.3g} of a row's length off, expected {router.expression})")
+            said = recorded.get(router.name, {}).get("tokens")
+            if not isinstance(said, float | int) or abs(said - accuracy) > ACCURACY_TOLERANCE:
+                accuracies.append(f"{router.name} ({said}, measured {accuracy:.4f})")
+    extra = sorted(recorded.keys() - {router.name for router in asked})
+    detail = f"{len(asked)} routers follow from their texts, by a pass of our own" + ("" if way.level.thorough else " in float32")
     yield Check("calibration", not wrong, some(wrong) if wrong else detail, worst, bound)
     accuracies += [f"{printable(name)} is no such router" for name in extra]
     yield Check("accuracy", not accuracies, some(accuracies) if accuracies else "as it is recorded", None, ACCURACY_TOLERANCE)
@@ -184,52 +217,45 @@ def _rounding(dtype: str) -> float:
     return {"BF16": 2.0**-8, "F16": 2.0**-10}.get(dtype, 2.0**-23)
 
 
-def _compared(
-    mixture: StoredModel, checkpoint: Checkpoint, step: Step, expr: expressions.Calibrated, seen: _Inputs, negative: _Inputs
-) -> tuple[float, float]:
+def _compared(mixture: StoredModel, router: Asked, seen: _Inputs, negative: _Inputs) -> tuple[float, float]:
     """How far the worst row is from what it should be, relative to its length; and the share of tokens that go to their text's expert."""
-    names = tuple(dict.fromkeys(expr.names))
-    rows = derived(expr.method, seen, negative, names)
-    wanted = numpy.stack([rows[names.index(name)] for name in expr.names])
-    parameter = next(name for name, leaf in mixture.leaves.items() if str(leaf).partition(":")[2] == step.name)
+    names = router.distinct
+    rows = derived(router.method, seen, negative, names)
+    wanted = numpy.stack([rows[names.index(name)] for name in router.names])
+    parameter = next(name for name, leaf in mixture.leaves.items() if isinstance(leaf, Read) and leaf.tensor == router.name)
     stored = mixture.read(parameter).double()
     lengths = numpy.sqrt((wanted**2).sum(1)).clip(min=1e-300)
     error = float((numpy.sqrt(((stored.numpy() - wanted) ** 2).sum(1)) / lengths).max())
     right, total = 0, 0
-    chosen_N = numpy.array([names.index(name) for name in expr.names])
-    router = nearest(stored, step.dtype).float()
+    chosen_N = numpy.array([names.index(name) for name in router.names])
     for name, tried in seen.tried.items():
         for x_MD in tried:
-            right += int((chosen_N[(x_MD.float().cpu() @ router.T).argmax(-1).numpy()] == names.index(name)).sum())
+            right += int((chosen_N[(x_MD.float().cpu() @ stored.float().T).argmax(-1).numpy()] == names.index(name)).sum())
             total += len(x_MD)
     return (error if error == error else float("inf")), right / max(1, total)
 
 
-Passed = tuple[Step, expressions.Calibrated, _Inputs, _Inputs]
-
-
-def _passed(model: StoredModel, plan: Plan, of: list[tuple[Step, expressions.Calibrated]], way: Way) -> Iterator[Passed]:
-    """The routers of each layer with what they see of their texts, window by window."""
-    assert plan.calibration is not None
+def _passed(model: StoredModel, of: Sequence[Asked], way: Way) -> Iterator[tuple[Asked, _Inputs, _Inputs]]:
+    """The routers of each layer with what they see of their texts, and of what is not typical of these, window by window."""
     computing = way.precisions[0]
-    corpora = {place: corpus for place, corpus in plan.calibration.corpora.items() if any(expr.of == place for _, expr in of)}
+    corpora = {id(router.corpus): router.corpus for router in of}
     distinct = {ids for corpus in corpora.values() for text in corpus.all for ids in (*text.windows, *text.further)}
     states = {ids: streamed_embeddings(model, torch.tensor([ids]), computing) for ids in sorted(distinct)}
-    for layer in range(1 + max(step.layer or 0 for step, _ in of)):
+    for layer in range(1 + max(router.layer for router in of)):
         block = streamed_block(model, layer, computing)
-        here = [(step, expr) for step, expr in of if step.layer == layer]
-        found = {step.name: (_Inputs(), _Inputs()) for step, _ in here}
-        by_window: dict[tuple[int, ...], list[tuple[Step, expressions.Calibrated, str, str]]] = {}
-        for step, expr in here:
-            for kind, name, ids in _uses(corpora[expr.of]):
-                by_window.setdefault(ids, []).append((step, expr, kind, name))
+        here = [router for router in of if router.layer == layer]
+        found = {router.name: (_Inputs(), _Inputs()) for router in here}
+        by_window: dict[tuple[int, ...], list[tuple[Asked, str, str]]] = {}
+        for router in here:
+            for kind, name, ids in _uses(router.corpus):
+                by_window.setdefault(ids, []).append((router, kind, name))
         for ids, x_1TD in states.items():
             seen, hidden = _run(block, x_1TD)
-            for step, expr, kind, name in by_window.get(ids, ()):
-                _note(found[step.name], kind, name, seen[step.role], isinstance(expr.method, expressions.Ridge))
+            for router, kind, name in by_window.get(ids, ()):
+                _note(found[router.name], kind, name, seen[router.role], isinstance(router.method, expressions.Ridge))
             states[ids] = hidden
         way.ran(layer)
-        yield from ((step, expr, *found[step.name]) for step, expr in here)
+        yield from ((router, *found[router.name]) for router in here)
 
 
 def _uses(corpus: Corpus) -> Iterator[tuple[str, str, tuple[int, ...]]]:
