@@ -10,6 +10,7 @@ from typing import Any
 from bam_merge.architectures.vocabulary import (
     CONTEXTS,
     DERIVED,
+    ENGINES,
     EXPERT_COUNTS,
     ROLES,
     ROTARY_BASES,
@@ -27,6 +28,7 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
     "quirks": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list, "tensors": dict,
+    "engines": list,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
@@ -44,7 +46,7 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
     "turning": TURNING, "experts": EXPERT_COUNTS,
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
-LIMIT: Kinds = {"otherwise": str, "equal": list, "fact": str, "only": list}
+LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
@@ -110,8 +112,17 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
         for index, row in enumerate(table["tensors"].get(key, ())):
             yield from _row(f"tensors.{key}[{index}]", row, own_roles=table["kind"] != "foreign")
     for index, limit in enumerate(table.get("limits", ())):
-        yield from _keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise",))
+        wrong = list(_keys(f"limits[{index}]", limit, LIMIT, needed=("otherwise", "engines")))
+        yield from wrong
+        yield from () if wrong else _engines(f"limits[{index}].engines", limit["engines"])
         yield from _sizes(f"limits[{index}].equal", limit.get("equal", ()))
+    yield from _engines("engines", table.get("engines", ()))
+
+
+def _engines(place: str, engines: Iterable[Any]) -> Iterator[str]:
+    for engine in engines:
+        if engine not in ENGINES:
+            yield f"{place}: {engine!r} is no engine that is known{_known(str(engine), ENGINES)}"
 
 
 def _quirks(quirks: Mapping[str, Any]) -> Iterator[str]:

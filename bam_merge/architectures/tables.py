@@ -50,10 +50,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Limit:
-    """What engines cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
+    """What `engines` cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
     value than those of `only`, `otherwise` happens."""
 
     otherwise: str
+    engines: tuple[str, ...]
     equal: tuple[str, ...] = ()
     fact: str | None = None
     only: tuple[Any, ...] = ()
@@ -107,7 +108,8 @@ class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
-    merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines need besides.
+    merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines need besides, and
+    `engines` those that know the layout beside transformers.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Architecture:
     implies: Mapping[str, Any]
     config: Mapping[str, Any]
     limits: tuple[Limit, ...]
+    engines: tuple[str, ...]
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -185,6 +188,7 @@ def read_table(text: str, file: str) -> Architecture:
         implies=table.get("implies", {}),
         config=table.get("config", {}),
         limits=tuple(_limit(record) for record in table.get("limits", ())),
+        engines=tuple(table.get("engines", ())),
     )
 
 
@@ -194,7 +198,8 @@ def _quirks(record: Mapping[str, Any]) -> Quirks:
 
 
 def _limit(record: Mapping[str, Any]) -> Limit:
-    return Limit(record["otherwise"], tuple(record.get("equal", ())), record.get("fact"), tuple(record.get("only", ())))
+    only = tuple(record.get("only", ()))
+    return Limit(record["otherwise"], tuple(record["engines"]), tuple(record.get("equal", ())), record.get("fact"), only)
 
 
 def _row(record: Mapping[str, Any]) -> Row:

@@ -91,3 +91,6 @@ listed              those with a 1 in no_rope_layers, or, where it is left out, 
 
 WORKED_OUT = {"num_key_value_heads": "the number of key and value heads", "head_dim": "the size of a head"}
 """Facts that a family may always work out from others, whatever its config.json says, by the key that others have for them."""
+
+ENGINES = ("vLLM", "llama.cpp")
+"""Engines beside transformers of which it is known what they compute."""

@@ -19,7 +19,7 @@ from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
 from bam_merge.planning.assign import Made, assign, check_axes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
-from bam_merge.planning.fill import engine_notes
+from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.steps import dtype_problems, make_steps, place
@@ -86,6 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
             *found.notes,
         ),
         accepted=tuple(found.warnings),
+        engines=engine_faults(layout, values),
         cost=cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"]),
         fingerprint=_fingerprint(recipe, models, config, alignment),
         files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),

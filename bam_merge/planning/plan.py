@@ -4,7 +4,7 @@ Nothing here imports torch, or reads tensor data but to compare a tied head with
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -73,7 +73,7 @@ class Plan:
     `accepted` are warnings, one for each difference between the sources that the recipe accepts.
 
     `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
-    were aligned.
+    were aligned. `engines` are those that know the layout, each with why it does not compute the result as transformers does.
     """
 
     recipe: Recipe
@@ -89,6 +89,7 @@ class Plan:
     files: Mapping[str, str]
     alignment: Alignment | None
     accepted: tuple[str, ...] = ()
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
