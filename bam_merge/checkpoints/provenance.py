@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -33,6 +33,28 @@ REMEDY = "copy the file again from where the merge was published, or merge again
 
 SEAL = "manifest_digest"
 """The manifest's last key: a digest (XXH3-128) of its own bytes, with zeros where the digest stands."""
+
+
+REFRESHED = "refreshed"
+"""The key that says which version wrote which files anew after the merge: {"version", "files"}."""
+
+
+class Refreshed(NamedTuple):
+    """That a later version wrote some files beside the tensors anew."""
+
+    version: str
+    files: tuple[str, ...]
+
+
+def refreshed(manifest: Mapping[str, Any]) -> Refreshed | None:
+    """What a manifest says of a later version's work; None where nothing, or what cannot be."""
+    found = manifest.get(REFRESHED)
+    if not isinstance(found, dict) or found.keys() != {"version", "files"} or not _has(found, {"version": str, "files": list}):
+        return None
+    files = found["files"]
+    if not files or not all(isinstance(name, str) and name in manifest["files"] for name in files) or len(set(files)) != len(files):
+        return None
+    return Refreshed(found["version"], tuple(files))
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:

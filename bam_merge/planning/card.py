@@ -1,15 +1,24 @@
 """The model card that travels with a merged checkpoint: what it is, from what, how to use it."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
+
+import yaml
 
 from bam_merge._version import __version__
 from bam_merge.architectures.cost import Cost, cost_of_tensors
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES, config_name
+from bam_merge.documents import load_json
 from bam_merge.expressions import Calibrated
+from bam_merge.hub_id import hub_id
+from bam_merge.planning.card_use import use
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted
 from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.licenses import License
 from bam_merge.sources.tokenizers.alignment import Alignment
 from bam_merge.text import printable
 
@@ -21,29 +30,8 @@ METHODS = {
 }
 
 
-TRANSFORMERS_FLOOR = "5.10"
-"""The oldest transformers whose interfaces the exported model code uses (the extra `hf` in pyproject.toml)."""
-
-
-LOADING = """
-## Loading
-
-With transformers {floor} or later (5.23 for tensor-parallel training); the model code is in this folder:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-```
-
-Without transformers, and without running code of this folder, by bam-merge's reference model:
-
-```python
-import bam_merge
-
-model = bam_merge.load_model("THIS_FOLDER")  # model(input_ids [B, T]) -> logits [B, T, V]
-```
-"""
+TEMPLATES_APART = frozenset({"chat_template.jinja", "chat_template.json"})
+"""Files that hold a chat template, beside tokenizer_config.json."""
 
 
 TRAINING = """
@@ -67,46 +55,96 @@ FROM_TEXTS = "The routers were made of texts, so that the mixture can be used as
 """What is said of routers that start at random, and of those that are all made of texts."""
 
 
-PUBLIC_LOADING = """
-Loads in transformers as `{name}`:
+@dataclass(frozen=True)
+class Beside:
+    """What a card says beside its plan: the `licenses` that folders of the plan state, whether the tokenizer has a chat template, the
+    version that made the result, and the one that `renewed` card and code, if another did."""
 
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
-```
-"""
+    licenses: Mapping[str, License] = field(default_factory=dict)
+    chat: bool = False
+    version: str = __version__
+    renewed: str | None = None
 
 
-def model_card(plan: Plan) -> str:
-    """README.md of the output, in Markdown with the hub's YAML front matter. Depends on the plan alone."""
-    recipe, config = plan.recipe, plan.config
+def has_chat_template(documents: Mapping[str, bytes]) -> bool:
+    """Whether the tokenizer files of a folder, by name, hold a chat template."""
+    if not TEMPLATES_APART.isdisjoint(documents):
+        return True
+    try:
+        settings = load_json(documents.get("tokenizer_config.json", b"{}"))
+    except ValueError:
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+
+
+def model_card(plan: Plan, beside: Beside | None = None) -> str:
+    """README.md of the output, in Markdown with the hub's YAML front matter. Depends on the plan, and what is said `beside` it, alone."""
+    recipe, config, beside = plan.recipe, plan.config, beside or Beside()
     names = list(dict.fromkeys(recipe.expert_names))
-    tags = ["merge", "bam-merge", *(["moe"] if recipe.method != "merge" else [])]
     seed = plan.models[recipe.seed_name]
+    renewed = f", card and model code by {beside.renewed}" if beside.renewed else ""
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [{', '.join(tags)}]",
+        _yaml(_front_matter(plan, beside)).rstrip("\n"),
         "---",
         "",
         f"# {' + '.join(names)}, merged by {METHODS[recipe.method]}",
         "",
-        f"Made by bam-merge {__version__} from {seed.family.name} models; `bam_merge.json` holds the recipe, "
+        f"Made by bam-merge {beside.version}{renewed} from {seed.family.name} models; `bam_merge.json` holds the recipe, "
         "how every tensor was made, and digests of all inputs and outputs.",
         "",
         "| | |",
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in _facts(plan)),
+        f"| licenses | {_licenses(plan, beside.licenses)} |",
     ]
-    text = "\n".join(lines) + "\n" + _accepted(plan)
+    text = "\n".join(lines) + "\n" + _accepted(plan) + use(plan, beside.chat)
     if plan.layout.name == "bam":
-        balance, z = config["router_aux_loss_coef"], config["router_z_loss_coef"]
-        return text + LOADING.format(floor=TRANSFORMERS_FLOOR) + TRAINING.format(routers=_routers(plan), balance=balance, z=z)
-    if recipe.method != "merge":
-        text += f"\n{_routers(plan)}.\n"
-    return text + PUBLIC_LOADING.format(name=plan.layout.class_name)
+        text += TRAINING.format(routers=_routers(plan), balance=config["router_aux_loss_coef"], z=config["router_z_loss_coef"])
+    elif recipe.method != "merge":
+        text += f"\n## Training\n\n{_routers(plan)}.\n"
+    return text + _recipe(recipe)
+
+
+def _front_matter(plan: Plan, beside: Beside) -> dict[str, Any]:
+    """What the hub reads of a card: where it came from, and its license where all sources state the same one."""
+    recipe = plan.recipe
+    ids = [hub_id(recipe.relative(store.path)) for store in recipe.stores.values()]
+    bases = list(dict.fromkeys(found.repo for found in ids if found is not None and found.commit is not None))
+    agreed = set(beside.licenses.values()) if beside.licenses.keys() == recipe.stores.keys() else set()
+    return {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": bases, "base_model_relation": "merge"} if bases else {}),
+        **(agreed.pop().entries() if len(agreed) == 1 else {}),
+        "tags": ["merge", "bam-merge", *(["moe"] if recipe.method != "merge" else [])],
+    }
+
+
+def _licenses(plan: Plan, stated: Mapping[str, License]) -> str:
+    """The license that each folder states."""
+    if not stated:
+        return "no source states one"
+    return ", ".join(f"{name}: {stated.get(name, 'not stated')}" for name in plan.recipe.stores)
+
+
+def _recipe(recipe: Recipe) -> str:
+    """The recipe with every default written out, in a fence that nothing in it can close."""
+    resolved = recipe.resolved()  # in the order of the schema, which a recipe from a manifest has too
+    text = _yaml({key: resolved[key] for key in type(recipe).model_fields if key in resolved})
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    return f"\n## Recipe\n\n{fence}yaml\n{text}{fence}\n"
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes the same value out as often as it stands, without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    return yaml.dump(dict(document), Dumper=_Plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 
 def _routers(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from bam_merge import expressions
 from bam_merge.architectures.locate import shape_of
-from bam_merge.architectures.tables import Architecture, Row, evaluate
+from bam_merge.architectures.tables import Architecture, Limit, Row, evaluate
 from bam_merge.planning.assign import Made
 from bam_merge.sources.dense import DenseModel, Site
 
@@ -32,9 +32,21 @@ def engine_notes(layout: Architecture, values: Mapping[str, Any], made: Mapping[
             f"output.layout: {layout.name} has a {row.roles[0]} of its own, the sources use {row.make}: it is stored once more, as a copy "
             f"that training moves apart from it (without it {row.without}). Layout bam keeps one tensor for both."
         )
+    yield from (f"output.layout: {layout.name}: {text}" for _, text in _unmet(layout, values))
+
+
+def engine_faults(layout: Architecture, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """For each engine that runs `layout`, why it does not compute this model as transformers does; nothing where it does."""
+    unmet = list(_unmet(layout, values))
+    engines = [engine.name for engine in layout.engines if engine.runs]
+    return {engine: tuple(text for limit, text in unmet if engine in limit.engines) for engine in engines}
+
+
+def _unmet(layout: Architecture, values: Mapping[str, Any]) -> Iterator[tuple[Limit, str]]:
+    """The limits that the model does not keep, in words."""
     for limit in layout.limits:
         if limit.equal and evaluate(limit.equal[0], values) != evaluate(limit.equal[1], values):
             sizes = " is not ".join(f"{size} = {evaluate(size, values)}" for size in limit.equal)
-            yield f"output.layout: {layout.name}: {sizes}: {limit.otherwise}."
+            yield limit, f"{sizes}: {limit.otherwise}."
         if limit.fact and values[limit.fact] not in limit.only:
-            yield f"output.layout: {layout.name}: {limit.fact} is {values[limit.fact]}: {limit.otherwise}."
+            yield limit, f"{limit.fact} is {values[limit.fact]}: {limit.otherwise}."

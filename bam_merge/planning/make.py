@@ -21,7 +21,7 @@ from bam_merge.planning.aligned import aligned_config, alignment_problems, with_
 from bam_merge.planning.assign import Made, assign, check_axes, check_units
 from bam_merge.planning.calibration import calibration, calibration_notes
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
-from bam_merge.planning.fill import engine_notes
+from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
@@ -94,6 +94,7 @@ def make_plan(recipe: Recipe) -> Plan:
             *found.notes,
         ),
         accepted=tuple(found.warnings),
+        engines=engine_faults(layout, values),
         cost=cost,
         fingerprint=_fingerprint(recipe, models, config, alignment, texts),
         files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),

@@ -4,7 +4,7 @@ Nothing here imports torch, or reads tensor data but to compare a tied head with
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -80,7 +80,7 @@ class Plan:
     `calibration` has the texts of the routers that are made of some.
 
     `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
-    were aligned.
+    were aligned. `engines` are those that know the layout, each with why it does not compute the result as transformers does.
     """
 
     recipe: Recipe
@@ -97,6 +97,7 @@ class Plan:
     alignment: Alignment | None
     accepted: tuple[str, ...] = ()
     calibration: Calibration | None = None
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:

@@ -14,10 +14,11 @@ from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.checkpoints.provenance import MANIFEST, sealed
 from bam_merge.files import write_file
 from bam_merge.merging.tensor import Finished
-from bam_merge.planning.card import model_card
+from bam_merge.planning.card import Beside, has_chat_template, model_card
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.manifest import manifest
 from bam_merge.sources.companions import companion
+from bam_merge.sources.licenses import source_licenses
 from bam_merge.sources.tokenizers.writing import companion_documents
 
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
@@ -51,9 +52,11 @@ def write_companions(
     folders = {name: model.checkpoint.path for name, model in plan.models.items()}
     documents.update(companion_documents(plan.files, folders, plan.alignment, companion))
     documents.update(model_code(plan.config))
-    documents["README.md"] = model_card(plan).encode()
+    licenses = source_licenses(plan.recipe)
+    documents["README.md"] = model_card(plan, Beside(licenses, has_chat_template(documents))).encode()
     digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in documents.items()}
-    documents[MANIFEST] = sealed({**manifest(plan, finished, digests), **({"calibration": calibration} if calibration else {})})
+    made = manifest(plan, finished, digests, licenses)
+    documents[MANIFEST] = sealed({**made, **({"calibration": calibration} if calibration else {})})
     for name, data in documents.items():
         write_file(folder / name, data, descriptor)
 

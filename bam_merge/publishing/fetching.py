@@ -8,7 +8,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.options import MergeOptions
 from bam_merge.publishing.preflight import check_target
-from bam_merge.sources.recipe_places import at_hand
+from bam_merge.sources.recipe_places import at_hand, bring_cards, find_in
 from bam_merge.sources.watching import WATCH, watched
 
 
@@ -16,6 +16,8 @@ def fetched(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
     """The plan over folders: the same one where all sources are folders. Raises BamMergeError, before a byte is downloaded where the result
     cannot be put where it is to go."""
     if not plan.remotes:
+        if plan.recipe.known:
+            bring_cards(find_in(plan.recipe, store) for store in plan.recipe.stores.values() if store.path in plan.recipe.known)
         return plan
     target = target_path(plan, output)
     if not options.resume:  # what is there may be this plan's result, which is seen when the sources are here

@@ -1,6 +1,7 @@
 """bam_merge.json: the recipe as resolved, how every tensor was made, and digests (XXH3-128) of everything read and written."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import xxhash
@@ -14,10 +15,11 @@ from bam_merge.errors import CheckpointError
 from bam_merge.merging.tensor import Finished
 from bam_merge.paths import relative
 from bam_merge.planning.plan import Plan
+from bam_merge.sources.licenses import License
 
 
-def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -> dict[str, Any]:
-    """What was made from what, with digests (XXH3-128). Same inputs, recipe and version: same bytes."""
+def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str], licenses: Mapping[str, License]) -> dict[str, Any]:
+    """What was made from what, with digests (XXH3-128), and the sources' licenses. Same inputs, recipe and version: same bytes."""
     tensors: dict[str, dict[str, Any]] = {}
     for step in plan.steps:
         record: dict[str, Any] = {
@@ -34,7 +36,7 @@ def manifest(plan: Plan, finished: dict[str, Finished], files: dict[str, str]) -
         "recipe": plan.recipe.resolved(),
         "recipe_folder": recipe_folder(plan),
         **({"accepted": list(plan.accepted)} if plan.accepted else {}),
-        "sources": _source_records(plan, finished),
+        "sources": _source_records(plan, finished, licenses),
         "parameters": {"total": plan.parameters, "active": plan.active_parameters},
         "files": dict(sorted(files.items())),
         "shards": {shard.file: {"bytes": shard.nbytes, "header": xxhash.xxh3_128_hexdigest(shard.header)} for shard in plan.shards},
@@ -49,7 +51,7 @@ def recipe_folder(plan: Plan) -> str:
     return os.path.relpath(folder, os.path.join(folder, relative(plan.recipe.output.path, plan.recipe.folder)))
 
 
-def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]:
+def _source_records(plan: Plan, finished: dict[str, Finished], licenses: Mapping[str, License]) -> dict[str, Any]:
     """For each folder that was read its path and, for each file read, a digest; for weights their size, and digests of header and tensors.
 
     A file's `digest` is the XXH3-128 of the header's digest and the digests of the tensors read, in file order.
@@ -82,6 +84,7 @@ def _source_records(plan: Plan, finished: dict[str, Finished]) -> dict[str, Any]
             "config": checkpoint.config_digest,
             "config_keys": key_digests(checkpoint.config),
             "companions": companion_digests(checkpoint.path, checkpoint.companions()),
+            **(licenses[source].entries() if source in licenses else {}),
             "files": files,
         }
     return records

@@ -1,6 +1,6 @@
 """Where the models are that a recipe names: found, downloaded, and pinned to a commit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bam_merge.errors import BamMergeError, CheckpointError
@@ -8,6 +8,7 @@ from bam_merge.hub_id import MARK
 from bam_merge.recipe.places import Known, Store
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.companions import left_behind
+from bam_merge.sources.licenses import CARD, MOST
 from bam_merge.sources.places import Found, bring, find
 
 
@@ -33,7 +34,21 @@ def at_hand(recipe: Recipe, output: Path | None = None, output_bytes: int = 0) -
     if problems:
         raise CheckpointError(*problems)
     bring(found.values(), output, output_bytes)
+    bring_cards(found.values())
     return pinned(recipe, found)
+
+
+def bring_cards(places: Iterable[Found]) -> None:
+    """Download the cards of the models of the hub among `places`, which state their licenses. Raises CheckpointError."""
+    wanted = [
+        (snapshot, CARD)
+        for snapshot in (place.snapshot for place in places)
+        if snapshot is not None and snapshot.files is not None and CARD in snapshot.files and snapshot.files[CARD].size <= MOST
+    ]
+    if wanted:
+        from bam_merge.sources.hub.download import download
+
+        download(wanted)
 
 
 def pinned(recipe: Recipe, found: Mapping[str, Found]) -> Recipe:

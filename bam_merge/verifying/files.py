@@ -20,7 +20,7 @@ from bam_merge._version import __version__
 from bam_merge.architectures.tables import find_by_model_type
 from bam_merge.checkpoints.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, Checkpoint, read_small_file
 from bam_merge.checkpoints.header import read_header
-from bam_merge.checkpoints.provenance import MANIFEST, REMEDY
+from bam_merge.checkpoints.provenance import MANIFEST, REMEDY, refreshed
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
 from bam_merge.sources.hub.cache import Snapshot
@@ -257,13 +257,15 @@ def code_check(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint
         problems.append(f"config.json has {some(others)}, which decides what code a loader runs, and which no merge writes: remove it")
     names = sorted({str(reference).partition(".")[0] + ".py" for reference in (ours or {}).values()})
     unseen = [name for name in names if name in left]
-    other = _other_code(folder, [name for name in names if name not in left], problems, same_version=manifest.get("version") == __version__)
+    again = refreshed(manifest)
+    writer = again.version if again is not None and set(names) & set(again.files) else manifest.get("version")
+    other = _other_code(folder, [name for name in names if name not in left], problems, same_version=writer == __version__)
     if unseen and not problems:
         return Check("code", None, f"{some(unseen)}: on the hub, and not downloaded: code never is. What would run was not compared")
     if problems or not other:
         held = f"{' and '.join(names)} are those of bam-merge {__version__}" if names else "none, and nothing names any"
         return Check("code", not problems, "; ".join(problems) or held)
-    written = printable(str(manifest.get("version")))
+    written = printable(str(writer))
     return Check(
         "code", None, f"{some(other)} written by bam-merge {written}, this is {__version__}: verify with that version to compare it"
     )

@@ -6,40 +6,32 @@ Who can write the folder can write a matching manifest: a digest proves damage, 
 import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
 from bam_merge import expressions
-from bam_merge._version import __version__
 from bam_merge.checkpoints.dtypes import DTYPES
 from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.provenance import SEAL
+from bam_merge.checkpoints.provenance import REFRESHED, SEAL, refreshed
 from bam_merge.checkpoints.reading import blocks
 from bam_merge.documents import load_json
-from bam_merge.errors import BamMergeError
-from bam_merge.planning.card import model_card
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import STORED_DTYPES, buffer
-from bam_merge.verifying.files import OnHub
-from bam_merge.verifying.report import Check
 
 KEYS = {
     "format", "tool", "version", "recipe", "recipe_folder", "sources", "parameters", "files", "shards", "tensors", "unused", "accepted",
-    "calibration", SEAL,
+    "calibration", REFRESHED, SEAL,
 }  # fmt: skip
 
 
-SOURCE_KEYS = {"path", "config", "config_keys", "companions", "files"}
+SOURCE_KEYS = {"path", "config", "config_keys", "companions", "license", "license_name", "license_link", "files"}
 
 
 FILE_KEYS = {"bytes", "header", "digest", "tensors"}
@@ -67,6 +59,8 @@ def contradictions(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[
     """Where the manifest contradicts itself, the headers of the folder, or the index."""
     recipe, sources = manifest["recipe"], manifest["sources"]
     problems = []
+    if REFRESHED in manifest and refreshed(manifest) is None:
+        problems.append(f"{REFRESHED} is {_shown(manifest[REFRESHED])}, expected a version and files of this folder")
     if manifest.get("tool") != "bam-merge" or not isinstance(manifest.get("version"), str):
         problems.append(f"tool and version are {_shown(manifest.get('tool'))} and {_shown(manifest.get('version'))}")
     if unknown := sorted(manifest.keys() - KEYS):
@@ -270,30 +264,6 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(item, f"{path}[{index}]")
     else:
         yield path, _shown(value)
-
-
-def card_check(folder: Path, plan: Plan, manifest: Mapping[str, Any], recorded: Recipe, left: OnHub | None = None) -> Check:
-    """README.md is the card of this merge, word for word, with the places of the sources as the manifest's recipe has them."""
-    if left is not None and "README.md" in left.files:
-        return Check("card", None, f"README.md is on the hub, and was not downloaded: not compared. Verify a copy of {left.model} to do so")
-    version = str(manifest.get("version"))
-    expected = model_card(replace(plan, recipe=recorded)).replace(f"Made by bam-merge {__version__} ", f"Made by bam-merge {version} ")
-    try:
-        found = read_small_file(folder / "README.md")
-    except BamMergeError as error:
-        return Check("card", False, "; ".join(error.problems))
-    if found == expected.encode():
-        return Check("card", True, "README.md follows from the sources and the recipe")
-    lines = zip_longest(found.decode(errors="backslashreplace").split("\n"), expected.split("\n"), fillvalue=None)
-    number, (mine, theirs) = next(((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1]), (1, ("", "")))
-    where = f"README.md, line {number}: found {_line(mine)}, the sources and the recipe give {_line(theirs)}"
-    if version != __version__:
-        return Check("card", None, f"written by bam-merge {printable(version)}, this is {__version__}, whose card differs ({where})")
-    return Check("card", False, where)
-
-
-def _line(line: str | None) -> str:
-    return "no such line" if line is None else printable(repr(line), 120)
 
 
 def _canonical(value: object) -> str:

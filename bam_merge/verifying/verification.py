@@ -27,6 +27,7 @@ from bam_merge.sources.recipe_places import at_hand
 from bam_merge.text import printable, some
 from bam_merge.verifying.aligned import rows_are_tokens
 from bam_merge.verifying.calibrated import tokens_of_texts
+from bam_merge.verifying.card import card_check
 from bam_merge.verifying.companions import companion_check
 from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
@@ -36,7 +37,7 @@ from bam_merge.verifying.heldout import HeldOut, Routed, read_domains
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import perplexities, read_texts, unnamed
-from bam_merge.verifying.record import card_check, contradictions, first_problems, nonfinite_problems, places, record_problems
+from bam_merge.verifying.record import contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
 from bam_merge.verifying.router_words import readings
 from bam_merge.verifying.sources import Changes, changes, other_tensors

@@ -136,6 +136,13 @@ def test_limits_are_strict_too() -> None:
     assert "[[limits]]" in QWEN2_MOE
     with pytest.raises(TableError, match="did you mean 'otherwise'"):
         read_table(QWEN2_MOE.replace("otherwise", "otherwize", 1), "mine.toml")
+    for wrong in (
+        QWEN2_MOE.replace('engines = ["vLLM", "llama.cpp"]', 'engines = ["vLLM", "lama.cpp"]', 1),
+        QWEN2_MOE.replace('engines = ["llama.cpp"]', 'engines = ["lama.cpp"]', 1),
+    ):
+        assert wrong != QWEN2_MOE
+        with pytest.raises(TableError, match=r"did you mean 'llama\.cpp'"):
+            read_table(wrong, "mine.toml")
 
 
 WRAPPER = """
