@@ -187,7 +187,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CHEAP = ("test_architectures.py", "test_dense_models_compute_what_transformers_does")
 """What is tried for all of them always: tables, facts and logits against transformers."""
 
-WHOLE = ("test_every_family.py",)
+WHOLE = ("test_every_family.py", "test_older_files.py")
 """Files whose every case is one of many: of the first families too."""
 
 
