@@ -119,6 +119,23 @@ class Scaled(Formula):
         return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Columns(Formula):
+    """Columns [first, stop) of W [R, C], times `scale`: a shard of an FFN's last matrix (arXiv 2410.07524, section 2.3)."""
+
+    first: int
+    stop: int
+    scale: float
+    name: ClassVar = "columns"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        of = inputs[0] if " " not in inputs[0] else f"({inputs[0]})"
+        return f"{of}[:, {self.first}:{self.stop}] * {self.scale:g}"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 24 * rows * shapes[0][1]
+
+
 class RowRun(NamedTuple):
     """Rows [first, first + rows) of the result, each the mean of one row of every input in `of` (input, its first row); zeros of none."""
 

@@ -60,6 +60,30 @@ class Ones(Initialiser):
 
 
 @dataclass(frozen=True, slots=True)
+class Grouped(Initialiser):
+    """The rows that `of` draws, `groups` times below one another. Only virtual groups ask for it (arXiv 2410.07524, section 2.3)."""
+
+    of: Initialiser
+    groups: int
+    name: ClassVar = "grouped"
+
+    def arguments(self) -> Iterator[str]:
+        yield f"of={self.of.name}"
+        yield from self.of.arguments()
+        yield f"groups={self.groups}"
+
+    def size(self) -> tuple[str, float, float] | None:
+        return self.of.size()
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return self.of.misfit(self.drawn(rows), columns)
+
+    def drawn(self, rows: int) -> int:
+        """How many of so many rows are drawn."""
+        return -(-rows // self.groups)
+
+
+@dataclass(frozen=True, slots=True)
 class Orthogonal(Initialiser):
     """Orthonormal rows times `gain`."""
 

@@ -97,6 +97,12 @@ def scaled(formula: formulas.Scaled, inputs: Sequence[Input], start: int, stop: 
 
 
 @compute.register
+def columns(formula: formulas.Columns, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """Some of the columns, scaled."""
+    return inputs[0].rows(start, stop)[:, formula.first : formula.stop].double().mul_(formula.scale)
+
+
+@compute.register
 def by_token(formula: formulas.ByToken, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
     """Rows of the inputs by the table; where it names several, their mean."""
     parts = []

@@ -12,6 +12,7 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_NAMES
 from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
+from bam_merge.planning.shards import shards_of
 from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import UNITS, Expert, Initialising, Merging, Varying
 from bam_merge.recipe.rules import Copies, Rule, covers, parse_layers
@@ -47,7 +48,9 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
             own.append({"roles": KV_ROLES, **shared})
         own.append({"roles": ["attn.*", "ffn.*"], "make": "expert"})
     elif recipe.method in ("btx", "sparse_upcycling"):
-        made = recipe.experts.model_dump(by_alias=True, exclude={"count"}) if isinstance(recipe.experts, Copies) else {"make": "expert"}
+        made: dict[str, object] = {"make": "expert"}
+        if isinstance(recipe.experts, Copies) and recipe.shards == 1:
+            made = recipe.experts.model_dump(by_alias=True, exclude={"count"})
         own.append({"roles": ["ffn.*"], **made})
     if recipe.output.layers is not None and "shared" not in recipe.model_fields_set:  # as mergekit has it: of the first and the last one
         own.append({"roles": ["embed"], "make": "copy", "from": recipe.output.layers[0].from_})
@@ -130,6 +133,8 @@ def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
 
 
 def _make(site: Site, label: str, rule: Rule, recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]) -> Made:
+    if isinstance(rule, Expert) and recipe.shards > 1 and site[0].startswith("ffn."):
+        return Made(label, shards_of(site, recipe, models, problems), per_expert=True)
     if isinstance(rule, Expert):
         return Made(label, tuple(models[name].tensors[site] for name in recipe.expert_names), per_expert=True)
     if isinstance(rule, Varying):
@@ -192,7 +197,8 @@ def _router(role: str, label: str, rule: Rule, recipe: Recipe, first: DenseModel
         of = label if by_rule else ROUTER_PLACES[role]
         record = recipe.calibrator(make, role)
         return Made(of, (expressions.Calibrated(record, recipe.expert_names, of, make.tokens, make.inputs, dtype, shape),))
-    init = expressions.Init(make.initialiser(), "", recipe.random_seed, dtype, shape)
+    method = expressions.Grouped(make.initialiser(), recipe.shards) if recipe.shards > 1 else make.initialiser()
+    init = expressions.Init(method, "", recipe.random_seed, dtype, shape)
     wanted = DTYPE_NAMES.get(recipe.output.dtype, dtype)
     problem = router_problem(init, wanted) if wanted in ARITHMETIC_DTYPES else None  # what only copies is refused by name
     if problem:

@@ -181,7 +181,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "KV cache", f"{cache:,} bytes per token in {_cached_in(plan)}, {times}"
     top_k, renormalised = recipe.gates
     gates = "softmax over the chosen experts" if renormalised else "softmax over all experts, not renormalised"
-    yield "FFN experts", f"{', '.join(names)} (expert 0 to {len(names) - 1}); {top_k} per token; {gates}"
+    yield "FFN experts", f"{recipe.experts_shown} (expert 0 to {len(names) - 1}); {top_k} per token; {gates}"
+    if recipe.shards > 1:
+        width = config.get("moe_intermediate_size", config["intermediate_size"])
+        yield "expert width", f"{width:,} units, a shard of the dense FFN's {width * recipe.shards:,}"
     if config.get("num_attention_experts"):
         soft = config["attention_routing"] == "soft"
         routing = "all of them, by soft gates" if soft else f"{config['num_attention_experts_per_tok']} per token"

@@ -15,7 +15,7 @@ def with_gates(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
     ffn = recipe.ffn or Ffn()
     if recipe.method == "merge" or not facts.get("post_norms") or ffn.top_k == 1:
         return recipe
-    settled = {"top_k": ffn.top_k or 2, "gate": ffn.gate or "topk_then_softmax"}
+    settled = {"top_k": ffn.top_k or 2 * recipe.shards, "gate": ffn.gate or "topk_then_softmax"}
     return recipe.model_copy(update={"ffn": ffn.model_copy(update=settled)})
 
 

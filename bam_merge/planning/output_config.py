@@ -32,6 +32,7 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
     heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
     return {
         **facts,
+        "intermediate_size": facts["intermediate_size"] // recipe.shards,
         "base_model_type": model.family.name,
         "rope_theta": rope["rope_theta"],
         "rope_type": rope["rope_type"],

@@ -41,8 +41,7 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     yield from _layers(recipe)
     yield from _tokenizer(recipe)
     for place, make in {recipe.written(place): make for place, make in recipe.from_texts.items()}.items():
-        keys = re.findall(r"\w+", place)
-        yield from _texts(recipe, make, tuple(int(key) if key.isdecimal() else key for key in keys))
+        yield from _texts(recipe, make, _keys(place))
     for name in recipe.sources:
         if name not in used | based_on(recipe.sources):
             yield ("sources", name), "never used: neither an expert nor named by a rule. Remove it, or add it to experts."
@@ -129,6 +128,7 @@ def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             yield ("sources", name), "a source's name is letters, digits, '_', '-' and '.'; rename it."
     if isinstance(recipe.experts, Copies):
         yield from _make(recipe, recipe.experts, ("experts",))
+        yield from _shards(recipe)
         if recipe.method != "sparse_upcycling":
             yield ("experts",), f"so many experts of one model are method sparse_upcycling; with {recipe.method} list their sources."
     for index, name in enumerate(() if isinstance(recipe.experts, Copies) else names):
@@ -143,6 +143,29 @@ def _experts(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         yield ("experts",), f"a mixture needs at least two experts, found {len(names)}.{example}"
     if recipe.method == "sparse_upcycling" and len(distinct) > 1:
         yield ("experts",), f"sparse_upcycling copies one dense model, found {some(distinct)}. Use btx or bam for several."
+
+
+def _keys(place: str) -> DocumentPath:
+    """The keys of a place such as rules[0] or router.ffn."""
+    return tuple(int(key) if key.isdecimal() else key for key in re.findall(r"\w+", place))
+
+
+def _shards(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
+    """What of a virtual group does not go into its shards."""
+    if recipe.shards == 1:
+        return
+    name, count, (top_k, _) = recipe.expert_names[0], len(recipe.expert_names), recipe.gates
+    if name not in recipe.sources:
+        yield ("experts", "from"), f"{printable(name)!r} is not among the sources{nearest(name, recipe.sources)}"
+    if count % recipe.shards or count < 2 * recipe.shards:
+        yield ("experts", "count"), f"found {count}, expected two or more copies of each of the {recipe.shards} shards: a multiple of that."
+    if top_k % recipe.shards:
+        yield ("ffn", "top_k"), f"found {top_k}, expected a multiple of the {recipe.shards} shards: a token must get one copy of each."
+    for place in dict.fromkeys(map(recipe.written, recipe.from_texts)):
+        yield _keys(place), "no text tells shards of one FFN apart. Use init: normal."
+    for index, rule in enumerate(recipe.rules):
+        if any(covers(pattern, role) for pattern in rule.roles for role in ROLES if role.startswith("ffn.")):
+            yield ("rules", index), "experts that are shards of the FFN are made of all of it; no rule can make ffn.* otherwise. Remove it."
 
 
 def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, create_model
 from bam_merge.checkpoints.provenance import MOST_EXPERTS
 from bam_merge.recipe import makes
 from bam_merge.recipe.data_routers import FromTexts
-from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict, Varying
+from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict, Varying, VirtualGroup
 from bam_merge.text import printable
 
 T = TypeVar("T", bound=Strict)
@@ -68,7 +68,8 @@ def _counted(make: Any) -> type[Copies]:
 
 
 COPIES: dict[str, type[Copies]] = {
-    "expert": _counted(Expert), **{make.record.name: _counted(make) for make in VARYING if not make.record.about.base}
+    "expert": _counted(Expert), **{make.record.name: _counted(make) for make in VARYING if not make.record.about.base},
+    "virtual_group": _counted(VirtualGroup),
 }  # fmt: skip
 """What `experts` may be besides a list, by make."""
 

@@ -33,7 +33,7 @@ class Ffn(Strict):
     top_k: Count | None = Field(
         default=None,
         description="experts per token; default 1 for bam; 2 for btx, sparse_upcycling, routers from texts, and where a norm stands after "
-        "the FFN",
+        "the FFN; two of each shard for a virtual_group",
     )
     gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = Field(
         default=None,
@@ -173,12 +173,28 @@ class Recipe(Strict):
         return "seed" if "seed" in self.sources else self.expert_names[0]
 
     @property
+    def experts_shown(self) -> str:
+        """The experts for people: their sources in order; of copies of one how many, and what is made of them."""
+        if not isinstance(self.experts, Copies):
+            return ", ".join(self.expert_names)
+        keys = self.experts.model_dump(by_alias=True, exclude_none=True)
+        numbers = ", ".join(f"{key}: {value:g}" for key, value in keys.items() if key not in ("count", "make", "from"))
+        made = "" if keys["make"] == "expert" else f", {keys['make']}" + (f" ({numbers})" if numbers else "")
+        return f"{self.experts.count} of {self.expert_names[0]}{made}"
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the FFN of each copy is split, each an expert; 1 where experts are whole FFNs."""
+        shards: int = getattr(self.experts, "shards", 1)
+        return shards
+
+    @property
     def gates(self) -> tuple[int, bool]:
         """(FFN experts per token, whether their gates are renormalised to sum to one)."""
         ffn = self.ffn or Ffn()
         asks = ffn.gate == "softmax_then_topk" or (ffn.gate is None and ffn.top_k == 1)
         paper = self.method == "bam" and (asks or not self._routes_ffn_by_texts)  # routers that are right at once can do with sure gates
-        top_k = ffn.top_k or (1 if paper else 2)
+        top_k = ffn.top_k or (1 if paper else 2 * self.shards)
         gate = ffn.gate or ("softmax_then_topk" if paper else "topk_then_softmax")
         return top_k, gate == "topk_then_softmax"
 

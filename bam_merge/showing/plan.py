@@ -25,7 +25,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
     recipe = plan.recipe
     facts = {
         "method": f"{recipe.method}, layout {plan.layout.name}",
-        "experts": ", ".join(recipe.expert_names) if recipe.method != "merge" else "",
+        "experts": recipe.experts_shown if recipe.method != "merge" else "",
         "sources": f"{len(plan.models)} x {plan.models[recipe.seed_name].family.name}",
         "layers": ", ".join(f"{item.layers} of {item.from_}" for item in recipe.output.layers or ()),
         "adapters": ", ".join(_adapted(name, len(model.adapters)) for name, model in plan.models.items() if model.adapters),

@@ -90,6 +90,11 @@ def ones(method: expressions.Ones, random: numpy.random.RandomState, shape: Shap
 
 
 @drawn.register
+def grouped(method: expressions.Grouped, random: numpy.random.RandomState, shape: Shape) -> Values:
+    return numpy.tile(drawn(method.of, random, (method.drawn(shape[0]), *shape[1:])), (method.groups, 1))[: shape[0]]
+
+
+@drawn.register
 def orthogonal(method: expressions.Orthogonal, random: numpy.random.RandomState, shape: Shape) -> Values:
     q, r = numpy.linalg.qr(random.standard_normal(shape).T)  # rows <= columns: a router has fewer experts than units
     return (q * numpy.sign(numpy.diag(r))).T * method.gain  # the sign makes the distribution uniform (Mezzadri 2007)

@@ -22,7 +22,7 @@ from bam_merge.recipe.schema import Ffn, Recipe
 from bam_merge.verifying.levels import layers_asked
 from bam_merge.verifying.measuring import Way, Worst, difference, of_layers, positions_of
 from bam_merge.verifying.parameters import strangers
-from bam_merge.verifying.remade import MARK, experts_models
+from bam_merge.verifying.remade import MARK, experts_models, reassembled
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import miswired
 
@@ -138,7 +138,9 @@ def against_dense(
         meaning = "the dense model exactly"
     elif mixture.config.post_norms:
         meaning += ", which the norm after it takes away"
-    yield identity.check(f"copies of {seed} under these routers are {meaning}{of}")
+    shards = plan.recipe.shards
+    what = f"copies of {seed}" if shards == 1 else f"the {shards} shards of {seed}"
+    yield identity.check(f"{what} under these routers are {meaning}{of}")
 
 
 def _name(names: Sequence[str], expert: int) -> str:
@@ -180,7 +182,8 @@ class _Layer:
                 wrong = error > tolerance or error != error
                 blame = f": {_blame(block, own, j, x_BTD, expected, tolerance)}" if wrong else ""
                 isolation.append((error, j, f"layer {layer}, expert {j} ({name.partition(MARK)[0]}){blame}"))
-        of_copies, factor = _identity(block, streamed_block(self.dense[seed], layer, self.computing), x[seed], self.recipe)
+        whole = reassembled(self.dense, names, self.recipe)
+        of_copies, factor = _identity(block, streamed_block(whole, layer, self.computing), x[seed], self.recipe)
         return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden)
 
 
@@ -191,7 +194,7 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tu
     for j in range(len(mixture.self_attn.experts)):
         block.self_attn = _as_expert(block.self_attn, dense.self_attn, j)
     assert isinstance(mixture.mlp, FfnMixture)
-    for j in range(len(mixture.mlp.experts)):
+    for j in range(len(mixture.mlp.experts) if recipe.shards == 1 else 0):  # shards of the FFN are to be the dense one as they are
         block.mlp = _as_expert(block.mlp, dense.mlp, j)
     positions = positions_of(x_BTD)
     normed = dense.input_layernorm(x_BTD)

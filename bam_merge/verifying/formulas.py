@@ -101,6 +101,16 @@ def _saved(formula: formulas.Saved, inputs: Sequence[Operand], start: int, stop:
 
 
 @computed_rows.register
+def _columns(formula: formulas.Columns, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    """Column by column of the rows."""
+    rows = inputs[0].rows(start, stop)
+    there = torch.arange(formula.first, formula.stop)
+    value = rows.value.index_select(1, there) * formula.scale
+    slack = value.abs() * UNIT
+    return Derived(value, slack if rows.slack is None else slack + rows.slack.index_select(1, there) * abs(formula.scale))
+
+
+@computed_rows.register
 def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
     """The runs of the table that reach into rows [start, stop), each cut to them; the mean of what stands in them, one below the other."""
     last = bisect_left(formula.runs, stop, key=lambda run: run.first) - 1

@@ -6,7 +6,7 @@ must compute, in the dense model's own architecture.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from bam_merge.architectures.locate import Cell
 from bam_merge.model.loading import StoredModel, parameter_name
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.recipe.makes import Varying
+from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import Site
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.rederive import rederive, survey_all
@@ -85,6 +86,52 @@ class Remade(StoredModel):
         return nearest(derived.value, made.dtype).to(TORCH_DTYPES[made.dtype])
 
 
+LAST = "mlp.down_proj.weight"
+"""Ending of the parameter that shards are scaled in."""
+
+
+ROUNDED = 2.0**-6
+"""How far, relative to it, a number may be from itself times the shards, rounded to any dtype that is computed with, and divided again."""
+
+
+@dataclass(frozen=True)
+class Reassembled(StoredModel):
+    """The dense model `of`, with what rounding its last matrices times the number of `shards` has made of them; nothing, of powers of two.
+
+    Only roundings are taken over: where a shard has anything else, the dense model's own numbers stand.
+    """
+
+    of: StoredModel | None = None
+    shards: tuple[StoredModel, ...] = ()
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        assert self.of is not None
+        own = self.of.read(parameter)
+        return self._scaled(own, [shard.read(parameter) for shard in self.shards] if parameter.endswith(LAST) else None).to(dtype)
+
+    def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        assert self.of is not None
+        own = self.of.read_rows(parameter, rows)
+        return self._scaled(own, [shard.read_rows(parameter, rows) for shard in self.shards] if parameter.endswith(LAST) else None).to(
+            dtype
+        )
+
+    def _scaled(self, own: Tensor, shards: list[Tensor] | None) -> Tensor:
+        if shards is None:
+            return own
+        found, wide = torch.cat(shards, 1).double() / len(shards), own.double()
+        return torch.where((found - wide).abs() <= wide.abs() * ROUNDED, found, wide)
+
+
+def reassembled(models: Mapping[str, StoredModel], names: Sequence[str], recipe: Recipe) -> StoredModel:
+    """The model that copies of the seed, or its shards, are together."""
+    of = models[recipe.expert_names[0] if recipe.shards > 1 else recipe.seed_name]
+    if recipe.shards == 1:
+        return of
+    first = names[:: len(names) // recipe.shards]
+    return Reassembled(of.checkpoint, of.config, of.leaves, of, tuple(models[name] for name in first))
+
+
 def experts_models(plan: Plan, dense: Mapping[str, StoredModel]) -> tuple[tuple[str, ...], dict[str, StoredModel]]:
     """The model of every expert, by a name for each; and the models by these names, with the dense ones."""
     made: dict[int, dict[str, Made]] = {}
@@ -98,7 +145,9 @@ def experts_models(plan: Plan, dense: Mapping[str, StoredModel]) -> tuple[tuple[
     for expert, parameters in made.items():
         of = dense[names[expert]]
         names[expert] = f"{names[expert]}{MARK}{expert}"
-        models[names[expert]] = Remade(of.checkpoint, of.config, of.leaves, of, parameters, known)
+        config = replace(of.config, intermediate_size=of.config.intermediate_size // plan.recipe.shards)
+        leaves = {name: replace(of.leaves[name], shape=made.expr.shape) for name, made in parameters.items()}  # of a shard a smaller one
+        models[names[expert]] = Remade(of.checkpoint, config, {**of.leaves, **leaves}, of, parameters, known)
     return tuple(names), models
 
 
@@ -112,7 +161,8 @@ def _by_role(step: Step) -> Iterator[tuple[str, expressions.Expr]]:
 
 def _is_remade(expr: expressions.Expr, site: Site, plan: Plan) -> bool:
     """Whether the recipe has a tensor of an expert made anew, or taken from the source that it names in the place of the expert's own."""
-    if any(isinstance(part, expressions.Merge) for part in expressions.parts(expr)):
+    shard = plan.recipe.shards > 1 and site[0].startswith("ffn.")
+    if shard or any(isinstance(part, expressions.Merge) for part in expressions.parts(expr)):
         return True
     makes: tuple[object, ...] = (plan.recipe.experts, *plan.recipe.rules)
     named = {make.from_ for make in makes if isinstance(make, Varying) and make.from_ is not None}

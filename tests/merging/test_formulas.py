@@ -66,6 +66,7 @@ BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.LowRank(("a", "b"), (0.5, -2.0), (True, False)), [W, *TURNED, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
     (formulas.LowRank(("a", "b"), (0.5, -2.0)), [W, *UPDATE, *SECOND], [[2.0, 0.0, 2.0], [5.5, 7.0, 4.5]]),
     (formulas.Scaled((1, 2)), [W, Held([[2.0, 10.0], [1.0, 3.0]])], [[2.0, 4.0, 30.0], [4.0, 5.0, 18.0]]),
+    (formulas.Columns(1, 3, 4.0), [W], [[8.0, 12.0], [20.0, 24.0]]),
     (TOKENS, [W, Held([[1.0, 0.0, -1.0]])], [[4.0, 5.0, 6.0], [1.0, 1.0, 1.0]]),
 ]
 

@@ -253,6 +253,8 @@ DRAWN_BY_HAND = {
     "uniform": Drawn(expressions.Uniform(0.25), [[0.22618112, 0.04085449], [0.03573892, 0.20211171]]),
     "zeros": Drawn(expressions.Zeros(), [[0.0, 0.0], [0.0, 0.0]]),
     "ones": Drawn(expressions.Ones(), [[1.0, 1.0], [1.0, 1.0]]),
+    # a row of the generator, twice
+    "grouped": Drawn(expressions.Grouped(expressions.Normal(0.5), 2), [[0.05153925, 0.28533474], [0.05153925, 0.28533474]]),
     # a = (.10307850, .57066947) and b = (.87467790, .15466715): a / |a|, and what b has beside it, each of length 2
     "orthogonal": Drawn(expressions.Orthogonal(2.0), [[0.35550186, 1.96815097], [1.96815097, -0.35550186]]),
 }  # fmt: skip

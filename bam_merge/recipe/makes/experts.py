@@ -1,12 +1,12 @@
 """Makes that give every expert a tensor of its own, made of one source's."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from bam_merge import expressions
-from bam_merge.recipe.makes.kinds import Count, Fraction, Graded, Positive
+from bam_merge.recipe.makes.kinds import Count, Fraction, Graded, Positive, Strict
 
 UNITS: dict[str, Literal["rows", "columns"]] = {
     "ffn.gate": "rows", "ffn.gate.bias": "rows", "ffn.up": "rows", "ffn.up.bias": "rows", "ffn.down": "columns",
@@ -58,6 +58,17 @@ class Varying(Graded):
     def problems(self) -> Iterator[tuple[str, str]]:
         """(key, message) of what is wrong with the values of its own keys together, each being right."""
         yield from ()
+
+
+class VirtualGroup(Strict):
+    """Fine-grained experts (arXiv 2410.07524): the FFN's units in equal shards, copies of each; the routers start so that a token gets one
+    copy of each shard, which together are the dense FFN."""
+
+    make: Literal["virtual_group"]
+    from_: str | None = Field(default=None, alias="from", description="the source of every expert")
+    shards: Annotated[int, Field(ge=2, le=4096)] = Field(
+        description="into how many the FFN is split; count is a multiple of it, and so is top_k"
+    )
 
 
 class Drop(Varying):

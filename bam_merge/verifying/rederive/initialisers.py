@@ -43,6 +43,14 @@ def _ones(method: expressions.Ones, random: numpy.random.RandomState, shape: Sha
 
 
 @draw.register
+def _grouped(method: expressions.Grouped, random: numpy.random.RandomState, shape: Shape) -> Derived:
+    """Row i is row i of those that are drawn, counted round and round."""
+    first = draw(method.of, random, (method.drawn(shape[0]), *shape[1:]))
+    rows = torch.arange(shape[0]) % method.drawn(shape[0])
+    return Derived(first.value[rows], None if first.slack is None else first.slack[rows])
+
+
+@draw.register
 def _orthogonal(method: expressions.Orthogonal, random: numpy.random.RandomState, shape: Shape) -> Derived:
     """By the definition (Gram and Schmidt), twice over for the digits that the first time loses."""
     drawn_RC = torch.from_numpy(random.standard_normal(shape))
