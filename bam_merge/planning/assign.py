@@ -13,8 +13,8 @@ from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
 from bam_merge.planning.shards import shards_of
-from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import UNITS, Expert, Initialising, Merging, Varying
+from bam_merge.recipe.makes.data_routers import FromTexts
 from bam_merge.recipe.rules import Copies, Rule, covers, parse_layers
 from bam_merge.recipe.schema import ROUTER_PLACES, Attention, Recipe
 from bam_merge.sources.dense import DenseModel, Site

@@ -12,7 +12,7 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.errors import BamMergeError, CheckpointError, RecipeError
 from bam_merge.model.tokens import open_tokenizer
 from bam_merge.planning.plan import Step
-from bam_merge.recipe.data_routers import FromTexts
+from bam_merge.recipe.makes.data_routers import FromTexts
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel
 from bam_merge.sources.tokenizers.alignment import Alignment

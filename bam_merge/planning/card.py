@@ -128,12 +128,22 @@ def _licenses(plan: Plan, stated: Mapping[str, License]) -> str:
     return ", ".join(f"{name}: {stated.get(name, 'not stated')}" for name in plan.recipe.stores)
 
 
+RECIPE = "\n## Recipe\n"
+
+
+def with_routers_from_texts(card: str, recipe: Recipe | None) -> str:
+    """A card of a mixture whose routers were made anew: `recipe` is the one that it follows from now, where a recipe made it."""
+    card = card.replace(FRESH, FROM_TEXTS)
+    before, section, _ = card.partition(RECIPE)
+    return before + _recipe(recipe) if section and recipe is not None else card
+
+
 def _recipe(recipe: Recipe) -> str:
     """The recipe with every default written out, in a fence that nothing in it can close."""
     resolved = recipe.resolved()  # in the order of the schema, which a recipe from a manifest has too
     text = _yaml({key: resolved[key] for key in type(recipe).model_fields if key in resolved})
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
-    return f"\n## Recipe\n\n{fence}yaml\n{text}{fence}\n"
+    return f"{RECIPE}\n{fence}yaml\n{text}{fence}\n"
 
 
 class _Plain(yaml.SafeDumper):

@@ -24,7 +24,7 @@ from bam_merge.model.loading import StoredModel
 from bam_merge.model.streaming import computing_on
 from bam_merge.own_folder import open_file
 from bam_merge.paths import located
-from bam_merge.planning.card import FRESH, FROM_TEXTS
+from bam_merge.planning.card import with_routers_from_texts
 from bam_merge.publishing.calibrated import accuracy_text, calibration_record
 from bam_merge.publishing.destination import lack_of_space, occupied, overlap
 from bam_merge.publishing.durable import sync_descriptor
@@ -194,7 +194,8 @@ def _write_texts(
     """Card and manifest, as they are true of the copy."""
     card = texts.get(README)
     if card is not None:
-        card = card.replace(FRESH.encode(), FROM_TEXTS.encode())
+        with_recipe = order.recipe if mixture.manifest is not None else None
+        card = with_routers_from_texts(card.decode(errors="surrogateescape"), with_recipe).encode(errors="surrogateescape")
         write_file(staging.output / README, card, staging.files)
     if mixture.manifest is None or order.recipe is None:
         return

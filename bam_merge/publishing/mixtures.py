@@ -26,8 +26,8 @@ from bam_merge.paths import located
 from bam_merge.planning.calibration import read_corpus, reading_of
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan
-from bam_merge.recipe.data_routers import FromTexts, default_scale
 from bam_merge.recipe.load import parse_recipe
+from bam_merge.recipe.makes.data_routers import FromTexts, default_scale
 from bam_merge.recipe.rules import ROUTER_INITS, covers
 from bam_merge.recipe.schema import ROUTER_PLACES, Recipe
 from bam_merge.text import nearest, printable, some

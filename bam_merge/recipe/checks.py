@@ -8,8 +8,8 @@ from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
 from bam_merge.recipe.accepting import accept_problems
-from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import Copy, Expert, Initialising, Merging, Varying
+from bam_merge.recipe.makes.data_routers import FromTexts
 from bam_merge.recipe.places import Adapted, base_problems, based_on
 from bam_merge.recipe.rules import Copies, covers, list_layers, parse_layers, parse_size
 from bam_merge.text import nearest, printable, some

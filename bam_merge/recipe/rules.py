@@ -8,8 +8,8 @@ from pydantic import Discriminator, Field, Tag, create_model
 
 from bam_merge.checkpoints.provenance import MOST_EXPERTS
 from bam_merge.recipe import makes
-from bam_merge.recipe.data_routers import FromTexts
 from bam_merge.recipe.makes import Expert, Initialising, Integer, Merging, Names, Strict, Varying, VirtualGroup
+from bam_merge.recipe.makes.data_routers import FromTexts
 from bam_merge.text import printable
 
 T = TypeVar("T", bound=Strict)

@@ -11,8 +11,8 @@ from bam_merge.errors import RecipeError
 from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
 from bam_merge.recipe.accepting import Accept
-from bam_merge.recipe.data_routers import FromTexts, default_scale
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Positive, Strict
+from bam_merge.recipe.makes.data_routers import FromTexts, default_scale
 from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, model_store, recorded, stores
 from bam_merge.recipe.rules import ROUTER_INITS, AnyExperts, AnyMerging, Copies, OneInit, Rule, covers
 
@@ -320,6 +320,8 @@ class Recipe(Strict):
         said = {**section, **({"texts": texts} if texts else {})}
         if router is not None and "scale" not in section:
             said["scale"] = default_scale("router.attn" if router == "attention" else "router.ffn", self.gates)
+            fields = ROUTER_INITS[section["init"]].model_fields  # in whose order a document that is read again has them
+            said = {key: said[key] for key in (info.alias or name for name, info in fields.items()) if key in said}
         return said
 
     def _text(self, path: str) -> str:

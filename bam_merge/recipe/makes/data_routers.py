@@ -1,6 +1,7 @@
 """Makes of routers that are made of texts: what a recipe says of the texts, and of the rule.
 
-A class defined here is offered by every recipe (rules.py); it becomes a record of calibrators.py, whose rows calibrating/rows.py works out.
+A class defined here is offered by every recipe (rules.py); it becomes a record of expressions/calibrators.py, whose rows are worked out in
+calibrating/rows.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from bam_merge import expressions
-from bam_merge.recipe.makes import Names, Positive, Strict
+from bam_merge.recipe.makes.kinds import Names, Positive, Strict
 
 TextFiles = str | Names
 """A file, a folder or a glob, or a list of these."""
