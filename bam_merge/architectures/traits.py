@@ -81,7 +81,7 @@ def beyond(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         if key in family.quirks.reasons:
             yield f"{found} cannot be merged here: {family.quirks.reasons[key]}"
         else:
-            words = " or ".join(map(shown, possible))
+            words = " or ".join(map(shown, possible)) or "null"
             yield f"{found} is not known here, only {words}: what such a model computes would be a guess."
     known, types = family.quirks.kinds, config.get("layer_types")
     odd = [kind for kind in types if known and LEGACY.get(kind, kind) not in known] if isinstance(types, list) else []

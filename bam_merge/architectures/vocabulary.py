@@ -81,7 +81,7 @@ SLIDING_BASES = ("rope_local_base_freq",)
 ROTARY_SHARES = ("partial_rotary_factor", "rotary_pct")
 """Keys beside rope_parameters for the share of a head that turns."""
 
-ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 """Keys for the activation of the FFN."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
