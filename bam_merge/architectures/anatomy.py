@@ -256,12 +256,13 @@ class _Described:
         have: dict[str, dict[int | None, set[int | None]]] = {}
         for role, layer, expert in self.leaves:
             have.setdefault(role, {}).setdefault(layer, set()).add(expert)
-        alone = ("embed", "norm.final", *(("head",) if self.facts["untied"] else ()))
+        norms = self.facts.get("norm_weights", True)
+        alone = ("embed", *(("norm.final",) if norms else ()), *(("head",) if self.facts["untied"] else ()))
         self.missing += [rows[role][0].name() for role in alone if role not in have]
         latent = "attn.kv_a" in rows
         wanted = [role for role in NEEDED if role in rows and not (latent and role == "attn.q")]
         inside = [role for role, at in have.items() if role in rows and any(layer is not None and layer < layers for layer in at)]
-        wanted = [role for role in wanted if role != "norm.attn" or self.facts.get("pre_norms", True)]
+        wanted = [role for role in wanted if role != "norm.attn" or (norms and self.facts.get("pre_norms", True))]
         for role in dict.fromkeys((*wanted, *(["router.attn"] if self.facts.get("num_attention_experts") else []), *inside)):
             key = "num_experts" if role.startswith("ffn.") else "num_attention_experts"
             for layer in range(layers):

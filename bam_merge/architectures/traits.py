@@ -18,8 +18,8 @@ LEGACY = {"attention": "full_attention"}
 """Kinds of layers as older files spell them."""
 
 
-SOFTCAPS = ("attention_softcap", "logit_softcap")
-"""Traits that are divided by."""
+SOFTCAPS = ("attention_softcap", "logit_softcap", "attention_clip")
+"""Traits that are sizes of caps."""
 
 
 Get = Callable[[str], Any]

@@ -13,7 +13,7 @@ from bam_merge.architectures.tables import Architecture
 ORIGINAL = "original_max_position_embeddings"
 
 
-NUMBERS = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale", "attention_softcap", "logit_softcap")
+NUMBERS = ("attention_clip", "attention_scale", "embedding_scale", "residual_scale", "logit_scale", "attention_softcap", "logit_softcap")
 
 
 def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
     return {
         "norm_type": trait("norm_type", "rms_norm"),
         "norm_bias": bool(trait("norm_bias", False)),
+        "norm_weights": bool(trait("norm_weights", True)),
         "pre_norms": bool(trait("pre_norms", True)),
         "post_norms": bool(trait("post_norms", False)),
         "parallel_block": bool(trait("parallel_block", False)),

@@ -17,7 +17,7 @@ from bam_merge.planning.output_config import refusals
 
 OTHER: dict[str, Any] = {
     "norm_type": "layer_norm", "parallel_norms": 1, "norm_offset": 1, "attention_scale": 0.3, "embedding_scale": 2.0, "residual_scale": 0.5,
-    "qk_norm_shape": "all heads", "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
+    "qk_norm_shape": "all heads", "attention_clip": 0.5, "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
 }  # fmt: skip
 """A value of each trait that is not the usual one; of those that are true or false, the other one."""
 

@@ -75,7 +75,7 @@ RENAMED = {
     "phi": {
         "self_attn.dense": "self_attn.o_proj", "fc1": "up_proj", "fc2": "down_proj", "final_layernorm": "norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
     },
-    "olmo2": AFTER, "exaone4": AFTER, "granitemoehybrid": {"shared_mlp.output_linear": "mlp.down_proj"},
+    "olmo2": AFTER, "olmo3": AFTER, "exaone4": AFTER, "vaultgemma": {"pre_feedforward_layernorm": "post_attention_layernorm"}, "granitemoehybrid": {"shared_mlp.output_linear": "mlp.down_proj"},
     "falcon": {
         "self_self_attn": "self_attn", "transformer.word_embeddings": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h.": "model.layers.",
         ".ln_attn.": ".input_layernorm.", ".ln_mlp.": ".post_attention_layernorm.",
