@@ -73,7 +73,7 @@ class Quirks:
     `windows`           which layers have sliding-window attention: a word of vocabulary.WINDOWS
     `worked_out`        facts that are always worked out, whatever a key says: each is another key, or "KEY / KEY"
     `pattern_is_read`   whether sliding_window_pattern is a key of it; else its table's default holds, whatever a file has there
-    `pattern_letters`   whether it can be letters beside layer_types, L for a window and G for none, or nothing beside no window
+    `pattern_is_text`   whether it may also be a text of L and G, for layers with a window and without, beside layer_types that agree
     `turning`           which layers have a rotary embedding: a word of vocabulary.TURNING
     `alpha`             whether `alpha` in rope_parameters of type dynamic stretches the base, once for all lengths
     `query_growth`      whether queries are multiplied with 1 + beta ln(1 + floor(position / original context)), beta being
@@ -102,7 +102,7 @@ class Quirks:
     windows: str = "none"
     worked_out: Mapping[str, str] = field(default_factory=dict)
     pattern_is_read: bool = False
-    pattern_letters: bool = False
+    pattern_is_text: bool = False
     turning: str = "all"
     alpha: bool = False
     query_growth: bool = False

@@ -56,13 +56,9 @@ def under_common_keys(family: Architecture, config: Mapping[str, Any]) -> dict[s
 
 
 def without_idle_pattern(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without a pattern of windows that says nothing: letters beside layer_types, nothing where there is no window."""
-    result, pattern = dict(config), config.get(PATTERN)
-    letters = isinstance(pattern, str) and pattern != "" and not pattern.strip("LG")
-    listed, windowless = isinstance(config.get("layer_types"), list), "sliding_window" in config and config["sliding_window"] is None
-    if family.quirks.pattern_letters and ((listed and letters) or ((listed or windowless) and not pattern)):
-        result.pop(PATTERN, None)
-    return result
+    """`config` without a pattern of 0 beside layer_types and no window, as the class of such patterns saves it."""
+    idle = family.quirks.pattern_is_text and config.get(PATTERN) == 0 and isinstance(config.get("layer_types"), list)
+    return {key: value for key, value in config.items() if key != PATTERN or not idle or config.get("sliding_window", 1) is not None}
 
 
 def own_key(family: Architecture, word: str) -> str:

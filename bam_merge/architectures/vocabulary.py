@@ -116,7 +116,7 @@ TURNING = ("all", "where windows are", "where windows are, or all", "listed", "i
 
 all                 every layer
 where windows are   those with sliding-window attention
-where windows are, or all  the same, but every layer where sliding_window is null
+..., or all         the same, but every layer where sliding_window is null
 if rope             every layer if position_embedding_type is "rope", else none
 listed              those with a 1 in no_rope_layers, or, where it is left out, all but the last of every no_rope_layer_interval layers
 """

@@ -15,8 +15,9 @@ from proofs import UNPROVED, failed
 from bam_merge.architectures import config
 from bam_merge.architectures.anatomy import open_anatomy
 from bam_merge.architectures.config import describe, mixture_values
-from bam_merge.architectures.spellings import BY_LAYER, BY_TYPES, ORIGINAL, Spelling, conflicts, spellings_of
+from bam_merge.architectures.spellings import ORIGINAL, Spelling, conflicts, spellings_of
 from bam_merge.architectures.tables import architecture_names, load_architecture
+from bam_merge.architectures.window_spellings import BY_LAYER, BY_TYPES
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
 from bam_merge.model.loading import load_model

@@ -133,8 +133,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mixture already, unsaid": ("granitemoehybrid", {"num_local_experts": ...}, "num_local_experts = 8, which is meant where it is left out, cannot be merged here"),
     "layers with states": ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "layer_types names 'mamba'; granitemoehybrid merges here only where all its layers are full_attention."),
     "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing, and what granitemoehybrid is without it is not known here. Add it."),
-    "letters and no layers": ("exaone4", {"sliding_window_pattern": "LG"}, "sliding_window_pattern must be an integer, found 'LG'."),
-    "letters that say otherwise": ("exaone4", {"sliding_window_pattern": "GL", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types says that layers 0 slide, sliding_window_pattern = 'GL' that layers none do"),
     "an epsilon that classes differ in": ("exaone", {"layer_norm_epsilon": ...}, "layer_norm_epsilon is missing, and what exaone is without it is not known here."),
     "an activation under the common key": ("exaone", {"hidden_act": "relu"}, "hidden_act = 'relu' and activation_function = 'silu' are two spellings of the activation, and differ"),
     "a share of heads": ("exaone", {"rotary_pct": 0.25}, "the share of a head that turns is always 1.0"),
