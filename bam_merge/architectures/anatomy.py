@@ -15,7 +15,7 @@ from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
-from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type
+from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type, why_left_out
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, stored
@@ -83,7 +83,8 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
         elif inside.problems:
             findings += inside.problems
         else:
-            findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
+            stated = checkpoint.config.get("model_type")
+            findings.append(f"config.json: model_type {printable(repr(stated), 60)} is in no table{why_left_out(stated)}.")
     else:
         architecture, guessed = _guess_renamed(checkpoint.tensors), True
         naming = find_naming(checkpoint.tensors, architecture) if architecture else naming

@@ -172,8 +172,23 @@ def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
 @cache
 def _table_names() -> tuple[str, ...]:
     return tuple(
-        sorted(item.name.removesuffix(".toml") for item in files("bam_merge.architectures").iterdir() if item.name.endswith(".toml"))
+        sorted(
+            item.name.removesuffix(".toml")
+            for item in files("bam_merge.architectures").iterdir()
+            if item.name.endswith(".toml") and not item.name.startswith("_")
+        )
     )
+
+
+@cache
+def _left_out() -> Mapping[str, str]:
+    return tomllib.loads((files("bam_merge.architectures") / "_left_out.toml").read_text(encoding="utf-8"))
+
+
+def why_left_out(model_type: object) -> str:
+    """ ": " and the reason why models of this type do not merge here, where somebody has looked; else nothing."""
+    reason = _left_out().get(model_type) if isinstance(model_type, str) else None
+    return f": {reason}" if reason else ""
 
 
 @cache

@@ -1,6 +1,8 @@
 """Traits: what a family's table can say of a model, and that nothing which no layout has a word for is written in it."""
 
 import json
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,27 @@ def test_sources_that_differ_in_a_trait_are_refused_once(name: str, keys: dict[s
     found = [problem for problem in error.value.problems if problem.startswith("sources.law")]
     assert any(named in problem for problem in found)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(("model_type", "reason"), [
+    ("lfm2", ": most of its layers are short convolutions, which have no attention to mix."), ("apertus", ": the activation of its FFN (xIELU) has numbers of its own in every layer"),
+    ("gpt9", "."),
+])  # fmt: skip
+def test_what_is_left_out_is_refused_with_its_reason(model_type: str, reason: str, tmp_path: Path, run: Any) -> None:
+    write_sources(tmp_path, CONFIGS["llama"])
+    path = tmp_path / "law" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
+    planned, seen = run("plan", write_recipe(tmp_path)), run("inspect", tmp_path / "law", "--json")
+    assert f"sources.law: model_type '{model_type}' is not a dense family known here{reason}" in planned.err
+    assert any(f"model_type '{model_type}' is in no table{reason}" in finding for finding in json.loads(seen.out)["findings"])
+
+
+def test_what_is_left_out_is_no_family() -> None:
+    """A family that comes later is no longer among them, and every type that is exists."""
+    transformers = pytest.importorskip("transformers")
+    left_out = tomllib.loads((files("bam_merge.architectures") / "_left_out.toml").read_text(encoding="utf-8"))
+    assert not left_out.keys() & {model_type for family in dense_families() for model_type in family.model_types}
+    assert left_out.keys() <= set(transformers.CONFIG_MAPPING.keys())
 
 
 # ---- spellings of one function -------------------------------------------------------------------------------------------------
