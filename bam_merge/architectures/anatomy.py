@@ -15,7 +15,7 @@ from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
-from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type
+from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type, why_left_out
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, stored
@@ -83,7 +83,8 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
         elif inside.problems:
             findings += inside.problems
         else:
-            findings.append(f"config.json: model_type {printable(repr(checkpoint.config.get('model_type')), 60)} is in no table.")
+            stated = checkpoint.config.get("model_type")
+            findings.append(f"config.json: model_type {printable(repr(stated), 60)} is in no table{why_left_out(stated)}.")
     else:
         architecture, guessed = _guess_renamed(checkpoint.tensors), True
         naming = find_naming(checkpoint.tensors, architecture) if architecture else naming
@@ -256,12 +257,13 @@ class _Described:
         have: dict[str, dict[int | None, set[int | None]]] = {}
         for role, layer, expert in self.leaves:
             have.setdefault(role, {}).setdefault(layer, set()).add(expert)
-        alone = ("embed", "norm.final", *(("head",) if self.facts["untied"] else ()))
+        norms = self.facts.get("norm_weights", True)
+        alone = ("embed", *(("norm.final",) if norms else ()), *(("head",) if self.facts["untied"] else ()))
         self.missing += [rows[role][0].name() for role in alone if role not in have]
         latent = "attn.kv_a" in rows
         wanted = [role for role in NEEDED if role in rows and not (latent and role == "attn.q")]
         inside = [role for role, at in have.items() if role in rows and any(layer is not None and layer < layers for layer in at)]
-        wanted = [role for role in wanted if role != "norm.attn" or self.facts.get("pre_norms", True)]
+        wanted = [role for role in wanted if role != "norm.attn" or (norms and self.facts.get("pre_norms", True))]
         for role in dict.fromkeys((*wanted, *(["router.attn"] if self.facts.get("num_attention_experts") else []), *inside)):
             key = "num_experts" if role.startswith("ffn.") else "num_attention_experts"
             for layer in range(layers):

@@ -33,7 +33,7 @@ def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
         value = facts.get(key)
         if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
             yield f"config.json: {key} must be {'0 or more' if least == 0 else 'finite'}, found {value}."
-    for key in ("attention_softcap", "logit_softcap"):
+    for key in ("attention_softcap", "logit_softcap", "attention_clip"):
         value = facts.get(key)
         if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
             yield f"config.json: {key} must be finite and above 0, found {value}."

@@ -23,6 +23,7 @@ from bam_merge.architectures.traits import (
     without_idle_pattern,
 )
 from bam_merge.architectures.vocabulary import TRAITS
+from bam_merge.architectures.window_spellings import is_text_pattern
 from bam_merge.text import printable, some
 from bam_merge.validation_words import shown
 
@@ -189,7 +190,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     windows = facts["layer_types"] if facts["sliding_window"] else ()
     slides = [kind == "sliding_attention" for kind in windows]
     facts["rope_parameters"], facts["sliding_rope_parameters"] = settled(sets, slides)
-    if family.quirks.turning == "where windows are" or (family.quirks.turning == "where windows are, or all" and get("sliding_window")):
+    if family.quirks.turning == "where windows are" or (family.quirks.turning.endswith("or all") and get("sliding_window")):
         turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
     facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
     facts.update({**stated_traits(family, get, problems), **cases})
@@ -224,6 +225,8 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     """A message for every value whose type is not that of the key's default, or that no model can have."""
     for key, default in family.defaults.items():
         value = config.get(key)
+        if key == PATTERN and family.quirks.pattern_is_text and is_text_pattern(value):
+            continue
         kinds, expected = _KINDS[type(default)]
         if value is not None and type(value) not in kinds:
             yield f"config.json: {key} must be {expected}, found {printable(repr(value), 60)}."
@@ -238,7 +241,10 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("sliding_window", "max_position_embeddings"):
         if config.get(key) is not None and config[key] != 0 and not is_size(config[key]):
             yield f"config.json: {key} must be a positive integer, found {printable(repr(config[key]), 60)}."
-    if family.quirks.pattern_is_read and not is_size(config.get(PATTERN, 1)):
+    pattern = config.get(PATTERN, 1)
+    if family.quirks.pattern_is_read and not (
+        is_size(pattern) or (family.quirks.pattern_is_text and (pattern is None or is_text_pattern(pattern)))
+    ):
         yield f"config.json: {PATTERN} must be a positive integer, found {shown(config[PATTERN])}."
     for key in (*NEUTRAL, *family.neutral):
         if not _is_plain(config.get(key)):
@@ -314,6 +320,7 @@ def _sliding(family: Architecture, get: Any, facts: Mapping[str, Any]) -> dict[s
     slides = [layer >= first or how == "by layer or all" for layer in range(layers)]
     if how.startswith("all but each"):
         every = get(PATTERN) if family.quirks.pattern_is_read else family.defaults[PATTERN]
+        every = every if is_size(every) else 1  # a text, or null: layer_types is there
         full = 0 if how.endswith("first") else every - 1
         slides = [layer % every != full for layer in range(layers)]
     elif how == "where nothing turns":

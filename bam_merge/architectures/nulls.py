@@ -46,7 +46,8 @@ def without_nulls(family: Architecture, config: Mapping[str, Any], problems: lis
                 problems.append(meaningless(family, key))
             del known[key]
     for key in (*family.defaults, family.quirks.activation, "tie_word_embeddings"):
-        if key in known and known[key] is None and key not in MEANT:
+        of_types = key == "sliding_window_pattern" and family.quirks.pattern_is_text and known.get("layer_types")
+        if key in known and known[key] is None and key not in MEANT and not of_types:
             problems.append(meaningless(family, key))
             del known[key]
     return known

@@ -7,11 +7,12 @@ unlike in the [quirks] of an architecture's table; tests/architectures/test_spel
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from bam_merge.architectures.rotary_sets import FULL, SLIDING, set_of
 from bam_merge.architectures.tables import Architecture, Quirks
 from bam_merge.architectures.vocabulary import ACTIVATION_KEYS, EXPERT_COUNTS, ROTARY_BASES, ROTARY_SHARES, SLIDING_BASES, WORKED_OUT
+from bam_merge.architectures.window_spellings import WINDOW_KEYS, brief, is_count, window_conflicts
 from bam_merge.text import printable
 
 STRETCHED = ("yarn", "longrope", "llama3")
@@ -146,17 +147,7 @@ def conflicts(table: Architecture, config: Mapping[str, Any]) -> list[str]:
         elif spelling.only is None or _rope_type(rope) in spelling.only:
             problems += _conflict(spelling, kind, config, rope_key)
     window = config.get("sliding_window", table.defaults.get("sliding_window"))
-    return problems + [f"config.json: {text}" for text in _sliding(table, config, window)]
-
-
-BY_LAYER = ("by layer", "every other layer")
-
-
-BY_TYPES = ("by layer or all", "all but each last", "all but each first", "where nothing turns")
-"""Where nothing but layer_types, or what stands in for it, says which layers slide."""
-
-
-WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    return problems + [f"config.json: {text}" for text in window_conflicts(table, config, window)]
 
 
 def settled_keys(table: Architecture) -> frozenset[str]:
@@ -180,20 +171,20 @@ def _conflict(spelling: Spelling, kind: str, config: Mapping[str, Any], rope_key
         if other == key or found is None or _read_as(spelling, found) == _read_as(spelling, value):
             continue
         name, of = _name(other, rope_key), _name(key or (spelling.read or [""])[-1], rope_key)
-        here = f"config.json: {name} = {_brief(found)}"
+        here = f"config.json: {name} = {brief(found)}"
         if key:
             yield (
-                f"{here} and {of} = {_brief(value)} are two spellings of {spelling.fact}, and differ; transformers takes {of} for {kind}. "
+                f"{here} and {of} = {brief(value)} are two spellings of {spelling.fact}, and differ; transformers takes {of} for {kind}. "
                 "Make them equal, or remove the wrong one."
             )
         elif spelling.read:
             yield (
                 f"{here} is another spelling of {spelling.fact}, which transformers takes from {of} for {kind}; that is left out, and "
-                f"means {_brief(value)}. Write {of} = {_brief(found)} if that is right, and remove {name}."
+                f"means {brief(value)}. Write {of} = {brief(found)} if that is right, and remove {name}."
             )
         else:
             yield (
-                f"{here}, but {spelling.fact} is always {_brief(value)} in transformers' {kind}, which ignores the key. Remove {name}, "
+                f"{here}, but {spelling.fact} is always {brief(value)} in transformers' {kind}, which ignores the key. Remove {name}, "
                 "unless the model was trained with it: then it is no such model."
             )
 
@@ -217,7 +208,7 @@ def _two_ropes(table: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     first, second = (_effective(table, config, key) for key in ("rope_scaling", "rope_parameters"))
     differing = [key for key in dict.fromkeys((*first, *second)) if _plain(first.get(key)) != _plain(second.get(key))]
     if differing:
-        shown = "; ".join(f"{printable(key)} {_brief(first.get(key))} and {_brief(second.get(key))}" for key in differing)
+        shown = "; ".join(f"{printable(key)} {brief(first.get(key))} and {brief(second.get(key))}" for key in differing)
         yield (
             f"config.json: rope_scaling and rope_parameters are two spellings of the rotary embedding, and differ: {shown}; transformers "
             "takes rope_scaling. Make them equal, or remove the wrong one."
@@ -234,86 +225,6 @@ def _effective(table: Architecture, config: Mapping[str, Any], rope_key: str) ->
         if name and (spelling.only is None or result["rope_type"] in spelling.only):
             result[name] = taken(spelling, config, rope_key)[1]
     return result
-
-
-def _sliding(table: Architecture, config: Mapping[str, Any], window: Any) -> Iterator[str]:
-    """Contradictions among use_sliding_window, sliding_window (`window`, by default too), max_window_layers and layer_types."""
-    kind, how, layers, types = table.name, table.quirks.windows, config.get("num_hidden_layers"), config.get("layer_types")
-    use, first = config.get("use_sliding_window"), config.get("max_window_layers")
-    if how == "stated" or table.kind == "foreign" or not is_count(layers) or not (window is None or is_count(window)):
-        return
-    given = [t == "sliding_attention" for t in types] if isinstance(types, list) and len(types) == layers else None
-    left_out = "" if "use_sliding_window" in config else " (left out)"
-    if how in (*BY_LAYER, "all if used", "where nothing turns") and not use:
-        if given and any(given):
-            yield f"layer_types has sliding layers, but use_sliding_window is false{left_out}, so that {kind} has no window. Correct one."
-        return
-    if how == "none":
-        if (window and use is not False and (given is None or any(given))) or (given and any(given)):
-            key = "layer_types" if given and any(given) else "sliding_window"
-            yield f"{key} asks for sliding-window attention, which {kind} has not in transformers: the key is ignored there. Remove it."
-        return
-    if how in ("all", *BY_TYPES) and use is False and window:
-        yield (
-            f"sliding_window = {_brief(window)}, but use_sliding_window is false, which transformers ignores for {kind}. "
-            "Set sliding_window to null, or remove use_sliding_window."
-        )
-    if how in BY_TYPES:
-        yield from _by_types(table, config, given, window)
-    elif how in BY_LAYER:
-        implied = _implied(how, layers, first) if type(first) is int and window else None
-        if given is not None and implied is not None and given != implied:
-            yield (
-                f"layer_types says that layers {_layers(given)} slide, max_window_layers = {first} that layers {_layers(implied)} do; "
-                f"transformers takes layer_types. Correct one, or remove max_window_layers."
-            )
-        if given and any(given) and not window:
-            yield "layer_types has sliding layers, but sliding_window is no number. Correct one."
-    elif window and given is not None and not all(given):
-        yield (
-            f"sliding_window = {_brief(window)} slides in every layer of {kind}, and layer_types says that layers {_layers(given)} slide; "
-            "transformers ignores layer_types here. Correct one."
-        )
-    elif window and type(first) is int and first > 0:
-        yield (
-            f"sliding_window = {_brief(window)} slides in every layer of {kind}, max_window_layers = {first} leaves out the first {first}; "
-            "transformers ignores max_window_layers here. Remove one."
-        )
-    elif how == "all" and not window and given and any(given):
-        yield f"layer_types has sliding layers, but sliding_window is no number, so that {kind} has no window. Correct one."
-
-
-def _by_types(table: Architecture, config: Mapping[str, Any], given: list[bool] | None, window: Any) -> Iterator[str]:
-    """Contradictions where layer_types decides, or a pattern where it is left out."""
-    key, kind = "sliding_window_pattern", table.name
-    patterned = table.quirks.windows.startswith("all but each")
-    if given is not None and any(given) and not window:
-        yield "layer_types has sliding layers, but sliding_window is no number. Correct one."
-    elif patterned and given is None and not window:
-        yield f"sliding_window is no number, and layers of {kind} slide unless layer_types says otherwise. Write one of the two."
-    every, default = config.get(key), table.defaults.get(key)
-    if given is not None and table.quirks.pattern_letters and isinstance(every, str) and every and not every.strip("LG"):
-        cycle = [every[layer % len(every)] == "L" and layer + 1 < len(given) for layer in range(len(given))]
-        if given != cycle:
-            yield (
-                f"layer_types says that layers {_layers(given)} slide, {key} = {_brief(every)} that layers {_layers(cycle)} do; "
-                "transformers takes layer_types. Correct one."
-            )
-    if not patterned or not is_count(every):
-        return
-    if not table.quirks.pattern_is_read:
-        if given is None and every != default:
-            yield f"{key} = {every}, which transformers ignores for {kind}: its pattern is {default}. Write layer_types, or remove the key."
-    elif given is not None and given != [(layer + 1) % every != 0 for layer in range(len(given))]:
-        yield (
-            f"layer_types says that layers {_layers(given)} slide, {key} = {every} that all but each {every}th do; "
-            "transformers takes layer_types. Correct one."
-        )
-
-
-def _implied(how: str, layers: int, first: int) -> list[bool]:
-    """The layers that slide by max_window_layers: from it on, or every other one before it."""
-    return [layer % 2 == 0 and layer < first if how == "every other layer" else layer >= first for layer in range(layers)]
 
 
 # ---- values and words ----------------------------------------------------------------------------------------------------
@@ -337,10 +248,6 @@ def _default(default: Any, config: Mapping[str, Any]) -> Any:
     return number // divisor if is_count(number) and is_count(divisor) else None
 
 
-def is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and value > 0
-
-
 def _rope_type(rope: Mapping[str, Any]) -> Any:
     return _plain(rope.get("rope_type") or rope.get("type") or "default")
 
@@ -359,11 +266,3 @@ def _plain(value: Any) -> Any:
 
 def _name(key: str, rope_key: str | None) -> str:
     return key.replace("rope.", f"{rope_key or 'rope_parameters'}.")
-
-
-def _brief(value: Any) -> str:
-    return "nothing" if value is None else printable(repr(value), 60)
-
-
-def _layers(sliding: list[bool]) -> str:
-    return ", ".join(str(layer) for layer, slides in enumerate(sliding) if slides) or "none"

@@ -38,7 +38,7 @@ ROW: Kinds = {
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
-    "experts_default": int, "pattern_is_read": bool, "pattern_letters": bool, "turning": str, "alpha": bool, "query_growth": bool,
+    "experts_default": int, "pattern_is_read": bool, "pattern_is_text": bool, "turning": str, "alpha": bool, "query_growth": bool,
     "rope_needed": bool, "rotary_by_kind": bool, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
     "norm_eps": str, "activation": str, "renamed": dict, "activations": dict, "only": dict, "reasons": dict,
 }  # fmt: skip

@@ -86,7 +86,7 @@ class Quirks:
     `windows`           which layers have sliding-window attention: a word of vocabulary.WINDOWS
     `worked_out`        facts that are always worked out, whatever a key says: each is another key, or "KEY / KEY"
     `pattern_is_read`   whether sliding_window_pattern is a key of it; else its table's default holds, whatever a file has there
-    `pattern_letters`   whether it can be letters beside layer_types, L for a window and G for none, or nothing beside no window
+    `pattern_is_text`   whether it may also be a text of L and G, for layers with a window and without, beside layer_types that agree
     `turning`           which layers have a rotary embedding: a word of vocabulary.TURNING
     `alpha`             whether `alpha` in rope_parameters of type dynamic stretches the base, once for all lengths
     `query_growth`      whether queries are multiplied with 1 + beta ln(1 + floor(position / original context)), beta being
@@ -115,7 +115,7 @@ class Quirks:
     windows: str = "none"
     worked_out: Mapping[str, str] = field(default_factory=dict)
     pattern_is_read: bool = False
-    pattern_letters: bool = False
+    pattern_is_text: bool = False
     turning: str = "all"
     alpha: bool = False
     query_growth: bool = False
@@ -187,8 +187,23 @@ def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
 @cache
 def _table_names() -> tuple[str, ...]:
     return tuple(
-        sorted(item.name.removesuffix(".toml") for item in files("bam_merge.architectures").iterdir() if item.name.endswith(".toml"))
+        sorted(
+            item.name.removesuffix(".toml")
+            for item in files("bam_merge.architectures").iterdir()
+            if item.name.endswith(".toml") and not item.name.startswith("_")
+        )
     )
+
+
+@cache
+def _left_out() -> Mapping[str, str]:
+    return tomllib.loads((files("bam_merge.architectures") / "_left_out.toml").read_text(encoding="utf-8"))
+
+
+def why_left_out(model_type: object) -> str:
+    """ ": " and the reason why models of this type do not merge here, where somebody has looked; else nothing."""
+    reason = _left_out().get(model_type) if isinstance(model_type, str) else None
+    return f": {reason}" if reason else ""
 
 
 @cache

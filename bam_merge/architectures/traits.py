@@ -19,8 +19,8 @@ LEGACY = {"attention": "full_attention"}
 """Kinds of layers as older files spell them."""
 
 
-SOFTCAPS = ("attention_softcap", "logit_softcap")
-"""Traits that are divided by."""
+SOFTCAPS = ("attention_softcap", "logit_softcap", "attention_clip")
+"""Traits that are sizes of caps."""
 
 
 Get = Callable[[str], Any]
@@ -61,13 +61,9 @@ def under_common_keys(family: Architecture, config: Mapping[str, Any]) -> dict[s
 
 
 def without_idle_pattern(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without a pattern of windows that says nothing: letters beside layer_types, nothing where there is no window."""
-    result, pattern = dict(config), config.get(PATTERN)
-    letters = isinstance(pattern, str) and pattern != "" and not pattern.strip("LG")
-    listed, windowless = isinstance(config.get("layer_types"), list), "sliding_window" in config and config["sliding_window"] is None
-    if family.quirks.pattern_letters and ((listed and letters) or ((listed or windowless) and not pattern)):
-        result.pop(PATTERN, None)
-    return result
+    """`config` without a pattern of 0 beside layer_types and no window, as the class of such patterns saves it."""
+    idle = family.quirks.pattern_is_text and config.get(PATTERN) == 0 and isinstance(config.get("layer_types"), list)
+    return {key: value for key, value in config.items() if key != PATTERN or not idle or config.get("sliding_window", 1) is not None}
 
 
 def own_key(family: Architecture, word: str) -> str:
@@ -86,7 +82,7 @@ def beyond(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
         if key in family.quirks.reasons:
             yield f"{found} cannot be merged here: {family.quirks.reasons[key]}"
         else:
-            words = " or ".join(map(shown, possible))
+            words = " or ".join(map(shown, possible)) or "null"
             yield f"{found} is not known here, only {words}: what such a model computes would be a guess."
     known, types = family.quirks.kinds, config.get("layer_types")
     odd = [kind for kind in types if known and LEGACY.get(kind, kind) not in known] if isinstance(types, list) else []

@@ -21,7 +21,8 @@ SYMBOLS = {
 """The letters of symbolic shapes, and the facts they stand for."""
 
 TRAITS: dict[str, Any] = {
-    "norm_type": None, "norm_bias": False, "pre_norms": True, "post_norms": False, "parallel_block": False, "parallel_norms": 2,
+    "norm_type": None, "norm_bias": False, "norm_weights": True, "attention_clip": None,
+    "pre_norms": True, "post_norms": False, "parallel_block": False, "parallel_norms": 2,
     "gated_ffn": False,
     "rope_interleaved": False, "qk_norm": False, "qk_norm_shape": None, "qk_norm_bias": False,
     "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
@@ -30,6 +31,8 @@ TRAITS: dict[str, Any] = {
 }  # fmt: skip
 """What a family's model type can imply, and what holds where its table is silent.
 
+norm_weights               norms have weights, and do more than to centre or to scale
+attention_clip             queries, keys and values are cut off at this and at minus this; None: they are not
 pre_norms                  norms before attention and FFN
 post_norms                 norms of what attention and FFN give, before it is scaled and added; of a mixture's, after the experts are mixed
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
@@ -61,7 +64,7 @@ QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
     "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False, "sliding_rope_parameters": None, "attention_softcap": None,
-    "logit_softcap": None,
+    "logit_softcap": None, "norm_weights": True, "attention_clip": None,
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 
@@ -113,7 +116,7 @@ TURNING = ("all", "where windows are", "where windows are, or all", "listed", "i
 
 all                 every layer
 where windows are   those with sliding-window attention
-where windows are, or all  the same, but every layer where sliding_window is null
+..., or all         the same, but every layer where sliding_window is null
 if rope             every layer if position_embedding_type is "rope", else none
 listed              those with a 1 in no_rope_layers, or, where it is left out, all but the last of every no_rope_layer_interval layers
 """

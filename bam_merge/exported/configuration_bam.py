@@ -38,7 +38,8 @@ class BamConfig(PreTrainedConfig):
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
     Of families that are unlike most, None or the default where theirs is: `pre_norms` are those before attention and FFN, `post_norms`
-    those of what the experts of either give together; `norm_offset` is added to the weights of norms before they multiply;
+    those of what the experts of either give together; norms have `norm_weights`; queries, keys and values are cut off at `attention_clip`
+    and at minus that; `norm_offset` is added to the weights of norms before they multiply;
     `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads", or "all heads" of an expert, whose
     norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
     `sliding_rope_parameters` are the rope_parameters of layers with a window; `rope_layers` are the layers with rotary embedding;
@@ -72,6 +73,8 @@ class BamConfig(PreTrainedConfig):
     rms_norm_eps: float | int = 1e-6
     layer_norm_eps: float | int = 1e-5
     norm_offset: int = 0
+    norm_weights: bool = True
+    attention_clip: float | int | None = None
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False

@@ -59,14 +59,15 @@ class BamLayerNorm(nn.Module):
         self.centred = config.norm_type == "layer_norm"
         self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
         self.offset = config.norm_offset
-        self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset))
+        self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset)) if config.norm_weights else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
-        weight = self.offset + wide(self.weight) if self.offset else self.weight
-        z = weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
+        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            z = (self.offset + wide(self.weight) if self.offset else self.weight) * z
         return (z if self.bias is None else z + self.bias).to(x.dtype)
 
 
@@ -295,7 +296,10 @@ class BamAttention(nn.Module):
         """y [B, T, D], and the attention weights where the implementation gives them. `gates` [B, T, N] of a mixture."""
         own, kv = self.parts()
         shape_BT = hidden_states.shape[:-1]
-        query, key, value = (proj(hidden_states).view(*shape_BT, -1, self.head_dim) for proj in (own.q_proj, kv.k_proj, kv.v_proj))
+        projected = (proj(hidden_states) for proj in (own.q_proj, kv.k_proj, kv.v_proj))
+        if self.config.attention_clip is not None:
+            projected = (x.clamp(-self.config.attention_clip, self.config.attention_clip) for x in projected)
+        query, key, value = (x.view(*shape_BT, -1, self.head_dim) for x in projected)
         if self.config.qk_norm and not self.config.qk_norm_after_rotary:
             query, key = own.q_norm(query), kv.k_norm(key)
         if self.rotates:
@@ -503,7 +507,7 @@ class BamPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, BamRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, BamLayerNorm):
+        elif isinstance(module, BamLayerNorm) and module.weight is not None:
             init.constant_(module.weight, 1.0 - module.offset)
         elif isinstance(module, BamExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)

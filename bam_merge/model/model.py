@@ -40,14 +40,15 @@ class Norm(nn.Module):
         self.centred = config.norm_type == "layer_norm"
         self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
         self.offset = config.norm_offset
-        self.weight = nn.Parameter(torch.ones(shape))
+        self.weight = nn.Parameter(torch.ones(shape)) if config.norm_weights else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
-        weight = self.offset + wide(self.weight) if self.offset else self.weight
-        z = weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps))
+        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            z = (self.offset + wide(self.weight) if self.offset else self.weight) * z
         return (z if self.bias is None else z + self.bias).to(x.dtype)
 
 
@@ -118,15 +119,20 @@ class Heads(nn.Module):
         x_BTHC = x_BTHC if turn is None else rotate(x_BTHC, *turn, self.config.rope_interleaved)
         return norm(x_BTHC) if late else x_BTHC
 
+    def heads(self, x_BTX: Tensor) -> Tensor:
+        """What a projection gives, clipped, as its heads [B, T, H or K, C]."""
+        most, shape = self.config.attention_clip, (*x_BTX.shape[:-1], -1, self.config.head_dim)
+        return x_BTX.reshape(shape) if most is None else x_BTX.clamp(-most, most).reshape(shape)
+
     def keys_values(self, x_BTD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rotated keys, and the values, of these tokens, each [B, T, K, C]. `turn`: cosines and sines of their positions."""
-        k_BTKC, v_BTKC = (proj(x_BTD).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.k_proj, self.v_proj))
+        k_BTKC, v_BTKC = (self.heads(proj(x_BTD)) for proj in (self.k_proj, self.v_proj))
         return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
 
     def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
         """o(softmax(scale q k^T) v) [B, T, D]. `at`: the turn of these tokens and their positions [B, T]."""
         C, scale = self.config.head_dim, self.config.attention_scale
-        q_BTHC = self.placed(self.q_norm, self.q_proj(x_BTD).unflatten(-1, (-1, C)), at[0])
+        q_BTHC = self.placed(self.q_norm, self.heads(self.q_proj(x_BTD)), at[0])
         q_BTHC = grown(self.config.query_growth, self.config.rope_parameters, at[1], q_BTHC)
         k_BSHC, v_BSHC = (z.repeat_interleave(q_BTHC.shape[2] // z.shape[2], 2) for z in (k_BSKC, v_BSKC))
         scores_BHTS = wide(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC) * (C**-0.5 if scale is None else scale))

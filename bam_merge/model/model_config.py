@@ -25,6 +25,8 @@ class ModelConfig:
     residual_scale: float | None = None  # of attention and FFN, before they are added
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     norm_bias: bool = False
+    norm_weights: bool = True
+    attention_clip: float | None = None  # queries, keys and values are at most so large, either way
     norm_offset: int = 0  # to the weights of all norms: 1 where they say how far they are from 1
     rms_norm_eps: float = 1e-6
     layer_norm_eps: float = 1e-5

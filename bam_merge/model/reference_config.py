@@ -13,7 +13,7 @@ from bam_merge.architectures.tables import Architecture
 ORIGINAL = "original_max_position_embeddings"
 
 
-NUMBERS = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale", "attention_softcap", "logit_softcap")
+NUMBERS = ("attention_clip", "attention_scale", "embedding_scale", "residual_scale", "logit_scale", "attention_softcap", "logit_softcap")
 
 
 def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +126,7 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
     return {
         "norm_type": trait("norm_type", "rms_norm"),
         "norm_bias": bool(trait("norm_bias", False)),
+        "norm_weights": bool(trait("norm_weights", True)),
         "pre_norms": bool(trait("pre_norms", True)),
         "post_norms": bool(trait("post_norms", False)),
         "parallel_block": bool(trait("parallel_block", False)),
@@ -203,8 +204,10 @@ def _layers(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         stated, step = config.get("no_rope_layers"), config.get("no_rope_layer_interval", table.defaults.get("no_rope_layer_interval", 4))
         rotated = [bool(stated[layer] if stated is not None else (layer + 1) % step) for layer in range(layers)]
     windows = _windows(table, config, rotated)
-    given = config.get("sliding_window", table.defaults.get("sliding_window"))
-    if table.quirks.turning == "where windows are" or (table.quirks.turning == "where windows are, or all" and given):
+    everywhere = table.quirks.turning == "where windows are, or all" and not config.get(
+        "sliding_window", table.defaults.get("sliding_window")
+    )
+    if table.quirks.turning.startswith("where windows are") and not everywhere:
         rotated = [windows["sliding_window"] is not None and kind == "sliding_attention" for kind in windows["layer_types"]]
     return {**windows, "rope_layers": None if all(rotated) else [layer for layer in range(layers) if rotated[layer]]}
 
@@ -228,6 +231,8 @@ def _windows(table: Architecture, config: Mapping[str, Any], rotated: list[bool]
     how = table.quirks.windows
     if how in ("all but each last", "all but each first"):
         every = get("sliding_window_pattern") if table.quirks.pattern_is_read else table.defaults["sliding_window_pattern"]
+        if isinstance(every, str):  # which transformers does not load without layer_types: refused elsewhere
+            every = len(every)
         place = every - 1 if how == "all but each last" else 0
         types = ["full_attention" if layer % every == place else "sliding_attention" for layer in range(layers)]
         return {"sliding_window": window if "sliding_attention" in types else None, "layer_types": types}

@@ -109,6 +109,8 @@ def _factors(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts.get("post_norms"):
         before = "before and " if facts.get("pre_norms", True) else ""
         yield f"norms {before}after attention and FFN"
+    if not facts.get("norm_weights", True):
+        yield "norms without weights"
     if facts.get("norm_offset"):
         yield f"norms of {facts['norm_offset']} + w"
     for key, what in (("embedding_scale", "embeddings"), ("residual_scale", "residual branches"), ("logit_scale", "logits")):
@@ -126,7 +128,8 @@ def _attention(found: Inspection) -> str:
     heads, kv = facts["num_attention_heads"], facts["num_key_value_heads"]
     text = f"{count(heads, 'head')} of {facts['head_dim']}" + (f", {kv} for keys and values" if kv != heads else "")
     together = " over all heads" if facts.get("qk_norm_shape") == "all heads" else ""
-    traits = [name for key, name in (("qk_norm", f"q and k normed{together}"), ("attention_bias", "biases")) if facts.get(key)]
+    traits = [f"q, k and v within {facts['attention_clip']:g}"] if isinstance(facts.get("attention_clip"), int | float) else []
+    traits += [name for key, name in (("qk_norm", f"q and k normed{together}"), ("attention_bias", "biases")) if facts.get(key)]
     rope = facts.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")

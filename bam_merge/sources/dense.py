@@ -11,7 +11,7 @@ from bam_merge.architectures.naming import Naming, adapter_problem, find_naming,
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
 from bam_merge.architectures.spellings import conflicts, settled_keys
-from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type
+from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type, why_left_out
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.folder import Checkpoint
@@ -96,7 +96,7 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
     if family is None or family.kind != "dense":
         known = ", ".join(a.name for a in dense_families())
         found = checkpoint.config.get("model_type")
-        what = "a mixture already" if family else "not a dense family known here"
+        what = "a mixture already" if family else f"not a dense family known here{why_left_out(found)}"
         raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. Known dense families: {known}.")
     problems: list[str] = []
     quantised = is_quantised(checkpoint.config) or is_quantised(unwrapped.config)

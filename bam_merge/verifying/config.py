@@ -48,6 +48,8 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "number of heads": (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim),
         "norm": (config.norm_type, config.layer_norm_eps if layered else config.rms_norm_eps),
         "norm offset": config.norm_offset,
+        "norm weights": config.norm_weights,
+        "clipped": config.attention_clip,
         "norms before attention and FFN": config.pre_norms,
         "norms after attention and FFN": config.post_norms,
         "block": (config.parallel_block, config.parallel_norms if config.parallel_block else 2),

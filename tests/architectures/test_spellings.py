@@ -15,8 +15,9 @@ from proofs import UNPROVED, failed
 from bam_merge.architectures import config
 from bam_merge.architectures.anatomy import open_anatomy
 from bam_merge.architectures.config import describe, mixture_values
-from bam_merge.architectures.spellings import BY_LAYER, BY_TYPES, ORIGINAL, Spelling, conflicts, spellings_of
+from bam_merge.architectures.spellings import ORIGINAL, Spelling, conflicts, spellings_of
 from bam_merge.architectures.tables import architecture_names, load_architecture
+from bam_merge.architectures.window_spellings import BY_LAYER, BY_TYPES
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
 from bam_merge.model.loading import load_model
@@ -91,8 +92,13 @@ def lines() -> Iterator[Any]:
     """(fact, model type, two of its keys): every pair, and every key with itself as the only one."""
     for kind in (*KINDS, "bam"):
         for spelling in spellings_of(load_architecture(kind)):
+            quirks = load_architecture(kind).quirks
+            two_facts = {"rope_theta"} if quirks.rotary_by_kind and not quirks.sliding_base else set()  # of one set, and not of the other
             for first, second in itertools.combinations_with_replacement((*spelling.read, *spelling.ignored), 2):
-                if not (kind == "phi3" and "rope.rope_type" in spelling.read):  # Phi3Config takes longrope only
+                if not (kind == "phi3" and "rope.rope_type" in spelling.read) and not two_facts & {
+                    first,
+                    second,
+                }:  # Phi3Config takes longrope only
                     yield pytest.param(spelling, kind, first, second, id=f"{kind}-{first}-{second}")
 
 
@@ -109,7 +115,7 @@ def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
         config["layer_types"] = [FULL, SLIDES]
     rope: dict[str, Any] = {}
     if "num_attention_heads" in spelling.read:
-        config["hidden_size"] = 1920 * 71  # which the classes' own counts of heads divide
+        config["hidden_size"] = 1920 * 71 * 13  # which the classes' own counts of heads divide
     if "num_hidden_layers" in spelling.read:
         config.pop("layer_types", None)  # which has one for each
     if spelling.only:
@@ -254,6 +260,37 @@ def test_every_combination_of_rotary_keys_is_refused_or_read_as_transformers_doe
                 assert found.get(key) == expected.get(key), (key, config)
             assert found["partial_rotary_factor"] == expected.get("partial_rotary_factor", 1.0), config
     assert read >= 20
+
+
+BASES: dict[str, tuple[Any, ...]] = {
+    "rope_theta": ("", 1e4, 500000), "full_attention": ("", {"rope_type": "default", "rope_theta": 1e4}, {**YARN, ORIGINAL: 32}, {"rope_type": "default"}),
+    "sliding_attention": ("", {"rope_type": "default", "rope_theta": 7e3}, {"rope_type": "default"}),
+    "rope_scaling": ("", None, {"rope_type": "linear", "factor": 2.0}), "layer_types": ("", [FULL, SLIDES], [FULL, FULL], [SLIDES, SLIDES]),
+}  # fmt: skip
+
+
+def test_two_sets_whose_bases_have_one_key_are_refused_or_read_as_transformers_does() -> None:
+    """olmo3: 288 combinations. rope_theta beside the sets is that of the layers without a window; the others' is 500,000 then."""
+    table, read = load_architecture("olmo3"), 0
+    for values in itertools.product(*BASES.values()):
+        given = {key: value for key, value in zip(BASES, values, strict=True) if value != ""}
+        sets = {key: given.pop(key) for key in (FULL, SLIDES) if key in given}
+        config = {**base("olmo3"), "sliding_window": 8, **given, **({"rope_parameters": sets} if sets else {})}
+        problems: list[str] = []
+        facts = describe(table, config, problems)
+        if problems or conflicts(table, config):
+            continue
+        read += 1
+        found, mine = theirs(config), model_config(config)
+        for layer, kind in enumerate(found.layer_types):
+            expected = found.rope_parameters[kind]
+            said = (
+                facts["rope_parameters"] if kind == FULL or facts["sliding_rope_parameters"] is None else facts["sliding_rope_parameters"]
+            )
+            for rope in (said, mine.rope_of(layer)):
+                for key in ("rope_type", "rope_theta", "factor", ORIGINAL):
+                    assert rope.get(key) == expected.get(key), (key, config)
+    assert read >= 40
 
 
 # ---- sliding windows -------------------------------------------------------------------------------------------------------------

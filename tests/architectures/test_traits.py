@@ -1,6 +1,8 @@
 """Traits: what a family's table can say of a model, and that nothing which no layout has a word for is written in it."""
 
 import json
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from bam_merge.planning.output_config import refusals
 
 OTHER: dict[str, Any] = {
     "norm_type": "layer_norm", "parallel_norms": 1, "norm_offset": 1, "attention_scale": 0.3, "embedding_scale": 2.0, "residual_scale": 0.5,
-    "qk_norm_shape": "all heads", "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
+    "qk_norm_shape": "all heads", "attention_clip": 0.5, "logit_scale": 0.5, "rope_layers": [0], "query_growth": 0.5,
 }  # fmt: skip
 """A value of each trait that is not the usual one; of those that are true or false, the other one."""
 
@@ -138,8 +140,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a mixture already, unsaid": ("granitemoehybrid", {"num_local_experts": ...}, "num_local_experts = 8, which is meant where it is left out, cannot be merged here"),
     "layers with states": ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "layer_types names 'mamba'; granitemoehybrid merges here only where all its layers are full_attention."),
     "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing, and what granitemoehybrid is without it is not known here. Add it."),
-    "letters and no layers": ("exaone4", {"sliding_window_pattern": "LG"}, "sliding_window_pattern must be an integer, found 'LG'."),
-    "letters that say otherwise": ("exaone4", {"sliding_window_pattern": "GL", "layer_types": ["sliding_attention", "full_attention"]}, "layer_types says that layers 0 slide, sliding_window_pattern = 'GL' that layers none do"),
     "an epsilon that classes differ in": ("exaone", {"layer_norm_epsilon": ...}, "layer_norm_epsilon is missing, and what exaone is without it is not known here."),
     "an activation under the common key": ("exaone", {"hidden_act": "relu"}, "hidden_act = 'relu' and activation_function = 'silu' are two spellings of the activation, and differ"),
     "a share of heads": ("exaone", {"rotary_pct": 0.25}, "the share of a head that turns is always 1.0"),
@@ -177,6 +177,27 @@ def test_sources_that_differ_in_a_trait_are_refused_once(name: str, keys: dict[s
     found = [problem for problem in error.value.problems if problem.startswith("sources.law")]
     assert any(named in problem for problem in found)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(("model_type", "reason"), [
+    ("lfm2", ": most of its layers are short convolutions, which have no attention to mix."), ("apertus", ": the activation of its FFN (xIELU) has numbers of its own in every layer"),
+    ("gpt9", "."),
+])  # fmt: skip
+def test_what_is_left_out_is_refused_with_its_reason(model_type: str, reason: str, tmp_path: Path, run: Any) -> None:
+    write_sources(tmp_path, CONFIGS["llama"])
+    path = tmp_path / "law" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
+    planned, seen = run("plan", write_recipe(tmp_path)), run("inspect", tmp_path / "law", "--json")
+    assert f"sources.law: model_type '{model_type}' is not a dense family known here{reason}" in planned.err
+    assert any(f"model_type '{model_type}' is in no table{reason}" in finding for finding in json.loads(seen.out)["findings"])
+
+
+def test_what_is_left_out_is_no_family() -> None:
+    """A family that comes later is no longer among them, and every type that is exists."""
+    transformers = pytest.importorskip("transformers")
+    left_out = tomllib.loads((files("bam_merge.architectures") / "_left_out.toml").read_text(encoding="utf-8"))
+    assert not left_out.keys() & {model_type for family in dense_families() for model_type in family.model_types}
+    assert left_out.keys() <= set(transformers.CONFIG_MAPPING.keys())
 
 
 # ---- spellings of one function -------------------------------------------------------------------------------------------------
