@@ -95,7 +95,7 @@ def test_what_a_config_can_switch_is_computed_as_transformers_does(family: str, 
     assert {key: facts[key] for key in switched.facts} == switched.facts
     folder = write_dense(tmp_path, config)
     if (family, change) in NOT_BUILT:
-        with pytest.raises(Exception, match=r"size mismatch|mat1 and mat2|missing_keys"):
+        with pytest.raises(Exception, match="ignore_mismatched_sizes"):
             theirs(folder)
         return
     with torch.no_grad():
