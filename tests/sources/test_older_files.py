@@ -40,7 +40,7 @@ def loaded(config: dict[str, Any]) -> Any:
 
 def saved(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json as transformers writes it today, with everything that its class fills in."""
-    return dict(json.loads(loaded(config).to_json_string(use_diff=False)))
+    return {key: value for key, value in json.loads(loaded(config).to_json_string(use_diff=False)).items() if key != "_name_or_path"}
 
 
 def without_type(values: Any) -> Any:
