@@ -60,7 +60,8 @@ def changes(family: str) -> Iterator[Change]:
     for trait, value in table.traits.items():
         key = str(value).partition(":")[2].partition("^")[0]
         if key and key not in (*SYMBOLS.values(), *table.quirks.only) and type(table.defaults.get(key)) is not bool:
-            yield Change(f"{key} 0.375", {key: 0.375}, {trait: facts_with(table.name, {**config, key: 0.375})[trait]})
+            number = 3 if type(table.defaults.get(key)) is int else 0.375
+            yield Change(f"{key} {number}", {key: number}, {trait: facts_with(table.name, {**config, key: number})[trait]})
     own = vars(transformers.AutoConfig.for_model(config["model_type"]))
     if "num_key_value_heads" in own and "num_key_value_heads" not in table.quirks.worked_out:
         for count in {1, 2, 4} - {facts["num_key_value_heads"]}:
