@@ -236,7 +236,7 @@ GATES = {"softmax_then_topk": False, "topk_then_softmax": True}
 """The gates of an FFN's router, as a recipe names them, and whether they are renormalised."""
 
 
-def _gates(layout: Architecture, engine: str | None = None) -> list[str]:
+def gates_of(layout: Architecture, engine: str | None = None) -> list[str]:
     """The gates that a layout can say, and with `engine` those of them that this engine computes."""
     stated = layout.accepts.get("norm_topk_prob", list(GATES.values()))
     limits = [limit.only for limit in layout.limits if limit.fact == "norm_topk_prob" and engine in limit.engines]
@@ -248,9 +248,9 @@ def _served(layout: Architecture) -> Iterator[str]:
     """What runs a layout, with which gates, as it was tried, and what an engine computes otherwise."""
     every = "every family that fits, with logits within 1e-5 of the reference model's: in this project's tests"
     own = ", by the model code in the folder (`trust_remote_code=True`)" if not layout.accepts else ""
-    rows = [(f"transformers{own}", ", ".join(map(code, _gates(layout))), every, "")]
+    rows = [(f"transformers{own}", ", ".join(map(code, gates_of(layout))), every, "")]
     for engine in layout.engines:
-        gates = ", ".join(map(code, _gates(layout, engine.name))) if engine.runs else "none"
+        gates = ", ".join(map(code, gates_of(layout, engine.name))) if engine.runs else "none"
         tried = f"{', '.join(engine.tried)}: {engine.how}"
         rows.append((f"{engine.name} ({engine.version})", gates, tried, "; ".join(_otherwise(layout, engine.name))))
     yield table(("runs in", "FFN gates", "tried with", "not as config.json says, where"), rows)

@@ -192,6 +192,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """A small model of every family and variant. hidden and intermediate sizes differ, so that a swap shows."""
 
+NO_CLASS = {"exaone"}
+"""Model types that have no class of their own in transformers."""
+
 CHEAP = ("test_architectures.py", "test_dense_models_compute_what_transformers_does")
 """What is tried for all of them always: tables, facts and logits against transformers."""
 

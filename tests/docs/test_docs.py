@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from conftest import CONFIGS, write_recipe, write_sources
 
 import bam_merge
-from bam_merge.architectures.tables import dense_families, mixture_layouts
+from bam_merge.architectures.tables import dense_families, load_architecture, mixture_layouts
 from bam_merge.cli import cli
+from bam_merge.planning.make import plan_file
 from bam_merge.recipe.schema import schema
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,26 @@ def test_readme_names_the_families_of_a_public_layout() -> None:
         said = names & set(re.findall(r"\w+", row.split("|")[2])) | (above if "of these" in row else set())
         assert said == {family.name for family in dense_families() if not reference.ruled_out(family, layout)}, layout.name
         above = said
+
+
+@pytest.mark.parametrize("gate", reference.GATES)
+@pytest.mark.parametrize(("layout", "family"), [("qwen2_moe", "qwen2"), ("qwen3_moe", "qwen3")])
+def test_the_gates_of_an_engine_are_those_that_a_plan_does_not_warn_of(layout: str, family: str, gate: str, tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS[family])
+    notes = plan_file(write_recipe(tmp_path, f"ffn: {{gate: {gate}}}", "btx", output=f"{{path: out, layout: {layout}}}")).notes
+    table = load_architecture(layout)
+    assert gate in reference.gates_of(table)
+    assert {engine.name for engine in table.engines} == {"vLLM", "llama.cpp"}
+    for engine in table.engines:
+        warned = any(
+            "norm_topk_prob" in note and note.partition(": norm_topk_prob is ")[2].partition(": ")[2].startswith(engine.name)
+            for note in notes
+        )
+        assert (gate not in reference.gates_of(table, engine.name)) == warned
+
+
+def test_mixtral_has_one_gate() -> None:
+    assert reference.gates_of(load_architecture("mixtral")) == ["topk_then_softmax"]
 
 
 def test_contributing_lists_the_parts_of_make_check() -> None:

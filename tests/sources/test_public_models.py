@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_recipe
+from conftest import NO_CLASS, write_recipe
 
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.locate import family_tensors
@@ -88,6 +88,7 @@ def test_there_are_enough_of_them() -> None:
 
 FEWER = {
     "arcee": 2, "ernie4_5": 2, "smollm3": 2, "internlm3": 1, "iquestcoder": 2, "exaone4": 2, "helium": 2, "vaultgemma": 1,
+    "hyperclovax": 1,
     "ministral": 0,  # published as mistral
 }  # fmt: skip
 """Families of which fewer than three models are published, or known here."""
@@ -185,12 +186,8 @@ def on_meta(config: dict[str, Any]) -> Any:
         return getattr(transformers, wrapper.class_name)(made) if wrapper else transformers.AutoModelForCausalLM.from_config(made)
 
 
-NO_CLASS = ("internvl_chat", "exaone")
-"""Model types that transformers reads as another one, or not at all."""
-
-
 @pytest.mark.ecosystem
-@pytest.mark.parametrize("name", [name for name in FINE if MODELS[name]["config"]["model_type"] not in NO_CLASS])
+@pytest.mark.parametrize("name", [name for name in FINE if MODELS[name]["config"]["model_type"] not in {"internvl_chat", *NO_CLASS}])
 def test_transformers_own_class_has_these_tensors(name: str) -> None:
     """Names and shapes of the text model, and the published number of the whole (a tied head counted once)."""
     from transformers.core_model_loading import revert_weight_conversion

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from conftest import CONFIGS, write_recipe, write_sources
 from proofs import UNPROVED, failed
 from safetensors.torch import load_file, save_file
 
-from bam_merge.architectures.tables import load_architecture
+from bam_merge.architectures.strict_tables import TableError
+from bam_merge.architectures.tables import load_architecture, read_table
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan
@@ -223,3 +225,13 @@ def test_a_gate_of_the_wrong_shape_is_the_layouts_failure(shape: list[int], tmp_
     found = failed(verify(folder))
     assert f"{name} is {shape}" in found["layout"]
     assert found["engines"].startswith(f"{name} all zeros: llama.cpp computes the gate as 0/0")
+
+
+def test_a_limit_is_of_an_engine_that_the_table_names() -> None:
+    text = (files("bam_merge.architectures") / "mixtral.toml").read_text(encoding="utf-8")
+    with pytest.raises(TableError, match=r"limits\[0\]\.engines: 'lama\.cpp' is none of \[\[engines\]\]; did you mean 'llama\.cpp'\?"):
+        read_table(text.replace('engines = ["llama.cpp"]', 'engines = ["lama.cpp"]', 1), "mixtral.toml")
+    with pytest.raises(TableError, match=r"limits\[0\]\.engines is missing"):
+        read_table(text.replace('engines = ["llama.cpp"]\n', "", 1), "mixtral.toml")
+    with pytest.raises(TableError, match=r"engines\[0\]\.how is missing"):
+        read_table(text.replace('how = "4', 'hw = "4', 1), "mixtral.toml")
