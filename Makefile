@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-faults paper paper-smoke clean
+.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-faults paper paper-methods paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -61,6 +61,9 @@ bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens
 
 paper: $(VENV)/ready       ## the paper's tables in miniature: docs/paper.md (over an hour; goes on where it was stopped)
 	$(BIN)/python benchmarks/paper/run.py
+
+paper-methods: $(VENV)/ready ## docs/paper.md's table of makes for shared tensors and of experts that differ (hours; goes on where it was stopped)
+	$(BIN)/python benchmarks/paper/methods.py
 
 paper-smoke: $(VENV)/ready ## the same chain at a tiny size, with assertions (a minute)
 	$(BIN)/python benchmarks/paper/smoke.py

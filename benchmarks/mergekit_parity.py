@@ -15,6 +15,16 @@ The same formula takes different settings. Everything here is about mergekit 0.1
                       `normalize: true`. Below density 1 the two cannot be compared: both draw at random, and mergekit's
                       `rescale` restores the L1 norm of the difference where DARE's paper and we divide by the density.
 
+    model_stock       no settings; `filter_wise` (off by default) would take every row by itself, which we have not.
+    sce               our `density` is `select_topk`.
+    ram               our `epsilon` is `epsilon`.
+    breadcrumbs       our `scale` is `lambda`, our density and gamma are density and gamma, the same for every model.
+    dare_linear       as dare_ties; `normalize` (off by default) would divide by the sum of the weights.
+    della             as dare_ties. mergekit ranks equal magnitudes in the order of its sort, we give them the mean of their ranks.
+    karcher           `max_iter` and `tol`: mergekit stops after ten steps, or at a pull below 1e-5; we go on to float64's last digits.
+    nuslerp           our `t` is the second model's share of the weights, `by: rows` is `nuslerp_flatten: false`. With `base_model`
+                      mergekit's is of the differences, and `nuslerp_row_wise` of the columns, which we have not.
+
 Cases without settings of ours are carried out by the recipe that bam-merge prints for mergekit's own configuration.
 
 Where the definitions part, each with a case of its own in CASES that shows it:
@@ -23,10 +33,15 @@ Where the definitions part, each with a case of its own in CASES that shows it:
                       takes plus and so keeps the positive terms; we take no sign and keep none: in the paper's algorithm sgn(0) is 0.
     equal magnitudes  TIES trims to the k largest. Where others equal the k-th, mergekit keeps exactly k, whichever its sort puts
                       first; we keep all that equal it, as the authors' own code does, so that no order decides.
-    weights that      With negative weights the weights that agree can sum to zero. mergekit then divides by one; we give no
-    cancel            difference at all.
+    negative weights  mergekit divides by the sum of the weights that agree, signs and all, or by one where that is zero; we by the sum
+                      of their magnitudes, so that a negative weight stands for the opposite difference.
     narrow angles     mergekit's slerp is a straight line above a cosine of 0.9995 (about 1.8 degrees); ours is an arc down to
                       angles where float64 cannot tell them apart (1e-7).
+    small tensors     mergekit takes some magnitudes below 1e-6 for none (sce, model_stock), which small differences reach; we do not.
+    opposite          Opposite directions have no Karcher mean: mergekit takes the first, we take the mean of the tensors.
+    directions
+    gradients         Over final norm and head a gradient of mergekit's has its first number, as over the embeddings; ours has its last.
+                      Recipes that are printed for mergekit's say for each role what mergekit does.
 """
 
 import argparse
@@ -84,6 +99,17 @@ def mirrored(centre: Values, side: Values) -> Values:
     return opposite
 
 
+def mixed(one: Values, other: Values, share: float) -> Values:
+    """A weighted mean of two; `share` is the other's."""
+
+    def between(name: str, shape: tuple[int, ...]) -> "numpy.ndarray[Any, Any] | None":
+        a, b = one(name, shape), other(name, shape)
+        assert a is not None and b is not None
+        return ((1 - share) * a + share * b).astype("f4")
+
+    return between
+
+
 def write_models(folder: Path) -> None:
     """A seed and its branches: apart enough for every method to be well defined, and those that show a difference."""
     apart = 0.1  # twice the weights' own scale; the cosine of two norms, all near one, is then 0.99
@@ -92,6 +118,11 @@ def write_models(folder: Path) -> None:
         "seed": random_values(0),
         **{name: branched_values(0, branch, apart) for branch, name in enumerate(("code", "law", "math"))},
         "near": branched_values(0, 3, drift=0.001),
+        "nearer": branched_values(0, 4, drift=0.0001),
+        "tiny": branched_values(0, 5, drift=1e-6),
+        "tinier": branched_values(0, 5, drift=2e-6),
+        "opposed": mirrored(random_values(0), mixed(branched_values(0, 0, apart), branched_values(0, 2, apart), 0.75)),
+        "mirror": mirrored(lambda name, shape: numpy.zeros(shape, dtype="f4"), random_values(0)),
         "grid_seed": on_grid(random_values(0), fine),
         "grid_code": on_grid(branched_values(0, 0, apart), fine),
         "grid_mirror": mirrored(on_grid(random_values(0), fine), on_grid(branched_values(0, 0, apart), fine)),
@@ -120,7 +151,7 @@ class Case:
     def ours(self, models: str, output: str) -> dict[str, Any]:
         """The recipe for bam-merge: with no settings of ours the one that it prints for mergekit's."""
         if not self.shared:
-            text = equivalent(self.theirs(Path(models))).text
+            text = equivalent(self.theirs(Path(models).resolve())).text
             assert text is not None, f"{self.name} has no equivalent"
             return {**yaml.safe_load(text), "output": {"path": output}}
         names = dict.fromkeys([*([self.base] if self.base else []), *self.models])
@@ -139,11 +170,17 @@ class Case:
 
 
 WEIGHTS = {"code": 1.0, "law": 0.6, "math": 0.3}
+PLAIN: dict[str, dict[str, float]] = {"code": {}, "law": {}, "math": {}}
 
 
 def differences(make: str, scale: float = 1.0, **settings: float) -> dict[str, Any]:
     """The `shared` section for a method of weighted differences from the seed."""
     return {"make": make, "base": "seed", "weights": WEIGHTS, "scale": scale, **settings}
+
+
+def differing(make: str, **settings: float) -> dict[str, Any]:
+    """The `shared` section for a method of differences from the seed that has no weights."""
+    return {"make": make, "base": "seed", **settings}
 
 
 def weighted(weights: Mapping[str, float], **settings: float) -> dict[str, dict[str, float]]:
@@ -199,6 +236,47 @@ ALIKE = [
         "seed",
         {"normalize": True, "rescale": False, "lambda": 0.7},
     ),
+    Case("model_stock", {"make": "model_stock", "base": "seed"}, "model_stock", PLAIN, "seed"),
+    Case(
+        "model_stock of two, with a negative share",
+        {"make": "model_stock", "base": "seed"},
+        "model_stock",
+        {"code": {}, "opposed": {}},
+        "seed",
+    ),
+    Case("sce, density 0.4", differing("sce", density=0.4), "sce", PLAIN, "seed", {"select_topk": 0.4}),
+    Case("sce, density 1", differing("sce", density=1.0), "sce", PLAIN, "seed"),
+    Case("ram", differing("ram", epsilon=0.05), "ram", PLAIN, "seed", {"epsilon": 0.05}),
+    Case("ram as it is by default", differing("ram"), "ram", PLAIN, "seed"),
+    Case(
+        "breadcrumbs",
+        differences("breadcrumbs", 0.7, density=0.5, gamma=0.05),
+        "breadcrumbs",
+        weighted(WEIGHTS, density=0.5, gamma=0.05),
+        "seed",
+        {"lambda": 0.7},
+    ),
+    Case(
+        "breadcrumbs with more outliers than there is room for",
+        differences("breadcrumbs", density=0.9, gamma=0.3),
+        "breadcrumbs",
+        weighted(WEIGHTS, density=0.9, gamma=0.3),
+        "seed",
+    ),
+    Case("dare_linear, density 1", differences("dare_linear", 0.7, density=1.0), "dare_linear", weighted(WEIGHTS), "seed", {"lambda": 0.7}),
+    Case(
+        "della, density 1", differences("della", 0.7, density=1.0), "della", weighted(WEIGHTS), "seed", {"normalize": True, "lambda": 0.7}
+    ),
+    Case("karcher", {"make": "karcher"}, "karcher", PLAIN, options={"max_iter": 100, "tol": 1e-7}),
+    Case("karcher of two", {"make": "karcher"}, "karcher", {"code": {}, "law": {}}, options={"max_iter": 100, "tol": 1e-7}),
+    Case("nuslerp", {"make": "nuslerp", "from": ["code", "law"], "t": 0.3}, "nuslerp", weighted({"code": 0.7, "law": 0.3})),
+    Case(
+        "nuslerp by rows",
+        {"make": "nuslerp", "from": ["code", "law"], "t": 0.3, "by": "rows"},
+        "nuslerp",
+        weighted({"code": 0.7, "law": 0.3}),
+        options={"nuslerp_flatten": False},
+    ),
 ]
 
 CONVERTED = [
@@ -223,6 +301,16 @@ CONVERTED = [
         {"lambda": 0.7, "int8_mask": True},
     ),
     Case("task_arithmetic, normalised, converted", {}, "task_arithmetic", weighted(WEIGHTS), "seed", {"normalize": True}),
+    Case("a gradient over everything, converted", {}, "slerp", {"seed": {}, "code": {}}, "seed", {"t": [0.1, 0.9]}),
+    Case("model_stock, converted", {}, "model_stock", PLAIN, "seed"),
+    Case("sce, converted", {}, "sce", PLAIN, "seed", {"select_topk": 0.3}),
+    Case("ram, converted", {}, "ram", PLAIN, "seed", {"epsilon": 0.05}),
+    Case("breadcrumbs, converted", {}, "breadcrumbs", weighted(WEIGHTS, density=0.6, gamma=0.1), "seed", {"lambda": 0.7}),
+    Case("dare_linear, density 1, converted", {}, "dare_linear", weighted(WEIGHTS, density=1.0), "seed"),
+    Case("della, density 1, converted", {}, "della", weighted(WEIGHTS, density=1.0), "seed", {"normalize": True}),
+    Case("karcher, converted", {}, "karcher", PLAIN, options={"max_iter": 100, "tol": 1e-7}),
+    Case("nuslerp, converted", {}, "nuslerp", weighted({"code": 0.7, "law": 0.3})),
+    Case("nuslerp by rows, converted", {}, "nuslerp", weighted({"code": 1.0, "law": 3.0}), options={"nuslerp_flatten": False}),
 ]
 
 APART = [
@@ -260,7 +348,7 @@ APART = [
         weighted({"code": 0.5, "law": -0.5}, density=1.0),
         "seed",
         {"normalize": True},
-        differs="mergekit divides by one where the agreeing weights sum to zero, we give no difference",
+        differs="mergekit divides by the sum of the weights, signs and all, we by that of their magnitudes",
     ),
     Case(
         "dare_ties as mergekit has it by default",
@@ -269,6 +357,46 @@ APART = [
         weighted(WEIGHTS, density=1.0),
         "seed",
         differs="mergekit sums the agreeing differences unless normalize is set",
+    ),
+    Case(
+        "sce of small differences",
+        {"make": "sce", "base": "seed", "density": 1.0},
+        "sce",
+        {"near": {}, "nearer": {}},
+        "seed",
+        differs="where the mean squares sum to less than 1e-6 mergekit weighs all models alike, we by their squares however small",
+    ),
+    Case(
+        "model_stock of small differences",
+        {"make": "model_stock", "base": "seed"},
+        "model_stock",
+        {"tiny": {}, "tinier": {}},
+        "seed",
+        differs="mergekit takes products of lengths below 1e-6 for 1e-6, we take the cosine of any two that are not 0",
+    ),
+    Case(
+        "karcher as it is by default",
+        {"make": "karcher"},
+        "karcher",
+        {"seed": {}, "mirror": {}},
+        options={},
+        differs="of opposite directions, which have no mean, mergekit takes the first, we the mean of the tensors",
+    ),
+    Case(
+        "breadcrumbs with equal magnitudes",
+        {"make": "breadcrumbs", "base": "coarse_seed", "density": 0.5, "gamma": 0.1},
+        "breadcrumbs",
+        weighted({"coarse_code": 1.0}, density=0.5, gamma=0.1),
+        "coarse_seed",
+        differs="mergekit keeps exactly k entries, we keep all that equal those at either end",
+    ),
+    Case(
+        "sce with zero sums",
+        {"make": "sce", "base": "grid_seed", "density": 1.0},
+        "sce",
+        {"grid_code": {}, "grid_mirror": {}},
+        "grid_seed",
+        differs="mergekit elects plus where the sum is zero, we elect no sign",
     ),
 ]
 
@@ -279,7 +407,7 @@ APART = [
 def merge_both(case: Case, index: int, work: Path, mergekit: Path) -> tuple[Tensors, Tensors]:
     """The tensors that bam-merge and mergekit make for `case`."""
     ours, theirs = work / f"ours{index}", work / f"theirs{index}"
-    recipe = write_recipe(work / f"ours{index}.yaml", case.ours("models", ours.name))
+    recipe = write_recipe(work / f"ours{index}.yaml", case.ours(str(work / "models"), ours.name))
     run([bam_merge(), "merge", recipe])
     config = write_recipe(work / f"theirs{index}.yaml", case.theirs(work / "models"))
     run([mergekit / "mergekit-yaml", config, theirs, "--no-copy-tokenizer", "--no-write-model-card", "--quiet"])

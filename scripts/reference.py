@@ -16,13 +16,13 @@ from bam_merge.architectures.tables import Architecture, Row, architectures, den
 from bam_merge.architectures.vocabulary import ROLES, SYMBOLS, UNSAID
 from bam_merge.architectures.wrappers import text_models, wrappers
 from bam_merge.cli import cli
-from bam_merge.recipe import data_routers, makes
+from bam_merge.recipe import makes
 from bam_merge.recipe.rules import makes_of
 from bam_merge.recipe.schema import schema
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 MAKES = {re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): item for name, item in vars(makes).items() if isinstance(item, type)}
-FROM_TEXTS = {item.record.name: item for item in makes_of(data_routers.FromTexts)}
+FROM_TEXTS = {item.record.name: item for item in makes_of(makes.FromTexts)}
 MADE = "<!-- Made by scripts/reference.py: change the code, then run it again. -->"
 
 

@@ -138,7 +138,8 @@ class Plan:
             merges = [part for part in expressions.parts(step.expr) if isinstance(part, expressions.Merge)]
             for merge in merges:
                 operands = len(merge.operands) + (merge.base is not None)
-                size = max(CHUNK_ELEMENTS, chunk_elements(step.expr, CHUNK_ELEMENTS))
+                row = merge.shape[-1] if merge.method.about.by_rows and merge.shape else 0
+                size = max(CHUNK_ELEMENTS, chunk_elements(step.expr, CHUNK_ELEMENTS), row)
                 chunks = max(chunks, size * (merge.method.about.operand_bytes * operands + 16))
                 held = max(held, merge.method.held(merge.shape))
         return BASE_MEMORY + workers * (COPY_BUFFER + chunks + held)

@@ -34,8 +34,7 @@ PASSTHROUGH = "passthrough"
 
 
 OTHER_METHODS = (
-    "model_stock", "dare_linear", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "nuslerp", "multislerp",
-    "karcher", "arcee_fusion", "nearswap", "core_space", "ram",
+    "breadcrumbs_ties", "della_linear", "multislerp", "arcee_fusion", "nearswap", "core_space", "ramplus_tl",
 )  # fmt: skip
 """mergekit's methods that have no equivalent here."""
 
@@ -229,7 +228,7 @@ def _from_first(found: Any) -> bool:
 
 def _named(make: Mapping[str, Any], everyone: list[str]) -> Iterator[str]:
     """The sources that a make is of: those that it names, or every one."""
-    yield from everyone if make["make"] == "mean" else make.get("weights", {})
+    yield from everyone if "from" not in make and "weights" not in make else make.get("weights", {})
     named = make.get("from", ())
     yield from [named] if isinstance(named, str) else named
     if "base" in make:

@@ -140,7 +140,7 @@ def over_layers(
         if role == "head" and tied:
             continue
         for layer in range(count) if "{}" in template else (None,):
-            t = (layer / (count - 1) if count > 1 else 1.0) if layer is not None else float(role in ("norm.final", "head"))
+            t = (layer / (count - 1) if count > 1 else 1.0) if layer is not None else 0.0  # of norm.final and head too
             name = template if layer is None else template.format(layer if settings.need_layers else 0)
             found = make(lambda parameter, model, default, name=name, t=t: settings.value(name, t, parameter, model, default))  # type: ignore[misc]
             if isinstance(found, str):

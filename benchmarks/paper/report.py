@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import machine_line, markdown_table  # noqa: E402
 
+METHODS = HERE / "methods.json"
+
 EXPERT_KV, SHARED_KV, BTX1, BTX2 = "BAM Expert-KV", "BAM Shared-KV", "BTX top-1", "BTX top-2"
 ROUTERS_OF_TEXT = ", ridge"
 """Ends the names of settings of routers.yaml whose routers are made of text."""
@@ -249,6 +251,27 @@ def table_forward(forward: dict[str, Any] | None) -> str:
     return "\n\n".join(parts)
 
 
+def table_methods(results: Results | None) -> str:
+    """Every setting of methods.yaml, as merged and trained, against the first of its group: those that begin with the same word."""
+    if results is None or not any(results["settings"].values()):
+        return "Not measured yet: run `make paper-methods`."
+    rows: list[list[str]] = []
+    first: dict[str, str] = {}
+    for name, recipe in results["recipes"].items():
+        plain = first.setdefault(name.split()[0], name)
+        start, end = ([geometric(run) for run in ends(results, which).values()] for which in (f"{name}@0", name))
+        values = [] if name == plain else differences(results, name, plain)
+        at_start = [] if name == plain else differences(results, f"{name}@0", f"{plain}@0")
+        made = recipe.get("shared") or next(iter(recipe.get("rules", ())), {"make": "copy" if "Upcycling" in name else "mean"})
+        numbers = ", ".join(f"{key} {value}" for key, value in made.items() if key not in ("make", "base", "from", "roles"))
+        below = [spread(found, 1) + " %" if found else "" for found in (at_start, values)]
+        shown = "" if name == plain else verdict(values)
+        cells = [title(results, name), f"{made['make']}{f' ({numbers})' if numbers else ''}", spread(start, 1), below[0], spread(end)]
+        rows.append([*cells, below[1], shown])
+    header = ["", "make", "as merged", "below the first by", "after phase 3", "below the first by", "random seeds"]
+    return f"{machine_line(results['machine'])}.\n\n" + markdown_table(header, rows, left=(0, 1, 6))
+
+
 def ratios(row: dict[str, Any], anchor: dict[str, Any], what: str) -> list[float]:
     """The ratios within each round."""
     return [one / other for one, other in zip(row[what], anchor[what], strict=True)]
@@ -298,11 +321,15 @@ PARTS: dict[str, Callable[[Results], str]] = {
 }  # fmt: skip
 
 
-def page(results: Results, forward: dict[str, Any] | None) -> str:
-    """page.md with every {{part}} filled in."""
+def page(results: Results, forward: dict[str, Any] | None, methods: Results | None = None) -> str:
+    """page.md with every {{part}} filled in; `methods` are those of methods.json, where none are given."""
     text = (HERE / "page.md").read_text(encoding="utf-8")
-    beside = {"forward": lambda: table_forward(forward), "routers": lambda: table_routers(read_routers())}
-    return re.sub(r"\{\{(.+?)\}\}", lambda found: beside[found[1]]() if found[1] in beside else PARTS[found[1]](results), text)
+    others = {
+        "forward": lambda: table_forward(forward),
+        "routers": lambda: table_routers(read_routers()),
+        "methods": lambda: table_methods(methods or read_methods()),
+    }
+    return re.sub(r"\{\{(.+?)\}\}", lambda found: others[found[1]]() if found[1] in others else PARTS[found[1]](results), text)
 
 
 def write(results: Results, forward: dict[str, Any] | None, out: Path) -> None:
@@ -325,6 +352,11 @@ def read_forward() -> dict[str, Any] | None:
 def read_routers() -> Results | None:
     file = HERE / "routers.json"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def read_methods() -> Results | None:
+    found: Results | None = json.loads(METHODS.read_text()) if METHODS.exists() else None
+    return found
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def test_a_gradient_by_filters_is_the_same_for_every_tensor(models: Path, run: A
     base, code = of(models, "base"), of(models, "code")
     for name, tensor in found.items():
         layer = int(name.split(".")[2]) if ".layers." in name else None
-        t = _evaluated(settings, name, 0.0 if "embed" in name else 1.0 if layer is None else layer / 3)
+        t = _evaluated(settings, name, 0.0 if layer is None else layer / 3)  # as mergekit 0.1.5 has it
         a, b = base[name].flatten(), code[name].flatten()
         angle = torch.arccos((a @ b / a.norm() / b.norm()).clamp(-1, 1))
         expected = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
@@ -357,3 +357,63 @@ def test_what_is_compared_with_mergekit_is_what_is_printed(case: Any, tmp_path: 
 def _written(path: Path, document: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
+
+
+def test_a_gradient_has_its_first_number_in_head_and_last_norm_too(models: Path, run: Any) -> None:
+    """As mergekit 0.1.5 has it, which `make test-mergekit` compares; a gradient of our own has its last there."""
+    text = "merge_method: slerp\nbase_model: base\nmodels: [{model: base}, {model: code}]\nparameters: {t: [0.1, 0.7]}\n"
+    plan = plan_file(converted(models, text, run))
+    shown = {(step.role, step.layer): step.expression for step in plan.steps}
+    for place in (("embed", None), ("norm.final", None), ("head", None), ("attn.q", 0)):
+        assert "t=0.1" in shown[place]
+    assert "t=0.3)" in shown["attn.q", 1] and "t=0.7" in shown["attn.q", 3]
+
+
+NEW = {
+    "model_stock": ({}, {}, "{make: model_stock, base: seed}"),
+    "sce": ({}, {"select_topk": 0.3}, "{make: sce, base: seed, density: 0.3}"),
+    "ram": ({}, {}, "{make: ram, base: seed, epsilon: 1.0e-05}"),
+    "breadcrumbs": ({"weight": 0.5, "density": 0.6}, {"lambda": 0.7}, "{make: breadcrumbs, base: seed, density: 0.6, gamma: 0.01, weights: {code: 0.5, law: 0.5}, scale: 0.7}"),
+    "dare_linear": ({"weight": 1, "density": 0.6}, {"normalize": True}, "{make: dare_linear, base: seed, density: 0.6, weights: {code: 0.5, law: 0.5}}"),
+    "della": ({"weight": 1, "density": 0.6, "epsilon": 0.2}, {}, "{make: della, base: seed, density: 0.6, epsilon: 0.2, weights: {code: 1, law: 1}}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_methods_of_differences(method: str, models: Path, run: Any) -> None:
+    own, common, expected = NEW[method]
+    listed_models = [{"model": name, "parameters": own} for name in ("code", "law")]
+    document = {"merge_method": method, "base_model": "base", "models": listed_models, "parameters": common}
+    found = yaml.safe_load(converted(models, yaml.safe_dump(document), run).read_text())
+    assert found["shared"] == yaml.safe_load(expected)
+    assert found["sources"] == {"seed": "base", "code": "code", "law": "law"}
+
+
+def test_methods_on_the_sphere(models: Path, run: Any) -> None:
+    pair = [{"model": name, "parameters": {"weight": weight}} for name, weight in (("code", 1), ("law", 3))]
+    for flat, by in (({}, {}), ({"nuslerp_flatten": False}, {"by": "rows"})):
+        found = yaml.safe_load(
+            converted(models, yaml.safe_dump({"merge_method": "nuslerp", "models": pair, "parameters": flat}), run).read_text()
+        )
+        assert found["shared"] == {"make": "nuslerp", "from": ["code", "law"], "t": 0.75, **by}
+    found = yaml.safe_load(
+        converted(models, yaml.safe_dump({"merge_method": "karcher", "models": listed("code", "law", "math")}), run).read_text()
+    )
+    assert (found["shared"], list(found["sources"])) == ({"make": "karcher"}, ["code", "law", "math"])
+
+
+@pytest.mark.parametrize(("document", "message"), [
+    ({"merge_method": "model_stock", "base_model": "a", "models": listed("b")}, "model_stock needs base_model and two other models"),
+    ({"merge_method": "model_stock", "base_model": "a", "models": listed("b", "c"), "parameters": {"filter_wise": True}}, "filter_wise: true"),
+    ({"merge_method": "ram", "base_model": "a", "models": listed("b"), "parameters": {"epsilon": 0}}, "epsilon = 0; here it is above 0"),
+    ({"merge_method": "sce", "models": listed("b", "c")}, "sce needs base_model"),
+    ({"merge_method": "nuslerp", "base_model": "a", "models": listed("b", "c", weight=1)}, "nuslerp with a base_model"),
+    ({"merge_method": "nuslerp", "models": listed("b", "c", "d", weight=1)}, "nuslerp needs two models, found 3"),
+    ({"merge_method": "nuslerp", "models": listed("b", "c", weight=1), "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}}, "nuslerp_row_wise: true"),
+    ({"merge_method": "karcher", "base_model": "a", "models": listed("b", "c")}, "karcher with a base_model that is not among the models"),
+    ({"merge_method": "della", "base_model": "a", "models": listed("b", weight=1, density=0.9)}, "density 0.9 with epsilon 0.15"),
+    ({"merge_method": "breadcrumbs", "base_model": "a", "models": listed("b", weight=1, density=0.9), "parameters": {"rescale": True}}, "breadcrumbs with rescale: true"),
+    ({"merge_method": "breadcrumbs", "base_model": "a", "models": [*listed("b", weight=1, gamma=0.1), *listed("c", weight=1, gamma=0.2)]}, "gamma that differs between the models"),
+])  # fmt: skip
+def test_what_the_methods_here_have_not(document: Any, message: str, tmp_path: Path) -> None:
+    assert any(text.startswith(message) for text in equivalent(document, tmp_path).lacks), equivalent(document, tmp_path).lacks

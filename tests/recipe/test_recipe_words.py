@@ -127,7 +127,7 @@ def test_no_word_of_a_library_reaches_the_user() -> None:
 
 @pytest.mark.parametrize(("document", "message"), [
     ({"shared": {"make": "mean", "mean": {"a": 1}}}, "shared.mean: unknown key."),
-    ({"shared": {"make": 5}}, "shared.make: 5 is none of mean, copy, linear, slerp, task_arithmetic, ties, dare_ties."),
+    ({"shared": {"make": 5}}, "shared.make: 5 is none of mean, copy, linear, slerp, nuslerp, karcher, task_arithmetic, ties, dare_ties, dare_linear, breadcrumbs, della, ram, sce, model_stock."),
     ({"shared": 3}, "shared: found 3, expected a mapping."),
     ({"router": {"init": None}}, "router.init: null is none of normal, uniform, zeros, orthogonal, ridge, mean."),
     ({"router": []}, "router: found [], expected a mapping."),

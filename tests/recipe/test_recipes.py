@@ -39,5 +39,5 @@ def test_the_issue_of_six_experts(tmp_path: Path, run: Any) -> None:
 
 def test_all_are_there() -> None:
     assert {path.stem for path in RECIPES} == {
-        "bam_adapters", "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "btx", "btx_mixtral", "btx_6_experts_top3", "drop_upcycling", "sparse_upcycling", "soup", "ties",
+        "bam_adapters", "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "btx", "btx_mixtral", "btx_6_experts_top3", "drop_upcycling", "sparse_upcycling", "soup", "ties", "task_arithmetic", "bar",
     }  # fmt: skip
