@@ -36,6 +36,8 @@ LEVELS = ("quick", "full", "none")
 @click.option("--stats", is_flag=True, help="Read the values: range, moments, oddities, duplicates, routers.")
 @click.option("--as-bam", type=click.IntRange(1), metavar="N", help="What the mixtures of N such dense models would cost.")
 @click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="FFN experts per token, for --as-bam. Default: 1.")
+@click.option("--shards", type=click.IntRange(1), default=1, metavar="M", help="For --as-bam: every FFN is M experts. Default: 1.")
+@click.option("--shared-expert", is_flag=True, help="For --as-bam: one more FFN, for every token.")
 @click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
 @click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
 def inspect(
@@ -47,6 +49,8 @@ def inspect(
     stats: bool,
     as_bam: int | None,
     top_k: int,
+    shards: int,
+    shared_expert: bool,
     context: int,
     as_json: bool,
 ) -> None:
@@ -57,7 +61,10 @@ def inspect(
     gc.disable()  # it would walk the records of 100,000 tensors again and again, and there is nothing to free
     try:
         with downloads():
-            found = look(path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, context=context)
+            found = look(
+                path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, shards=shards,
+                shared_expert=shared_expert, context=context,
+            )  # fmt: skip
     finally:
         gc.enable()
     if as_json:

@@ -250,8 +250,9 @@ def cost_of_tensors(tensors: Iterable[tuple[Place, tuple[int, ...], str]], facts
     return Cost(pieces, tuple(_window(facts, layer) for layer in range(layers)), tied)
 
 
-def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1) -> Cost:
-    """What a merge of `experts` such dense models would cost: method bam with kv: expert or shared, or btx; top_k FFN experts.
+def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1, shards: int = 1, shared: bool = False) -> Cost:
+    """What a merge of `experts` such dense models would cost: method bam with kv: expert or shared, or btx; top_k FFN experts. With
+    `shards` every FFN is so many experts, and top_k is of these; with `shared` one more FFN is every token's.
 
     Raises CheckpointError when the model is a mixture already, or its attention is not known by role.
     """
@@ -262,20 +263,35 @@ def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1) -> Cost:
     embed = next((piece for piece in dense.pieces if piece.role == "embed"), None)
     if embed is None or len(embed.shape) != 2:
         raise CheckpointError("--as-bam: needs the embeddings, which say how wide a router is.")
-    if not 1 <= top_k <= experts:
-        raise CheckpointError(f"--top-k is {top_k}, expected 1 to the number of experts, {experts}.")
-    shared = {"shared_kv": ("attn.k", "attn.v"), "btx": ("attn.",), "expert_kv": ()}[kind]
+    if not 1 <= top_k <= experts * shards:
+        raise CheckpointError(f"--top-k is {top_k}, expected 1 to the number of experts, {experts * shards}.")
+    widths = {piece.shape[0] for piece in dense.pieces if piece.role == "ffn.up"}
+    if any(width % shards for width in widths):
+        raise CheckpointError(f"--shards is {shards}, and an FFN of {max(widths)} units does not go into that many. Use a divisor.")
+    averaged = {"shared_kv": ("attn.k", "attn.v"), "btx": ("attn.",), "expert_kv": ()}[kind]
     pieces = []
     for piece in dense.pieces:
         if piece.role.startswith("ffn."):
-            piece = replace(piece, copies=experts, used=top_k, per_expert=True)
-        elif piece.role.startswith("attn.") and not piece.role.startswith(shared):
+            if shared:
+                pieces.append(replace(piece, role=f"ffn.shared.{piece.role.removeprefix('ffn.')}"))
+            piece = replace(piece, shape=_shard(piece, shards), copies=experts * shards, used=top_k, per_expert=True)
+        elif piece.role.startswith("attn.") and not piece.role.startswith(averaged):
             piece = replace(piece, copies=experts, used=experts, per_expert=True)
         pieces.append(piece)
     for layer in range(dense.layers):
         for role in ("router.ffn", *(() if kind == "btx" else ("router.attn",))):
-            pieces.append(Piece(role, layer, (experts, embed.shape[1]), embed.dtype))
+            count = experts * shards if role == "router.ffn" else experts
+            pieces.append(Piece(role, layer, (count, embed.shape[1]), embed.dtype))
+        if shared:
+            pieces.append(Piece("ffn.shared.router", layer, (1, embed.shape[1]), embed.dtype))
     return replace(dense, pieces=tuple(pieces))
+
+
+def _shard(piece: Piece, shards: int) -> tuple[int, ...]:
+    """The shape of one of so many shards of an FFN's tensor: its rows, of the last matrix its columns; the last bias is whole."""
+    if piece.role == "ffn.down":
+        return (piece.shape[0], piece.shape[1] // shards)
+    return piece.shape if piece.role == "ffn.down.bias" else (piece.shape[0] // shards, *piece.shape[1:])
 
 
 def _used(role: str, count: int, facts: Mapping[str, Any], split: bool) -> int | None:

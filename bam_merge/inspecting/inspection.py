@@ -52,6 +52,8 @@ class Inspection:
     mixtures: Mapping[str, Cost] = field(default_factory=dict)
     experts: int | None = None
     top_k: int = 1
+    shards: int = 1
+    shared_expert: bool = False
     where: list[dict[str, Any]] | None = None
     values: Values | None = None
 
@@ -125,7 +127,9 @@ class Inspection:
         if self.mixtures:
             costs = {"dense": self.cost, **self.mixtures}
             cards = {name: {**cost.document(self.context), "bytes": cost.nbytes} for name, cost in costs.items()}
-            document["as_bam"] = {"experts": self.experts, "top_k": self.top_k, **cards}
+            more = {"shards": self.shards} if self.shards > 1 else {}
+            more |= {"shared_expert": True} if self.shared_expert else {}
+            document["as_bam"] = {"experts": self.experts, "top_k": self.top_k, **more, **cards}
         if self.where is not None:
             document["where"] = self.where
         if self.values:
@@ -167,6 +171,8 @@ def inspect(
     stats: bool = False,
     as_bam: int | None = None,
     top_k: int = 1,
+    shards: int = 1,
+    shared_expert: bool = False,
     context: int = CONTEXT,
     workers: int | None = None,
 ) -> Inspection:
@@ -174,11 +180,12 @@ def inspect(
 
     tensors: a glob of names; layer: a number; both choose what `document()["tensors"]` lists and what `stats` reads. where:
     "SOURCE:GLOB", what became of these tensors of a merge's source. as_bam: also the cost of the mixtures that this many such models
-    would make, with `top_k` FFN experts per token. context: tokens of the prompt that FLOPs are given for.
+    would make, with `top_k` FFN experts per token; with `shards` each FFN is so many experts, with `shared_expert` one more FFN is every
+    token's. context: tokens of the prompt that FLOPs are given for.
     Raises CheckpointError for files that cannot be read, or a model that as_bam does not fit, VerifyError for where without a manifest.
     """
-    if context < 1 or (as_bam is not None and as_bam < 1):
-        raise CheckpointError("--context and --as-bam must be at least 1.")
+    if context < 1 or (as_bam is not None and as_bam < 1) or shards < 1:
+        raise CheckpointError("--context, --as-bam and --shards must be at least 1.")
     anatomy, called = look(path, values=stats, manifest=where is not None)
     cost = cost_of(anatomy)
     made, fate, findings = _provenance(path, anatomy, where)
@@ -187,7 +194,7 @@ def inspect(
         for name in anatomy.checkpoint.tensors
         if (tensors is None or fnmatchcase(name, tensors)) and (layer is None or anatomy.places.get(name, ("", None, None))[1] == layer)
     )
-    mixtures: dict[str, Cost] = {kind: as_mixture(cost, as_bam, kind, top_k) for kind in KINDS} if as_bam else {}
+    mixtures: dict[str, Cost] = {kind: as_mixture(cost, as_bam, kind, top_k, shards, shared_expert) for kind in KINDS} if as_bam else {}
     return Inspection(
         path=called,
         anatomy=anatomy,
@@ -199,6 +206,8 @@ def inspect(
         mixtures=mixtures,
         experts=as_bam,
         top_k=top_k,
+        shards=shards,
+        shared_expert=shared_expert,
         where=fate,
         values=_values(anatomy, shown, workers) if stats else None,
     )

@@ -25,6 +25,7 @@ from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.shared_expert import shared_expert
 from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
@@ -63,6 +64,7 @@ def make_plan(recipe: Recipe) -> Plan:
     made = assign(recipe, models, problems)
     if layout is None or problems:
         raise RecipeError(*problems)
+    made |= shared_expert(recipe, layout, models, problems) if layout.kind == "mixture" else {}
     values = merge_values(recipe, seed, made) if layout.kind == "mixture" else dict(seed.facts)
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies

@@ -18,6 +18,10 @@ REMEDIES = {
 }
 
 
+NO_SHARED_EXPERT = 64
+"""Units of a shared expert that must be there and adds nothing: of zeros."""
+
+
 def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -> dict[str, Any]:
     """Everything a layout's config table can ask for by "$NAME", and its `accepts` can test."""
     facts = {key: value for key, value in model.facts.items() if key not in QUIET or value != QUIET[key]}
@@ -46,6 +50,7 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
         "expert_names": list(recipe.expert_names),
         "num_experts_per_tok": top_k,
         "norm_topk_prob": renormalised,
+        "shared_expert_intermediate_size": facts["intermediate_size"] if recipe.shared_source else NO_SHARED_EXPERT,
         "gate_scale": (recipe.ffn or Ffn()).gate_scale,
         "num_attention_experts": count if per_expert else 0,
         "attention_kv": "shared" if all_shared else "expert" if per_expert else None,

@@ -37,7 +37,7 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         *(recipe.expert_names if averaged else ()),
         *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging | Varying) for name in make.named),
     }
-    used |= {name for _, name in _of_tokenizer(recipe)} | {item.from_ for item in recipe.output.layers or ()}
+    used |= {name for _, name in _of_tokenizer(recipe)} | {item.from_ for item in recipe.output.layers or ()} | {recipe.shared_source or ""}
     yield from _layers(recipe)
     yield from _tokenizer(recipe)
     for place, make in {recipe.written(place): make for place, make in recipe.from_texts.items()}.items():
@@ -175,6 +175,11 @@ def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             if getattr(recipe, key) is not None:
                 yield (key,), "method merge gives a dense model, which has no experts and no routers. Remove this key."
         return
+    shared = recipe.shared_expert
+    if shared is not None and shared not in ("zeros", *recipe.sources):
+        yield ("ffn", "shared_expert"), f"{printable(shared)!r} is not among the sources{nearest(shared, ('zeros', *recipe.sources))}"
+    elif shared == "zeros" and "zeros" in recipe.sources:
+        yield ("ffn", "shared_expert"), "zeros is a word of this key, and a source is called so too; rename the source."
     if recipe.gates[0] > count:
         yield ("ffn", "top_k"), f"{recipe.gates[0]} experts per token of only {count}. Use at most {count}."
     if recipe.attention is None:

@@ -29,6 +29,10 @@ class Attention(Strict):
     top_k: Count | None = Field(default=None, description="attention experts per token; needed with routing top_k, and only then")
 
 
+ZEROS = "zeros"
+"""What ffn.shared_expert says of a shared expert that adds nothing."""
+
+
 class Ffn(Strict):
     top_k: Count | None = Field(
         default=None,
@@ -40,6 +44,10 @@ class Ffn(Strict):
         description="gates of the softmax over all experts, not renormalised (default for bam); or over the chosen ones, "
         "so that they sum to one (default for btx, sparse_upcycling, routers from texts, and where a norm stands after the FFN; "
         "what Mixtral computes)",
+    )
+    shared_expert: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="in layouts that have an expert of every token: the source whose FFN it is, or zeros (the default), which add nothing",
     )
     gate_scale: Positive = Field(default=1.0, description="multiplies the combined output of the experts; makes up for gates below one")
 
@@ -189,6 +197,16 @@ class Recipe(Strict):
         return shards
 
     @property
+    def shared_expert(self) -> str | None:
+        """What the recipe says of an expert of every token."""
+        return self.ffn.shared_expert if self.ffn is not None else None
+
+    @property
+    def shared_source(self) -> str | None:
+        """The source whose FFN is an expert of every token."""
+        return None if self.shared_expert == ZEROS else self.shared_expert
+
+    @property
     def gates(self) -> tuple[int, bool]:
         """(FFN experts per token, whether their gates are renormalised to sum to one)."""
         ffn = self.ffn or Ffn()
@@ -298,6 +316,7 @@ class Recipe(Strict):
             top_k, renormalised = self.gates
             gate = "topk_then_softmax" if renormalised else "softmax_then_topk"
             document["ffn"] = {"top_k": top_k, "gate": gate, "gate_scale": (self.ffn or Ffn()).gate_scale}
+            document["ffn"] |= {} if self.shared_expert is None else {"shared_expert": self.shared_expert}
             if not isinstance(self.router, Routers):
                 both = (self.router or NORMAL).model_dump(mode="json", by_alias=True, exclude_none=True)
                 document["router"] = {"attention": both, "ffn": both}

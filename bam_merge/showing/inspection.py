@@ -148,11 +148,17 @@ def _attention(found: Inspection) -> str:
     return ", ".join((text, *traits))
 
 
+MANY = 6
+"""Experts of one source that are counted, and not listed, where there are more."""
+
+
 def _experts(found: Inspection) -> str:
     facts, ffn, attention = found.anatomy.facts, found.expert_count("ffn"), found.expert_count("attn")
     lines = []
     if found.expert_names and ffn:
-        lines.append(", ".join(map(printable, found.expert_names)))
+        names = found.expert_names
+        alike = len(names) > MANY and len(set(names)) == 1
+        lines.append(f"{len(names)} of {printable(names[0])}" if alike else ", ".join(map(printable, names)))
     if ffn:
         gate = {True: ", gates sum to one", False: ", gates of the softmax over all"}.get(facts.get("norm_topk_prob", ""), "")
         scale = f" x {facts['gate_scale']:g}" if isinstance(facts.get("gate_scale"), float) and facts["gate_scale"] != 1 else ""
@@ -189,7 +195,9 @@ def _costs(found: Inspection) -> Iterator[RenderableType]:
         return
     aside = f"FLOPs: 2 per multiply-add, averaged over a prompt of {found.context} tokens"
     if found.mixtures:
-        aside = f"merges of {found.experts} such models, FFN top {found.top_k}; prompt of {found.context} tokens"
+        shards = f" of {found.shards} shards each" if found.shards > 1 else ""
+        shared = " and one of every token" if found.shared_expert else ""
+        aside = f"merges of {found.experts} such models, FFN{shards} top {found.top_k}{shared}; prompt of {found.context} tokens"
     yield heading("cost", aside)
     table = grid("left", *["right"] * len(costs), header=("", *(COLUMNS.get(name, name) for name in costs)))
     for name, values in _cost_rows(costs, found.context):

@@ -21,7 +21,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Ffn, Recipe
 from bam_merge.verifying.levels import layers_asked
 from bam_merge.verifying.measuring import Way, Worst, difference, of_layers, positions_of
-from bam_merge.verifying.parameters import strangers
+from bam_merge.verifying.parameters import shared_strangers, strangers
 from bam_merge.verifying.remade import MARK, experts_models, reassembled
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import miswired
@@ -112,6 +112,10 @@ def against_dense(
         isolation.value = math.inf
         isolation.places.append(f"layer {layer}, expert {j} ({sources[j]}): the block's configuration or wiring ({what})")
     factors: list[float] = []
+    for layer, error, where in shared_strangers(mixture, models, plan, proved):
+        known.add((layer, SHARED))
+        isolation.value = max(isolation.value, error)
+        isolation.places.append(f"layer {layer}, shared expert ({plan.recipe.shared_source}): {where}")
     x = {name: streamed_embeddings(models[name], ids_BT, way.computing) for name in dict.fromkeys((*names, seed))}
     asked = sorted(layers_asked(mixture.config, way.level))
     for layer in asked:
@@ -138,9 +142,10 @@ def against_dense(
         meaning = "the dense model exactly"
     elif mixture.config.post_norms:
         meaning += ", which the norm after it takes away"
-    shards = plan.recipe.shards
+    shards, shared = plan.recipe.shards, plan.recipe.shared_source
+    beside = f", beside the shared expert, which is {shared}'s FFN" if shared else ""
     what = f"copies of {seed}" if shards == 1 else f"the {shards} shards of {seed}"
-    yield identity.check(f"{what} under these routers are {meaning}{of}")
+    yield identity.check(f"{what} under these routers are {meaning}{beside}{of}")
 
 
 def _name(names: Sequence[str], expert: int) -> str:
@@ -173,23 +178,52 @@ class _Layer:
         names, seed, layer = self.names, self.recipe.seed_name, self.layer
         block = streamed_block(self.mixture, layer, self.computing)
         isolation, hidden = [], {}
+        source = self.recipe.shared_source
+        alone = block if source is None else without_shared(block)
         for name, x_BTD in x.items():
             own, positions = streamed_block(self.dense[name], layer, self.computing), positions_of(x_BTD)
             hidden[name] = expected = own(x_BTD, positions).hidden
             for j in (j for j, expert in enumerate(names) if expert == name):
-                got = with_expert(block, own, j)(x_BTD, positions, force_expert=j).hidden
+                got = with_expert(alone, own, j)(x_BTD, positions, force_expert=j).hidden
                 error = difference(got - x_BTD, expected - x_BTD, expected)
                 wrong = error > tolerance or error != error
-                blame = f": {_blame(block, own, j, x_BTD, expected, tolerance)}" if wrong else ""
+                blame = f": {_blame(alone, own, j, x_BTD, expected, tolerance)}" if wrong else ""
                 isolation.append((error, j, f"layer {layer}, expert {j} ({name.partition(MARK)[0]}){blame}"))
+        beside = None
+        if source is not None:
+            beside = streamed_block(self.dense[source], layer, self.computing)
+            error = _shared_apart(block, beside, x[seed])
+            isolation.append((error, SHARED, f"layer {layer}, shared expert ({source})"))
         whole = reassembled(self.dense, names, self.recipe)
-        of_copies, factor = _identity(block, streamed_block(whole, layer, self.computing), x[seed], self.recipe)
+        of_copies, factor = _identity(block, streamed_block(whole, layer, self.computing), x[seed], self.recipe, beside)
         return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden)
 
 
-def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tuple[float, float]:
-    """With every expert the seed's, attention must be the seed's, the FFN (before a norm that stands after it) times the sum of the gates
-    that `recipe` asks for. (error, that factor's mean)"""
+SHARED = -1
+"""Stands for the shared expert where experts have numbers."""
+
+
+def without_shared(mixture: Block) -> Block:
+    """The mixture's block without an expert of every token."""
+    assert isinstance(mixture.mlp, FfnMixture)
+    block, mlp = copy.copy(mixture), copy.copy(mixture.mlp)
+    block._modules, mlp._modules = {**mixture._modules, "mlp": mlp}, {**mixture.mlp._modules, "shared_expert": None}
+    return block
+
+
+def _shared_apart(mixture: Block, dense: Block, x_BTD: Tensor) -> float:
+    """How far the shared expert's output is from that of the dense FFN on the same normed hidden states."""
+    assert isinstance(mixture.mlp, FfnMixture)
+    if mixture.mlp.shared_expert is None:
+        return math.inf
+    normed = dense.input_layernorm(x_BTD)
+    return difference(mixture.mlp.shared_expert(normed), dense.mlp(normed))
+
+
+def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe, beside: Block | None = None) -> tuple[float, float]:
+    """With every expert the seed's, attention must be the seed's, the FFN (before a norm that stands after it) times the
+    sum of the gates that `recipe` asks for; and the FFN of `beside`, whose the shared expert is, times its own gate. (error, the first
+    factor's mean)"""
     block = with_expert(mixture, dense, 0)
     for j in range(len(mixture.self_attn.experts)):
         block.self_attn = _as_expert(block.self_attn, dense.self_attn, j)
@@ -203,7 +237,10 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe) -> tu
         normed = dense.post_attention_layernorm(x_BTD if dense.parallel else x_BTD + attention)
     factor_BT1 = _gate_sum(mixture.mlp.router(normed), recipe)
     out = block(x_BTD, positions).hidden
-    ffn = dense.scale * dense.post_mlp_layernorm(factor_BT1 * dense.mlp(normed))
+    ffn = factor_BT1 * dense.mlp(normed)
+    if beside is not None and mixture.mlp.shared_expert_gate is not None:
+        ffn = ffn + mixture.mlp.shared_expert_gate(normed).sigmoid() * beside.mlp(normed)
+    ffn = dense.scale * dense.post_mlp_layernorm(ffn)
     return difference(out - x_BTD, attention + ffn, out), float(factor_BT1.mean())
 
 

@@ -57,6 +57,27 @@ def strangers(
         yield Stranger(layer, j, max(errors.values()), f"{' and '.join(halves)} ({some([part.partition('.')[2] for part in errors], 4)})")
 
 
+def shared_strangers(
+    mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan, proved: frozenset[str]
+) -> Iterator[tuple[int, float, str]]:
+    """(layer, how far off, parameter) of all in a shared expert that is not the FFN of the source that the recipe names."""
+    source, steps = plan.recipe.shared_source, {step.name: step for step in plan.steps}
+    if source is None:
+        return
+    for layer in range(mixture.config.num_hidden_layers):
+        ffn, shared = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.shared_expert."
+        for own in (name for name in dense[source].leaves if name.startswith(ffn)):
+            parameter = shared + own.removeprefix(ffn)
+            if parameter not in mixture.leaves:
+                yield layer, math.inf, own.removeprefix(ffn)
+                continue
+            leaf = mixture.leaves[parameter]
+            if not is_proved(leaf, dense[source].leaves[own], steps.get(stored(leaf).tensor), source, proved):
+                error = apart(mixture, parameter, dense[source], own)
+                if error:
+                    yield layer, error, own.removeprefix(ffn)
+
+
 EXPERTS = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<half>self_attn|mlp)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)")
 """The reference model's name for a parameter of one expert."""
 

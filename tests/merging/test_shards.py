@@ -88,6 +88,22 @@ def test_the_cost_card_and_inspect_count_shards(tmp_path: Path) -> None:
     assert "| expert width | 10 units, a shard of the dense FFN's 40 |" in card
 
 
+@pytest.mark.parametrize("family", ["llama_biased", "gpt_neox"])
+def test_inspect_as_bam_knows_shards_before_there_is_a_mixture(family: str, tmp_path: Path) -> None:
+    path = grouped(tmp_path, CONFIGS[family])
+    made = inspect(tmp_path / "seed", as_bam=3, top_k=8, shards=4).mixtures["btx"]
+    found = inspect(path).cost
+    assert (made.by_role, made.active_by_role, made.flops()) == (found.by_role, found.active_by_role, found.flops())
+
+
+def test_shards_that_no_ffn_has_are_refused(tmp_path: Path, run: Any) -> None:
+    write_sources(tmp_path, CONFIGS["llama"], names=("seed",))
+    result = run("inspect", tmp_path / "seed", "--as-bam", 2, "--shards", 3)
+    assert result.status == 2 and "--shards is 3, and an FFN of 40 units does not go into that many. Use a divisor." in result.err
+    shown = run("inspect", tmp_path / "seed", "--as-bam", 2, "--shards", 4, "--top-k", 8, "--shared-expert").out
+    assert "of 4 shards each top 8 and one of every token" in " ".join(shown.split())
+
+
 # ---- what verification must catch ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,45 @@
+"""The expert of every token, beside those that routers choose, in layouts that have one: a source's FFN, where the recipe asks for one."""
+
+from collections.abc import Mapping
+
+from bam_merge import expressions
+from bam_merge.architectures.tables import Architecture, mixture_layouts
+from bam_merge.planning.assign import Made
+from bam_merge.planning.dtype_check import dtype_of_new_tensors
+from bam_merge.recipe.schema import Recipe
+from bam_merge.sources.dense import DenseModel, Site
+
+SHARED = "ffn.shared."
+
+
+def has_shared(layout: Architecture) -> bool:
+    """Whether a layout has a shared expert."""
+    return any(role.startswith(SHARED) for row in layout.rows for role in row.roles)
+
+
+def shared_expert(recipe: Recipe, layout: Architecture, models: Mapping[str, DenseModel], problems: list[str]) -> dict[Site, Made]:
+    """How the tensors of a shared expert are made that is a source's FFN; none where the layout's table fills them, or has none.
+
+    Its gate, a router of one row, starts as the other routers do; where these are zeros, as the layout's table fills it.
+    """
+    if recipe.shared_expert is None:
+        return {}
+    if not has_shared(layout):
+        known = ", ".join(table.name for table in mixture_layouts() if has_shared(table))
+        problems.append(f"{recipe.file}: ffn.shared_expert: layout {layout.name} has no shared expert. Layouts that have one: {known}.")
+        return {}
+    source = recipe.shared_source
+    if source is None:
+        return {}
+    model, by = models[source], "ffn.shared_expert"
+    made = {
+        (f"{SHARED}{role.removeprefix('ffn.')}", layer): Made(by, (expr,))
+        for (role, layer), expr in model.tensors.items()
+        if role.startswith("ffn.")
+    }
+    init = recipe.router_init("router.ffn")
+    if not isinstance(init, expressions.Zeros):
+        shape = (1, model.facts["hidden_size"])
+        new = expressions.Init(init, "", recipe.random_seed, dtype_of_new_tensors(model), shape)
+        made |= {(f"{SHARED}router", layer): Made(by, (new,)) for layer in range(model.facts["num_hidden_layers"])}
+    return made
