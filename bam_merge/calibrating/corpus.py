@@ -37,14 +37,17 @@ def _document(text: Text) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The texts of every place in the recipe that routers are made of, and the floating-point operations that it takes.
+    """The texts of every place in the recipe that routers are made of; and what the pass over them takes: floating-point operations, bytes
+    of memory, and of disk, where it keeps how far it has come.
 
     `absent` says why the texts are not at hand, where a recorded merge is planned again: nothing can be made then, and routers not proved.
     """
 
     corpora: Mapping[str, Corpus]
     flops: int = 0
-    absent: str | None = None
+    memory: int = 0
+    disk: int = 0
+    absent: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -160,9 +160,9 @@ def read_prompts(prompts: Sequence[str], reading: Reading, where: str) -> Text:
         raise CheckpointError(f"{where}: an empty list of prompts. Write some that are typical of the expert's work.")
     streams = [_Stream(prompt, reading, f"prompt {index + 1}", where) for index, prompt in enumerate(prompts)]
     text = _gathered(streams, reading)
-    short = [str(index + 1) for index, stream in enumerate(streams) if stream.seen and len(stream.ids) < 2]
-    if short:
-        raise CheckpointError(f"{where}: prompt {some(short)}: no token after the first, which alone says nothing. Write more than a word.")
+    empty = [str(index + 1) for index, stream in enumerate(streams) if stream.seen and not stream.ids]
+    if empty:
+        raise CheckpointError(f"{where}: prompt {some(empty)} has no token. Write words, or remove it.")
     return text
 
 
@@ -210,6 +210,7 @@ class _Stream:
         if isinstance(self.source, str):
             data = self.source.encode("utf-8", "surrogatepass")
             self.ids = encode(self.reading.tokenizer, self.source)
+            self.ids *= 2 if len(self.ids) == 1 else 1  # a word that is one token is said twice, so that it counts once
         else:
             for factor in BYTES_PER_TOKEN:
                 data, whole = _beginning(self.source, factor * most + WINDOW)

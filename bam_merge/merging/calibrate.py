@@ -15,7 +15,7 @@ from bam_merge.architectures.tables import Architecture
 from bam_merge.calibrating.stage import Made, Models, Wanted, Watch, WithRouters, make_routers
 from bam_merge.checkpoints.folder import Checkpoint, assembled
 from bam_merge.checkpoints.header import read_header
-from bam_merge.errors import BamMergeError, SyncFailed
+from bam_merge.errors import SyncFailed
 from bam_merge.files import writing
 from bam_merge.merging.outputs import write_all
 from bam_merge.merging.planned_model import planned_model
@@ -104,9 +104,3 @@ def write_routers(
         for step in steps:
             on_finished(step, finished[step.name])
     return finished
-
-
-def absent(plan: Plan) -> None:
-    """Raises BamMergeError for a plan of a recorded merge whose texts are not there."""
-    if plan.calibration is not None and plan.calibration.absent:
-        raise BamMergeError(f"the texts that routers are made of: {plan.calibration.absent}")

@@ -22,6 +22,10 @@ SHARE_FURTHER, MOST_FURTHER = 8, 2048
 most of them."""
 
 
+BATCH_TOKENS = 1024
+"""Tokens that go through a block together (calibrating/collect.py, which imports torch)."""
+
+
 PASSES_OF_THE_MIXTURE = 2
 """A router of the mixture's own inputs changes what comes after it, so that a block is run once for its routers and once with them."""
 
@@ -56,10 +60,11 @@ def calibration(
                 read[asked] = read_corpus(make, reading, where, giver.facts["vocab_size"], problems)
             corpora[place] = read[asked]
     if problems and recipe.from_document:
-        return Calibration({}, absent="; ".join(problems))
+        return Calibration({}, absent=tuple(problems))
     if problems:
         raise RecipeError(*problems)
-    return Calibration(corpora, _flops(seed, cost, routers, corpora))
+    states = _states(seed, corpora)
+    return Calibration(corpora, _flops(seed, cost, routers, corpora), states + _memory(seed, routers, corpora), 2 * states)
 
 
 def _unfit(recipe: Recipe, seed: DenseModel, steps: Sequence[Step]) -> list[str]:
@@ -156,3 +161,18 @@ def _flops(seed: DenseModel, cost: Cost, routers: Mapping[Step, expressions.Cali
         side = min(width, tokens)
         total += 2 * (2 * tokens * width * side) + 2 * side**3 // 3  # in float64, at half the rate
     return total
+
+
+def _states(seed: DenseModel, corpora: Mapping[str, Corpus]) -> int:
+    """Bytes of all texts' hidden states, and of what routers are tried on, at most."""
+    texts = {text.digest: text for corpus in corpora.values() for text in corpus.all}.values()
+    return 4 * int(seed.facts["hidden_size"]) * sum(text.tokens + 2 * sum(map(len, text.further)) for text in texts)
+
+
+def _memory(seed: DenseModel, routers: Mapping[Step, expressions.Calibrated], corpora: Mapping[str, Corpus]) -> int:
+    """Bytes of the second moments of a block's routers, and of a batch's activations, of which there may be eight at a time."""
+    width, inner = int(seed.facts["hidden_size"]), int(seed.facts["intermediate_size"])
+    ridges = any(isinstance(router.method, expressions.Ridge) for router in routers.values())
+    most = max(sum(text.counted for text in corpus.texts.values()) for corpus in corpora.values())
+    moments = 3 * 8 * width * min(width, most) if ridges else 0  # two routers' sums, and a solution
+    return moments + 8 * 4 * BATCH_TOKENS * max(width, inner)

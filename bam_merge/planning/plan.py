@@ -142,7 +142,8 @@ class Plan:
                 size = max(CHUNK_ELEMENTS, chunk_elements(step.expr, CHUNK_ELEMENTS), row)
                 chunks = max(chunks, size * (merge.method.about.operand_bytes * operands + 16))
                 held = max(held, merge.method.held(merge.shape))
-        return BASE_MEMORY + workers * (COPY_BUFFER + chunks + held)
+        merging = workers * (COPY_BUFFER + chunks + held)
+        return BASE_MEMORY + max(merging, 0 if self.calibration is None else self.calibration.memory)
 
     def document(self, workers: int = 2) -> dict[str, Any]:
         """The plan as `plan --json` prints it."""

@@ -38,7 +38,7 @@ def shared_expert(recipe: Recipe, layout: Architecture, models: Mapping[str, Den
         if role.startswith("ffn.")
     }
     init = recipe.router_init("router.ffn")
-    if not isinstance(init, expressions.Zeros):
+    if isinstance(init, expressions.Initialiser) and not isinstance(init, expressions.Zeros):  # of zeros, where texts make the routers
         shape = (1, model.facts["hidden_size"])
         new = expressions.Init(init, "", recipe.random_seed, dtype_of_new_tensors(model), shape)
         made |= {(f"{SHARED}router", layer): Made(by, (new,)) for layer in range(model.facts["num_hidden_layers"])}

@@ -94,7 +94,8 @@ def _unrecorded(plan: Plan) -> Iterator[str]:
 
 def space_problem(plan: Plan, target: Path) -> str | None:
     """A message when the file system lacks room for the output; what an unfinished run holds counts as room."""
-    return lack_of_space(plan.bytes_written, target, "the merge writes")
+    kept = plan.calibration.disk if plan.calibration is not None else 0
+    return lack_of_space(plan.bytes_written + kept, target, "the merge writes")
 
 
 def lack_of_space(nbytes: int, target: Path, who_writes: str) -> str | None:

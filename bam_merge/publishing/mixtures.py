@@ -127,7 +127,7 @@ def order_of(mixture: Mixture, section: Mapping[str, Any], target: Path) -> Orde
         except BamMergeError as error:
             why = error.problems[0]
     if plan is not None and plan.calibration is not None and plan.calibration.absent:
-        raise RecipeError(*plan.calibration.absent.split("; "))
+        raise RecipeError(*plan.calibration.absent)
     if why is not None and inputs == "seed":
         raise RecipeError(f"inputs: seed: the sources are not at hand: {why} Use inputs: mixture.")
     if plan is None or why is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bam_merge._version import __version__
+from bam_merge.calibrating.corpus import Calibration
 from bam_merge.checkpoints.provenance import MANIFEST, MANIFEST_FORMAT, companion_digests, read_manifest
 from bam_merge.checkpoints.reading import changed, check_unchanged
 from bam_merge.errors import BamMergeError, CheckpointError, DurabilityUncertain, OutputError, SyncFailed, VerificationFailed
@@ -47,6 +48,8 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
     target = target_path(plan, output)
     if options.level is not None:  # a level or a device that there is not would be found after everything is written
         _check_proof(options.level, options.device)
+    if plan.calibration is not None:
+        _check_texts(plan.calibration, options.device)
     if options.resume and _is_result(plan, target, options.allow_nonfinite):
         _settle(target, options.notify)
         options.notify(
@@ -147,6 +150,16 @@ def _check_proof(level: str, device: str) -> None:
     from bam_merge.verifying.options import check_level
 
     check_level(level)
+    if device != "cpu":
+        from bam_merge.verifying.devices import open_device
+
+        open_device(device)
+
+
+def _check_texts(found: Calibration, device: str) -> None:
+    """Raises VerifyError for a device that there is not, CheckpointError for texts that are gone, as a recorded merge's may."""
+    if found.absent:
+        raise CheckpointError(*found.absent)
     if device != "cpu":
         from bam_merge.verifying.devices import open_device
 

@@ -254,6 +254,20 @@ GATES: dict[str, tuple[dict[str, Any], str]] = {
 """gate_mode: how the routers start here, and of what mergekit makes them where that is of prompts."""
 
 
+_MEANS = "so that the average token of a prompt is 6 nearer to its expert than to the others (scale)"
+PROMPTS = {
+    "hidden": [
+        "gate_mode hidden takes the hidden states between the layers; here it is what each router will see",
+        f"its rows have length 1; here their length is chosen {_MEANS}",
+    ],
+    "cheap_embed": [
+        "gate_mode cheap_embed takes the prompts' embeddings for every layer; here it is their hidden states, in each layer its own",
+        f"its rows have length 1; here their length is chosen {_MEANS}",
+    ],
+}
+"""What is not the same where routers are made of prompts in both."""
+
+
 @dataclass
 class _Moe(_Reading):
     """mergekit-moe: a mixture whose experts are the FFNs of models, in the attention of one."""
@@ -288,12 +302,15 @@ class _Moe(_Reading):
         output = {**self.output(arithmetic=False), "layout": layout}
         if found.lacks:
             return found
+        names = short_names([base, *(path for path in self.models if path != base)], base)
         router, of = GATES[mode]
-        if of:
+        if of and (prompts := self.prompts([names[path] for path in paths], base)):
+            router = {"init": "mean", **prompts}
+            found.differs += PROMPTS[mode]
+        elif of:
             found.differs.append(
                 f"gate_mode {mode} makes the routers of {of}; here they start at random, and the mixture is to be trained before it is used"
             )
-        names = short_names([base, *(path for path in self.models if path != base)], base)
         recipe = {
             "method": "btx", "sources": self.written(names), "experts": [names[path] for path in paths],
             "shared": {"make": "copy", "from": names[base]}, "ffn": {"top_k": top_k, "gate": "topk_then_softmax"}, "router": router,
@@ -301,3 +318,24 @@ class _Moe(_Reading):
         }  # fmt: skip
         found.text = recipe_text(found.kind, recipe, found.differs)
         return found
+
+    def prompts(self, names: list[str], base: str) -> dict[str, Any]:
+        """The experts' prompts by source, where each has some and the base model, whose hidden states they become, has a tokenizer."""
+        folder = self.folder / Path(base.partition("+")[0]).expanduser()
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+            return {}
+        kinds: dict[str, dict[str, list[str]]] = {}
+        for key, ours in (("positive_prompts", "prompts"), ("negative_prompts", "negative_prompts")):
+            found: dict[str, list[str]] = {}
+            for name, expert in zip(names, self.document["experts"], strict=True):
+                given = expert.get(key) if isinstance(expert, dict) else None
+                texts = [text for text in given if isinstance(text, str) and text] if isinstance(given, list) else []
+                if key == "positive_prompts" and not texts:
+                    return {}
+                found[name] = [*found.get(name, []), *(text for text in texts if text not in found.get(name, []))]
+            kinds[ours] = {name: texts for name, texts in found.items() if texts}
+        if len(set(names)) < 2:
+            return {}
+        if len(set(names)) < len(names):
+            self.found.differs.append("an expert that stands twice has one row here, of the prompts of both")
+        return {key: texts for key, texts in kinds.items() if texts}

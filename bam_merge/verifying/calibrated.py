@@ -53,7 +53,7 @@ def calibration_checks(checkpoint: Checkpoint, plan: Plan | None, manifest: Mapp
     if "calibration" not in manifest and (plan is None or plan.calibration is None):
         return
     if plan is None or plan.calibration is None or plan.calibration.absent:
-        why = "the sources are not at hand" if plan is None or plan.calibration is None else plan.calibration.absent
+        why = "the sources are not at hand" if plan is None or plan.calibration is None else "; ".join(plan.calibration.absent)
         yield Check("calibration", None, f"not run, so that routers have their digests alone: {why}")
         return
     yield _texts(plan, manifest)

@@ -149,11 +149,12 @@ def test_prompts_are_texts_of_their_own() -> None:
     assert text.windows == ((1, 2, 3), (4, 5))
     assert [part.name for part in text.parts] == ["prompt 1", "prompt 2"]
     assert text.parts[0].nbytes == 5
+    assert read_prompts(["7"], Reading(WORDS, 100), "x").windows == ((7, 7),), "a word of one token counts once"
 
 
 @pytest.mark.parametrize(
     ("prompts", "said"),
-    [([], "prompts.law: an empty list of prompts"), (["1 2", "3", ""], "prompts.law: prompt 2, 3: no token after the first")],
+    [([], "prompts.law: an empty list of prompts"), (["1 2", "3", "", " "], "prompts.law: prompt 3, 4 has no token")],
 )
 def test_prompts_that_say_nothing(prompts: list[str], said: str) -> None:
     with pytest.raises(CheckpointError) as error:

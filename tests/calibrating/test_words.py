@@ -160,7 +160,7 @@ def test_prompts(tmp_path: Path) -> None:
     assert plan.calibration is not None
     corpus = plan.calibration.corpora["router.ffn"]
     assert len(corpus.texts["seed"].windows) == 2 and not any("fewer than" in note for note in plan.notes)
-    assert "router.prompts.law: prompt 1: no token after the first" in problems(tmp_path, text.replace("gggh", "g"))
+    assert "router.prompts.law: prompt 1 has no token" in problems(tmp_path, text.replace("gggh", "'!'"))
 
 
 def test_sources_that_nothing_computes_with(tmp_path: Path) -> None:

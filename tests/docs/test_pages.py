@@ -28,7 +28,7 @@ BLOCKS = [block for page in PAGES.values() for block in blocks(page)]
 FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
     "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md", "docs/how-to/other-forms.md",
-    "docs/how-to/from-mergekit.md", "docs/how-to/models-from-the-hub.md",
+    "docs/how-to/from-mergekit.md", "docs/how-to/models-from-the-hub.md", "docs/how-to/use-without-training.md",
 }  # fmt: skip
 """Pages that a test carries out, here, in test_howto.py or in test_hub_page.py."""
 

@@ -1,5 +1,6 @@
 """Recipes of mergekit that are given by mistake: recognised, and said in our words, which plan and give the numbers that they ask for."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from conftest import CONFIGS, Result, write_sources
 from proofs import UNPROVED
 from safetensors.torch import load_file
+from vocabularies import tokenizer_json
 
 from bam_merge.errors import ForeignRecipe, RecipeError
 from bam_merge.planning.make import plan_file
@@ -207,6 +209,27 @@ def test_a_mixture(gate: str, router: str, remark: str, models: Path, run: Any) 
     assert torch.equal(found["model.layers.3.self_attn.q_proj.weight"].double(), base["model.layers.3.self_attn.q_proj.weight"])
     assert torch.equal(found["model.layers.2.input_layernorm.weight"].double(), base["model.layers.2.input_layernorm.weight"])
     assert torch.equal(found["model.layers.1.block_sparse_moe.experts.1.w2.weight"].double(), law["model.layers.1.mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("gate", ["hidden", "cheap_embed"])
+def test_a_mixture_whose_routers_are_made_of_the_prompts(gate: str, models: Path, run: Any) -> None:
+    """Where the base model has a tokenizer to read them with: one row for an expert that stands twice, of the prompts of both."""
+    for name in ("base", "code", "law"):
+        (models / name / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    text = (
+        MOE.replace("GATE", gate)
+        .replace("def f(x):", "ab cd")
+        .replace("[whereas]", "[gh, gh gh]")
+        .replace('["def"]', "[ab]")
+        .replace("[class]", "[b]")
+    )
+    found = merged(models, text, run)
+    text = (models / "recipe.yaml").read_text()
+    assert "router: {init: mean, prompts: {code: [ab cd, b], law: [gh, gh gh]}, negative_prompts: {law: [ab]}}" in text
+    said = " ".join(line.removeprefix("#").strip() for line in text.splitlines())
+    assert "has one row here, of the prompts of both" in said and "its rows have length 1" in said and "start at random" not in said
+    gate_NxD = found["model.layers.1.block_sparse_moe.gate.weight"]
+    assert torch.equal(gate_NxD[0], gate_NxD[2]) and not torch.equal(gate_NxD[0], gate_NxD[1])
 
 
 def test_dare_says_that_it_draws(models: Path, run: Any) -> None:

@@ -1,15 +1,32 @@
 """Every recipe in recipes/ is planned, and merges."""
 
+import json
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from adapter_files import write_adapter
 from conftest import CONFIGS, write_sources
+from scenes import LETTERS, write_texts
+from vocabularies import tokenizer_json
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 FOUR = ("seed", "code", "law", "math")
+
+
+def write_read_texts(folder: Path) -> None:
+    """A tokenizer for every source, and what `make example` leaves of texts, beside the pages of the project."""
+    for name in FOUR:
+        (folder / "checkpoints" / name / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    write_texts(folder, FOUR, 3000)
+    (folder / "checkpoints" / "text").mkdir()
+    (folder / "docs" / "how-to").mkdir(parents=True)
+    for name in FOUR[1:]:
+        (folder / f"{name}.txt").rename(folder / "checkpoints" / "text" / f"{name}.txt")
+    (folder / "seed.txt").rename(folder / "docs" / "how-to" / "page.md")
+    (folder / "README.md").write_text("abcdefgh " * 100)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -17,6 +34,7 @@ def test_recipe_plans_and_merges(recipe: Path, tmp_path: Path, run: Any) -> None
     write_sources(tmp_path / "checkpoints", CONFIGS["llama"], FOUR)
     for number, name in enumerate(FOUR[1:]):
         write_adapter(tmp_path / "checkpoints" / "adapters" / name, tmp_path / "checkpoints" / "seed", seed=number)
+    write_read_texts(tmp_path)
     (tmp_path / "recipes").mkdir()
     copy = shutil.copy(recipe, tmp_path / "recipes")
     planned = run("plan", copy)
@@ -37,7 +55,33 @@ def test_the_issue_of_six_experts(tmp_path: Path, run: Any) -> None:
     assert "mean(seed, code, law, math)" in text
 
 
-def test_all_are_there() -> None:
+@pytest.mark.parametrize("name", ["bam_untrained", "btx_untrained"])
+def test_the_untrained_ones_go_where_they_should(name: str, tmp_path: Path, run: Any) -> None:
+    """Held-out text of a domain, in the mixture: most of its tokens to the domain's expert; and what is shared is moved from the seed."""
+    import torch
+
+    from bam_merge import load_model
+    from bam_merge.model.tokens import encode, open_tokenizer
+
+    write_sources(tmp_path / "checkpoints", CONFIGS["llama"], FOUR)
+    write_read_texts(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    merged = run(shutil.copy(RECIPES[0].with_name(f"{name}.yaml"), tmp_path / "recipes"))
+    assert merged.status == 0, merged.err
+    said = json.loads((tmp_path / "out" / name / "bam_merge.json").read_text())
+    assert said["tensors"]["model.norm.weight"]["expression"].startswith("task_arithmetic(code, law, math; base=seed)")
+    assert said["recipe"]["ffn"] == {"top_k": 2, "gate": "topk_then_softmax", "gate_scale": 1.0}
+    model, record = load_model(tmp_path / "out" / name), []
+    letters = Random(1)
+    text = "".join(letters.choice(LETTERS["code"]) for _ in range(200))
+    model(torch.tensor([encode(open_tokenizer(tmp_path / "out" / name), text)[:100]]), record=record)
+    gates = [gates for block in record for gates in (block.attention_gates, block.ffn_gates) if gates is not None]
+    assert len(gates) == (4 if name == "bam_untrained" else 2)
+    shares = [float((each[0, 1:].argmax(-1) == FOUR.index("code")).float().mean()) for each in gates]
+    assert min(shares) > 0.4 and sum(shares) / len(shares) > 0.55, shares  # 0.25 by chance
+
+
+def test_all_recipes_are_there() -> None:
     assert {path.stem for path in RECIPES} == {
-        "bam_adapters", "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "btx", "btx_mixtral", "btx_6_experts_top3", "drop_upcycling", "sparse_upcycling", "soup", "ties", "task_arithmetic", "bar",
+        "bam_adapters", "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "bam_untrained", "btx", "btx_untrained", "btx_mixtral", "btx_6_experts_top3", "drop_upcycling", "sparse_upcycling", "soup", "ties", "task_arithmetic", "bar",
     }  # fmt: skip
