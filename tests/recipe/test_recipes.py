@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import yaml
 from adapter_files import write_adapter
 from conftest import CONFIGS, write_sources
 from scenes import LETTERS, write_texts
@@ -85,3 +86,15 @@ def test_all_recipes_are_there() -> None:
     assert {path.stem for path in RECIPES} == {
         "bam_adapters", "bam_expert_kv", "bam_shared_kv", "bam_top2_attention", "bam_top2_ffn", "bam_untrained", "btx", "btx_untrained", "btx_mixtral", "btx_6_experts_top3", "drop_upcycling", "sparse_upcycling", "soup", "ties", "task_arithmetic", "bar",
     }  # fmt: skip
+
+
+def test_training_from_routers_of_texts_is_training_otherwise_the_same() -> None:
+    """And starts from what the recipe of that name makes."""
+    folder = RECIPES[0].parent / "train"
+    fresh, made = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("smollm2", "smollm2_untrained"))
+    recipe = yaml.safe_load(RECIPES[0].with_name("bam_untrained.yaml").read_text())
+    assert (folder / made["model"]).resolve() == (RECIPES[0].parent / recipe["output"]["path"]).resolve()
+    assert made["output"] != fresh["output"]
+    for config in (fresh, made):
+        del config["model"], config["output"]
+    assert made == fresh
