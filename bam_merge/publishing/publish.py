@@ -201,6 +201,9 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
                 return False
     except (BamMergeError, OSError, KeyError, TypeError):
         return False
+    texts = {} if plan.calibration is None else plan.calibration.document()
+    if document.get("calibration", {}).get("texts", {}) != texts:
+        return False
     finite = allow_nonfinite or not any(record.get("nonfinite") for record in document["tensors"].values())
     made_by = document["format"], document.get("version"), document["recipe"]
     return complete and finite and made_by == (MANIFEST_FORMAT, __version__, plan.recipe.resolved())

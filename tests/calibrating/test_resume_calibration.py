@@ -14,6 +14,7 @@ from scenes import recipe, router, write_scene, write_texts
 
 from bam_merge import MergeOptions
 from bam_merge.calibrating import stage
+from bam_merge.errors import OutputError
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing import states
 from bam_merge.publishing.publish import publish
@@ -129,6 +130,18 @@ def test_another_text_is_another_plan(tmp_path: Path, layers: list[int]) -> None
     out = publish(plan_file(path), None, how)
     assert layers == [0, 1, 2, 3] and any("of another recipe, version or set of sources" in line for line in said)
     assert folder_bytes(out) == folder_bytes(publish(plan_file(path), tmp_path / "whole", options()[0]))
+
+
+def test_a_finished_result_of_other_texts_is_not_this_plans(tmp_path: Path, layers: list[int]) -> None:
+    path = recipe(write_scene(tmp_path, CONFIG))
+    publish(plan_file(path), None, options()[0])
+    layers.clear()
+    how, said = options(resume=True)
+    publish(plan_file(path), None, how)
+    assert layers == [] and any("already finished" in line for line in said)
+    (tmp_path / "law.txt").write_text("abcd efgh " * 60)
+    with pytest.raises(OutputError, match="already exists"):
+        publish(plan_file(path), None, options(resume=True)[0])
 
 
 def test_a_new_run_forgets_what_was_kept(tmp_path: Path, layers: list[int]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from bam_merge import expressions
-from bam_merge.recipe.makes.kinds import Names, Positive, Strict
+from bam_merge.recipe.makes.kinds import Names, Strict
 
 TextFiles = str | Names
 """A file, a folder or a glob, or a list of these."""
@@ -31,7 +31,7 @@ class FromTexts(Strict):
     )
     prompts: dict[str, Names] | None = Field(default=None, description="source: prompts, in place of texts")
     tokens: Annotated[int, Field(ge=2, le=10**7)] = Field(default=8192, description="of each text, the first so many")
-    scale: Positive | None = Field(
+    scale: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         default=None,
         description="a token of which the router is sure gets the gate e^scale / (e^scale + N - 1); default 6, and 180 for top-1 gates "
         "that are not renormalised",
@@ -69,7 +69,7 @@ class Ridge(FromTexts):
     """Ridge regression of the expert on the router's true input (arXiv 2603.29765): W = scale (S + lambda tr(S)/D I)^-1 B."""
 
     record: ClassVar = expressions.Ridge
-    lambda_: Positive = Field(
+    lambda_: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = Field(
         default=0.1, alias="lambda", description="how much is added to the inputs' second moments, relative to their mean"
     )
 
