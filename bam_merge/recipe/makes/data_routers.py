@@ -5,7 +5,7 @@ calibrating/rows.py.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,14 @@ class FromTexts(Strict):
         default="seed",
         description="whose hidden states the router is made for: the seed's, in one pass, or the mixture's own, which takes longer",
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse one that says less than is asked of it."""
+        if not hasattr(cls, "record"):
+            raise TypeError(f"{cls.__name__} lacks `record: ClassVar = expressions....`, the record of the calibrator")
+        if cls.calibrator is FromTexts.calibrator:
+            raise TypeError(f"{cls.__name__} lacks `calibrator`, which makes its record")
 
     def calibrator(self, scale: float) -> expressions.Calibrator:
         """The record of the rule."""
