@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from damage import edit_config
+from hub_models import hub as hub  # a fixture
+from hub_server import FakeHub
 from quantised_files import quantised_sources
 from runs import options
 from scenes import LETTERS, router, texts, write_texts
@@ -83,3 +85,18 @@ def test_a_config_with_few_positions_and_a_sliding_window(tmp_path: Path) -> Non
     out = merge(load_recipe(write(tmp_path, {name: name for name in NAMES})), options=options(verify=True)[0])
     assert verify(out).ok
     assert texts() in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_models_of_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    """Planned by headers and tokenizers, and downloaded for the merge: the same as of folders."""
+    from scenes import write_scene
+
+    write_scene(tmp_path / "models")
+    for name in NAMES:
+        hub.add(f"acme/{name}", tmp_path / "models" / name)
+    plan = plan_file(write(tmp_path, {name: f"acme/{name}" for name in NAMES}))
+    assert plan.remotes and plan.calibration is not None and plan.calibration.tokens > 900
+    out = publish(plan, None, options(verify=True)[0])
+    folders = merge(load_recipe(write(tmp_path / "models", {name: name for name in NAMES})), options=options()[0])
+    assert (out / "model.safetensors").read_bytes() == (folders / "model.safetensors").read_bytes()
+    assert verify(out).ok
