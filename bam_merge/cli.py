@@ -14,7 +14,7 @@ import click
 
 from bam_merge import __version__
 from bam_merge.arguments import DefaultMerge, UserPath
-from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, tell_note, verify
+from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, routers_told, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
 from bam_merge.text import printable
@@ -159,7 +159,7 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
             tell_note("what is finished is kept; run again with --resume to go on.")
             raise
     try:
-        print_result("\n".join([result_text(plan, target), *map(verdict_text, reports)]))
+        print_result("\n".join([result_text(plan, target), *map(verdict_text, reports), *routers_told(reports)]))
     except OutputError as error:
         raise OutputError(f"{error} {printable(str(target))} is published and complete.") from error
     return target

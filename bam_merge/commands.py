@@ -332,6 +332,14 @@ def downloads() -> "AbstractContextManager[None]":
     return downloads_shown(tell_note)
 
 
+def routers_told(reports: "Sequence[Report]") -> list[str]:
+    """What a merge's proofs say of routers that were tried on text, as tables."""
+    from bam_merge.showing.verification import text_tables
+
+    terminal = _terminal()
+    return [terminal.text(*text_tables(report, terminal)) for report in reports if report.held_out is not None]
+
+
 def _terminal() -> "Terminal":
     """What stdout can show: 80 columns, no colour and no escape where it is no terminal."""
     from bam_merge.showing.terminal import Terminal

@@ -27,6 +27,7 @@ from router_texts import Domains
 
 from bam_merge import MergeOptions, load_recipe, make_plan, merge
 from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.provenance import read_manifest
 from bam_merge.model.loading import stored_model
 from bam_merge.model.streaming import computing_on
 from bam_merge.verifying import heldout
@@ -100,7 +101,7 @@ class Trial:
             rows, choices = perplexities(checkpoint, plan if dense else None, texts, computing)
         routed = heldout.Routed(tuple(recipe["experts"]), texts, choices)
         figures = routed.document()
-        said = readings(routed, figures, rows, stored_model(checkpoint))
+        said = readings(routed, figures, rows, stored_model(checkpoint), heldout.tokens_made_of(read_manifest(folder)))
         found = {
             "perplexity": {row["domain"]: row["perplexity"] for row in rows},
             "accuracy": {row["router"]: {"tokens": row["accuracy"], "windows": row["windows"]} for row in figures["overall"]},

@@ -44,6 +44,13 @@ class Choices:
         """Share of the scored tokens whose first expert is one of `experts`."""
         return float(torch.isin(self.experts_MK[scored_M, 0], torch.tensor(sorted(experts))).double().mean())
 
+    @property
+    def first_shares(self) -> list[float]:
+        """Share of the tokens that have each expert first."""
+        counts_N = self.first_counts()
+        shares: list[float] = (counts_N / counts_N.sum()).tolist()
+        return shares
+
     def first_counts(self, part: slice = slice(None)) -> Tensor:
         """How many of the tokens in `part` have each expert as their first [N]."""
         return torch.bincount(self.experts_MK[part, 0], minlength=len(self.share))

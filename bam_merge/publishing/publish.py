@@ -128,7 +128,9 @@ def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions, le
     from bam_merge.verifying.verification import verify
 
     options.notify("verifying" if level == "quick" else f"verifying, {level}")
-    report = verify(staging.output, plan, options=VerifyOptions(level, options.device, options.workers, options.on_verify))
+    report = verify(
+        staging.output, plan, options=VerifyOptions(level, options.device, options.workers, options.on_verify, try_routers=True)
+    )
     options.on_report(report)
     if not report.ok:
         refuse(staging, target, [f"{check.name}: {check.detail}" for check in report.failures])

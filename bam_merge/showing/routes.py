@@ -31,11 +31,11 @@ def styles(found: Routes) -> dict[int, str]:
 
 
 def busiest(found: Routes, experts: Sequence[int]) -> list[int]:
-    """The experts, those first that are chosen most."""
+    """The experts, those first that most tokens have first."""
     taken = [0.0] * len(found.names)
     for text in found.texts:
         for choices in text.choices:
-            for expert, share in enumerate(choices.share):
+            for expert, share in enumerate(choices.first_shares):
                 taken[expert] += share
     return sorted(experts, key=lambda expert: -taken[expert])
 
@@ -116,11 +116,14 @@ def visible(piece: str) -> str:
 
 
 def _shares(found: Routes, text: RoutedText, router: str, style: dict[int, str], terminal: Terminal) -> Iterator[RenderableType]:
-    """What share of the tokens' choices every layer gives to every expert."""
+    """Which share of the tokens has each expert first, by layer."""
     rows = share_rows(found, text, router)
     width = max(8, terminal.width - LABEL - FIGURE - 8)
     together = -(-found.count // width)
-    yield line(f"share of the choices by layer, {'one' if together == 1 else f'the largest of {together}'} a column, and over all", "dim")
+    yield line(
+        f"tokens that have each expert first, by layer, {'one' if together == 1 else f'the largest of {together}'} a column, and over all",
+        "dim",
+    )
     yield heatmap(rows, 1.0, terminal)
     right = [text.accuracy(choices) for choices in text.of(router)]
     known = [value for value in right if value is not None]
@@ -141,7 +144,7 @@ def share_rows(found: Routes, text: RoutedText, router: str) -> list[HeatmapRow]
     listed = sorted(busiest(found, experts)[:LISTED]) if len(experts) > LISTED else experts
     rows = []
     for expert in listed:
-        shares = {choices.layer: choices.share[expert] for choices in text.of(router)}
+        shares = {choices.layer: choices.first_shares[expert] for choices in text.of(router)}
         values = [shares.get(layer) for layer in range(found.count)]
         rows.append(HeatmapRow(label(found, expert), values, sum(shares.values()) / len(shares)))
     return rows

@@ -85,7 +85,7 @@ def _text(found: Routes, text: RoutedText, place: dict[int, int]) -> Iterator[st
     )
     for router in found.routers:
         rows = share_rows(found, text, router)
-        yield f"<h2>{router} router <small>share of the tokens' choices, by layer and over all</small></h2>"
+        yield f"<h2>{router} router <small>share of the tokens that have each expert first, by layer and over all</small></h2>"
         yield heatmap_picture(f"{router} router", rows, 1.0)
         right = [(choices.layer, text.accuracy(choices)) for choices in text.of(router)]
         known = [value for _, value in right if value is not None]

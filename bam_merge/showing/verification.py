@@ -12,11 +12,15 @@ from bam_merge.process import progress_console
 from bam_merge.showing.held_out import held_out_tables, readings_table
 from bam_merge.showing.terminal import Terminal, grid, heading
 from bam_merge.text import count, printable, short
-from bam_merge.verifying.perplexity import FORCED
+from bam_merge.verifying.perplexity import AVERAGE, FORCED, MERGED
 from bam_merge.verifying.report import Check, Report
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+OWN = "own model"
+"""A text's own source, where no text is of another."""
+
 
 MARKS = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("--", "yellow")}
 
@@ -29,14 +33,7 @@ def report_tables(report: Report, terminal: Terminal) -> Iterator[RenderableType
         if rows:
             yield heading(f"{router} router", "mean gate of each expert, and its share of the tokens' choices")
             yield _routing(rows, report.experts)
-    if report.held_out is not None:
-        yield from held_out_tables(report.held_out, report.experts, terminal)
-    if report.perplexity:
-        forced = any(FORCED in row["perplexity"] for row in report.perplexity)
-        yield heading("perplexity", "forced: gate 1 for the expert that the text is for, what the best routers could do" if forced else "")
-        yield _perplexity(report.perplexity)
-    if report.readings:
-        yield from readings_table(report.readings)
+    yield from text_tables(report, terminal)
     failures = sum(1 for _ in report.failures)
     open_ = [check.name for check in report.checks if check.ok is None]
     if failures:
@@ -45,6 +42,18 @@ def report_tables(report: Report, terminal: Terminal) -> Iterator[RenderableType
         yield Text(f"\nverified as far as it could be; not checked: {', '.join(open_)}", "bold yellow")
     else:
         yield Text("\nverified", "bold green")
+
+
+def text_tables(report: Report, terminal: Terminal) -> Iterator[RenderableType]:
+    """What was measured on texts: the routers, perplexities, and what they mean."""
+    if report.held_out is not None:
+        yield from held_out_tables(report.held_out, report.experts, terminal)
+    if report.perplexity:
+        forced = any(FORCED in row["perplexity"] for row in report.perplexity)
+        yield heading("perplexity", "forced: gate 1 for the expert that the text is for, what the best routers could do" if forced else "")
+        yield _perplexity(report.perplexity)
+    if report.readings:
+        yield from readings_table(report.readings)
 
 
 def _checks(checks: Sequence[Check]) -> Table:
@@ -65,11 +74,12 @@ def _routing(rows: Sequence[dict[str, Any]], experts: Sequence[str]) -> Table:
 
 
 def _perplexity(rows: Sequence[dict[str, Any]]) -> Table:
-    models = list(dict.fromkeys(name for row in rows for name in row["perplexity"]))
+    alone = all("domain" in row and {*row["perplexity"]} <= {row["domain"], AVERAGE, MERGED, FORCED} for row in rows)
+    shown = [{(OWN if alone and name == row.get("domain") else name): value for name, value in row["perplexity"].items()} for row in rows]
+    models = list(dict.fromkeys(name for found in shown for name in found))
     named = any("domain" in row for row in rows)
     table = grid("left", *["left"] * named, *["right"] * (1 + len(models)), header=("text", *["for"] * named, "tokens", *models))
-    for row in rows:
-        found = row["perplexity"]
+    for row, found in zip(rows, shown, strict=True):
         values = ("" if name not in found else f"{found[name]:.2f}" if found[name] < 1e5 else f"{found[name]:.2e}" for name in models)
         domain = [Text(printable(row.get("domain", "")))] * named
         table.add_row(Text(printable(row["text"])), *domain, str(row["tokens"]), *values)

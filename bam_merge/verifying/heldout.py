@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bam_merge.calibrating.corpus import Corpus
 from bam_merge.calibrating.texts import Files, Reading, Window, find_files, read_text
 from bam_merge.errors import CheckpointError
 from bam_merge.model.routes import Choices
@@ -19,15 +20,20 @@ TOKENS = 2048
 """Tokens of a domain's text that are read."""
 
 
+TRIED_WINDOWS = 2
+"""Windows of each text that routers are tried on at the end of a merge, which is not to take much longer for it."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A text as batches [B, T] of sequences, in the text's order. `domain`: the name of the expert that is to take it, where that is known,
-    and `experts` the indices of those that are called so."""
+    and `experts` the indices of those that are called so. `seen`: the routers were made of it, so that it is not held out at all."""
 
     name: str
     batches: Sequence[Tensor]
     domain: str | None = None
     experts: tuple[int, ...] = ()
+    seen: bool = False
 
     @property
     def tokens(self) -> int:
@@ -70,6 +76,30 @@ def read_domains(folder: Path, domains: Mapping[str, Files], names: Sequence[str
     return found
 
 
+def further_texts(corpora: Mapping[str, Corpus], names: Sequence[str]) -> list[HeldOut]:
+    """What follows in the texts that routers were made of, or where nothing does their beginnings: of the first place in the recipe that
+    has texts."""
+    for corpus in corpora.values():
+        return [
+            HeldOut(
+                text.parts[0].name if len(text.parts) == 1 else f"{name} ({len(text.parts)} files)",
+                batches_of((text.further or text.windows)[:TRIED_WINDOWS]), name,
+                tuple(index for index, other in enumerate(names) if other == name), not text.further,
+            )
+            for name, text in corpus.texts.items()
+        ]  # fmt: skip
+    return []
+
+
+def tokens_made_of(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """For each source the tokens of the text that its routers' rows were made of, the fewest of any; empty where none was."""
+    found: dict[str, int] = {}
+    for place in manifest.get("calibration", {}).get("texts", {}).values():
+        for name, text in place["texts"].items():
+            found[name] = min(text["tokens"], found.get(name, text["tokens"]))
+    return found
+
+
 def own_experts(domain: str, names: Sequence[str], where: str) -> tuple[int, ...]:
     """The indices of the experts that are called `domain`. Raises CheckpointError where none is. A dense result has none."""
     found = tuple(index for index, name in enumerate(names) if name == domain)
@@ -105,7 +135,7 @@ class Routed:
         """The key `held_out` of a report: figures by layer and router, every text counting as much as any other, and over the layers."""
         sites = [self._site(place) for place in range(len(self.choices[0]))]
         return {
-            "texts": [{"text": text.name, "domain": text.domain, "tokens": text.tokens} for text in self.texts],
+            "texts": [{"text": text.name, "domain": text.domain, "tokens": text.tokens, "held_out": not text.seen} for text in self.texts],
             "chance": sum(len(text.experts) for text in self.texts) / len(self.texts) / len(self.names),
             "overall": [self._overall(router, sites) for router in dict.fromkeys(site["router"] for site in sites)],
             "routers": sites,

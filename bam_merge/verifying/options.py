@@ -14,13 +14,15 @@ class VerifyOptions:
     """How to verify.
 
     `level` is quick or full; `device` is one of torch's, such as cuda or cuda:1, for what is computed; `workers` is the most threads, which
-    are one a processor, or as many as OMP_NUM_THREADS says; `progress` hears of work done, and of all the work.
+    are one a processor, or as many as OMP_NUM_THREADS says; `progress` hears of work done, and of all the work. `try_routers`: those that
+    are made of texts are also tried on what follows in these.
     """
 
     level: str = "quick"
     device: str = "cpu"
     workers: int | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+    try_routers: bool = False
 
 
 def check_level(name: str) -> None:

@@ -73,21 +73,26 @@ def unnamed(ids: Mapping[Path, Tensor]) -> list[HeldOut]:
     return [HeldOut(text.name, torch.split(ids_WT, BATCH)) for text, ids_WT in ids.items()]
 
 
-FORCED = "forced"
-"""The mixture with its routers put aside: gate 1 for the expert that a text is for, in every layer. What the best routers could do."""
+AVERAGE, MERGED, FORCED = "average", "merged", "forced"
+"""What is tried beside the sources. Forced: the mixture without its routers, gate 1 for the expert that a text is for in every layer;
+what the best routers could do."""
 
 
 @torch.no_grad()
 def perplexities(
-    checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], computing: Computing
+    checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], computing: Computing, own_alone: bool = False
 ) -> tuple[list[dict[str, Any]], list[list[Choices]]]:
     """One row per text: {"text", "tokens", "perplexity": {model: value}}, without sources of the mixture alone; and what its routers did
-    with each text whose expert is known. Such a text has "domain", and the mixture with its expert forced among the models."""
+    with each text whose expert is known. Such a text has "domain", and the mixture with its expert forced among the models.
+
+    With `own_alone` sources are tried on no text but those that are for them.
+    """
     mixture = stored_model(checkpoint)
     scores: list[dict[str, float]] = [{} for _ in texts]
     choices: list[list[Choices]] = []
     for name, model in _models(checkpoint, plan, mixture).items():
-        for index, (x, did) in enumerate(run_texts(model, [text.batches for text in texts], computing)):
+        tried = [i for i, text in enumerate(texts) if not own_alone or name in (text.domain, AVERAGE, MERGED)]
+        for index, (x, did) in zip(tried, run_texts(model, [texts[i].batches for i in tried], computing), strict=True):
             scores[index][name] = _score(model, x, texts[index], computing)
             if model is mixture and texts[index].experts:
                 choices.append(did)
@@ -109,8 +114,8 @@ def _models(checkpoint: Checkpoint, plan: Plan | None, mixture: StoredModel) -> 
     averaged = [dense[name] for name in plan.recipe.distinct] if plan is not None and plan.recipe.output.layers is None else []
     models: dict[str, StoredModel] = dict(dense)
     if len(averaged) > 1:
-        models["average"] = Average(averaged[0].checkpoint, averaged[0].config, averaged[0].leaves, tuple(averaged))
-    models["merged"] = mixture
+        models[AVERAGE] = Average(averaged[0].checkpoint, averaged[0].config, averaged[0].leaves, tuple(averaged))
+    models[MERGED] = mixture
     return models
 
 

@@ -38,20 +38,33 @@ BROKEN = 1.5
 """Times the average's perplexity: beyond it a mixture does not work."""
 
 
-def readings(routed: Routed, figures: Mapping[str, Any], perplexity: Sequence[Mapping[str, Any]], mixture: StoredModel) -> list[Reading]:
-    """What the figures mean, first what is wrong with the experts and the texts. `figures` are those of Routed.document."""
+FEW = 255
+"""Tokens of a text that routers are made of: with fewer much depends on the snippet (measured on SmolLM2)."""
+
+
+def readings(
+    routed: Routed,
+    figures: Mapping[str, Any],
+    perplexity: Sequence[Mapping[str, Any]],
+    mixture: StoredModel,
+    made_of: Mapping[str, int],
+) -> list[Reading]:
+    """What the figures mean, first what is wrong with the experts and the texts.
+
+    `figures` are those of Routed.document, `made_of` the tokens of each source's text where routers are made of some.
+    """
     rows = [row for row in perplexity if FORCED in row["perplexity"]]
     return [
-        *(Reading("do the routers tell the domains apart?", text) for text in _apart(figures)),
+        *(Reading("do the routers tell the domains apart?", text) for text in _apart(figures, made_of)),
         *(Reading("do domains resemble each other?", text) for text in _alike(routed, figures)),
         *(Reading("is an expert there twice?", text) for text in _twice(routed.names, mixture)),
         *(Reading("is an expert useless?", text) for text in _useless(routed, figures, rows)),
         *(Reading("what do routing and averaging cost?", text) for text in _costs(rows)),
-        *(Reading("is there enough text?", text) for text in _short(routed)),
+        *(Reading("is there enough text?", text) for text in _short(routed, made_of)),
     ]
 
 
-def _apart(figures: Mapping[str, Any]) -> Iterator[str]:
+def _apart(figures: Mapping[str, Any], made_of: Mapping[str, int]) -> Iterator[str]:
     chance = figures["chance"]
     rows = figures["overall"]
     shown = listed([_right(row) for row in rows])
@@ -61,7 +74,8 @@ def _apart(figures: Mapping[str, Any]) -> Iterator[str]:
     elif least >= PARTLY:
         yield f"partly: to their own expert go {shown}; chance is {whole_percent(chance)}."
     else:
-        why = "Routers drawn at random are so, and so are routers made of texts that resemble each other."
+        why = "So the domains resemble each other, or the texts that the routers are made of are not typical of them."
+        why = why if made_of else "They were drawn at random; `router: {init: ridge, texts: ...}` makes them of texts."
         yield f"no: to their own expert go {shown}; chance is {whole_percent(chance)}. {why}"
 
 
@@ -157,7 +171,15 @@ def _ppl(value: float) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
-def _short(routed: Routed) -> Iterator[str]:
+def _short(routed: Routed, made_of: Mapping[str, int]) -> Iterator[str]:
+    few = [f"{printable(name)} ({count(tokens, 'token')})" for name, tokens in made_of.items() if tokens < FEW]
+    if few:
+        what = f"no: routers are made of too little text of {some(few, 8)}, so that much depends on the snippet."
+        yield f"{what} A thousand tokens give most of what there is to have."
     few = [f"{printable(str(text.domain))} ({count(text.tokens, 'token')})" for text in routed.texts if text.tokens < WINDOW]
     if few:
-        yield f"no: {some(few, 8)}. Figures of so little text are of one snippet; {WINDOW} tokens or more tell something of a domain."
+        yield f"no: these figures are of little text of {some(few, 8)}; {WINDOW} tokens or more tell something of a domain."
+    seen = [printable(str(text.domain)) for text in routed.texts if text.seen]
+    if seen:
+        what = f"nothing is left of the texts of {some(seen, 8)} that the routers were not made of, so these figures flatter them."
+        yield f"{what} bam-merge verify OUT --texts NAME=FILE tries others."

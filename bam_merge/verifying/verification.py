@@ -33,7 +33,7 @@ from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import OnHub, file_checks, not_downloaded
 from bam_merge.verifying.function import function_checks as _function
-from bam_merge.verifying.heldout import HeldOut, Routed, read_domains
+from bam_merge.verifying.heldout import HeldOut, Routed, further_texts, read_domains, tokens_made_of
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import perplexities, read_texts, unnamed
@@ -98,19 +98,24 @@ def verify(
         except CheckpointError as error:
             report.add([Check("model", False, "; ".join(error.problems))])
             return report
-        if ids or known:
-            _on_texts(checkpoint, plan, [*unnamed(ids), *known], report, computing)
+        found = plan.calibration if plan is not None and options.try_routers and report.ok else None
+        tried = further_texts(found.corpora, report.experts) if found is not None else []
+        if ids or known or tried:
+            _on_texts(checkpoint, plan, [*unnamed(ids), *known, *tried], report, computing, tokens_made_of(manifest), bool(tried))
     return report
 
 
-def _on_texts(checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], report: Report, computing: Computing) -> None:
-    """Perplexities, and what the routers do with the texts whose expert is known."""
-    report.perplexity, choices = perplexities(checkpoint, plan, texts, computing)
+def _on_texts(
+    checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], report: Report, computing: Computing,
+    made_of: Mapping[str, int], own_alone: bool,
+) -> None:  # fmt: skip
+    """Perplexities, and what the routers do with the texts whose expert is known; `made_of` how many tokens if they are made of text."""
+    report.perplexity, choices = perplexities(checkpoint, plan, texts, computing, own_alone)
     if choices:
         mixture = stored_model(checkpoint)
         routed = Routed(expert_names(mixture), [text for text in texts if text.experts], choices)
         report.held_out = routed.document()
-        report.readings = readings(routed, report.held_out, report.perplexity, mixture)
+        report.readings = readings(routed, report.held_out, report.perplexity, mixture, made_of)
 
 
 def _routed_experts(recipe: Mapping[str, Any]) -> Sequence[str]:

@@ -208,7 +208,7 @@ def test_more_experts_than_colours(tmp_path: Path) -> None:
     found = route(folder, [write_words(tmp_path / "text", random_ids(200))])
     colours = places(found)
     assert sorted(colours.values()) == list(range(12))
-    share = [sum(choices.share[expert] for choices in found.texts[0].choices) for expert in range(70)]
+    share = [sum(choices.first_shares[expert] for choices in found.texts[0].choices) for expert in range(70)]
     assert min(share[expert] for expert in colours) >= max(value for expert, value in enumerate(share) if expert not in colours)
     shown = routes_text(found, Terminal(100), False)
     assert "and 58 without a colour" in shown

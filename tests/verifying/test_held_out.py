@@ -1,6 +1,7 @@
 """The report on held-out text: figures by another way than they were made, planted faults of routers and experts, and words for each."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,14 @@ def routed(shares: dict[str, list[float]], tokens: int = 400, layers: int = 3, n
     return Routed(names, texts, choices)
 
 
-def words_of(found: Routed, folder: Path, perplexity: list[dict[str, Any]] | None = None) -> dict[str, str]:
+def words_of(
+    found: Routed, folder: Path, perplexity: list[dict[str, Any]] | None = None, made_of: dict[str, int] | None = None
+) -> dict[str, str]:
     """The answers by question, for routers of an ordinary mixture."""
     if not (folder / "out").exists():
         merged(folder)
     said: dict[str, str] = {}
-    for reading in readings(found, found.document(), perplexity or [], open_model(folder / "out")):
+    for reading in readings(found, found.document(), perplexity or [], open_model(folder / "out"), made_of or {}):
         said[reading.question] = f"{said.get(reading.question, '')} {reading.text}".strip()
     return said
 
@@ -174,6 +177,11 @@ def test_words_on_accuracy(tmp_path: Path) -> None:
     assert partly[APART].startswith("partly: ")
     chance = words_of(routed({"seed": [0.34, 0.33, 0.33], "code": [0.34, 0.33, 0.33], "law": [0.34, 0.33, 0.33]}), tmp_path)
     assert chance[APART].startswith("no: ") and "chance is 33%" in chance[APART] and ALIKE not in chance
+    assert "They were drawn at random" in chance[APART]
+    alike = words_of(
+        routed({"seed": [0.34, 0.33, 0.33], "code": [0.34, 0.33, 0.33]}), tmp_path, made_of={"seed": 900, "code": 900, "law": 900}
+    )
+    assert "the domains resemble each other, or the texts that the routers are made of are not typical" in alike[APART]
 
 
 def test_words_on_domains_that_resemble_each_other(tmp_path: Path) -> None:
@@ -209,7 +217,14 @@ def test_words_on_useless_experts(tmp_path: Path) -> None:
 
 def test_words_on_little_text(tmp_path: Path) -> None:
     found = routed({"seed": [0.8, 0.1, 0.1], "code": [0.1, 0.8, 0.1]}, tokens=50)
-    assert words_of(found, tmp_path)[ENOUGH].startswith("no: seed (50 tokens), code (50 tokens).")
+    assert words_of(found, tmp_path)[ENOUGH].startswith("no: these figures are of little text of seed (50 tokens), code (50 tokens);")
+    enough = routed({"seed": [0.8, 0.1, 0.1], "code": [0.1, 0.8, 0.1]})
+    little = words_of(enough, tmp_path, made_of={"seed": 8192, "code": 52, "law": 254})
+    assert little[ENOUGH].startswith("no: routers are made of too little text of code (52 tokens), law (254 tokens), so")
+    assert ENOUGH not in words_of(enough, tmp_path, made_of={"seed": 8192, "code": 255})
+    again = Routed(enough.names, [replace(text, seen=text.domain == "code") for text in enough.texts], enough.choices)
+    assert words_of(again, tmp_path)[ENOUGH].startswith("nothing is left of the texts of code that the routers were not made of")
+    assert [text["held_out"] for text in again.document()["texts"]] == [True, False]
 
 
 def test_an_expert_twice_may_take_its_texts_by_either(tmp_path: Path) -> None:
