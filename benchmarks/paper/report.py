@@ -24,7 +24,7 @@ METHODS = HERE / "methods.json"
 
 EXPERT_KV, SHARED_KV, BTX1, BTX2 = "BAM Expert-KV", "BAM Shared-KV", "BTX top-1", "BTX top-2"
 ROUTERS_OF_TEXT = ", ridge"
-"""Ends the names of settings of routers.yaml whose routers are made of text."""
+"""Ends the names of settings of head_start.yaml whose routers are made of text."""
 PAPER_AVERAGE = {
     "seed": 13.91, BTX1: 10.72, EXPERT_KV: 9.70, SHARED_KV: 10.32, f"{EXPERT_KV}{COMPUTE}": 10.00, f"{SHARED_KV}{COMPUTE}": 10.46,
 }  # fmt: skip
@@ -350,7 +350,7 @@ def read_forward() -> dict[str, Any] | None:
 
 
 def read_routers() -> Results | None:
-    file = HERE / "routers.json"
+    file = HERE / "head_start.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/paper/routers.py: what is compared differs in its routers alone, and what run.py has made is not made again."""
+"""benchmarks/paper/head_start.py: what is compared differs in its routers alone, and what run.py has made is not made again."""
 
 import copy
 import json
@@ -9,8 +9,8 @@ import pytest
 
 HERE = Path(__file__).parents[2] / "benchmarks" / "paper"
 sys.path.insert(0, str(HERE))
+import head_start  # noqa: E402
 import report  # noqa: E402
-import routers  # noqa: E402
 import run  # noqa: E402
 import settings  # noqa: E402
 
@@ -21,7 +21,7 @@ def base(request):
 
 
 def test_random_routers_are_those_of_the_other_page(base):
-    plain, own = settings.load_config(base), routers.routers_config(base)
+    plain, own = settings.load_config(base), head_start.head_start_config(base)
     known = {stage.digest for graph in settings.graphs({**plain, "only": list(plain["settings"])}) for stage in graph.trained.values()}
     for graph in settings.graphs(own):
         for name in ("BTX top-1", "BAM Expert-KV", "BAM Shared-KV", "BTX top-2", "BAM renormalised top-2"):
@@ -29,7 +29,7 @@ def test_random_routers_are_those_of_the_other_page(base):
 
 
 def test_random_and_ridge_differ_in_routers_alone(base):
-    config = routers.routers_config(base)
+    config = head_start.head_start_config(base)
     assert set(settings.chosen(config)) == set(config["only"])
     ridge = [name for name in config["only"] if name.endswith(report.ROUTERS_OF_TEXT)]
     assert len(ridge) == 6
@@ -49,7 +49,7 @@ def test_random_and_ridge_differ_in_routers_alone(base):
 
 
 def test_every_random_seed_trains_all_of_them():
-    config = routers.routers_config(HERE / "config.yaml")
+    config = head_start.head_start_config(HERE / "config.yaml")
     trained = [stage for stage in run.all_stages(config, []) if stage.kind == "mixture"]
     assert len(config["random_seeds"]) == 3
     assert len(trained) == 3 * (12 + 8), "each setting, and those of BAM with equal compute"
@@ -57,7 +57,7 @@ def test_every_random_seed_trains_all_of_them():
 
 def fake(ends):
     """Results in which every setting ends at the perplexity that `ends` gives for its name and random seed."""
-    config = routers.routers_config(HERE / "config.yaml")
+    config = head_start.head_start_config(HERE / "config.yaml")
     graph = settings.graph(config, 0)
     runs = {
         name: {
@@ -97,6 +97,6 @@ def test_nothing_is_claimed_of_what_was_not_measured(tmp_path):
 
 def test_results_are_written_as_they_are_read(tmp_path):
     results = fake(lambda name, seed: 1.5)
-    routers.write(results, tmp_path / "deep" / "routers.json")
-    assert json.loads((tmp_path / "deep" / "routers.json").read_text()) == results
-    assert len(routers.pairs(results)) == 10
+    head_start.write(results, tmp_path / "deep" / "head_start.json")
+    assert json.loads((tmp_path / "deep" / "head_start.json").read_text()) == results
+    assert len(head_start.pairs(results)) == 10

@@ -1,9 +1,9 @@
 """Does the head start of routers made of text last? Phase 3 from ridge routers against random ones, on the models of run.py.
 
-    python benchmarks/paper/routers.py [--work DIR] [--smoke] [--results FILE] [--docs DIR] [--workers N] [--report]
+    python benchmarks/paper/head_start.py [--work DIR] [--smoke] [--results FILE] [--docs DIR] [--workers N] [--report]
 
 BTX, Expert-KV and Shared-KV, each with the paper's gates and with two renormalised ones, for every random seed with equal data, and the BAM
-settings with equal compute to BTX as well. What run.py has made in the same --work is not made again. Writes results (routers.json) and the
+settings with equal compute to BTX as well. What run.py has made in the same --work is not made again. Writes results (head_start.json) and the
 page's table from them. With --smoke everything at a tiny size, in a few minutes, with assertions; nothing of the page is changed then.
 """
 
@@ -30,9 +30,9 @@ from common import machine  # noqa: E402
 RIDGE = report.ROUTERS_OF_TEXT
 
 
-def routers_config(base: Path) -> dict[str, Any]:
-    """A configuration with the settings of routers.yaml in place of its own."""
-    own: dict[str, Any] = yaml.safe_load((HERE / "routers.yaml").read_text())
+def head_start_config(base: Path) -> dict[str, Any]:
+    """A configuration with the settings of head_start.yaml in place of its own."""
+    own: dict[str, Any] = yaml.safe_load((HERE / "head_start.yaml").read_text())
     return overlaid(load_config(base), own)
 
 
@@ -66,12 +66,12 @@ def write(results: dict[str, Any], file: Path) -> None:
 
 def smoke() -> str:
     """The whole chain at a tiny size, with assertions; what it showed, in words."""
-    config = routers_config(HERE / "smoke.yaml")
-    with tempfile.TemporaryDirectory(prefix="bam-merge-routers-") as scratch:
+    config = head_start_config(HERE / "smoke.yaml")
+    with tempfile.TemporaryDirectory(prefix="bam-merge-head-start-") as scratch:
         work = Path(scratch, "work")
         results = make(config, work)
-        write(results, Path(scratch, "routers.json"))
-        again = json.loads(Path(scratch, "routers.json").read_text())
+        write(results, Path(scratch, "head_start.json"))
+        again = json.loads(Path(scratch, "head_start.json").read_text())
     assert again == results
     merges = [one for runs in results["merges"].values() for one in runs.values()]
     assert len(merges) == len(config["only"]) and all(one["verified"] for one in merges), merges
@@ -93,22 +93,22 @@ def smoke() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, default=HERE / "work", metavar="DIR", help="where stages are kept (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=HERE / "routers.json", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, default=HERE / "head_start.json", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs", metavar="DIR", help="where paper.md and its plots go")
     parser.add_argument("--workers", type=int, metavar="N", help="stages at a time (default: the configuration's)")
     parser.add_argument("--report", action="store_true", help="results and page of what is finished; train nothing")
     parser.add_argument("--smoke", action="store_true", help="everything at a tiny size, in a scratch folder, with assertions")
     options = parser.parse_args(arguments)
     if options.smoke:
-        print(f"routers --smoke: {smoke()}", file=sys.stderr)
+        print(f"head_start --smoke: {smoke()}", file=sys.stderr)
         return
-    config = routers_config(HERE / ("gpu.yaml" if has_gpu() else "config.yaml"))
+    config = head_start_config(HERE / ("gpu.yaml" if has_gpu() else "config.yaml"))
     work = options.work.resolve()
     results = results_of(config, work) if options.report else make(config, work, options.workers)
     write(results, options.results)
     print(report.table_routers(results))
     measured = HERE / "results.json"
-    if options.results.resolve() == HERE / "routers.json" and measured.exists():
+    if options.results.resolve() == HERE / "head_start.json" and measured.exists():
         report.write(json.loads(measured.read_text()), report.read_forward(), options.docs)
 
 
