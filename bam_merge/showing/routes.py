@@ -94,15 +94,17 @@ def layers_of(found: Routes) -> str:
 
 
 def coloured(pieces: Sequence[str], experts: Sequence[int], style: dict[int, str], terminal: Terminal) -> RenderableType:
-    """The text with each token in the colour of its expert; without colours, with the expert's number where it changes."""
+    """The text with each token in the colour of its expert; without colours, with the expert's number where another one takes a word."""
     shown = Text()
     before: int | None = None
     left, right = ("⟨", "⟩") if terminal.unicode else ("<", ">")
     for piece, expert in zip(pieces, experts, strict=True):
         if not piece:
             continue
-        blank = piece[: len(piece) - len(piece.lstrip())] if len(piece.strip()) else ""  # a mark stands at the word, not before its blank
+        blank = piece[: len(piece) - len(piece.lstrip())]  # a mark stands at the word, not before its blank, nor at blanks alone
         shown.append(visible(blank))
+        if len(blank) == len(piece):
+            continue
         if not terminal.colour and expert != before:
             shown.append(f"{left}{expert}{right}")
         before = expert

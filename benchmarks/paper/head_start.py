@@ -3,8 +3,8 @@
     python benchmarks/paper/head_start.py [--work DIR] [--smoke] [--results FILE] [--docs DIR] [--workers N] [--report]
 
 BTX, Expert-KV and Shared-KV, each with the paper's gates and with two renormalised ones, for every random seed with equal data, and the BAM
-settings with equal compute to BTX as well. What run.py has made in the same --work is not made again. Writes results (head_start.json) and the
-page's table from them. With --smoke everything at a tiny size, in a few minutes, with assertions; nothing of the page is changed then.
+settings with equal compute to BTX as well. What run.py has made in the same --work is not made again. Writes results (head_start.json) and
+the page's table from them. With --smoke everything at a tiny size, in a few minutes, with assertions; the page is left as it is then.
 """
 
 import argparse

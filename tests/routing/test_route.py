@@ -144,6 +144,8 @@ def test_a_text_is_shown_whole_and_steers_no_terminal(tmp_path: Path) -> None:
     assert plain.splitlines()[0].startswith("  ⟨1⟩a") and "\\x1b[31mred\\x07 \\u202e" in plain and plain.splitlines()[-1] == "  next"
     ascii_only = Terminal(80, unicode=False).text(coloured(["a", " b"], [1, 12], {}, Terminal(80, unicode=False)))
     assert ascii_only == "  <1>a <12>b"
+    blanks = Terminal(80).text(coloured(["a", "\n  ", "b", " c"], [1, 2, 1, 1], {}, Terminal(80)))
+    assert blanks == "  ⟨1⟩a\n    b c", "who takes a blank is not shown"
     colours = Terminal(80, colour=True).text(coloured(["a", " b"], [0, 1], {0: "blue", 1: "red"}, Terminal(80, colour=True)))
     assert "⟨" not in colours and "\x1b[34ma" in colours and "\x1b[31mb" in colours
 
