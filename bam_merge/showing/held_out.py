@@ -17,7 +17,9 @@ def held_out_tables(found: Mapping[str, Any], experts: Sequence[str], terminal: 
     """For each router a table over all layers, a row for each domain, and a picture of the accuracy by layer."""
     for overall in found["overall"]:
         router = overall["router"]
-        yield heading(f"{router} router on held-out text", f"means over the layers; chance is {whole_percent(found['chance'])}")
+        yield heading(
+            f"{router} router on held-out text", f"means over the layers; all: the load; chance is {whole_percent(found['chance'])}"
+        )
         yield padded(_overall(overall, experts))
         sites = [site for site in found["routers"] if site["router"] == router]
         rows = []
@@ -37,7 +39,7 @@ def _overall(overall: Mapping[str, Any], experts: Sequence[str]) -> Table:
         taken = [Text(whole_percent(share), "green" if mine else "") for share, mine in zip(row["first"], own, strict=True)]
         table.add_row(Text(printable(row["domain"]), "cyan"), *_figures(row), *taken)
     loads = (whole_percent(share) for share in overall["load"])
-    table.add_row("all; load", *_figures(overall), *loads)
+    table.add_row("all", *_figures(overall), *loads)
     return table
 
 

@@ -143,8 +143,8 @@ def _useless(routed: Routed, figures: Mapping[str, Any], rows: Sequence[Mapping[
         found = row["perplexity"]
         if "average" in found and found[FORCED] > found["average"] * (1 + LOST):
             yield (
-                f"{printable(row['domain'])} is, on this text: with its expert forced the perplexity is {_ppl(found[FORCED])}, that of the "
-                f"average of all models {_ppl(found['average'])}. Leave it out of `experts`, or give it texts that it is better at."
+                f"{printable(row['domain'])} is, for this text: with its expert forced the perplexity is {_ppl(found[FORCED])}, that of "
+                f"the average of all models {_ppl(found['average'])}. Leave it out of `experts`, or give it texts that it is better at."
             )
 
 
@@ -153,9 +153,9 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         found, domain = row["perplexity"], printable(row["domain"])
         merged, forced = found["merged"], found[FORCED]
-        text = f"{domain}: {_ppl(merged)}; with its expert forced {_ppl(forced)}, so routing costs {_more(merged, forced)}"
+        text = f"{domain}: {_ppl(merged)}; with its expert forced {_ppl(forced)}, so routing {_costs_or_gains(merged, forced)}"
         if row["domain"] in found:
-            text += f"; its own model {_ppl(found[row['domain']])}, so averaging the rest costs {_more(forced, found[row['domain']])}"
+            text += f"; its own model {_ppl(found[row['domain']])}, so averaging the rest {_costs_or_gains(forced, found[row['domain']])}"
         if "average" in found:
             text += f"; the average of all {_ppl(found['average'])}"
         if found.get("average", merged) * BROKEN < merged:
@@ -163,8 +163,9 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{text}."
 
 
-def _more(value: float, than: float) -> str:
-    return f"{100 * (value / than - 1):+.1f}%"
+def _costs_or_gains(value: float, than: float) -> str:
+    share = 100 * (value / than - 1)
+    return f"gains {-share:.1f}%" if share < -0.05 else f"costs {abs(share):.1f}%"
 
 
 def _ppl(value: float) -> str:

@@ -200,14 +200,16 @@ def test_words_on_useless_experts(tmp_path: Path) -> None:
     rows = [{"domain": name, "perplexity": {**own, "forced": forced}} for name, forced in (("code", 9.1), ("law", 12.1))]
     worse = words_of(routed(fair), tmp_path, rows)
     assert worse[USELESS].startswith(
-        "law is, on this text: with its expert forced the perplexity is 12.10, that of the average of all models 10.00"
+        "law is, for this text: with its expert forced the perplexity is 12.10, that of the average of all models 10.00"
     )
     assert "code" not in worse[USELESS]
     costs = worse[COSTS]
     assert (
-        "code: 11.00; with its expert forced 9.10, so routing costs +20.9%; its own model 9.00, so averaging the rest costs +1.1%; the average of all 10.00."
+        "code: 11.00; with its expert forced 9.10, so routing costs 20.9%; its own model 9.00, so averaging the rest costs 1.1%; the average of all 10.00."
         in costs
     )
+    gains = [{"domain": "code", "perplexity": {**own, "merged": 8.5, "forced": 8.8}}]
+    assert "so routing gains 3.4%; its own model 9.00, so averaging the rest gains 2.2%" in words_of(routed(fair), tmp_path, gains)[COSTS]
     broken = [{"domain": "code", "perplexity": {**own, "merged": 7e5, "forced": 9.1}}]
     assert (
         "7.00e+05" in words_of(routed(fair), tmp_path, broken)[COSTS]
