@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bam_merge.planning.plan import Plan, Step
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.publishing.publish import merge
+    from bam_merge.publishing.push import Pushed, push
     from bam_merge.recipe.load import load_recipe
     from bam_merge.recipe.schema import Recipe
     from bam_merge.verifying.options import VerifyOptions
@@ -71,6 +72,10 @@ _HOMES = {
     ),
     "publishing.options": ("MergeOptions",),
     "publishing.publish": ("merge",),
+    "publishing.push": (
+        "Pushed",
+        "push",
+    ),
     "recipe.load": ("load_recipe",),
     "recipe.schema": ("Recipe",),
     "verifying.report": (
@@ -99,6 +104,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "Plan",
+    "Pushed",
     "Reading",
     "Recipe",
     "RecipeError",
@@ -116,6 +122,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "merge",
+    "push",
     "verify",
 ]
 
