@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.publishing.publish import merge
     from bam_merge.publishing.push import Pushed, push
+    from bam_merge.publishing.refresh import refresh
     from bam_merge.recipe.load import load_recipe
     from bam_merge.recipe.schema import Recipe
     from bam_merge.verifying.options import VerifyOptions
@@ -76,6 +77,7 @@ _HOMES = {
         "Pushed",
         "push",
     ),
+    "publishing.refresh": ("refresh",),
     "recipe.load": ("load_recipe",),
     "recipe.schema": ("Recipe",),
     "verifying.report": (
@@ -123,6 +125,7 @@ __all__ = [
     "make_plan",
     "merge",
     "push",
+    "refresh",
     "verify",
 ]
 
