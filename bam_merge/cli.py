@@ -17,7 +17,7 @@ from bam_merge.arguments import DefaultMerge, UserPath
 from bam_merge.commands import LEVELS, convert, diff, downloads, inspect, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
-from bam_merge.serving_commands import push, refresh
+from bam_merge.serving_commands import chat, push, refresh
 from bam_merge.text import printable
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help starts at once
@@ -39,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, diff, verify, convert, push, refresh):
+for command in (inspect, diff, verify, convert, push, refresh, chat):
     cli.add_command(command)
 
 
@@ -181,4 +181,4 @@ def _check_place(plan: "Plan", output: str | None) -> None:
 
 def main() -> None:
     """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
-    run_command(cli, reads_only=sys.argv[1:2] in (["inspect"], ["diff"], ["verify"]))
+    run_command(cli, reads_only=sys.argv[1:2] in (["inspect"], ["diff"], ["verify"], ["push"], ["chat"]))

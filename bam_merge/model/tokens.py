@@ -24,10 +24,10 @@ def open_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{printable(str(path))}: {printable(str(error))}.") from None
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of `text`, with whatever the tokenizer puts around it. Raises CheckpointError when the tokenizer cannot."""
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """The token ids of `text`, with whatever the tokenizer puts around it where `special`. Raises CheckpointError when it cannot."""
     try:
-        ids: list[int] = tokenizer.encode(text).ids
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:

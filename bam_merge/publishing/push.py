@@ -5,7 +5,6 @@ pushing again. What is then on the hub is compared with what is here, by digests
 """
 
 import hashlib
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -209,9 +208,9 @@ def _digest(path: Path, length: int) -> tuple[int, str]:
 def _quiet(bars: bool) -> Iterator[None]:
     """The library's own remarks are not shown: they repeat addresses, which can be signed."""
     hf = library()
-    logger, was_off = logging.getLogger("huggingface_hub"), hf.utils.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logs, was_off = hf.utils.logging, hf.utils.are_progress_bars_disabled()
+    level = logs.get_verbosity()
+    logs.set_verbosity(logs.CRITICAL)
     if not bars and not was_off:
         hf.utils.disable_progress_bars()
     try:
@@ -219,6 +218,6 @@ def _quiet(bars: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logs.set_verbosity(level)
         if not bars and not was_off:
             hf.utils.enable_progress_bars()
