@@ -6,6 +6,7 @@ one step: a crash in the middle leaves the old one as it was. The manifest says 
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ import xxhash
 
 from bam_merge._version import __version__
 from bam_merge.checkpoints.folder import CONFIG, read_small_file
-from bam_merge.checkpoints.provenance import MANIFEST, REFRESHED, SEAL, read_manifest, sealed
+from bam_merge.checkpoints.provenance import MANIFEST, REFRESHED, SEAL, read_manifest, refreshed, sealed
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed
 from bam_merge.files import write_file, writing
@@ -53,12 +54,26 @@ def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Ca
     """
     target = Path(os.path.realpath(located(folder, error=OutputError)))
     manifest = read_manifest(target)
+    _check_older(target, manifest)
     _check_true(target, manifest)
     _check_replaceable(target)
     new, manifest = _renewed(target, manifest, plan, notify)
     if new:
         _replace(target, new, manifest, notify)
     return tuple(sorted(new))
+
+
+def _check_older(target: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise OutputError for what a newer version wrote: its code may compute what this one's does not."""
+    again = refreshed(manifest)
+    for writer in (str(manifest.get("version")), *([again.version] if again is not None else [])):
+        if _numbers(writer) > _numbers(__version__):
+            shown = f"{printable(str(target))}: written by bam-merge {printable(writer)}, this is {__version__}"
+            raise OutputError(f"{shown}. Refresh it with that version or a later one.")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d{1,9}", version)]
 
 
 def _check_true(target: Path, manifest: Mapping[str, Any]) -> None:

@@ -177,6 +177,18 @@ def test_other_peoples_files_are_not_moved(out: Path) -> None:
     assert files(out) == before
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_newer_version_wrote_is_left_alone(again: bool, out: Path) -> None:
+    document = read_manifest(out)
+    del document[SEAL]
+    newer = {"refreshed": {"version": "999.0", "files": ["README.md"]}} if again else {"version": "999.0"}
+    (out / MANIFEST).write_bytes(sealed({**document, **newer}))
+    before = files(out)
+    with pytest.raises(OutputError, match=r"written by bam-merge 999\.0, this is .* Refresh it with that version"):
+        refresh(out)
+    assert files(out) == before
+
+
 def test_what_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match="no such folder"):
         refresh(tmp_path / "absent")
