@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bam_merge.publishing.anew import calibrate
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.publishing.publish import merge
+    from bam_merge.publishing.push import Pushed, push
+    from bam_merge.publishing.refresh import refresh
     from bam_merge.recipe.load import load_recipe
     from bam_merge.recipe.schema import Recipe
     from bam_merge.routing.route import RoutedText, RouteOptions, Routes, route
@@ -74,6 +76,11 @@ _HOMES = {
     "publishing.anew": ("calibrate",),
     "publishing.options": ("MergeOptions",),
     "publishing.publish": ("merge",),
+    "publishing.push": (
+        "Pushed",
+        "push",
+    ),
+    "publishing.refresh": ("refresh",),
     "recipe.load": ("load_recipe",),
     "recipe.schema": ("Recipe",),
     "routing.route": (
@@ -108,6 +115,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "Plan",
+    "Pushed",
     "Reading",
     "Recipe",
     "RecipeError",
@@ -129,6 +137,8 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "merge",
+    "push",
+    "refresh",
     "route",
     "verify",
 ]

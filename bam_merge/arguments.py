@@ -56,20 +56,6 @@ class Tolerance(click.FloatRange):
         return found
 
 
-class DomainFile(UserPath):
-    """NAME=FILE: a text, and the name of the expert that it is for."""
-
-    name = "NAME=FILE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        name, equals, file = value.partition("=")
-        if not name or not equals:
-            self.fail(f"{printable(repr(value))}: write NAME=FILE, the name of an expert and a text for it.", param, ctx)
-        return name, super().convert(file, param, ctx)
-
-
 def named_texts(words: Iterable[str]) -> dict[str, list[str]]:
     """The texts of each expert, given as NAME=FILE, where FILE may be a folder or a glob."""
     found: dict[str, list[str]] = {}

@@ -17,6 +17,7 @@ from bam_merge.arguments import DefaultMerge, UserPath
 from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, routers_told, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
+from bam_merge.serving_commands import chat, push, refresh
 from bam_merge.text import printable
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help starts at once
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, diff, route, verify, calibrate, convert):
+for command in (inspect, diff, route, verify, calibrate, convert, push, refresh, chat):
     cli.add_command(command)
 
 
@@ -183,4 +184,4 @@ def _check_place(plan: "Plan", output: str | None) -> None:
 
 def main() -> None:
     """Entry point of the console script: runs the command, prints errors, exits with the status of the module's docstring."""
-    run_command(cli, reads_only=sys.argv[1:2] in (["inspect"], ["diff"], ["route"], ["verify"]))
+    run_command(cli, reads_only=sys.argv[1:2] in (["inspect"], ["diff"], ["route"], ["verify"], ["push"], ["chat"]))

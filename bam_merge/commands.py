@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bam_merge.arguments import DomainFile, Tolerance, UserPath, named_texts
+from bam_merge.arguments import Tolerance, UserPath, named_texts
 from bam_merge.process import PROBLEM_LENGTH, one_blas_thread, print_result, result_width, results_in_colour, results_in_unicode, tell
 from bam_merge.text import printable
 
@@ -143,9 +143,7 @@ def _compared(
 @click.command()
 @click.argument("folder", type=UserPath())
 @click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="A text to look at; may be repeated.")
-@click.option(
-    "--texts", "domains", type=DomainFile(), multiple=True, metavar="NAME=FILE", help="A text that the expert NAME is for; may be repeated."
-)
+@click.option("--texts", "domains", multiple=True, metavar="NAME=FILE", help="A text that the expert NAME is for; may be repeated.")
 @click.option("--layers", metavar="RANGE", help='Show the text for each of these layers, such as 3, "0,4-7" or "20-".')
 @click.option("--tokens", type=click.IntRange(2), default=512, metavar="N", help="So many tokens of each text. Default: 512.")
 @click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
@@ -156,7 +154,7 @@ def _compared(
 def route(
     folder: str,
     texts: tuple[str, ...],
-    domains: tuple[tuple[str, str], ...],
+    domains: tuple[str, ...],
     more_texts: tuple[str, ...],
     layers: str | None,
     tokens: int,
@@ -183,7 +181,7 @@ def route(
 
         check_free(Path(html), force)
     with downloads(), verify_progress("routing") as progress:
-        found = run(folder, (*texts, *more_texts), by_domain(domains), RouteOptions(layers, tokens, device, progress=progress))
+        found = run(folder, (*texts, *more_texts), named_texts(domains), RouteOptions(layers, tokens, device, progress=progress))
     if html is not None:
         from bam_merge.showing.routes_page import write_routes
 
@@ -194,14 +192,6 @@ def route(
         print_result(routes_text(found, _terminal(), each_layer=layers is not None))
 
 
-def by_domain(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
-    """The files of each name, in the order given."""
-    found: dict[str, list[str]] = {}
-    for name, file in files:
-        found.setdefault(name, []).append(file)
-    return found
-
-
 @click.command()
 @click.argument("folder", type=UserPath())
 @click.option("--recipe", type=UserPath(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
@@ -209,7 +199,6 @@ def by_domain(files: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 @click.option(
     "--texts",
     "domains",
-    type=DomainFile(),
     multiple=True,
     metavar="NAME=FILE",
     help="Also say what the routers do with this text, which the expert NAME is for; a file, folder or glob; may be repeated.",
@@ -222,7 +211,7 @@ def verify(
     folder: str,
     recipe: str | None,
     texts: tuple[str, ...],
-    domains: tuple[tuple[str, str], ...],
+    domains: tuple[str, ...],
     more_texts: tuple[str, ...],
     level: str,
     device: str,
@@ -241,7 +230,7 @@ def verify(
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     with downloads(), verify_progress() as progress:
         options = VerifyOptions(level, device, progress=progress)
-        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options, by_domain(domains))
+        report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options, named_texts(domains))
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))
     else:

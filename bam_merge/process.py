@@ -7,6 +7,9 @@ import os
 import shutil
 import signal
 import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +50,41 @@ def print_result(text: str) -> None:
     except OSError as error:
         _silence(sys.stdout)
         raise OutputError(f"standard output: {error.strerror}.") from error
+
+
+def print_piece(text: str) -> None:
+    """A piece of a result that is shown as it is made. What would move a terminal's cursor is shown as an escape."""
+    shown = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text)
+    try:
+        sys.stdout.write(shown)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        raise SystemExit(0) from None  # whoever read it has seen enough
+    except OSError as error:
+        _silence(sys.stdout)
+        raise OutputError(f"standard output: {error.strerror}.") from error
+
+
+def lines_asked(prompt: str) -> Iterator[str]:
+    """Lines of standard input, until its end; where that is a terminal, each is asked for."""
+    if sys.stdin is None:
+        return
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    terminal = sys.stdin.isatty()
+    with suppress(ImportError):
+        if terminal:
+            import readline  # noqa: F401 - input() then takes the arrow keys
+    while True:
+        try:
+            line = input(prompt) if terminal else sys.stdin.readline()
+        except EOFError:
+            print_piece("\n")
+            return
+        if not line and not terminal:
+            return
+        yield line.rstrip("\r\n")
 
 
 def tell(text: str) -> None:

@@ -4,8 +4,11 @@ GET  /api/models/ORG/NAME/revision/REVISION    {"id", "sha"}              GET /a
 GET  /api/models/ORG/NAME/tree/REVISION        [{"type", "path", "size", "oid", "lfs": {"oid", "size", "pointerSize"}}], in pages
 HEAD /ORG/NAME/resolve/REVISION/FILE           X-Repo-Commit, ETag; of a large file X-Linked-Etag, X-Linked-Size and a redirect
 GET  the same, with Range                      the bytes; of a large file a redirect to the store, another server, as the hub's
+POST /api/repos/create, /api/models/ORG/NAME/branch/NAME, .../preupload/REVISION, .../commit/REVISION (lines of JSON), /api/validate-yaml
+POST /ORG/NAME.git/info/lfs/objects/batch      where large files go: PUT to the store, nothing for those that it has
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -109,6 +112,9 @@ class FakeHub:
     busy: int = 0
     page: int = 1000
     links: str = ""
+    stored: dict[str, bytes] = field(default_factory=dict)
+    writers: frozenset[str] = frozenset({"acme", "me"})
+    committed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def requests(self) -> list[Request]:
@@ -154,15 +160,25 @@ class Handler(BaseHTTPRequestHandler):
             with COUNTING:
                 self.hub.busy -= 1
 
-    do_GET = do_HEAD
+    do_GET = do_POST = do_PUT = do_HEAD
 
     def answer(self) -> None:
         parts = urlsplit(self.path)
+        self.body = self.read_body()
         fault = self.hub.fault_of(self.command, self.path)
         if fault and fault.pause:
             time.sleep(fault.pause)
-        if fault and fault.status:
+        if fault and fault.reset and self.command in ("POST", "PUT"):
+            self.hub.answered.append(Request(self.command, self.path, None, self.headers.get("authorization"), self.is_store, 0))
+            self.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")
+            self.close_connection = True
+        elif fault and fault.status:
             self.reply(fault.status, b'{"error": "a fault that a test ordered"}', fault.headers, None)
+        elif self.is_store and self.command == "PUT":
+            self.hub.stored[parts.path.removeprefix("/")] = fault.spoil(self.body) if fault and fault.spoil else self.body
+            self.reply(200, b"", {}, None)
+        elif self.command == "POST":
+            self.upload(unquote(parts.path).strip("/"))
         elif self.is_store:
             name = parts.path.removeprefix("/")
             found = [item for repo in self.hub.repos.values() for files in repo.commits.values() for item in files.values()]
@@ -173,6 +189,88 @@ class Handler(BaseHTTPRequestHandler):
             found_path = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", parts.path)
             assert found_path, self.path
             self.file(found_path[1], unquote(found_path[2]), unquote(found_path[3]), fault)
+
+    def read_body(self) -> bytes:
+        """The body of a request, in one piece or in chunks."""
+        if self.headers.get("transfer-encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    # ---- uploads -----------------------------------------------------------------------------------------------------------
+
+    def upload(self, path: str) -> None:
+        sent = self.headers.get("authorization")
+        if self.hub.token is None or sent != f"Bearer {self.hub.token}":
+            self.reply(401, b"{}", {"x-error-message": "Invalid username or password."}, None)
+            return
+        asked = json.loads(self.body) if self.body.startswith(b"{") and b"\n{" not in self.body else {}
+        if path == "api/validate-yaml":
+            self.document({"errors": [], "warnings": []}, None)
+            return
+        if path == "api/repos/create":
+            self.create(asked.get("organization") or "me", asked)
+            return
+        found = re.fullmatch(r"(?:api/models/)?([^/]+/[^/]+?)(?:\.git/info/lfs/objects/(batch)|/(branch|preupload|commit)/(.+))", path)
+        assert found, path
+        name, revision = found[1], found[4] or "main"
+        repo = self.hub.repos.get(name)
+        if repo is None or name.partition("/")[0] not in self.hub.writers:
+            self.reply(404 if repo is None else 403, b"{}", {"x-error-code": "RepoNotFound"} if repo is None else {}, None)
+        elif found[2]:
+            self.document({"transfer": "basic", "objects": [self.action(item) for item in asked["objects"]]}, None)
+        elif found[3] == "branch":
+            self.reply(409 if revision in repo.refs else 200, b"{}", {}, None)
+            repo.refs.setdefault(revision, repo.refs["main"])
+        elif found[3] == "preupload":
+            here = repo.commits[repo.refs[revision]]
+            modes = [
+                {"path": item["path"], "uploadMode": "lfs" if item["size"] >= LARGE else "regular", "shouldIgnore": False,
+                 "oid": here[item["path"]].digest if item["path"] in here else None}
+                for item in asked["files"]
+            ]  # fmt: skip
+            self.document({"files": modes}, None)
+        else:
+            self.commit(name, repo, revision)
+
+    def create(self, owner: str, asked: dict[str, Any]) -> None:
+        name = f"{owner}/{asked['name']}"
+        if owner not in self.hub.writers or name in self.hub.repos:
+            self.reply(409 if name in self.hub.repos else 403, b"{}", {}, None)
+            return
+        self.hub.repos[name] = Repo(private=bool(asked.get("private") or asked.get("visibility") == "private"))
+        self.hub.repos[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.document({"url": f"{self.hub.url}/{name}", "name": name, "id": name}, None)
+
+    def action(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Where one large file goes, if it is not there."""
+        there = {"oid": item["oid"], "size": item["size"]}
+        if item["oid"] in self.hub.stored:
+            return there
+        return {**there, "actions": {"upload": {"href": f"{self.hub.store}/{item['oid']}?X-Signature=secret"}}}
+
+    def commit(self, name: str, repo: Repo, revision: str) -> None:
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        header = lines[0]["value"]
+        if header.get("parentCommit") not in (None, repo.refs[revision]):
+            self.reply(412, b"{}", {}, None)
+            return
+        files: dict[str, bytes | Content] = dict(repo.commits[repo.refs[revision]])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+            else:
+                del files[value["path"]]
+        self.hub.committed.append(header)
+        commit = repo.commit(files, revision)
+        self.document({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "hookOutput": ""}, None)
 
     # ---- the interface -----------------------------------------------------------------------------------------------------
 
@@ -226,7 +324,8 @@ class Handler(BaseHTTPRequestHandler):
                 )
             self.document(entries[first : first + self.hub.page], fault, more)
         else:
-            self.document({"id": f"{org}/{name}", "sha": commit, "siblings": [{"rfilename": path} for path in files]}, fault)
+            siblings = [{"rfilename": path} for path in files]
+            self.document({"id": f"{org}/{name}", "sha": commit, "private": repo.private, "siblings": siblings}, fault)
 
     def entry(self, path: str, item: Content) -> dict[str, Any]:
         if "/" in path:

@@ -27,9 +27,9 @@ def open_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{printable(str(path))}: {printable(str(error))}.") from None
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of `text`, with whatever the tokenizer puts around it. Raises CheckpointError when the tokenizer cannot."""
-    ids: list[int] = _encoding(tokenizer, text).ids
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """The token ids of `text`, with whatever the tokenizer puts around it where `special`. Raises CheckpointError when it cannot."""
+    ids: list[int] = _encoding(tokenizer, text, special).ids
     return ids
 
 
@@ -46,9 +46,9 @@ def pieces_of(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
     return found.ids, pieces
 
 
-def _encoding(tokenizer: Any, text: str) -> Any:
+def _encoding(tokenizer: Any, text: str, special: bool = True) -> Any:
     try:
-        return tokenizer.encode(text)
+        return tokenizer.encode(text, add_special_tokens=special)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:

@@ -82,7 +82,7 @@ def model_card(plan: Plan, beside: Beside | None = None) -> str:
     recipe, config, beside = plan.recipe, plan.config, beside or Beside()
     names = list(dict.fromkeys(recipe.expert_names))
     seed = plan.models[recipe.seed_name]
-    renewed = f", card and model code by {beside.renewed}" if beside.renewed else ""
+    renewed = f", card{' and model code' * ('auto_map' in config)} by {beside.renewed}" if beside.renewed else ""
     lines = [
         "---",
         _yaml(_front_matter(plan, beside)).rstrip("\n"),

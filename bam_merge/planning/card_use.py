@@ -123,7 +123,7 @@ def _engines(plan: Plan) -> Iterator[str]:
         yield "\nIts tensors have the names and shapes of its sources', and its config.json is theirs: what runs them runs it.\n"
         return
     if not plan.engines:
-        yield "\nNo engine but transformers knows layout `bam`, and none is told wrongly that it does: they refuse to load it.\n"
+        yield "\nNo engine but transformers computes layout `bam`: its model code is for transformers alone.\n"
         return
     for engine, template in (("vLLM", VLLM), ("llama.cpp", GGUF)):
         if reasons := plan.engines.get(engine, ()):
