@@ -586,6 +586,7 @@ def test_verification_finds_the_wrong_one_of_two_spellings(also: bool, tmp_path:
     ("gemma", {}, "embedding_scale_in_dtype", False, "source configs"),
     ("smollm3", {}, "rope_layers", [1], "source configs"), ("smollm3", {}, "rope_layers", None, "expert isolation"),
     ("cohere2", {}, "rope_layers", None, "expert isolation"), ("granite", {}, "residual_scale", 1.0, "expert isolation"),
+    ("olmo", {}, "norm_weights", True, "model"), ("olmo_clipped", {}, "attention_clip", None, "source configs"), ("olmo_clipped", {}, "attention_clip", None, "expert isolation"),
     ("olmo2", {}, "qk_norm_shape", "head", "model"), ("phi_qk_norm", {}, "qk_norm_bias", False, "model"), ("exaone4", {}, "rope_layers", None, "expert isolation"),
     ("glm4", {}, "rms_norm_eps", 1e-2, "expert isolation"), ("olmo2", {}, "qk_norm_after_rotary", True, "expert isolation"),
     ("falcon_grouped", {}, "parallel_norms", 1, "model"), ("falcon_sequential", {}, "parallel_block", True, "source configs"),

@@ -116,7 +116,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a list too short": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have a 1 or a 0 for each of the 2 layers, found [1]."),
     "no interval": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, found 0."),
     "no pattern": ("cohere2", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer, found 0."),
-    "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm = true is not known here, only false: what such a model computes would be a guess."),
+    "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm = true cannot be merged here: the norm of each head is a tensor of its own"),
     "sight of what comes": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not known here, only false"),
     "norms that may be absent": ("hunyuan_v1_dense", {"use_qk_norm": False}, "use_qk_norm = false is not known here, only true: what such a model computes would be a guess."),
     "a compression": ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio = 2.0 is not known here, only 1.0 or 1"),
@@ -144,6 +144,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "an activation under the common key": ("exaone", {"hidden_act": "relu"}, "hidden_act = 'relu' and activation_function = 'silu' are two spellings of the activation, and differ"),
     "a share of heads": ("exaone", {"rotary_pct": 0.25}, "the share of a head that turns is always 1.0"),
     "two numbers of layers": ("exaone", {"num_hidden_layers": 3}, "num_layers = 2 and num_hidden_layers = 3 are two spellings of one fact, and differ."),
+    "clipped to nothing": ("olmo_clipped", {"clip_qkv": 0.0}, "clip_qkv must be above 0, and less than 1e30, or null for no cap, found 0.0."),
+    "an epsilon that nobody reads": ("olmo", {"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-06 cannot be merged here: transformers' class has 0.00001, whatever the file says."),
     "no number": ("granite", {"residual_multiplier": "0.2"}, "residual_multiplier must be a number, found '0.2'."),
     "a window that is not": ("cohere2", {"sliding_window": None}, "sliding_window is no number, and layers of cohere2 slide unless layer_types says otherwise."),
     "two patterns": ("cohere2_biased", {"sliding_window_pattern": 2}, "layer_types says that layers 1 slide, sliding_window_pattern = 2 that all but each 2th do"),
@@ -219,6 +221,7 @@ SAME: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a pattern of nothing": ("exaone4_full", {}, {"sliding_window_pattern": 0}),
     "the common key of layers": ("exaone", {}, {"num_layers": ..., "num_hidden_layers": 2}),
     "an FFN of four times the width unsaid": ("exaone_tied", {}, {"intermediate_size": 128}),
+    "no clip, said": ("olmo", {}, {"clip_qkv": None}), "the epsilon that stands in the code": ("olmo", {}, {"layer_norm_eps": 1e-5}),
     "an older word for full attention": ("granitemoehybrid", {}, {"layer_types": ["full_attention"] * 2}),
     "an older key for kinds of layers": ("granitemoehybrid", {}, {"layer_types": ..., "layers_block_type": ["attention"] * 2}),
     "alpha and the base that it makes": (
@@ -253,6 +256,8 @@ def test_factors_in_bams_words() -> None:
 def test_inspect_shows_them(tmp_path: Path, run: Any) -> None:
     for name, words in {
         "granite": ("embeddings x 3", "residual branches x 0.5", "logits x 0.25", "scores x 0.2"), "gemma": ("norms of 1 + w", "embeddings x 5.657"),
+        "olmo": ("norms without weights",), "olmo_clipped": ("q, k and v within 0.5",), "olmo2": ("q and k normed over all heads", "norms after attention and FFN"),
+        "granitemoehybrid_nope": ("in 0 of 2 layers",), "falcon": ("4 heads of 8, 1 for keys and values", "parallel, 1 norm"),
         "smollm3": ("rotary, theta 2,000,000 in 1 of 2 layers",), "cohere2": ("in 1 of 2 layers", "window 8"),
     }.items():  # fmt: skip
         write_sources(tmp_path / name, CONFIGS[name], ("seed",))

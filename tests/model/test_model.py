@@ -134,6 +134,27 @@ def test_dense_models_compute_what_transformers_does(name: str, tmp_path: Path) 
     assert (distance(torch.cat(steps, 1), expected) < TOLERANCE) == (name != "dynamic, beyond its limit")
 
 
+OLDER: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon, n_embed": ("falcon", {"hidden_size": None, "n_embed": 32}), "exaone, num_hidden_layers": ("exaone", {"num_layers": None, "num_hidden_layers": 2}),
+    "granitemoehybrid, layers_block_type": ("granitemoehybrid", {"layer_types": None, "layers_block_type": ["attention"] * 2}),
+    "exaone4, LG": ("exaone4", {"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"]}),
+}  # fmt: skip
+"""Keys that a dense merge takes over as its seed spells them."""
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OLDER])
+@torch.no_grad()
+def test_a_dense_merge_is_a_model_of_transformers(name: str, tmp_path: Path) -> None:
+    """Its config.json and names are the family's own: its class loads them whole, and computes what the reference model does."""
+    family, keys = OLDER.get(name, (name, {}))
+    write_three(tmp_path, {key: value for key, value in {**CONFIGS[family], **keys}.items() if value is not None or key not in keys})
+    recipe = write_recipe(tmp_path, "shared: {make: linear, weights: {seed: 0.8, code: 0.1, law: 0.1}}", "merge")
+    folder = merge(load_recipe(recipe), options=MergeOptions(verify=False))
+    expected = theirs(folder)(input_ids=ids()).logits
+    assert float(expected.std()) > 0.05
+    assert distance(load_model(folder)(ids()), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["mistral", "sliding phi3", "sliding upper layer", "sliding by layer_types"])
 def test_the_window_bites(name: str, tmp_path: Path) -> None:
     folder = write_dense(tmp_path, VARIANTS[name])
