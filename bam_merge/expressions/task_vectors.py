@@ -124,7 +124,7 @@ class Della(Method):
     seed: int
     streams: tuple[str, ...]
     name: ClassVar = "della"
-    about: ClassVar = About(elementwise=False, base=True, surveyed=True, operand_bytes=32, by_rows=True)
+    about: ClassVar = About(elementwise=False, base=True, surveyed=True, operand_bytes=40, by_rows=True)
 
     def arguments(self) -> Iterator[str]:
         yield f"density={self.density:g}"

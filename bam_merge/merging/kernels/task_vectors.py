@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -184,15 +186,37 @@ def _pruned(method: expressions.Della, chunk: Chunk, index: int, d_C: Tensor, kn
     if method.density == 1:
         return d_C.double()
     d_RC = d_C.view(-1, chunk.row or d_C.numel())
-    sorted_RC = d_RC.abs().sort(1).values if known is None else known[index][None]
-    columns = sorted_RC.shape[1]
-    rank_RC = torch.searchsorted(sorted_RC, d_RC.abs(), out_int32=True)  # each row in its own, and the one row in the whole one
-    rank_RC += torch.searchsorted(sorted_RC, d_RC.abs(), right=True, out_int32=True)
-    p_RC = (rank_RC - 1).double().mul_(1 / 2)
-    del rank_RC, sorted_RC
-    p_RC.mul_(2).div_(max(1, columns - 1)).sub_(1).mul_(method.epsilon if columns > 1 else 0.0).add_(method.density)
+    if known is None:
+        p_RC, columns = _twice_the_ranks(d_RC.abs().numpy()), d_RC.shape[1]
+    else:
+        p_RC, columns = _twice_the_ranks_among(known[index], d_RC.abs()), len(known[index])
+    p_RC.div_(max(1, columns - 1)).sub_(1).mul_(method.epsilon if columns > 1 else 0.0).add_(method.density)
     keep_RC = torch.from_numpy(uniforms(method.seed, method.streams[index], chunk.start, d_C.numel())).view_as(p_RC) < p_RC
     return torch.where(keep_RC, d_RC / p_RC, 0.0).flatten()
+
+
+def _twice_the_ranks(x_RC: "numpy.ndarray[Any, Any]") -> Tensor:
+    """2 r in float64, r the rank of each element in its row, from 0: of equal ones the first of theirs and the last, added.
+
+    By numpy's sort, which takes a fifth of the time of torch's.
+    """
+    order_RC = numpy.argsort(x_RC, axis=1)
+    sorted_RC = numpy.take_along_axis(x_RC, order_RC, 1)
+    first_RC = numpy.broadcast_to(numpy.arange(x_RC.shape[1], dtype=numpy.int32), x_RC.shape).copy()
+    last_RC = first_RC.copy()
+    equal_RC = sorted_RC[:, 1:] == sorted_RC[:, :-1]
+    first_RC[:, 1:][equal_RC] = 0
+    last_RC[:, :-1][equal_RC] = x_RC.shape[1]
+    first_RC = numpy.maximum.accumulate(first_RC, axis=1)
+    first_RC += numpy.minimum.accumulate(last_RC[:, ::-1], axis=1)[:, ::-1]
+    numpy.put_along_axis(last_RC, order_RC, first_RC, 1)
+    return torch.from_numpy(last_RC).double()
+
+
+def _twice_the_ranks_among(sorted_N: Tensor, x_RC: Tensor) -> Tensor:
+    """The same of some elements of a row that is given whole, in order."""
+    left_RC, right_RC = (torch.searchsorted(sorted_N, x_RC, right=right) for right in (False, True))
+    return (left_RC + right_RC - 1).double()
 
 
 # ---- SCE -------------------------------------------------------------------------------------------------------------------

@@ -94,15 +94,13 @@ def _pruned(method: expressions.Della, rows: Rows, index: int, delta: Tensor) ->
 
 
 def _mid_ranks(x: Tensor) -> Tensor:
-    """The rank of every element in its row (the last axis), from 0; of equal ones the mean of the ranks that they have together."""
-    sorted_, order = x.sort(dim=-1, stable=True)
-    places = torch.arange(x.shape[-1]).expand(x.shape)
-    begins, ends = torch.ones_like(sorted_, dtype=torch.bool), torch.ones_like(sorted_, dtype=torch.bool)
-    begins[..., 1:] = sorted_[..., 1:] != sorted_[..., :-1]
-    ends[..., :-1] = begins[..., 1:]
-    first = torch.where(begins, places, 0).cummax(-1).values
-    last = torch.where(ends, places, x.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
-    return torch.empty_like(x, dtype=torch.float64).scatter_(-1, order, (first + last).double() / 2)
+    """The rank of every element in its row (the last axis), from 0; of equal ones the mean of the ranks that they have together.
+
+    It is the number of those that are smaller, and half of the others that are equal.
+    """
+    sorted_ = x.sort(dim=-1).values
+    below = torch.searchsorted(sorted_, x.contiguous())
+    return (below + torch.searchsorted(sorted_, x.contiguous(), right=True) - 1).double() / 2
 
 
 @derive.register
