@@ -1,10 +1,11 @@
-"""The records of the rules by which routers are made of texts. Their rows are worked out in calibrating/rows.py, and a second time in
-verifying/calibrated.py."""
+"""The records of the rules by which routers are made of texts, and the expression of such a router. Rows are worked out in
+calibrating/rows.py, and a second time in verifying/calibrated.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bam_merge.checkpoints.pieces import Shape
 from bam_merge.records import Calibrator
 
 
@@ -43,3 +44,26 @@ class HiddenMean(Calibrator):
 
     def arguments(self) -> Iterator[str]:
         yield f"scale={self.scale:g}"
+
+
+# ---- the expression -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A router whose row j is made for the text of source `names[j]`; `of` is the place in the recipe that says which text that is.
+
+    `inputs` says whose hidden states those are: the seed's or the mixture's. `tokens` of each text are wanted.
+    """
+
+    method: Calibrator
+    names: tuple[str, ...]
+    of: str
+    tokens: int
+    inputs: str
+    dtype: str
+    shape: Shape
+
+    def __str__(self) -> str:
+        shown = [f"tokens={self.tokens}", *self.method.arguments(), *([f"inputs={self.inputs}"] if self.inputs != "seed" else [])]
+        return f"{self.method.name}({', '.join(dict.fromkeys(self.names))}; {', '.join(shown)})"

@@ -7,7 +7,8 @@ from math import gcd, lcm
 
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Computed, Piece, Read, Shape, Slice, inputs, leaf_runs, numel, stored, whole
-from bam_merge.records import Calibrator, Initialiser, Method
+from bam_merge.expressions.calibrators import Calibrated
+from bam_merge.records import Initialiser, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +56,6 @@ class Init:
     def __str__(self) -> str:
         shown = ", ".join(self.method.arguments())
         return f"{self.method.name}({shown})" if shown else self.method.name
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A router whose row j is made for the text of source `names[j]`; `of` is the place in the recipe that says which text that is.
-
-    `inputs` says whose hidden states those are: the seed's or the mixture's. `tokens` of each text are wanted.
-    """
-
-    method: Calibrator
-    names: tuple[str, ...]
-    of: str
-    tokens: int
-    inputs: str
-    dtype: str
-    shape: Shape
-
-    def __str__(self) -> str:
-        shown = [f"tokens={self.tokens}", *self.method.arguments(), *([f"inputs={self.inputs}"] if self.inputs != "seed" else [])]
-        return f"{self.method.name}({', '.join(dict.fromkeys(self.names))}; {', '.join(shown)})"
 
 
 Expr = Read | Computed | Slice | Merge | Concat | Init | Calibrated
