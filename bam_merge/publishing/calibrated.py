@@ -49,7 +49,7 @@ def _share(value: float) -> float:
 def accuracy_text(found: Calibration, made: Mapping[str, Made]) -> str:
     """How often routers choose the expert whose text it is."""
     further = all(text.further for corpus in found.corpora.values() for text in corpus.texts.values())
-    of = "tokens that they were not made of" if further else "their own tokens, as there are no further ones"
+    of = "tokens that they were not made of" if further else "their own tokens (there are no further ones)"
     tokens, windows = (sum(getattr(router, key) for router in made.values()) / len(made) for key in ("tokens", "windows"))
     name, lowest = min(made.items(), key=lambda item: item[1].tokens)
     return (
