@@ -284,7 +284,7 @@ def _overview() -> str:
         traits = [f"{key} {str(value).lower()}" for key, value in stated.items() if value != PLAIN.get(key) and not key.endswith("bias")]
         quirks = [
             f"{key} {str(getattr(item.quirks, key)).lower()}"
-            for key in ("windows", "turning", "query_growth")
+            for key in ("windows", "turning", "query_growth", "rotary_by_kind")
             if getattr(item.quirks, key) not in ("none", "all", False)
         ]
         own = [layout for layout in mixture_layouts() if not ruled_out(item, layout)]
@@ -309,6 +309,8 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
         **family.traits,
         "rope_layers": None if family.quirks.turning == "all" else [0],
         "query_growth": family.quirks.query_growth or None,
+        "sliding_rope_parameters": family.quirks.rotary_by_kind or None,
+        "sizes_by_kind": family.sizes or None,
     }
     wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
     for key, value in has.items():

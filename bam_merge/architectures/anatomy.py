@@ -15,7 +15,7 @@ from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
-from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type, why_left_out
+from bam_merge.architectures.tables import Architecture, Row, architectures, at_layer, find_by_model_type, why_left_out
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, stored
@@ -218,7 +218,7 @@ class _Described:
         joined = "+".join(role + scale for role in row.roles)
         self.places[name] = joined, layer, expert
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
-        for role, leaf in ((cut(row, read, self.facts) if can_be_cut else None) or {joined: read}).items():
+        for role, leaf in ((cut(row, read, at_layer(self.facts, layer)) if can_be_cut else None) or {joined: read}).items():
             first = self.leaves.setdefault((role, layer, expert), leaf)
             if first is not leaf:
                 self.findings.append(f"{printable(stored(first).tensor)} and {printable(name)} are two spellings of one tensor.")
@@ -237,7 +237,11 @@ class _Described:
         found = locate(stored, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
         self.missing += [cell.names[0] for cell in found.missing]
         expected = {
-            name: shape_of(cell.row, self.facts) for cell, names, wanted in found.met if wanted for name in map(stored.get, names) if name
+            name: shape_of(cell.row, at_layer(self.facts, cell.layer))
+            for cell, names, wanted in found.met
+            if wanted
+            for name in map(stored.get, names)
+            if name
         }
         vain = [name for name, (_, layer, _) in self.places.items() if name not in expected and (layer or 0) < layers]
         self.report("present, though config.json does not imply it: {} tensor(s).", [name for name in vain if not name.endswith(SCALE)])

@@ -19,9 +19,11 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
     """A message for everything in a model's `facts` that is well-formed and cannot be run, each naming its key."""
-    for rope in (facts["rope_parameters"], facts.get("sliding_rope_parameters")):
-        if rope is not None:
-            yield from rotary_problems(rope, facts["head_dim"], facts["max_position_embeddings"])
+    problems: list[str] = []
+    for kind, rope in (("full_attention", facts["rope_parameters"]), ("sliding_attention", facts.get("sliding_rope_parameters"))):
+        size = (facts.get("sizes_by_kind") or {}).get(kind, {}).get("head_dim", facts["head_dim"])
+        problems += rotary_problems(rope or facts["rope_parameters"], size, facts["max_position_embeddings"])
+    yield from dict.fromkeys(problems)
     act = facts["hidden_act"]
     if act not in ACTIVATION_NAMES:
         yield f"config.json: hidden_act {printable(repr(act), 60)} is not known here. Known: {', '.join(ACTIVATION_NAMES)}."

@@ -12,12 +12,14 @@ from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.traits import (
     LEGACY,
     PATTERN,
+    are_sizes_by_kind,
     beyond,
     facts_of_cases,
     listed_as_turning,
     own_key,
     query_growth,
     renamed,
+    sizes_by_kind,
     stated_traits,
     under_common_keys,
     without_idle_pattern,
@@ -99,6 +101,9 @@ def facts_of(architecture: Architecture, config: Mapping[str, Any], problems: li
         shared = config.get("shared_kv_layers")
         if shared is not None and not (isinstance(shared, list) and all(type(layer) is int for layer in shared)):
             problems.append(f"config.json: shared_kv_layers must be a list of layers, found {printable(repr(shared), 60)}.")
+        if not are_sizes_by_kind(config.get("sizes_by_kind")):
+            found = printable(repr(config["sizes_by_kind"]), 60)
+            problems.append(f"config.json: sizes_by_kind must have sizes by kind of layer, found {found}.")
         heads = {key: config.get(f"{key}_per_expert") for key in ("num_attention_heads", "num_key_value_heads")}
         facts = {**config, **heads, "untied": not config.get("tie_word_embeddings")}
     elif architecture.kind == "dense":
@@ -193,6 +198,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     if family.quirks.turning == "where windows are" or (family.quirks.turning.endswith("or all") and get("sliding_window")):
         turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
     facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
+    facts.update(sizes_by_kind(family, get, facts, problems))
     facts.update({**stated_traits(family, get, problems), **cases})
     if not facts["qk_norm"]:
         facts |= {key: TRAITS[key] for key in ("qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary")}
@@ -201,7 +207,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     scaled_by = str(family.traits.get("attention_scale", "")).removeprefix("config:")
     if scaled_by in facts and facts[scaled_by] is None:  # which a configuration class then fills in
         facts[scaled_by] = facts["head_dim"] ** -0.5
-    if facts["attention_scale"] == facts["head_dim"] ** -0.5:
+    if facts["attention_scale"] == facts["head_dim"] ** -0.5 and not facts["sizes_by_kind"]:  # else None is another one in each kind
         facts["attention_scale"] = None
     facts["twin_norms"] = bool(facts["parallel_block"]) and facts["parallel_norms"] == 2
     facts["second_norm"] = facts["pre_norms"] and (not facts["parallel_block"] or facts["parallel_norms"] == 2)

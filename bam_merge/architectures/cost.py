@@ -15,7 +15,7 @@ from typing import Any, Literal
 from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.architectures.locate import Place, applies, cut, in_order, shape_of
 from bam_merge.architectures.quantisation import Quantisation, is_packed, logical_shape, weights_in
-from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.tables import Architecture, at_layer
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
 from bam_merge.checkpoints.pieces import Read, stored
 from bam_merge.errors import CheckpointError
@@ -231,7 +231,8 @@ def _by_config(family: Architecture, facts: Mapping[str, Any]) -> Iterator[tuple
     """(place, shape, dtype) of every tensor that a dense model with these facts has in 16 bits."""
     for cell in in_order(family, facts["num_hidden_layers"]):
         if applies(cell, facts):
-            pieces = cut(cell.row, Read("", cell.names[0], "BF16", shape_of(cell.row, facts)), facts) or {}
+            own = at_layer(facts, cell.layer)
+            pieces = cut(cell.row, Read("", cell.names[0], "BF16", shape_of(cell.row, own)), own) or {}
             yield from (((role, cell.layer, None), leaf.shape, leaf.dtype) for role, leaf in pieces.items())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bam_merge.architectures.tables import Architecture, Row, evaluate, natural_order
+from bam_merge.architectures.tables import Architecture, Row, at_layer, evaluate, natural_order
 from bam_merge.checkpoints.pieces import Leaf, Read, Shape, Slice
 
 Place = tuple[str, int | None, int | None]
@@ -112,7 +112,7 @@ def family_tensors(family: Architecture, facts: Mapping[str, Any], spelling: int
     """(name, shape) of every tensor that a model of `family` with these facts has, in the table's order, layer by layer."""
     for cell in in_order(family, facts["num_hidden_layers"]):
         if applies(cell, facts):
-            yield cell.names[min(spelling, len(cell.row.names) - 1)], shape_of(cell.row, facts)
+            yield cell.names[min(spelling, len(cell.row.names) - 1)], shape_of(cell.row, at_layer(facts, cell.layer))
 
 
 # ---- fused tensors -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from bam_merge.architectures.vocabulary import (
     CONTEXTS,
     DERIVED,
     EXPERT_COUNTS,
+    KINDS_OF_LAYERS,
+    LAYER_SIZES,
     ROLES,
     ROTARY_BASES,
     ROTARY_SHARES,
@@ -29,8 +31,8 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
-    "quirks": dict, "cases": list, "accepts": dict, "implies": dict, "config": dict, "limits": list, "engines": list,
-    "tensors": dict,
+    "quirks": dict, "cases": list, "sizes": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list,
+    "engines": list, "tensors": dict,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
@@ -112,6 +114,7 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     yield from _quirks(table.get("quirks", {}))
     for index, case in enumerate(table.get("cases", ())):
         yield from _case(f"cases[{index}]", case)
+    yield from _sizes_by_kind(table.get("sizes", {}))
     if "sliding_window" in (*table.get("function", ()), *table.get("config", ())) and "windows" not in table.get("quirks", {}):
         yield f"quirks.windows is missing: the table names sliding_window, and windows are one of {', '.join(WINDOWS)}."
     wrong = list(_keys("tensors", table["tensors"], TENSORS, needed=("rows",)))
@@ -122,6 +125,13 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
         for index, row in enumerate(table["tensors"].get(key, ())):
             yield from _row(f"tensors.{key}[{index}]", row, own_roles=table["kind"] != "foreign")
     yield from _engines(table)
+
+
+def _sizes_by_kind(kinds: Mapping[str, Any]) -> Iterator[str]:
+    for kind, sizes in kinds.items():
+        if kind not in KINDS_OF_LAYERS:
+            yield f"sizes.{kind}: no such kind of layer{_known(kind, KINDS_OF_LAYERS)}"
+        yield from _keys(f"sizes.{kind}", sizes, dict.fromkeys(LAYER_SIZES, str))
 
 
 def _engines(table: Mapping[str, Any]) -> Iterator[str]:

@@ -147,6 +147,8 @@ class Case:
 class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
+    `sizes` are those that layers of one kind have otherwise: by the kind, the size and the key of config.json that has it.
+
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
     need besides, `engines` those that were tried.
@@ -165,6 +167,7 @@ class Architecture:
     traits: Mapping[str, Any]
     quirks: Quirks
     cases: tuple[Case, ...]
+    sizes: Mapping[str, Mapping[str, str]]
     accepts: Mapping[str, Any]
     implies: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -182,6 +185,15 @@ def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
         return int(text) if text.isdigit() else int(facts[SYMBOLS[text]])
 
     return sum(prod(factor(text) for text in term.split("*")) for term in expression.split("+"))
+
+
+def at_layer(facts: Mapping[str, Any], layer: int | None) -> Mapping[str, Any]:
+    """`facts` with the sizes that this layer has, where layers of one kind have others than all."""
+    by_kind = facts.get("sizes_by_kind")
+    if not by_kind or layer is None:
+        return facts
+    types = facts.get("layer_types")
+    return {**facts, **by_kind.get(str(types[layer]), {})} if isinstance(types, list) and layer < len(types) else facts
 
 
 @cache
@@ -244,6 +256,7 @@ def read_table(text: str, file: str) -> Architecture:
         traits=table.get("traits", {}),
         quirks=_quirks(table.get("quirks", {})),
         cases=tuple(Case(record["where"], record.get("facts", {}), record.get("refused")) for record in table.get("cases", ())),
+        sizes=table.get("sizes", {}),
         accepts=table.get("accepts", {}),
         implies=table.get("implies", {}),
         config=table.get("config", {}),

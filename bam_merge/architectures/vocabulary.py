@@ -20,6 +20,11 @@ SYMBOLS = {
 }  # fmt: skip
 """The letters of symbolic shapes, and the facts they stand for."""
 
+LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+"""Sizes that layers of one kind may have otherwise than all."""
+
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
+
 TRAITS: dict[str, Any] = {
     "norm_type": None, "norm_bias": False, "norm_weights": True, "attention_clip": None,
     "pre_norms": True, "post_norms": False, "parallel_block": False, "parallel_norms": 2,
@@ -64,11 +69,14 @@ QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
     "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False, "sliding_rope_parameters": None, "attention_softcap": None,
-    "logit_softcap": None, "norm_weights": True, "attention_clip": None,
+    "logit_softcap": None, "norm_weights": True, "attention_clip": None, "sizes_by_kind": None,
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 
-UNSAID: dict[str, Any] = {**TRAITS, "rope_layers": None, "query_growth": None, "sliding_rope_parameters": None, "norm_type": "rms_norm"}
+UNSAID: dict[str, Any] = {
+    **TRAITS, "rope_layers": None, "query_growth": None, "sliding_rope_parameters": None, "sizes_by_kind": None,
+    "norm_type": "rms_norm",
+}  # fmt: skip
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
 
 DERIVED = ("untied", "second_norm", "twin_norms")

@@ -64,6 +64,7 @@ class BamConfig(PreTrainedConfig):
     num_attention_heads_per_expert: int | None = None
     num_key_value_heads_per_expert: int | None = None
     head_dim: int | None = None
+    sizes_by_kind: dict[str, dict[str, int]] | None = None
     hidden_act: str = "silu"
     gated_ffn: bool = True
     max_position_embeddings: int | None = 2048
@@ -147,6 +148,10 @@ class BamConfig(PreTrainedConfig):
             )
         if heads % kv_heads:
             raise ValueError(f"{heads} attention heads of an expert are not a multiple of {kv_heads} key and value heads")
+        for layer in range(self.num_hidden_layers if self.sizes_by_kind else 0):
+            heads, kv_heads = self.size("num_attention_heads", layer), self.size("num_key_value_heads", layer)
+            if heads % kv_heads:
+                raise ValueError(f"{heads} attention heads of an expert in layer {layer} are not a multiple of {kv_heads}")
         for chosen, of in (
             (self.num_experts_per_tok, self.num_experts),
             (self.num_attention_experts_per_tok or experts, experts),
@@ -158,6 +163,11 @@ class BamConfig(PreTrainedConfig):
     def qk_norm_weights(self) -> str:
         """`qk_norm_shape`, or what is usual of such norms."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
+
+    def size(self, name: str, layer: int) -> int:
+        """head_dim, intermediate_size, or num_attention_heads or num_key_value_heads of one expert, in `layer`."""
+        usual = getattr(self, f"{name}_per_expert" if name.endswith("heads") else name)
+        return (self.sizes_by_kind or {}).get(self.layer_types[layer], {}).get(name, usual)
 
     def shares_kv(self, layer: int) -> bool:
         """Whether the attention experts of `layer` have one k and v between them (without experts: yes)."""

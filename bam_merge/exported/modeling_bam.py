@@ -11,6 +11,7 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    D hidden_s
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,11 +79,11 @@ class BamHeadLayerNorm(BamLayerNorm):
     [N, H * C], and there the norm is of the H heads of an expert together.
     """
 
-    def __init__(self, config: BamConfig, experts: int, heads: int, group: int) -> None:
+    def __init__(self, config: BamConfig, experts: int, heads: int, group: int, channels: int) -> None:
         shapes = {
-            "head": (*((experts, 1) if experts else ()), config.head_dim),
-            "heads": (heads, config.head_dim),
-            "all heads": (*((experts,) if experts else ()), heads // max(experts, 1) * config.head_dim),
+            "head": (*((experts, 1) if experts else ()), channels),
+            "heads": (heads, channels),
+            "all heads": (*((experts,) if experts else ()), heads // max(experts, 1) * channels),
         }
         super().__init__(config, *shapes[config.qk_norm_weights], bias=config.qk_norm_bias)
         self.together = config.qk_norm_weights == "all heads"
@@ -110,16 +111,18 @@ class BamRotaryEmbedding(nn.Module):
         self.config = config
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor, rope: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """[B or 1, T, 1, P] each, by `rope`: the configuration's rope_parameters, or those of layers with a window."""
+    def forward(self, x: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """[B or 1, T, 1, P] each, for layers such as `layer`."""
+        sliding = self.config.sliding_rope_parameters if self.config.layer_types[layer] == "sliding_attention" else None
+        rope, channels = sliding or self.config.rope_parameters, self.config.size("head_dim", layer)
         position_BT = position_ids.to(torch.promote_types(x.dtype, torch.float32))
         device_type = x.device.type if x.device.type != "mps" else "cpu"
         with torch.autocast(device_type, enabled=False):
-            freqs_BP, factor = self.frequencies(rope, position_BT.amax(-1, keepdim=True) + 1)
+            freqs_BP, factor = self.frequencies(rope, channels, position_BT.amax(-1, keepdim=True) + 1)
             angles_BTxP = (position_BT[..., None] * freqs_BP[:, None])[:, :, None]
             return angles_BTxP.cos() * factor, angles_BTxP.sin() * factor
 
-    def frequencies(self, rope: dict[str, Any], lengths_Bx: Tensor) -> tuple[Tensor, float]:
+    def frequencies(self, rope: dict[str, Any], channels: int, lengths_Bx: Tensor) -> tuple[Tensor, float]:
         """Radians per position [B or 1, P], and the factor on cosines and sines (arXiv 2104.09864, section 3.4.2).
 
         linear: arXiv 2306.15595; dynamic NTK and YaRN: 2309.00071; LongRoPE: 2402.13753; llama3: Llama 3.1.
@@ -127,7 +130,7 @@ class BamRotaryEmbedding(nn.Module):
         kind, theta, most = rope.get("rope_type", "default"), rope["rope_theta"], self.config.max_position_embeddings or 1
         original = rope.get("original_max_position_embeddings") or most
         factor = rope.get("factor") or most / original
-        rotary = int(self.config.head_dim * (rope.get("partial_rotary_factor") or 1.0))
+        rotary = int(channels * (rope.get("partial_rotary_factor") or 1.0))
         pairs_P = torch.arange(0, rotary, 2, dtype=lengths_Bx.dtype, device=lengths_Bx.device)
         freqs_P = 1.0 / theta ** (pairs_P / rotary)
         if kind == "default":
@@ -253,11 +256,13 @@ class BamAttention(nn.Module):
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        N, D, C = config.num_attention_experts, config.hidden_size, config.head_dim
-        heads, K = max(N, 1) * config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert
+        N, D, C = config.num_attention_experts, config.hidden_size, config.size("head_dim", layer_idx)
+        H, K = config.size("num_attention_heads", layer_idx), config.size("num_key_value_heads", layer_idx)
+        heads = max(N, 1) * H
         self.mixed, self.shares_kv = N > 0, config.shares_kv(layer_idx)
         kv_experts = 0 if self.shares_kv else N
-        kv_heads, group = K * max(kv_experts, 1), config.num_attention_heads_per_expert // K
+        kv_heads, group = K * max(kv_experts, 1), H // K
+        self.channels_per_gate = group * C  # that stand together under one gate: one expert's query heads of one key/value head
         self.head_dim, self.attention_dropout, self.is_causal = C, config.attention_dropout, True
         self.scaling = C**-0.5 if config.attention_scale is None else config.attention_scale
         self.rotates = config.rope_layers is None or layer_idx in config.rope_layers
@@ -276,8 +281,8 @@ class BamAttention(nn.Module):
         if self.mixed_bias:
             own.o_proj_bias = nn.Linear(N, D, bias=False)  # the sum of the experts' biases, weighted by their gates
         if config.qk_norm:
-            own.q_norm = BamHeadLayerNorm(config, N, heads, group)
-            kv.k_norm = BamHeadLayerNorm(config, kv_experts, kv_heads, 1)
+            own.q_norm = BamHeadLayerNorm(config, N, heads, group, C)
+            kv.k_norm = BamHeadLayerNorm(config, kv_experts, kv_heads, 1, C)
 
     def parts(self) -> tuple[nn.Module, nn.Module]:
         """The modules that hold q and o, and k and v."""
@@ -338,11 +343,6 @@ class BamAttention(nn.Module):
         turns_BT = (position_ids.clamp(min=0) / original).floor().to(torch.promote_types(query.dtype, torch.float32))
         return query * (1 + self.config.query_growth * turns_BT.log1p())[..., None, None].to(query.dtype)
 
-    @property
-    def channels_per_gate(self) -> int:
-        """Channels that stand together under one gate: one expert's query heads of one key/value head."""
-        return self.config.num_attention_heads_per_expert // self.config.num_key_value_heads_per_expert * self.head_dim
-
 
 # ---- feed-forward network --------------------------------------------------------------------------------------------------
 
@@ -355,9 +355,9 @@ class BamExperts(nn.Module):
     one conversion serves both.
     """
 
-    def __init__(self, config: BamConfig) -> None:
+    def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
-        N, D, F = config.num_experts, config.hidden_size, config.intermediate_size
+        N, D, F = config.num_experts, config.hidden_size, config.size("intermediate_size", layer_idx)
         rows = 2 * F if config.gated_ffn else F
         self.num_experts, self.hidden_dim, self.intermediate_dim = N, D, F
         self.act_fn = ACT2FN[config.hidden_act]
@@ -390,11 +390,11 @@ class BamExperts(nn.Module):
 class BamSparseMoe(nn.Module):
     """gate_scale * sum over the chosen i of g_i(x) FFN_i(x)."""
 
-    def __init__(self, config: BamConfig) -> None:
+    def __init__(self, config: BamConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.router = BamRouter(config, config.num_experts)
-        self.experts = BamExperts(config)
+        self.experts = BamExperts(config, layer_idx)
         self.experts.has_gate, self.experts.has_bias = config.gated_ffn, config.mlp_bias
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,7 +420,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         self.config = config
         self.input_layernorm = self.norm(config.pre_norms)
         self.self_attn = BamAttention(config, layer_idx)
-        self.mlp = BamSparseMoe(config)
+        self.mlp = BamSparseMoe(config, layer_idx)
         self.scale = 1.0 if config.residual_scale is None else config.residual_scale
         self.one_norm = config.parallel_block and config.parallel_norms == 1
         if not self.one_norm:
@@ -560,15 +560,14 @@ class BamModel(BamPreTrainedModel):
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
-        turns = {"full_attention": self.rotary_emb(inputs_embeds, position_ids, self.config.rope_parameters)}
-        if self.config.sliding_rope_parameters is not None:
-            turns["sliding_attention"] = self.rotary_emb(inputs_embeds, position_ids, self.config.sliding_rope_parameters)
+        types, two = self.config.layer_types, self.config.sliding_rope_parameters or self.config.sizes_by_kind
+        turns = {kind: self.rotary_emb(inputs_embeds, position_ids, types.index(kind)) for kind in (set(types) if two else types[:1])}
         hidden_states, ffn_logits, attention_logits = inputs_embeds, (), ()
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states, of_ffn, of_attention = layer(
                 hidden_states,
                 attention_mask=masks[kind],
-                position_embeddings=turns.get(kind, turns["full_attention"]),
+                position_embeddings=turns.get(kind, turns[types[0]]) if two else turns[types[0]],
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE: cache},
@@ -717,11 +716,13 @@ class BamFuseHeads(ConversionOps):
     def __init__(self, unit: str, dim: int = 0) -> None:
         self.unit, self.dim = unit, dim
 
-    def rows(self, config: BamConfig) -> int | None:
-        group = config.num_attention_heads_per_expert // config.num_key_value_heads_per_expert
+    def rows(self, config: BamConfig, name: str) -> int | None:
+        layer = int(re.search(r"layers\.(\d+)\.", name)[1])
+        heads, kv_heads, channels = (config.size(size, layer) for size in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        group = heads // kv_heads
         if self.unit == "expert" or (self.unit.endswith("norm") and config.qk_norm_weights != "heads"):
             return None
-        return {"query": group * config.head_dim, "key": config.head_dim, "query norm": group, "key norm": 1}[self.unit]
+        return {"query": group * channels, "key": channels, "query norm": group, "key norm": 1}[self.unit]
 
     def of_any_head(self, config: BamConfig) -> bool:
         return self.unit.endswith("norm") and config.qk_norm_weights == "head"
@@ -730,7 +731,7 @@ class BamFuseHeads(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config), self.dim
+        tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config, kwargs["full_layer_name"]), self.dim
         if rows is None:
             fused = torch.stack([tensor[None] for tensor in tensors] if self.of_any_head(config) else tensors, dim)
         elif tensors[0].shape[dim] % rows:
@@ -754,7 +755,7 @@ class BamSplitHeads(BamFuseHeads):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
     ) -> dict[str, Tensor]:
-        fused, rows, dim = _only(input_dict.pop(source_patterns[0])), self.rows(config), self.dim
+        fused, rows, dim = _only(input_dict.pop(source_patterns[0])), self.rows(config, kwargs["full_layer_name"]), self.dim
         if rows is None:
             tensors = [part.squeeze(0) if self.of_any_head(config) else part for part in fused.unbind(dim)]
         else:

@@ -11,6 +11,7 @@ from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.config import describe, is_quantised, mixture_values
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import architecture_names, find_by_model_type
+from bam_merge.architectures.vocabulary import KINDS_OF_LAYERS, LAYER_SIZES
 from bam_merge.errors import CheckpointError
 from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.reference_config import reference_values, rotary
@@ -58,6 +59,19 @@ def _explained(error: Any) -> str:
     return f"config.json: {key} must be {expectation(error)}, found {shown(error['input'], 200)}."
 
 
+def _odd_kinds(config: ModelConfig) -> Iterator[str]:
+    """What is wrong with sizes of layers of one kind."""
+    for kind, sizes in (config.sizes_by_kind or {}).items():
+        odd = [size for size in sizes if size not in LAYER_SIZES] + ([kind] if kind not in KINDS_OF_LAYERS else [])
+        if odd or min(sizes.values(), default=1) < 1:
+            yield f"config.json: sizes_by_kind has sizes of {' and '.join(KINDS_OF_LAYERS)}: {', '.join(LAYER_SIZES)}, each above 0."
+            return
+        own = config.of_kind(kind)
+        heads, kv_heads = own.num_attention_heads_per_expert, own.num_key_value_heads_per_expert
+        if heads % kv_heads:
+            yield f"config.json: of {kind} layers {heads} attention heads are not a multiple of {kv_heads} key and value heads."
+
+
 def _inconsistencies(config: ModelConfig) -> Iterator[str]:
     """What is well-typed and still cannot be run."""
     yield from uncomputable(vars(config))
@@ -66,6 +80,7 @@ def _inconsistencies(config: ModelConfig) -> Iterator[str]:
         yield "config.json: sizes, and counts of layers and heads, must be positive."
     elif heads % kv_heads:
         yield f"config.json: {heads} attention heads (of one expert) are not a multiple of {kv_heads} key and value heads."
+    yield from _odd_kinds(config)
     if config.layer_types is not None and len(config.layer_types) != config.num_hidden_layers:
         yield f"config.json: layer_types names {len(config.layer_types)} layers, num_hidden_layers is {config.num_hidden_layers}."
     attention_experts = config.num_attention_experts

@@ -248,7 +248,8 @@ class _Parameters:
 
     def take(self, cell: Cell, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's roles."""
-        row, facts, (first, *_) = cell.row, _facts(self.config), shapes.values()
+        own = self.config if cell.layer is None else self.config.at(cell.layer)
+        row, facts, (first, *_) = cell.row, _facts(own), shapes.values()
         expected = first if len(row.roles) == 1 else (rows_of(row, facts), *first[1:])
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")

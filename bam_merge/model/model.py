@@ -248,6 +248,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        config = config.at(layer)
         self.parallel, self.scale = config.parallel_block, 1.0 if config.residual_scale is None else config.residual_scale
         one_norm = config.parallel_block and config.parallel_norms == 1
 

@@ -1,7 +1,7 @@
 """What a forward pass of the reference model depends on, beside its weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 
@@ -16,6 +16,7 @@ class ModelConfig:
     num_attention_heads_per_expert: int
     num_key_value_heads_per_expert: int
     head_dim: int
+    sizes_by_kind: Mapping[str, Mapping[str, int]] | None = None  # of layers of one kind, where they are not those above
     tie_word_embeddings: bool = False
     head_bias: bool = False
     logit_scale: float | None = None
@@ -72,6 +73,16 @@ class ModelConfig:
     def slides(self, layer: int) -> bool:
         """Whether `layer` has a sliding window."""
         return self.sliding_window is not None and (self.layer_types is None or self.layer_types[layer] == "sliding_attention")
+
+    def at(self, layer: int) -> "ModelConfig":
+        """The configuration with the sizes that `layer` has."""
+        return self.of_kind("sliding_attention" if self.slides(layer) else "full_attention")
+
+    def of_kind(self, kind: str) -> "ModelConfig":
+        """The configuration with the sizes that layers of this kind have."""
+        own = (self.sizes_by_kind or {}).get(kind, {})
+        sizes: dict[str, Any] = {f"{size}_per_expert" if size.endswith("heads") else size: value for size, value in own.items()}
+        return replace(self, **sizes, sizes_by_kind=None) if self.sizes_by_kind else self
 
     def rope_of(self, layer: int) -> Mapping[str, Any]:
         """The rotary embedding of `layer`."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bam_merge.architectures.tables import Architecture
+from bam_merge.architectures.vocabulary import LAYER_SIZES
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -46,6 +47,7 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
         **_block(table, get),
     }
     values |= _rotary_embeddings(table, config, values)
+    values |= _sizes(table, config, values)
     for eps in ("rms_norm_eps", "layer_norm_eps"):
         if get(eps) is not None:
             values[eps] = get(eps)
@@ -145,6 +147,20 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         "embedding_scale_in_dtype": bool(trait("embedding_scale_in_dtype", False)),
         **{name: number(name) for name in NUMBERS},
     }
+
+
+def _sizes(table: Architecture, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of layers of one kind, by the keys that the modeling code asks for in such layers."""
+    in_bam = {size: f"{size}_per_expert" if size.endswith("heads") else size for size in LAYER_SIZES}
+    own = {
+        kind: {size: config.get(key, table.defaults.get(key)) for size, key in keys.items()}
+        for kind, keys in table.sizes.items()
+        if kind in values["layer_types"]
+    }
+    own = {kind: {size: n for size, n in sizes.items() if n and n != values[in_bam[size]]} for kind, sizes in own.items()}
+    if len(set(values["layer_types"])) == 1:
+        return {in_bam[size]: n for sizes in own.values() for size, n in sizes.items()}
+    return {"sizes_by_kind": {kind: sizes for kind, sizes in own.items() if sizes} or None}
 
 
 def _rotary_embeddings(table: Architecture, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

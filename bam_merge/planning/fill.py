@@ -5,7 +5,7 @@ from typing import Any
 
 from bam_merge import expressions
 from bam_merge.architectures.locate import shape_of
-from bam_merge.architectures.tables import Architecture, Limit, Row, evaluate
+from bam_merge.architectures.tables import Architecture, Limit, Row, at_layer, evaluate
 from bam_merge.planning.assign import Made
 from bam_merge.sources.dense import DenseModel, Site
 
@@ -18,7 +18,9 @@ def filling(row: Row, layer: int | None, seed: DenseModel, made: Mapping[Site, M
         return None
     if row.make in CONSTANTS:
         like = next(item for (role, _), item in made.items() if role == "router.ffn")  # new as this is, and of one dtype with it
-        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, seed.facts))
+        return expressions.Init(
+            CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, at_layer(seed.facts, layer))
+        )
     (once_more,) = made[row.make, layer].exprs
     return once_more
 

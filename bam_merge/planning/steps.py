@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bam_merge import expressions
 from bam_merge.architectures.locate import is_named_here
-from bam_merge.architectures.tables import Architecture, evaluate, load_architecture, natural_order
+from bam_merge.architectures.tables import Architecture, at_layer, evaluate, load_architecture, natural_order
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS, DTYPE_NAMES
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import whole
@@ -38,7 +38,7 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
         for index in range(len(parts[0].exprs)):
             expert = index if row.per_expert else None
             exprs = tuple(part.exprs[index] for part in parts)
-            expr = fuse(exprs, evaluate(row.groups, seed.facts)) if len(exprs) > 1 else exprs[0]
+            expr = fuse(exprs, evaluate(row.groups, at_layer(seed.facts, layer))) if len(exprs) > 1 else exprs[0]
             if isinstance(expr, expressions.Init):
                 expr = replace(expr, name=row.name(layer, expert, spelling))
             role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)

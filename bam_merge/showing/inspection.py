@@ -127,6 +127,11 @@ def _attention(found: Inspection) -> str:
         return f"{facts['num_attention_heads']} heads over a latent vector of {latent}"
     heads, kv = facts["num_attention_heads"], facts["num_key_value_heads"]
     text = f"{count(heads, 'head')} of {facts['head_dim']}" + (f", {kv} for keys and values" if kv != heads else "")
+    for kind, sizes in (facts.get("sizes_by_kind") or {}).items():
+        own = {**facts, **sizes}
+        where = "with" if kind == "sliding_attention" else "without"
+        text += f" ({where} a window {own['num_attention_heads']} of {own['head_dim']}, {own['num_key_value_heads']} for keys and values"
+        text += f", FFN {own['intermediate_size']:,})" if own["intermediate_size"] != facts["intermediate_size"] else ")"
     together = " over all heads" if facts.get("qk_norm_shape") == "all heads" else ""
     traits = [f"q, k and v within {facts['attention_clip']:g}"] if isinstance(facts.get("attention_clip"), int | float) else []
     traits += [name for key, name in (("qk_norm", f"q and k normed{together}"), ("attention_bias", "biases")) if facts.get(key)]

@@ -11,7 +11,7 @@ from bam_merge.architectures.naming import Naming, adapter_problem, find_naming,
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
 from bam_merge.architectures.spellings import conflicts, settled_keys
-from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type, why_left_out
+from bam_merge.architectures.tables import Architecture, at_layer, dense_families, find_by_model_type, why_left_out
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.folder import Checkpoint
@@ -191,12 +191,13 @@ class _Tensors:
             )
 
     def take(self, cell: Cell, name: str) -> None:
-        entry, shape = self.checkpoint.tensors[name], shape_of(cell.row, self.facts)
+        facts = at_layer(self.facts, cell.layer)
+        entry, shape = self.checkpoint.tensors[name], shape_of(cell.row, facts)
         if entry.shape != shape:
             sizes = ", ".join(cell.row.shape)
             self.problems.append(f"{name} is {printable(str(list(entry.shape)))}, config.json implies {list(shape)} ({sizes}).")
             return
-        pieces = cut(cell.row, Read(self.source, name, entry.dtype, shape), self.facts)
+        pieces = cut(cell.row, Read(self.source, name, entry.dtype, shape), facts)
         assert pieces is not None, f"{self.family.name}: the parts of {name} are not the rows of its shape"
         self.taken.update(((role, cell.layer), leaf) for role, leaf in pieces.items())
 

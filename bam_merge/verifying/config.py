@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bam_merge.architectures.vocabulary import KINDS_OF_LAYERS
 from bam_merge.model.activations import ACTIVATIONS
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.model_config import ModelConfig
@@ -39,13 +40,18 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
     layered = config.norm_type == "layer_norm"
     limit = config.max_position_embeddings or 1
     lengths = torch.tensor([[1.0], [limit], [limit + 1], [4 * limit]], dtype=torch.float64)
+    own = [config.of_kind(kind) for kind in (KINDS_OF_LAYERS if config.sizes_by_kind else KINDS_OF_LAYERS[:1])]
     sets = [config.rope_parameters, *([config.sliding_rope_parameters] if config.sliding_rope_parameters else [])]
-    found = [frequencies(rope, config.head_dim, config.max_position_embeddings, lengths) for rope in sets]
+    turned = [(rope, size) for rope in sets for size in dict.fromkeys(kind.head_dim for kind in own)]
+    found = [frequencies(rope, size, config.max_position_embeddings, lengths) for rope, size in turned]
     by_length = [radians.expand(len(lengths), -1) for radians, _ in found]
     turning = any(rope["rope_type"] in ("dynamic", "longrope") for rope in sets)  # others have one set of frequencies for all lengths
     types = config.layer_types or ["sliding_attention"] * config.num_hidden_layers
     return {
-        "number of heads": (config.num_attention_heads_per_expert, config.num_key_value_heads_per_expert, config.head_dim),
+        "number of heads": _one(
+            [(kind.num_attention_heads_per_expert, kind.num_key_value_heads_per_expert, kind.head_dim) for kind in own]
+        ),
+        "width of the FFN": [kind.intermediate_size for kind in own] if config.sizes_by_kind else None,
         "norm": (config.norm_type, config.layer_norm_eps if layered else config.rms_norm_eps),
         "norm offset": config.norm_offset,
         "norm weights": config.norm_weights,
@@ -57,7 +63,7 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "gated FFN": config.gated_ffn,
         "qk norm": (config.qk_norm_weights, "biased" if config.qk_norm_bias else "unbiased") if config.qk_norm else None,
         "qk norm stands": "after rotary" if config.qk_norm and config.qk_norm_after_rotary else "before rotary",
-        "score scale": config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        "score scale": _one([kind.head_dim**-0.5 if config.attention_scale is None else config.attention_scale for kind in own]),
         "query growth": None
         if config.query_growth is None
         else (config.query_growth, config.rope_parameters["original_max_position_embeddings"]),
@@ -66,8 +72,8 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "embedding scale rounded": config.embedding_scale is not None and config.embedding_scale_in_dtype,
         "head bias": config.head_bias,
         "rotary pairs": "neighbours" if config.rope_interleaved else "halves",
-        "rotary frequencies": tuple(tuple((of if turning else of[:1]).flatten().tolist()) for of in by_length),
-        "rotary factor": tuple(factor for _, factor in found),
+        "rotary frequencies": _one([tuple((of if turning else of[:1]).flatten().tolist()) for of in by_length]),
+        "rotary factor": _one([factor for _, factor in found]),
         "context": limit if turning else None,
         "layers that rotate": tuple(range(config.num_hidden_layers)) if config.rope_layers is None else tuple(sorted(config.rope_layers)),
         "windows": tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types),
@@ -75,6 +81,11 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "logit softcap": config.logit_softcap,
         "logit scale": 1.0 if config.logit_scale is None else config.logit_scale,
     }
+
+
+def _one(values: list[Any]) -> Any:
+    """What all layers have; of kinds of layers that have not the same, all of it."""
+    return values[0] if len(values) == 1 else values
 
 
 @torch.no_grad()

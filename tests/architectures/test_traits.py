@@ -62,7 +62,7 @@ def test_every_trait_has_a_word_in_bam_and_a_reader() -> None:
     """A trait that bam's config.json or the reference model knew nothing of would be lost."""
     written = [value for value in load_architecture("bam").config.values() if isinstance(value, str)]
     config = vars(model_config(CONFIGS["llama"]))
-    for trait in (*TRAITS, "rope_layers", "query_growth"):
+    for trait in (*TRAITS, "rope_layers", "query_growth", "sliding_rope_parameters", "sizes_by_kind"):
         assert f"${trait}" in written
         assert trait in config
 
