@@ -35,7 +35,12 @@ LEVELS = ("quick", "full", "none")
 @click.option("--all", "every", is_flag=True, help="List every tensor, without folding equal layers and experts.")
 @click.option("--stats", is_flag=True, help="Read the values: range, moments, oddities, duplicates, routers.")
 @click.option("--as-bam", type=click.IntRange(1), metavar="N", help="What the mixtures of N such dense models would cost.")
-@click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="FFN experts per token, for --as-bam. Default: 1.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    metavar="K",
+    help="FFN experts per token, for --as-bam. Default: 1; 2 where a norm stands after the FFN.",
+)
 @click.option("--shards", type=click.IntRange(1), default=1, metavar="M", help="For --as-bam: every FFN is M experts. Default: 1.")
 @click.option("--shared-expert", is_flag=True, help="For --as-bam: one more FFN, for every token.")
 @click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
@@ -48,7 +53,7 @@ def inspect(
     every: bool,
     stats: bool,
     as_bam: int | None,
-    top_k: int,
+    top_k: int | None,
     shards: int,
     shared_expert: bool,
     context: int,

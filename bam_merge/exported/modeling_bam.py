@@ -560,14 +560,17 @@ class BamModel(BamPreTrainedModel):
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
-        types, two = self.config.layer_types, self.config.sliding_rope_parameters or self.config.sizes_by_kind
-        turns = {kind: self.rotary_emb(inputs_embeds, position_ids, types.index(kind)) for kind in (set(types) if two else types[:1])}
+        types = self.config.layer_types
+        if self.config.sliding_rope_parameters or self.config.sizes_by_kind:
+            turns = {kind: self.rotary_emb(inputs_embeds, position_ids, types.index(kind)) for kind in dict.fromkeys(types)}
+        else:
+            turns = dict.fromkeys(types, self.rotary_emb(inputs_embeds, position_ids, 0))
         hidden_states, ffn_logits, attention_logits = inputs_embeds, (), ()
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states, of_ffn, of_attention = layer(
                 hidden_states,
                 attention_mask=masks[kind],
-                position_embeddings=turns.get(kind, turns[types[0]]) if two else turns[types[0]],
+                position_embeddings=turns[kind],
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE: cache},

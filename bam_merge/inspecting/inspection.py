@@ -170,7 +170,7 @@ def inspect(
     where: str | None = None,
     stats: bool = False,
     as_bam: int | None = None,
-    top_k: int = 1,
+    top_k: int | None = None,
     shards: int = 1,
     shared_expert: bool = False,
     context: int = CONTEXT,
@@ -180,8 +180,8 @@ def inspect(
 
     tensors: a glob of names; layer: a number; both choose what `document()["tensors"]` lists and what `stats` reads. where:
     "SOURCE:GLOB", what became of these tensors of a merge's source. as_bam: also the cost of the mixtures that this many such models
-    would make, with `top_k` FFN experts per token; with `shards` each FFN is so many experts, with `shared_expert` one more FFN is every
-    token's. context: tokens of the prompt that FLOPs are given for.
+    would make, with `top_k` FFN experts per token (None: as method bam has them); with `shards` each FFN is so many experts, with
+    `shared_expert` one more FFN is every token's. context: tokens of the prompt that FLOPs are given for.
     Raises CheckpointError for files that cannot be read, or a model that as_bam does not fit, VerifyError for where without a manifest.
     """
     if context < 1 or (as_bam is not None and as_bam < 1) or shards < 1:
@@ -194,6 +194,8 @@ def inspect(
         for name in anatomy.checkpoint.tensors
         if (tensors is None or fnmatchcase(name, tensors)) and (layer is None or anatomy.places.get(name, ("", None, None))[1] == layer)
     )
+    if top_k is None:
+        top_k = min(2, as_bam or 2) if anatomy.facts.get("post_norms") else 1
     mixtures: dict[str, Cost] = {kind: as_mixture(cost, as_bam, kind, top_k, shards, shared_expert) for kind in KINDS} if as_bam else {}
     return Inspection(
         path=called,

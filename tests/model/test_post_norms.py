@@ -1,5 +1,6 @@
 """Norms after attention and FFN, and blocks without norms before them: what a block computes, how its gates are chosen, what is found."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,18 @@ def test_a_family_without_norms_before_is_merged_and_exported(
 def test_inspect_shows_where_norms_stand(tmp_path: Path, run: Callable[..., Result]) -> None:
     write_sources(tmp_path, BOTH, ("seed",))
     assert "norms before and after attention and FFN" in " ".join(run("inspect", tmp_path / "seed").out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "top_k"), [("hyperclovax", [], 2), ("hyperclovax", ["--top-k", 3], 3), ("hyperclovax_biased", [], 1)]
+)
+def test_inspect_foretells_the_gates_that_a_merge_has(
+    name: str, asked: list[Any], top_k: int, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    write_sources(tmp_path, CONFIGS[name], ("seed",))
+    found = json.loads(run("inspect", tmp_path / "seed", "--as-bam", 3, *asked, "--json").out)["as_bam"]
+    assert found["top_k"] == top_k
+    assert f"FFN top {top_k}" in " ".join(run("inspect", tmp_path / "seed", "--as-bam", 3, *asked).out.split())
 
 
 def mix(folder: Path, ffn: str, method: str = "bam") -> Any:
