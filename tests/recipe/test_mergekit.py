@@ -296,7 +296,7 @@ LACKS: dict[str, tuple[dict[str, Any], str]] = {
     "passthrough of two": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 2]}]}]}, "slice 0 must have one source"),
     "passthrough of no layer": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]}, "layer_range [2, 2] of slice 0; expected two numbers"),
     "passthrough with a scale": ({"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2], "parameters": {"scale": 0.5}}]}]}, "parameters of slice 0 (scale), which multiply layers"),
-    "an unknown method": ({"merge_method": "nearswap", "models": listed("a")}, "merge_method 'nearswap'; the methods with an equivalent are linear, slerp, task_arithmetic, ties, dare_ties, passthrough"),
+    "an unknown method": ({"merge_method": "nearswap", "models": listed("a")}, "merge_method 'nearswap'; the methods with an equivalent are linear, slerp, task_arithmetic, ties, dare_ties, dare_linear, breadcrumbs, della, model_stock, sce, ram, nuslerp, karcher, passthrough"),
     "a method with a typo": ({"merge_method": "lineer", "models": listed("a", weight=1)}, "merge_method 'lineer'; did you mean 'linear'; the methods"),
     "several slices": ({"merge_method": "linear", "slices": [{"sources": []}, {"sources": []}]}, "several slices, which put layers of models behind one another"),
     "layers that are not all": ({"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [2, 4]}]}]}, "layer_range [0, 2], [2, 4]: other layers than all of every model"),
