@@ -45,7 +45,7 @@ NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP,
 """What systems say where a file cannot have a second name."""
 
 
-def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Callable[[str], None] = lambda text: None) -> tuple[str, ...]:
+def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Callable[[str], None] | None = None) -> tuple[str, ...]:
     """Renew code and card of the merged `folder`; the names of the files that are new, none where all are as this version writes them.
 
     The card follows from the sources, those of `plan` or of the manifest; where they are not at hand, or changed since, it stays and
@@ -57,9 +57,10 @@ def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Ca
     _check_older(target, manifest)
     _check_true(target, manifest)
     _check_replaceable(target)
-    new, manifest = _renewed(target, manifest, plan, notify)
+    say = notify or (lambda text: None)
+    new, manifest = _renewed(target, manifest, plan, say)
     if new:
-        _replace(target, new, manifest, notify)
+        _replace(target, new, manifest, say)
     return tuple(sorted(new))
 
 
