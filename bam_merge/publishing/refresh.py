@@ -135,7 +135,7 @@ def _card(target: Path, manifest: Mapping[str, Any], given: Plan | None) -> tupl
 
     home = Path(os.path.normpath(target / str(manifest.get("recipe_folder", "."))))
     recorded = parse_recipe(manifest["recipe"], home, str(target / MANIFEST)).of_document()
-    plan = given or make_plan(at_hand(recorded))
+    plan = given if given is not None and not given.remotes else make_plan(at_hand(given.recipe if given is not None else recorded))
     found = changes(plan.recipe, manifest, {})
     if found.absent or found.names() or plan.recipe.stores.keys() != manifest["sources"].keys():
         raise OutputError(
