@@ -144,5 +144,5 @@ def _lora(plan: Plan) -> str:
 def _onnx(plan: Plan, bam: bool) -> str:
     mixture = plan.layout.kind != "dense"
     options = {"trust_remote_code=True": bam, 'experts_implementation="batched_mm"': mixture, "use_cache=False": True}
-    why = ", which has no grouped products of matrices" if mixture else ""
+    why = "; it has no grouped products of matrices, so experts are computed as a batch" if mixture else ""
     return ONNX.format(folder=FOLDER, arguments=", ".join(key for key, wanted in options.items() if wanted), why=why)

@@ -52,7 +52,7 @@ def push(
     public: bool = False,
     revision: str | None = None,
     message: str | None = None,
-    notify: Callable[[str], None] = lambda text: None,
+    notify: Callable[[str], None] | None = None,
     bars: bool = False,
 ) -> Pushed:
     """Upload the merged `folder` as the model `repo` ("org/name") of the hub, in one commit on the branch `revision` (default: main).
@@ -60,23 +60,27 @@ def push(
     Raises VerificationFailed for a folder that verify refuses, VerifyError for one that is no result and of no known kind, OutputError for
     what the hub refuses. A model that is there already must be a result too, and is public only where `public` says so.
     """
-    path, of = located(folder), _name(repo, revision)
+    path, of, say = located(folder), _name(repo, revision), notify or _nothing
     found = pushable(path)
     for note in found.notes:
-        notify(f"{printable(str(path))}: {note}.")
+        say(f"{printable(str(path))}: {note}.")
     sizes = {name: (path / name).stat().st_size for name in found.files}
     with _quiet(bars):
-        upload = _Upload(of, hub(), notify)
+        upload = _Upload(of, hub(), say)
         there = upload.prepare(public)
         stale = _stale(of, there.files, found.files)
-        notify(f"{of}: {human_bytes(sum(sizes.values()))} in {len(sizes)} files go to {upload.hub.shown}.")
+        say(f"{of}: {human_bytes(sum(sizes.values()))} in {len(sizes)} files go to {upload.hub.shown}.")
         commit = upload.commit(path, found.files, stale, message or f"Upload by bam-merge {__version__}", there.commit)
         upload.compare(path, found.files, commit)
     if stale:
-        notify(f"{of}: {some(stale)}: of what was there before, removed.")
+        say(f"{of}: {some(stale)}: of what was there before, removed.")
     if other := sorted(set(there.files) - set(found.files) - set(stale)):
-        notify(f"{of}: {some(other, 8)}: there before, and not of this folder; kept.")
+        say(f"{of}: {some(other, 8)}: there before, and not of this folder; kept.")
     return Pushed(of.repo, of.revision or "main", commit, there.private, found.files)
+
+
+def _nothing(text: str) -> None:
+    """What is said where nobody listens."""
 
 
 def _name(repo: str, revision: str | None) -> HubId:

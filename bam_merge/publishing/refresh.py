@@ -45,7 +45,7 @@ NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP,
 """What systems say where a file cannot have a second name."""
 
 
-def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Callable[[str], None] = lambda text: None) -> tuple[str, ...]:
+def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Callable[[str], None] | None = None) -> tuple[str, ...]:
     """Renew code and card of the merged `folder`; the names of the files that are new, none where all are as this version writes them.
 
     The card follows from the sources, those of `plan` or of the manifest; where they are not at hand, or changed since, it stays and
@@ -57,9 +57,10 @@ def refresh(folder: str | os.PathLike[str], plan: Plan | None = None, notify: Ca
     _check_older(target, manifest)
     _check_true(target, manifest)
     _check_replaceable(target)
-    new, manifest = _renewed(target, manifest, plan, notify)
+    say = notify or (lambda text: None)
+    new, manifest = _renewed(target, manifest, plan, say)
     if new:
-        _replace(target, new, manifest, notify)
+        _replace(target, new, manifest, say)
     return tuple(sorted(new))
 
 
@@ -134,7 +135,7 @@ def _card(target: Path, manifest: Mapping[str, Any], given: Plan | None) -> tupl
 
     home = Path(os.path.normpath(target / str(manifest.get("recipe_folder", "."))))
     recorded = parse_recipe(manifest["recipe"], home, str(target / MANIFEST)).of_document()
-    plan = given or make_plan(at_hand(recorded))
+    plan = given if given is not None and not given.remotes else make_plan(at_hand(given.recipe if given is not None else recorded))
     found = changes(plan.recipe, manifest, {})
     if found.absent or found.names() or plan.recipe.stores.keys() != manifest["sources"].keys():
         raise OutputError(

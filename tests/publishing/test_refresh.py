@@ -318,3 +318,20 @@ def test_killed_anywhere_the_folder_is_the_old_one_or_the_new_one(out: Path) -> 
     assert 1 < refreshed < killed, "some died before the folder was in its place, and some after"
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
     assert verify(out).ok
+
+
+def test_a_plan_by_headers_alone_is_made_again_of_folders(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--recipe may name models of the hub: they are downloaded before the card is made."""
+    from bam_merge.planning.make import plan_file
+    from bam_merge.planning.plan import Plan
+
+    plan, asked = plan_file(out.parent / "recipe.yaml"), []
+
+    def brought(recipe: Any) -> Any:
+        asked.append(recipe)
+        return recipe
+
+    monkeypatch.setattr(Plan, "remotes", property(lambda self: {"seed": None} if self is plan else {}))
+    monkeypatch.setattr("bam_merge.publishing.refresh.at_hand", brought)
+    assert refresh(out, plan) == ("README.md", "modeling_bam.py")
+    assert asked == [plan.recipe]
