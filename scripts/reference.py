@@ -304,7 +304,7 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
     has = {
         **UNSAID,
         **family.traits,
-        "rope_layers": None if family.quirks.turning == "all" else [0],
+        "rope_layers": [0] if family.quirks.turning in ("listed", "where windows are") else None,
         "query_growth": family.quirks.query_growth or None,
     }
     wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
