@@ -307,7 +307,7 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
     has = {
         **UNSAID,
         **family.traits,
-        "rope_layers": None if family.quirks.turning == "all" else [0],
+        "rope_layers": [0] if family.quirks.turning in ("listed", "where windows are") else None,
         "query_growth": family.quirks.query_growth or None,
         "sliding_rope_parameters": family.quirks.rotary_by_kind or None,
         "sizes_by_kind": family.sizes or None,
