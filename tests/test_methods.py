@@ -237,14 +237,10 @@ def test_a_method_by_rows_is_given_whole_ones_and_the_plan_counts_them(tmp_path:
             [1, 70, 120, 1000] if by == "elements" else [50, 50, 100, 1000]
         )
     write_sources(tmp_path, CONFIGS["llama"], names=("code", "law"))
-    plans = [
-        plan_file(write_recipe(tmp_path, f"shared: {make}", "merge", ("code", "law")))
-        for make in ("{make: nuslerp, from: [code, law], t: 0.5}",)
-    ]
-    (plan,) = plans
+    plan = plan_file(write_recipe(tmp_path, "shared: {make: nuslerp, from: [code, law], t: 0.5}", "merge", ("code", "law")))
     wide = dataclasses.replace(plan.steps[0].expr, shape=(2, 2**20))
     wider = dataclasses.replace(plan, steps=(dataclasses.replace(plan.steps[0], expr=wide), *plan.steps[1:]))
-    assert wider.peak_memory(1) - plan.peak_memory(1) == (2**20 - 2**17) * (24 * 2 + 16)
+    assert wider.peak_memory(1) - plan.peak_memory(1) == (2**20 - 2**17) * (expressions.Nuslerp.about.operand_bytes * 2 + 16)
 
 
 @pytest.mark.parametrize("name", INITIALISERS)
