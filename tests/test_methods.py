@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from toy_methods import INITIALISER, METHOD, package_with, run_in
 
 from bam_merge import expressions
+from bam_merge.checkpoints.pieces import Read
 from bam_merge.merging import kernels
 from bam_merge.planning.fill import CONSTANTS
 from bam_merge.planning.make import plan_file
-from bam_merge.planning.plan import BASE_MEMORY
+from bam_merge.planning.plan import BASE_MEMORY, chunk_elements
 from bam_merge.recipe import makes
 from bam_merge.recipe.rules import makes_of
 from bam_merge.recipe.schema import schema
@@ -226,6 +227,21 @@ def test_no_kernel_holds_more_than_the_plan_says(name: str) -> None:
     merging = most_held(lambda: kernels.combine(method, chunk, known))
     assert merging >= 4 * size  # the result at least: it is measured
     assert 8 * count + max(surveying, merging) // size <= promised  # a few single numbers apart
+
+
+def test_a_method_by_rows_is_given_whole_ones_and_the_plan_counts_them(tmp_path: Path) -> None:
+    """A row longer than a chunk is a chunk of its own; a tensor of one axis is one row."""
+    reads = tuple((name, Read(name, "w", "F32", (3, 50))) for name in ("code", "law"))
+    for by, method in (("elements", expressions.Slerp(0.5)), ("rows", expressions.Nuslerp(0.5, "rows"))):
+        merge = expressions.Merge(method, reads, None, "F32", (3, 50))
+        assert [chunk_elements(merge, most) for most in (1, 70, 120, 1000)] == (
+            [1, 70, 120, 1000] if by == "elements" else [50, 50, 100, 1000]
+        )
+    write_sources(tmp_path, CONFIGS["llama"], names=("code", "law"))
+    plan = plan_file(write_recipe(tmp_path, "shared: {make: nuslerp, from: [code, law], t: 0.5}", "merge", ("code", "law")))
+    wide = dataclasses.replace(plan.steps[0].expr, shape=(2, 2**20))
+    wider = dataclasses.replace(plan, steps=(dataclasses.replace(plan.steps[0], expr=wide), *plan.steps[1:]))
+    assert wider.peak_memory(1) - plan.peak_memory(1) == (2**20 - 2**17) * (expressions.Nuslerp.about.operand_bytes * 2 + 16)
 
 
 @pytest.mark.parametrize("name", INITIALISERS)

@@ -26,7 +26,7 @@ class Nuslerp(Method):
     t: float
     by: str
     name: ClassVar = "nuslerp"
-    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=24, by_rows=True)
+    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=32, by_rows=True)
 
     def arguments(self) -> Iterator[str]:
         yield f"t={self.t:g}"
@@ -42,4 +42,4 @@ class Karcher(Method):
     """
 
     name: ClassVar = "karcher"
-    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=24)
+    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=32)

@@ -176,4 +176,4 @@ class ModelStock(Method):
     """
 
     name: ClassVar = "model_stock"
-    about: ClassVar = About(elementwise=False, base=True, surveyed=True, operand_bytes=24)
+    about: ClassVar = About(elementwise=False, base=True, surveyed=True, operand_bytes=32)

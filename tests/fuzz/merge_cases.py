@@ -259,7 +259,11 @@ class Drawing:
         others = [name for name in names if name != base]
         weights = {name: chance.choice((0.3, 0.5, 1.0, 1.7)) for name in chance.sample(others, chance.randint(1, len(others)))}
         density = chance.choice((0.05, 0.2, 0.5, 0.9, 1.0))
-        options = ({}, {"weights": weights}, {"scale": chance.choice((0.3, 1.0, -1.0))}, {"weights": weights, "scale": 0.7})
+        signed = {name: chance.choice((-0.5, 0.5, [1.0, -0.3], 0.0)) for name in weights}
+        options = (
+            {}, {"weights": weights}, {"scale": chance.choice((0.3, 1.0, -1.0))}, {"weights": weights, "scale": 0.7}, {"weights": signed},
+            {"scale": [0.2, 1.0, 0.5]},
+        )  # fmt: skip
         shares = [chance.choice((-0.5, 0.1, 0.3, 0.7)) for _ in names[1:]]
         pair = chance.sample(names, 2)
         kinds: tuple[dict[str, Any], ...] = (
@@ -268,7 +272,14 @@ class Drawing:
             {"make": "task_arithmetic", "base": base, **chance.choice(options)},
             {"make": "ties", "base": base, "density": density, **chance.choice(options)},
             {"make": "dare_ties", "base": base, "density": density, **chance.choice(options)},
+            {"make": "dare_linear", "base": base, "density": density, **chance.choice(options)},
+            {"make": "breadcrumbs", "base": base, "density": density, "gamma": chance.choice((0.0, 0.05, 0.4)), **chance.choice(options)},
+            {"make": "della", "base": base, "density": density, "epsilon": 0.9 * min(density, 1 - density), **chance.choice(options)},
+            {"make": "ram", "base": base, "epsilon": chance.choice((1e-5, 0.01))}, {"make": "karcher"},
+            {"make": "nuslerp", "from": pair, "t": chance.choice((0.0, 0.3, [0.0, 1.0])), "by": chance.choice(("tensor", "rows"))},
         )  # fmt: skip
+        if len(others) > 1:
+            kinds += ({"make": "sce", "base": base, "density": density}, {"make": "model_stock", "base": base})
         return chance.choice(kinds)
 
     def rules(self, method: str) -> list[dict[str, Any]]:
