@@ -23,7 +23,7 @@ class Drop(Method):
     seed: int
     streams: tuple[str, str]
     name: ClassVar = "drop"
-    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=64)
+    about: ClassVar = About(elementwise=False, base=False, surveyed=True, operand_bytes=96)
 
     def arguments(self) -> Iterator[str]:
         yield f"ratio={self.ratio:g}"
@@ -46,7 +46,7 @@ class Noise(Method):
     seed: int
     streams: tuple[str, str]
     name: ClassVar = "noise"
-    about: ClassVar = About(elementwise=False, base=False, surveyed=False, operand_bytes=56)
+    about: ClassVar = About(elementwise=False, base=False, surveyed=False, operand_bytes=80)
 
     def arguments(self) -> Iterator[str]:
         yield f"std={self.std:g}"

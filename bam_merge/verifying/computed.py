@@ -100,7 +100,7 @@ def against_dense(
     off in float32 is measured again in float64, which tells an error from the rounding of a large model.
     """
     sources, seed = plan.recipe.expert_names, plan.recipe.seed_name
-    names, models = experts_models(plan, dense)
+    names, models = experts_models(mixture, plan, dense)
     isolation, identity = Worst("expert isolation"), Worst("identity")
     known = set()
     for stranger in strangers(mixture, models, names, plan, proved):

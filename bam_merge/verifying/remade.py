@@ -1,7 +1,8 @@
 """The models that a mixture's experts stand for: their dense models, or these with what the recipe makes anew of them.
 
 What is made anew is worked out by rederive/, from the plan's expression of each tensor: the blocks of such a model compute what the expert
-must compute, in the dense model's own architecture.
+must compute, in the dense model's own architecture. Of the numbers that one correct rounding may give, those that are written are taken:
+one bit of a bfloat16 more or less would be seen in what a block computes. Anything else that is written is not.
 """
 
 import threading
@@ -21,7 +22,7 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import Site
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.rederive import rederive, survey_all
-from bam_merge.verifying.rounding import nearest
+from bam_merge.verifying.rounding import half_ulp, nearest
 from bam_merge.verifying.rows import RowReader, SourceTensors
 
 MARK = "#"
@@ -34,10 +35,11 @@ SURVEYED = 4
 
 @dataclass(frozen=True)
 class Made:
-    """How one parameter is made: its expression, and the dtype that it is stored in."""
+    """How one parameter is made: its expression, the dtype that it is stored in, and its name in the mixture."""
 
     expr: expressions.Expr
     dtype: str
+    stored: str
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Remade(StoredModel):
     of: StoredModel | None = None
     made: Mapping[str, Made] = field(default_factory=dict)
     known: _Known | None = None
+    mixture: StoredModel | None = None
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
         assert self.of is not None
@@ -83,7 +86,14 @@ class Remade(StoredModel):
         made = self.made[parameter]
         assert self.known is not None
         derived = rederive(made.expr, self.known.sources, self.known.of(made.expr), start, stop, made.dtype)
-        return nearest(derived.value, made.dtype).to(TORCH_DTYPES[made.dtype])
+        value, result = derived.value, nearest(derived.value, made.dtype)
+        written = None if self.mixture is None else self.mixture.leaves.get(made.stored)
+        if self.mixture is not None and written is not None and written.shape == made.expr.shape:
+            found = self.mixture.read_rows(made.stored, range(start, stop)).double()
+            slack = torch.zeros_like(value) if derived.slack is None else derived.slack
+            allowed = half_ulp(value.abs() + slack, made.dtype) + slack
+            result = torch.where((found - value).abs() <= allowed, found, result)
+        return result.to(TORCH_DTYPES[made.dtype])
 
 
 LAST = "mlp.down_proj.weight"
@@ -132,14 +142,15 @@ def reassembled(models: Mapping[str, StoredModel], names: Sequence[str], recipe:
     return Reassembled(of.checkpoint, of.config, of.leaves, of, tuple(models[name] for name in first))
 
 
-def experts_models(plan: Plan, dense: Mapping[str, StoredModel]) -> tuple[tuple[str, ...], dict[str, StoredModel]]:
+def experts_models(mixture: StoredModel, plan: Plan, dense: Mapping[str, StoredModel]) -> tuple[tuple[str, ...], dict[str, StoredModel]]:
     """The model of every expert, by a name for each; and the models by these names, with the dense ones."""
     made: dict[int, dict[str, Made]] = {}
     for step in plan.steps:
         if step.expert is not None:
             for role, expr in _by_role(step):
                 if _is_remade(expr, (role, step.layer), plan):
-                    made.setdefault(step.expert, {})[_parameter(role, step, plan)] = Made(expr, step.dtype)
+                    own, stored = (_parameter(role, step, plan, expert) for expert in (None, step.expert))
+                    made.setdefault(step.expert, {})[own] = Made(expr, step.dtype, stored)
     models, known = dict(dense), _Known(SourceTensors(plan, RowReader()))
     names = list(plan.recipe.expert_names)
     for expert, parameters in made.items():
@@ -147,7 +158,7 @@ def experts_models(plan: Plan, dense: Mapping[str, StoredModel]) -> tuple[tuple[
         names[expert] = f"{names[expert]}{MARK}{expert}"
         config = replace(of.config, intermediate_size=of.config.intermediate_size // plan.recipe.shards)
         leaves = {name: replace(of.leaves[name], shape=made.expr.shape) for name, made in parameters.items()}  # of a shard a smaller one
-        models[names[expert]] = Remade(of.checkpoint, config, {**of.leaves, **leaves}, of, parameters, known)
+        models[names[expert]] = Remade(of.checkpoint, config, {**of.leaves, **leaves}, of, parameters, known, mixture)
     return tuple(names), models
 
 
@@ -169,7 +180,7 @@ def _is_remade(expr: expressions.Expr, site: Site, plan: Plan) -> bool:
     return any(expr == plan.models[name].tensors.get(site) for name in named)
 
 
-def _parameter(role: str, step: Step, plan: Plan) -> str:
-    """The dense model's name for the parameter."""
+def _parameter(role: str, step: Step, plan: Plan, expert: int | None) -> str:
+    """The mixture's name for a parameter of an expert, or the dense model's, which has none."""
     row = next(row for row in plan.layout.rows if role in row.roles)
-    return parameter_name(role, Cell(row, step.layer))
+    return parameter_name(role, Cell(row, step.layer, expert))
