@@ -231,11 +231,13 @@ class TensorWriter:
         to an error: digests of what was read are wrong afterwards."""
         import torch
 
+        from bam_merge.merging.source_rows import all_finite
+
         match expr:
             case Computed() | Slice(of=Computed()):
-                from bam_merge.merging.source_rows import all_finite
-
                 return not all(all_finite(read, self.sources.read) for read in inputs(whole(expr)))
+            case expressions.Merge() if expr.method.about.surveyed:  # one number of the tensor may be in all of the result
+                return not all(all_finite(read, self.sources.read) for read in expressions.reads(expr))
             case expressions.Concat():
                 return any(self._is_a_sources(part, first) for part, first, _ in concat_runs(expr, index, index + 1))
             case expressions.Merge():

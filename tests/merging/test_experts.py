@@ -10,12 +10,12 @@ import torch
 from conftest import CONFIGS, write_recipe, write_sources
 from proofs import Forger, failed
 from runs import folder_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_stored_dtypes import stored_as
 
 from bam_merge import MergeOptions, expressions, verify
 from bam_merge.demo.synthetic import random_values, write_checkpoint
-from bam_merge.errors import RecipeError
+from bam_merge.errors import NonFiniteError, RecipeError
 from bam_merge.merging.kernels import Chunk, combine, survey
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
@@ -180,6 +180,21 @@ def test_the_same_folder_twice_and_another_seed(tmp_path: Path) -> None:
     other, _ = upcycled(tmp_path / "c", CONFIGS["llama"], f"{DROP}\nrandom_seed: 1", verify=False)
     assert folder_bytes(first) == folder_bytes(second)
     assert folder_bytes(first)["model.safetensors"] != folder_bytes(other)["model.safetensors"]
+
+
+@pytest.mark.parametrize("make", ["drop", "low_rank, base: seed, rank: 2"])
+def test_what_is_not_finite_in_a_source_is_said_to_be_the_source_s(make: str, llamas: Path) -> None:
+    """One number that is not, anywhere in the tensor, is in the mean, or in every vector."""
+    own = load_file(llamas / "code" / "model.safetensors")
+    own["model.layers.1.mlp.up_proj.weight"][7] = torch.inf
+    save_file(own, llamas / "code" / "model.safetensors")
+    plan = plan_file(
+        write_recipe(
+            llamas, f"experts: [code, law]\nrules: [{{roles: [ffn.*], make: {make}}}]", "btx", ("seed", "code", "law")[make == "drop" :]
+        )
+    )
+    with pytest.raises(NonFiniteError, match=r"experts\.0\.up_proj\.weight: .* values .* are NaN or infinite .*: it comes from a source"):
+        publish(plan, None, MergeOptions())
 
 
 # ---- noise -------------------------------------------------------------------------------------------------------------------
