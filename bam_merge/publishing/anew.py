@@ -102,6 +102,8 @@ def _make(mixture: Mixture, order: Order, staging: Staging, target: Path, option
     kept = KeptStates(staging, order.fingerprint)
     before = kept.load() if options.resume else None
     staging.begin_afresh()
+    if before is not None:  # another kill must not lose it
+        kept.save(before, at_once=True)
     texts = _copied(mixture, staging, options.notify)
     watch = Watch(kept.save, lambda: before, options.on_calibrate)
     with computing_on(device, torch_workers(options.workers)) as computing, _models(mixture, order) as models:
