@@ -313,7 +313,7 @@ def calibrate(
             on_report=reports.append, on_verify=verified, on_calibrate=calibrated,
         )  # fmt: skip
         target = run(folder, named, output, settings, options)
-    print_result("\n".join([f"{printable(str(target), 1000)}: routers made anew", *map(verdict_text, reports)]))
+    print_result("\n".join([f"{printable(str(target), 1000)}: routers made anew", *map(verdict_text, reports), *routers_told(reports)]))
 
 
 # ---- what commands say and show ------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from bam_merge.architectures.opening import open_folder
 from bam_merge.calibrating.corpus import Calibration
 from bam_merge.calibrating.stage import Made, State, Watch, WithRouters, make_routers
 from bam_merge.checkpoints.folder import CONFIG
@@ -39,10 +40,12 @@ from bam_merge.text import printable, some
 from bam_merge.values.tensors import encode
 from bam_merge.verifying.calibrated import Asked, router_checks
 from bam_merge.verifying.devices import open_device, torch_workers
+from bam_merge.verifying.heldout import further_texts, tokens_made_of
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.measuring import Way
 from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.report import Report
+from bam_merge.verifying.tried import try_on_texts
 from bam_merge.verifying.verification import verify
 
 README = "README.md"
@@ -252,6 +255,10 @@ def _prove(
         with computing_on(device, torch_workers(options.workers)) as computing:
             way = Way(LEVELS[options.level], computing)
             report.add(router_checks(fresh.stored, of, lambda: fresh.stored, record["accuracy"], way))
+    if report.ok:
+        texts, made_of = further_texts(order.corpora, mixture.names), tokens_made_of({"calibration": record})
+        with computing_on(device, torch_workers(options.workers)) as computing:
+            try_on_texts(open_folder(staging.output), order.plan, texts, report, computing, made_of, own_alone=True)
     options.on_report(report)
     if not report.ok:
         refuse(staging, target, [f"{check.name}: {check.detail}" for check in report.failures])

@@ -101,8 +101,11 @@ def tokens_made_of(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def own_experts(domain: str, names: Sequence[str], where: str) -> tuple[int, ...]:
-    """The indices of the experts that are called `domain`. Raises CheckpointError where none is. A dense result has none."""
+    """The indices of the experts that are called `domain`, or the one with that number. Raises CheckpointError where there is none; a dense
+    result has none."""
     found = tuple(index for index, name in enumerate(names) if name == domain)
+    if not found and domain.isdecimal() and domain.isascii() and int(domain) < len(names):
+        found = (int(domain),)
     if names and not found:
         there = ", ".join(dict.fromkeys(map(printable, names)))
         raise CheckpointError(f"{where}: no expert is called so{nearest(domain, names) or '.'} Experts: {there}.")

@@ -15,9 +15,7 @@ from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.provenance import MANIFEST, format_note, read_manifest, recorded_experts
 from bam_merge.errors import BamMergeError, CheckpointError, VerifyError
-from bam_merge.model.loading import stored_model
-from bam_merge.model.routes import expert_names
-from bam_merge.model.streaming import Computing, computing_on
+from bam_merge.model.streaming import computing_on
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.load import parse_recipe
@@ -33,15 +31,15 @@ from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import OnHub, file_checks, not_downloaded
 from bam_merge.verifying.function import function_checks as _function
-from bam_merge.verifying.heldout import HeldOut, Routed, further_texts, read_domains, tokens_made_of
+from bam_merge.verifying.heldout import further_texts, read_domains, tokens_made_of
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
-from bam_merge.verifying.perplexity import perplexities, read_texts, unnamed
+from bam_merge.verifying.perplexity import read_texts, unnamed
 from bam_merge.verifying.record import contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
-from bam_merge.verifying.router_words import readings
 from bam_merge.verifying.sources import Changes, changes, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
+from bam_merge.verifying.tried import try_on_texts
 from bam_merge.verifying.work import Work
 
 MOST_KEYS = 8
@@ -101,21 +99,8 @@ def verify(
         found = plan.calibration if plan is not None and options.try_routers and report.ok else None
         tried = further_texts(found.corpora, report.experts) if found is not None else []
         if ids or known or tried:
-            _on_texts(checkpoint, plan, [*unnamed(ids), *known, *tried], report, computing, tokens_made_of(manifest), bool(tried))
+            try_on_texts(checkpoint, plan, [*unnamed(ids), *known, *tried], report, computing, tokens_made_of(manifest), bool(tried))
     return report
-
-
-def _on_texts(
-    checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], report: Report, computing: Computing,
-    made_of: Mapping[str, int], own_alone: bool,
-) -> None:  # fmt: skip
-    """Perplexities, and what the routers do with the texts whose expert is known; `made_of` how many tokens if they are made of text."""
-    report.perplexity, choices = perplexities(checkpoint, plan, texts, computing, own_alone)
-    if choices:
-        mixture = stored_model(checkpoint)
-        routed = Routed(expert_names(mixture), [text for text in texts if text.experts], choices)
-        report.held_out = routed.document()
-        report.readings = readings(routed, report.held_out, report.perplexity, mixture, made_of)
 
 
 def _routed_experts(recipe: Mapping[str, Any]) -> Sequence[str]:

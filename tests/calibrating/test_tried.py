@@ -72,3 +72,14 @@ def test_a_merge_without_such_routers_tries_nothing(tmp_path: Path) -> None:
     reports: list[Report] = []
     merge(load_recipe(write_recipe(tmp_path)), options=MergeOptions(on_report=reports.append))
     assert reports[0].held_out is None and not reports[0].perplexity and "held_out" not in reports[0].document()
+
+
+def test_routers_made_anew_are_tried_too(tmp_path: Path, run: Any) -> None:
+    write_sources(tmp_path, CONFIGS["llama"])
+    scene(tmp_path)
+    folder = publish(plan_file(write_recipe(tmp_path)), None, MergeOptions(verify=False))
+    texts = [part for name in ("seed", "code", "law") for part in ("--texts", f"{name}={tmp_path / name}.txt")]
+    result = run("calibrate", folder, *texts, "--tokens", "300")
+    assert result.status == 0, result.err
+    assert "routers made anew" in result.out and "ffn router on held-out text" in result.out
+    assert "yes: to their own expert go" in " ".join(result.out.split())

@@ -107,6 +107,8 @@ def test_as_transformers_routes(layout: str, tmp_path: Path) -> None:
     ids = random_ids(40)
     found = route(folder, [write_words(tmp_path / "text", ids)])
     assert found.names == ("0", "1", "2")
+    (own,) = route(folder, domains={"2": [tmp_path / "text"]}).texts
+    assert own.experts == (2,) and own.accuracy(own.choices[0]) is not None
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor([ids]), output_router_logits=True).router_logits
