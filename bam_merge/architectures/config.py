@@ -204,10 +204,11 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
         facts |= {key: TRAITS[key] for key in ("qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary")}
     if family.quirks.norm_eps:
         facts["layer_norm_eps" if facts["norm_type"] == "layer_norm" else "rms_norm_eps"] = get(family.quirks.norm_eps)
+    usual = facts["head_dim"] ** -0.5 if facts["head_dim"] else None
     scaled_by = str(family.traits.get("attention_scale", "")).removeprefix("config:")
     if scaled_by in facts and facts[scaled_by] is None:  # which a configuration class then fills in
-        facts[scaled_by] = facts["head_dim"] ** -0.5
-    if facts["attention_scale"] == facts["head_dim"] ** -0.5 and not facts["sizes_by_kind"]:  # else None is another one in each kind
+        facts[scaled_by] = usual
+    if facts["attention_scale"] == usual and not facts["sizes_by_kind"]:  # else None is another one in each kind of layer
         facts["attention_scale"] = None
     facts["twin_norms"] = bool(facts["parallel_block"]) and facts["parallel_norms"] == 2
     facts["second_norm"] = facts["pre_norms"] and (not facts["parallel_block"] or facts["parallel_norms"] == 2)

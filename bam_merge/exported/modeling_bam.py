@@ -719,8 +719,8 @@ class BamFuseHeads(ConversionOps):
     def __init__(self, unit: str, dim: int = 0) -> None:
         self.unit, self.dim = unit, dim
 
-    def rows(self, config: BamConfig, name: str) -> int | None:
-        layer = int(re.search(r"layers\.(\d+)\.", name)[1])
+    def rows(self, config: BamConfig, full_layer_name: str = "", **kwargs: Any) -> int | None:
+        layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1]) if config.sizes_by_kind else 0  # all are alike
         heads, kv_heads, channels = (config.size(size, layer) for size in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         group = heads // kv_heads
         if self.unit == "expert" or (self.unit.endswith("norm") and config.qk_norm_weights != "heads"):
@@ -734,7 +734,7 @@ class BamFuseHeads(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config, kwargs["full_layer_name"]), self.dim
+        tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config, **kwargs), self.dim
         if rows is None:
             fused = torch.stack([tensor[None] for tensor in tensors] if self.of_any_head(config) else tensors, dim)
         elif tensors[0].shape[dim] % rows:
@@ -758,7 +758,7 @@ class BamSplitHeads(BamFuseHeads):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
     ) -> dict[str, Tensor]:
-        fused, rows, dim = _only(input_dict.pop(source_patterns[0])), self.rows(config, kwargs["full_layer_name"]), self.dim
+        fused, rows, dim = _only(input_dict.pop(source_patterns[0])), self.rows(config, **kwargs), self.dim
         if rows is None:
             tensors = [part.squeeze(0) if self.of_any_head(config) else part for part in fused.unbind(dim)]
         else:
