@@ -15,7 +15,7 @@ ABSENT = object()
 
 
 SILENT = (
-    "untied", "second_norm", "sliding", "use_sliding_window", "max_position_embeddings", *NEUTRAL,
+    "untied", "second_norm", "twin_norms", "sliding", "use_sliding_window", "max_position_embeddings", *NEUTRAL,
 )  # fmt: skip
 """Facts that follow from another one, or are a limit or another choice that no forward pass depends on."""
 
@@ -64,6 +64,8 @@ def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) 
     facts, others = model.facts, first.facts
     trait = str(model.family.traits.get(key, ""))
     if trait.startswith("config:") and trait != f"config:{key}":  # qk_norm of use_qk_norm, the output's bias of attention_bias
+        return True
+    if any(key in case.facts and set(case.where) & set(differ) for case in model.family.cases):
         return True
     unsaid = all(side.config.get(key) is None for side in (model, first)) and key not in model.family.defaults
     if key in ("rms_norm_eps", "layer_norm_eps") and model.family.quirks.norm_eps not in (None, key):

@@ -589,7 +589,7 @@ def test_verification_finds_the_wrong_one_of_two_spellings(also: bool, tmp_path:
     ("olmo", {}, "norm_weights", True, "model"), ("olmo_clipped", {}, "attention_clip", None, "source configs"), ("olmo_clipped", {}, "attention_clip", None, "expert isolation"),
     ("olmo2", {}, "qk_norm_shape", "head", "model"), ("phi_qk_norm", {}, "qk_norm_bias", False, "model"), ("exaone4", {}, "rope_layers", None, "expert isolation"),
     ("glm4", {}, "rms_norm_eps", 1e-2, "expert isolation"), ("olmo2", {}, "qk_norm_after_rotary", True, "expert isolation"),
-    ("falcon_grouped", {}, "parallel_norms", 1, "model"), ("falcon_sequential", {}, "parallel_block", True, "source configs"),
+    ("falcon_grouped", {}, "parallel_norms", 1, "model"),
     ("granitemoehybrid", {}, "rope_layers", [], "expert isolation"), ("granitemoehybrid_nope", {}, "rope_layers", None, "source configs"),
     ("glm", {}, "rms_norm_eps", 1e-2, "head"), ("glm", {}, "rope_interleaved", False, "source configs"),
     ("hunyuan_v1_dense", {}, "qk_norm_after_rotary", False, "source configs"), ("ministral3", {}, "query_growth", 0.1, "source configs"),
