@@ -1,20 +1,36 @@
 """The second way to what makes experts differ: which units are dropped, and low rank by singular values."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
 from bam_merge import expressions
-from bam_merge.values.streams import normals, uniforms
+from bam_merge.values.streams import generator, uniforms
 from bam_merge.verifying.rederive.deriving import COMPUTING, Rows, Written, blocks_of, derive, overall, survey_anew
 from bam_merge.verifying.rounding import Derived, half_ulp
 from bam_merge.verifying.rows import SourceTensors
 
 SUMMED = 2.0**-40
 """How far, relative to what is added up, two sums in float64 of as many numbers as a tensor has may be apart; with room."""
+
+
+BLOCK = 2**14
+"""Normal numbers of one generator: those of number b in a stream called `name` are of the generator called `name:b`."""
+
+
+def _normals(seed: int, name: str, start: int, count: int) -> numpy.ndarray[Any, Any]:
+    """Numbers [start, start + count) of a stream, each block drawn as far as it is needed."""
+    found = numpy.empty(count)
+    place = 0
+    while place < count:
+        block, first = divmod(start + place, BLOCK)
+        last = min(BLOCK, first + count - place)
+        found[place : place + last - first] = generator(seed, f"{name}:{block}").standard_normal(last)[first:]
+        place += last - first
+    return found
 
 
 # ---- units drawn anew --------------------------------------------------------------------------------------------------------
@@ -70,7 +86,7 @@ def _drop(method: expressions.Drop, rows: Rows) -> Derived:
         width = int(redrawn.which.sum())
         count, before = len(value) * width, first * width
         place = (slice(None), redrawn.which)
-    drawn = torch.from_numpy(normals(method.seed, method.streams[1], before, count)).view(value[place].shape)
+    drawn = torch.from_numpy(_normals(method.seed, method.streams[1], before, count)).view(value[place].shape)
     value[place] = redrawn.mean + redrawn.std * drawn
     slack[place] = redrawn.mean_off + redrawn.std_off * drawn.abs()
     return Derived(value, slack)
@@ -84,7 +100,7 @@ def _noise(method: expressions.Noise, rows: Rows) -> Derived:
     (value,) = rows.wide
     count = value.numel()
     chosen = torch.from_numpy(uniforms(method.seed, method.streams[0], rows.first, count)).view(value.shape) < method.share
-    added = torch.from_numpy(normals(method.seed, method.streams[1], rows.first, count)).view(value.shape).mul_(method.std)
+    added = torch.from_numpy(_normals(method.seed, method.streams[1], rows.first, count)).view(value.shape).mul_(method.std)
     added.masked_fill_(~chosen, 0.0)
     return Derived(value + added, (value.abs() + added.abs()) * 2.0**-50 * chosen)
 
