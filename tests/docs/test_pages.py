@@ -15,7 +15,8 @@ import yaml
 from adapter_files import write_adapter
 from conftest import CONFIGS, write_recipe, write_sources
 from pages import DOCS, MARK, ROOT, Block, blocks, follow
-from vocabularies import three
+from scenes import write_texts
+from vocabularies import three, tokenizer_json
 
 from bam_merge.cli import cli
 from bam_merge.demo.synthetic import write_checkpoint
@@ -220,6 +221,11 @@ def test_recipes_shown_can_be_planned(block: Block, tmp_path: Path, model: Path)
     for source in recipe["sources"].values():
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(model, tmp_path / source)
+        (tmp_path / source / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    write_texts(tmp_path, FOUR)
+    for name, text in recipe.get("router", {}).get("texts", {}).items():
+        (tmp_path / text).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / f"{name}.txt", tmp_path / text)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     make_plan(load_recipe(tmp_path / "recipe.yaml"))
 
