@@ -55,7 +55,7 @@ def _low_rank(formula: formulas.LowRank, inputs: Sequence[Operand], start: int, 
             left_Rr, right_rC = a.all().value[:, start:stop].T, b.all().value.T
         else:
             left_Rr, right_rC = b.rows(start, stop).value, a.all().value
-        value_RC = torch.addmm(value_RC, left_Rr, right_rC, alpha=scale)
+        value_RC = (scale * left_Rr @ right_rC).add_(value_RC)
         bounds.append((left_Rr.abs().sum(1) * abs(scale), right_rC.abs().amax(0)))
         terms += 3 + right_rC.shape[0]
     slack_RC = value_RC.abs().mul_(terms * UNIT)  # what there was before is at most the value, and the updates once more

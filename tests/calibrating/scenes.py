@@ -39,3 +39,20 @@ def router(init: str = "ridge", names: tuple[str, ...] = SOURCES, **more: Any) -
 
 def recipe(folder: Path, text: str | None = None, **options: Any) -> Path:
     return write_recipe(folder, router() if text is None else text, **options)
+
+
+FOUR = ("seed", "code", "law", "math")
+"""The sources of the recipes in recipes/."""
+
+
+def write_read_texts(folder: Path) -> None:
+    """A tokenizer for every source of `folder`/checkpoints, and what `make example` leaves of texts, beside the pages of the project."""
+    for name in FOUR:
+        (folder / "checkpoints" / name / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    write_texts(folder, FOUR, 3000)
+    (folder / "checkpoints" / "text").mkdir()
+    (folder / "docs" / "how-to").mkdir(parents=True)
+    for name in FOUR[1:]:
+        (folder / f"{name}.txt").rename(folder / "checkpoints" / "text" / f"{name}.txt")
+    (folder / "seed.txt").rename(folder / "docs" / "how-to" / "page.md")
+    (folder / "README.md").write_text("abcdefgh " * 100)

@@ -10,24 +10,9 @@ import pytest
 import yaml
 from adapter_files import write_adapter
 from conftest import CONFIGS, write_sources
-from scenes import LETTERS, write_texts
-from vocabularies import tokenizer_json
+from scenes import FOUR, LETTERS, write_read_texts
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-FOUR = ("seed", "code", "law", "math")
-
-
-def write_read_texts(folder: Path) -> None:
-    """A tokenizer for every source, and what `make example` leaves of texts, beside the pages of the project."""
-    for name in FOUR:
-        (folder / "checkpoints" / name / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    write_texts(folder, FOUR, 3000)
-    (folder / "checkpoints" / "text").mkdir()
-    (folder / "docs" / "how-to").mkdir(parents=True)
-    for name in FOUR[1:]:
-        (folder / f"{name}.txt").rename(folder / "checkpoints" / "text" / f"{name}.txt")
-    (folder / "seed.txt").rename(folder / "docs" / "how-to" / "page.md")
-    (folder / "README.md").write_text("abcdefgh " * 100)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

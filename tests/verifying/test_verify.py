@@ -16,6 +16,7 @@ from adapter_files import write_adapter
 from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from proofs import E1, SQUARE, UNPROVED, Forger, failed, good, swap_ffns
 from safetensors.torch import load_file, save_file
+from scenes import FOUR, write_read_texts
 
 from bam_merge import MergeOptions
 from bam_merge.demo.synthetic import Dense, branched_values, random_values, write_checkpoint
@@ -171,9 +172,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_merges_and_verifies_by_default(recipe: Path, tmp_path: Path, run: Any) -> None:
-    write_sources(tmp_path / "checkpoints", CONFIGS["llama"], ("seed", "code", "law", "math"), "BF16")
-    for name in ("code", "law", "math"):
+    write_sources(tmp_path / "checkpoints", CONFIGS["llama"], FOUR, "BF16")
+    for name in FOUR[1:]:
         write_adapter(tmp_path / "checkpoints" / "adapters" / name, tmp_path / "checkpoints" / "seed", seed=len(name))
+    write_read_texts(tmp_path)
     (tmp_path / "recipes").mkdir()
     result = run(shutil.copy(recipe, tmp_path / "recipes"))
     assert result.status == 0, result.err
