@@ -154,7 +154,12 @@ class _Plain(yaml.SafeDumper):
 
 
 def _yaml(document: Mapping[str, Any]) -> str:
-    return yaml.dump(dict(document), Dumper=_Plain, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    """As YAML. Text with characters that would not be seen, or turn others around, is written in escapes."""
+    as_is, escaped = (
+        yaml.dump(dict(document), Dumper=_Plain, sort_keys=False, default_flow_style=None, allow_unicode=allowed, width=120)
+        for allowed in (True, False)
+    )
+    return as_is if all(line.isprintable() for line in as_is.split("\n")) else escaped
 
 
 def _routers(plan: Plan) -> str:

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from bam_merge.recipe.data_routers import FromTexts
 
 from bam_merge.calibrating.rows import rows
 from bam_merge.calibrating.sums import Sums, spans
+from bam_merge.recipe.makes import FromTexts
 from bam_merge.recipe.rules import ROUTER_INITS, makes_of
 from bam_merge.records import CALIBRATORS, Calibrator
 from bam_merge.verifying.calibrated import _Inputs, derived

@@ -271,13 +271,13 @@ def test_tensors_longer_than_a_block(tmp_path: Path) -> None:
 def test_a_heatmap_is_as_high_as_its_rows(layers: int) -> None:
     """The picture, and the words to its left and right, end with the last row: below it nothing is cut."""
     from bam_merge.showing.heatmap import HeatmapRow
-    from bam_merge.showing.page import AXIS, _map
+    from bam_merge.showing.page import AXIS, heatmap_picture
 
     rows = [HeatmapRow(f"role {index}", [0.1] * layers, 0.1) for index in range(9)] + [
         HeatmapRow("embed", [0.2], 0.2),
         HeatmapRow("head", [None], None),
     ]
-    drawn = _map("x", rows, 0.2)
+    drawn = heatmap_picture("x", rows, 0.2)
     (width, height) = map(int, re.findall(r'<svg width="(\d+)" height="(\d+)"', drawn)[0])
     cells = [(int(x) + int(w), int(y) + int(h)) for x, y, w, h in re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)", drawn)]
     assert height == 11 * 16 + AXIS and max(y for _, y in cells) == height - 16 - 1 and max(x for x, _ in cells) == width - 1

@@ -18,7 +18,7 @@ def test_a_fused_norm_is_the_experts_norms(kind: str, shape: str, bias: bool) ->
     N, K, G, C = 3, 2, 2, 8
     sizes = {"num_attention_heads": N * K * G, "num_key_value_heads": N * K, "head_dim": C, "num_attention_experts": N, "num_experts": N}
     config = BamConfig(hidden_size=32, norm_type=kind, qk_norm=True, qk_norm_shape=shape, qk_norm_bias=bias, **sizes)
-    fused = BamHeadLayerNorm(config, N, N * K * G, G).double()
+    fused = BamHeadLayerNorm(config, N, N * K * G, G, C).double()
     draw = torch.Generator().manual_seed(0)
     for parameter in fused.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
