@@ -202,8 +202,8 @@ def test_control_characters_are_escaped_wherever_names_are_printed(llamas: Path,
         assert all(line.isprintable() for line in (result.out + result.err).split("\n")), result
     card = (llamas / f"out{red}" / "README.md").read_text()
     assert all(line.isprintable() for line in card.split("\n"))
-    told, fence, recipe = card.partition("\n````yaml\n")  # longer than any in a name, so that what is inside is not Markdown
-    assert fence and "<script>" not in told and recipe.count("````") == 1 and recipe.endswith("\n````\n")
+    told, fence, recipe = card.partition("\n## Recipe\n\n```yaml\n")  # a fence longer than any run in a name: inside is no Markdown
+    assert fence and "<script>" not in told and recipe.count("```") == 1 and recipe.endswith("\n```\n")
     text = page.read_text()
     assert red not in text and "\x1b" not in text and "\u202e" not in text and "<script>|" not in text
 
