@@ -11,7 +11,15 @@ from typing import Any
 
 from bam_merge.architectures.rotary_sets import FULL, SLIDING, set_of
 from bam_merge.architectures.tables import Architecture, Quirks
-from bam_merge.architectures.vocabulary import ACTIVATION_KEYS, EXPERT_COUNTS, ROTARY_BASES, ROTARY_SHARES, SLIDING_BASES, WORKED_OUT
+from bam_merge.architectures.vocabulary import (
+    ACTIVATION_KEYS,
+    EXPERT_COUNTS,
+    LOOSE_ACTIVATION,
+    ROTARY_BASES,
+    ROTARY_SHARES,
+    SLIDING_BASES,
+    WORKED_OUT,
+)
 from bam_merge.architectures.window_spellings import WINDOW_KEYS, brief, is_count, window_conflicts
 from bam_merge.text import printable
 
@@ -87,7 +95,7 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
 def _activation(table: Architecture) -> Spelling:
     key = table.quirks.activation
     same = tuple(table.quirks.activations.items())
-    others = tuple(other for other in ACTIVATION_KEYS if other not in (key, *table.neutral))
+    others = tuple(other for other in ACTIVATION_KEYS if other not in (key, LOOSE_ACTIVATION, *table.neutral))
     return Spelling("the activation", (key,), others, table.defaults.get(key, "silu"), same=same)
 
 

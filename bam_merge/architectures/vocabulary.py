@@ -95,6 +95,10 @@ ROTARY_SHARES = ("partial_rotary_factor", "rotary_pct")
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 """Keys for the activation of the FFN."""
 
+LOOSE_ACTIVATION = "activation"
+"""The one among them that other files write beside their own key, in words of their trainers ("swiglu"); what of it may matter,
+sources/harmless_keys.toml says."""
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys for the number of experts."""
 

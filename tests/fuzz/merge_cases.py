@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from random import Random
 from typing import Any
 
@@ -10,7 +11,9 @@ import yaml
 from conftest import CONFIGS
 
 from bam_merge.architectures.config import describe
+from bam_merge.architectures.locate import applies, in_order
 from bam_merge.architectures.tables import load_architecture
+from bam_merge.architectures.traits import own_key
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 TOKENIZER = {
@@ -95,25 +98,31 @@ def draw_config(chance: Random) -> dict[str, Any]:
     heads = chance.choice((1, 2, 3, 4))
     head_dim = chance.choice((4, 6, 8, 16) if name != "phi3" else (4, 8, 16))
     own = config["model_type"] in ("llama", "mistral", "qwen3") and chance.random() < 0.5
-    config |= {
+    table = load_architecture(config["model_type"])
+    names = {word: own_key(table, word) for word in ("intermediate_size", "num_key_value_heads")}
+    names |= {word: key for key, word in table.quirks.renamed.items() if key in config}
+    drawn = {
         "num_attention_heads": heads, "hidden_size": 2 * chance.randint(4, 24) if own else heads * head_dim,
         "intermediate_size": chance.randint(3, 56), "num_hidden_layers": chance.randint(1, 3), "vocab_size": chance.randint(16, 90),
         "max_position_embeddings": chance.choice((32, 64, 128, 2048)),
     }  # fmt: skip
     if own or config["model_type"] == "qwen3":
-        config["head_dim"] = head_dim
+        drawn["head_dim"] = head_dim
     if config["model_type"] != "gpt_neox":
-        config["num_key_value_heads"] = chance.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        drawn["num_key_value_heads"] = chance.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    config |= {names.get(word, word): value for word, value in drawn.items()}
     if chance.random() < 0.6:
         config["tie_word_embeddings"] = chance.random() < 0.5
-    eps = "layer_norm_eps" if config["model_type"] in ("cohere", "gpt_neox") else "rms_norm_eps"
-    config[eps] = chance.choice((1e-5, 1e-6))
-    _draw_windows(chance, config)
+    eps = table.quirks.norm_eps or next(key for key in (*table.function, "") if key.endswith(("norm_eps", "epsilon")) or not key)
+    epsilon = chance.choice((1e-5, 1e-6))
+    if eps and eps not in table.quirks.only:
+        config[eps] = epsilon
+    _draw_windows(chance, config, drawn["num_hidden_layers"])
     return config | draw_rope(chance, config["model_type"], head_dim, config["max_position_embeddings"])
 
 
-def _draw_windows(chance: Random, config: dict[str, Any]) -> None:
-    family, layers = config["model_type"], config["num_hidden_layers"]
+def _draw_windows(chance: Random, config: dict[str, Any], layers: int) -> None:
+    family = config["model_type"]
     if family in ("mistral", "phi3"):
         config["sliding_window"] = chance.choice((None, 4, 16))
     if family in ("qwen2", "qwen3") and chance.random() < 0.4:
@@ -172,10 +181,12 @@ class Drawing:
 
     def __init__(self, chance: Random, config: dict[str, Any], names: list[str]) -> None:
         self.chance, self.config, self.names = chance, config, names
-        self.layers: int = config["num_hidden_layers"]
         problems: list[str] = []
-        self.facts = describe(load_architecture(config["model_type"]), config, problems)
+        table = load_architecture(config["model_type"])
+        self.facts = describe(table, config, problems)
         assert not problems, problems
+        self.layers: int = self.facts["num_hidden_layers"]
+        self.roles = {role for cell in in_order(table, 1) if applies(cell, self.facts) for role in cell.row.roles}
 
     def recipe(self, mixed: bool) -> dict[str, Any]:
         chance, method = self.chance, self.chance.choice(("bam", "bam", "bam", "btx", "btx", "sparse_upcycling", "merge", "merge"))
@@ -285,7 +296,7 @@ class Drawing:
     def rules(self, method: str) -> list[dict[str, Any]]:
         """Up to three rules for groups of roles that do not overlap, some by layer, so that every rule makes something."""
         chance = self.chance
-        groups = [["norm.attn"], ["norm.final"], ["embed"], ["router.ffn"], ["attn.k*", "attn.v*"]]
+        groups = [["norm.attn"], ["norm.attn.post"], ["norm.final"], ["embed"], ["router.ffn"], ["attn.k*", "attn.v*"]]
         if self.facts["untied"]:
             groups.append(["head"])
         if method == "btx":
@@ -294,6 +305,8 @@ class Drawing:
             groups.append(["router.attn"])
         if method == "merge":
             groups = [group for group in groups if group != ["router.ffn"]] + [["attn.q*", "attn.o*"], ["ffn.up"], ["ffn.*"]]
+        made = (*self.roles, "router.ffn", "router.attn")  # not every family has norms before attention, or weights in them
+        groups = [group for group in groups if all(any(fnmatch(role, pattern) for role in made) for pattern in group)]
         rules = []
         for group in chance.sample(groups, chance.randint(0, 3)):
             make = self.initialiser("make") if group[0].startswith("router") else self.make()

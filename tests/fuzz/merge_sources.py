@@ -52,7 +52,7 @@ def _write_files(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
 
 def values(case: Case, source: Source, branch: int, tensor: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of a source: the seed's normal weights, moved as `source.drift` says, rounded to its dtype."""
-    norm = "norm" in tensor and tensor.endswith("weight")
+    norm = tensor.endswith("weight") and ("norm" in tensor or any(word.startswith("ln_") for word in tensor.split(".")))
     dtype = TORCH_DTYPES[source.vectors if len(shape) == 1 else source.dtype]
     origin = _normal(f"{case.name} {tensor}", shape) * case.std + float(norm)
     step = _normal(f"{case.name} {branch} {tensor}", shape) * case.std * 0.2

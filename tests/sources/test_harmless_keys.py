@@ -132,6 +132,7 @@ def test_table(key: str, value: Any, expected: bool) -> None:
     {"use_mrope": False}, {"unsloth_version": "2025.3.19", "unsloth_fixed": True}, {"transformers.js_config": {"dtype": "q4"}},
     {"max_length": 4096, "temperature": 0.7, "do_sample": True, "top_p": 0.9}, {"max_sequence_length": 128}, {"quantization_config": None},
     {"quantization_config": {}}, {"num_labels": 2, "tie_encoder_decoder": False, "bad_words_ids": None}, {"residual_multiplier": None},
+    {"activation": "swiglu"}, {"activation": "silu"},
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["seed", "law"])
 def test_a_harmless_key_of_one_source(name: str, keys: dict[str, Any], where: str, tmp_path: Path, run: Any) -> None:
