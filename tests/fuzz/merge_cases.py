@@ -58,7 +58,8 @@ class Case:
         dtypes = "+".join(dict.fromkeys(d for source in self.sources.values() for d in (source.dtype, source.vectors)))
         tied = " tied" if self.config.get("tie_word_embeddings") else ""
         rope = (self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}).items()
-        kind = next((value for key, value in rope if key in ("rope_type", "type")), "default")
+        sets = [(key, value) for _, inner in rope if isinstance(inner, dict) for key, value in inner.items()]
+        kind = next((value for key, value in (*rope, *sets) if key in ("rope_type", "type")), "default")
         return (
             f"{recipe['method']} of {len(recipe.get('experts', self.sources))} from {len(self.sources)} {self.config['model_type']}{tied} "
             f"{dtypes} to {output['dtype']}, {output.get('layout', '-')}, {'+'.join(dict.fromkeys(makes))}, rope {kind}, {self.workers} workers"
@@ -118,7 +119,15 @@ def draw_config(chance: Random) -> dict[str, Any]:
     if eps and eps not in table.quirks.only:
         config[eps] = epsilon
     _draw_windows(chance, config, drawn["num_hidden_layers"])
-    return config | draw_rope(chance, config["model_type"], head_dim, config["max_position_embeddings"])
+    facts = describe(table, config, [])  # with the rotary embedding that the variant has by itself
+    stated = facts["rope_parameters"]["partial_rotary_factor"]
+    rope = draw_rope(chance, config["model_type"], facts["head_dim"], stated, config["max_position_embeddings"])
+    if table.quirks.rotary_by_kind and "rope_parameters" in rope:
+        plain = {"rope_type": "default", "rope_theta": rope["rope_parameters"]["rope_theta"]}
+        rope = {"rope_parameters": {"full_attention": rope["rope_parameters"], "sliding_attention": plain}}
+    if table.quirks.rotary_by_kind and "rope_scaling" in rope:  # of which these classes know the newer word alone
+        rope["rope_scaling"]["rope_type"] = rope["rope_scaling"].pop("type")
+    return config | rope
 
 
 def _draw_windows(chance: Random, config: dict[str, Any], layers: int) -> None:
@@ -129,17 +138,18 @@ def _draw_windows(chance: Random, config: dict[str, Any], layers: int) -> None:
         config |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": chance.randint(0, layers)}
 
 
-def draw_rope(chance: Random, family: str, head_dim: int, most: int) -> dict[str, Any]:
-    """The rotary embedding, in the spelling of transformers 5 or of 4."""
+def draw_rope(chance: Random, family: str, head_dim: int, stated: float, most: int) -> dict[str, Any]:
+    """The rotary embedding, in the spelling of transformers 5 or of 4; `stated` is the share of a head that turns without it."""
     theta = chance.choice((10000.0, 500000.0))
     share = 0.5 if family == "gpt_neox" and chance.random() < 0.5 else 1.0 if family == "gpt_neox" or chance.random() < 0.7 else 0.5
-    if family not in ("gpt_neox", "phi3"):
+    own = family in ("gpt_neox", "phi3")
+    if not own:
         share = 1.0
     types: dict[str, dict[str, Any]] = {
         "default": {}, "linear": {"factor": 2.0}, "yarn": {"factor": 4.0, "original_max_position_embeddings": most // 4},
         "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": most // 4},
     }  # fmt: skip
-    if int(head_dim * share) > 2:
+    if int(head_dim * (share if own else stated)) > 2:
         types["dynamic"] = {"factor": 2.0}
     if family == "phi3":  # which transformers runs with these two only
         pairs = int(head_dim * share) // 2

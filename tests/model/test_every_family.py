@@ -68,7 +68,7 @@ def changes(family: str) -> Iterator[Change]:
             yield Change(
                 f"{count} of 4 heads for keys", {"num_attention_heads": 4, "num_key_value_heads": count}, {"num_key_value_heads": count}
             )
-    if describe(table, {**config, "head_dim": 16}, []):  # which not every family can say
+    if "head_dim" not in table.quirks.worked_out and describe(table, {**config, "head_dim": 16}, []):  # which not every family can say
         yield Change("wider heads", {"head_dim": 16}, {"head_dim": 16})
     eps = table.quirks.norm_eps or next((key for key in table.function if key.endswith(("norm_eps", "epsilon"))), None)
     if eps and eps not in table.quirks.only:
