@@ -148,7 +148,7 @@ MORE: dict[str, dict[str, Any]] = {
     "exaone4_full": {"model_type": "exaone4", **BASE, **GROUPED, "sliding_window": None, "layer_types": [FULL, FULL], "tie_word_embeddings": True},
     "exaone": {"model_type": "exaone", **without(BASE, "num_hidden_layers"), **EXAONE, **GROUPED, "rope_scaling": LLAMA3, "tie_word_embeddings": False},
     "exaone_tied": {"model_type": "exaone", **without(BASE, "num_hidden_layers", "intermediate_size"), **EXAONE, "head_dim": 12, "tie_word_embeddings": True},
-    "olmo3": {"model_type": "olmo3", **BASE, **GROUPED, "head_dim": 12, "sliding_window": 8, "layer_types": [SLIDES, FULL], "rope_parameters": {FULL: {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}, SLIDES: {"rope_type": "default", "rope_theta": 1e4}}},
+    "olmo3": {"model_type": "olmo3", **BASE, **GROUPED, "head_dim": 12, "sliding_window": 8, "layer_types": [SLIDES, FULL], "rope_parameters": {FULL: {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}, SLIDES: {"rope_type": "default", "rope_theta": 5e5}}},
     "olmo3_biased": {"model_type": "olmo3", **BASE, "attention_bias": True, "sliding_window": 8, "tie_word_embeddings": True},
     "olmo": {"model_type": "olmo", **BASE, **GROUPED},
     "olmo_clipped": {"model_type": "olmo", **BASE, **GROUPED, "head_dim": 12, "clip_qkv": 0.5, "attention_bias": True, "tie_word_embeddings": True},

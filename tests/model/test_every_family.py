@@ -47,6 +47,10 @@ class Change:
     facts: dict[str, Any]
 
 
+BESIDES = {("phi", "qk_layernorm"): {"head_dim": 8}}
+"""What has to be said with a key: transformers' norms of Phi's q and k have hidden_size / num_attention_heads weights, whatever head_dim is."""
+
+
 def changes(family: str) -> Iterator[Change]:
     """Everything that a config.json of the family can switch, by its table, one at a time."""
     table, config = load_architecture(family), CONFIGS[FIRST[family]]
@@ -56,7 +60,7 @@ def changes(family: str) -> Iterator[Change]:
     for key, default in table.defaults.items():
         if type(default) is bool and key not in (*table.quirks.only, "tie_word_embeddings", "use_sliding_window"):
             value = not config.get(key, default)
-            yield Change(f"{key} {str(value).lower()}", {key: value}, {})
+            yield Change(f"{key} {str(value).lower()}", {key: value, **BESIDES.get((family, key), {})}, {})
     for trait, value in table.traits.items():
         key = str(value).partition(":")[2].partition("^")[0]
         if key and key not in (*SYMBOLS.values(), *table.quirks.only) and type(table.defaults.get(key)) is not bool:
