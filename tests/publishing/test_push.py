@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,16 @@ def test_what_was_pushed_is_a_model_of_the_hub_and_proves_itself(acme: FakeHub, 
     assert acme.committed[0]["summary"] == "First"
     assert bam_merge.verify(done.place).ok
     assert not acme.repos["acme/mix"].private
+
+
+def test_the_command_in_a_process_of_its_own(out: Path, tmp_path: Path) -> None:
+    """Where nothing else has imported the library's parts."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment = {**kept, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "bam_merge", "push", str(out), "acme/mix"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: acme/mix: nobody is logged in here, and a push needs a token that may write.")
 
 
 def test_a_branch(acme: FakeHub, out: Path) -> None:

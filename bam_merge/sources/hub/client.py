@@ -50,6 +50,7 @@ def library() -> ModuleType:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError:
         raise HubUnreachable(hub_words.NOT_INSTALLED) from None
     return huggingface_hub
