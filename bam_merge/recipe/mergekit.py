@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.recipe.mergekit_methods import METHODS
-from bam_merge.recipe.mergekit_settings import Settings, layers_of, over_layers
+from bam_merge.recipe.mergekit_settings import Settings, layers_of, named_otherwise, over_layers
 from bam_merge.recipe.mergekit_stacks import layers_in
 from bam_merge.recipe.mergekit_words import Equivalent, recipe_text, short_names
 from bam_merge.text import count, nearest, printable, some
@@ -153,6 +153,8 @@ class _Merge(_Reading):
         if make is None or self.found.lacks:
             return self.found
         layers, tied = layers_of(self.document, self.folder, list(listed))
+        if settings.vary and (other := named_otherwise(settings, self.folder, list(listed))):
+            self.found.lacks.append(f"filters and gradients for models whose names mean other tensors than Llama's: {printable(other)}")
         shared, rules = over_layers(make, settings, layers, tied, self.found.lacks)
         if self.found.lacks:
             return self.found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bam_merge.architectures.tables import find_by_model_type
 from bam_merge.text import printable, ranges
 
 NAMES = {
@@ -115,6 +116,30 @@ def layers_of(document: Mapping[str, Any], folder: Path, models: Sequence[str]) 
             continue
         layers = found if layers is None else layers
     return (layers if type(layers) is int and 0 < layers < 10_000 else None), tied
+
+
+def named_otherwise(settings: Settings, folder: Path, models: Sequence[str]) -> str | None:
+    """Which tensor of these models, where their config.json is there, gets other settings than Llama's in its role (None: none does).
+
+    mergekit's filters go by tensors' names. In Gemma 2, for one, post_attention_layernorm stands after the attention.
+    """
+    given = [(None, settings.common), *settings.own.items()]
+    keys = [(model, key) for model, found in given if isinstance(found, dict) for key in found]
+
+    def of(name: str) -> list[Any]:
+        return [settings.value(name.format(0), t, key, model, None) for model, key in keys for t in (0.0, 0.5, 1.0)]
+
+    for model in models:
+        try:
+            family = find_by_model_type(json.loads((folder / model / "config.json").read_bytes()[:1_000_000]).get("model_type"))
+        except (OSError, ValueError, AttributeError):
+            continue
+        for row in family.rows if family is not None else ():
+            name = row.names[0].replace("{layer}", "{}")
+            for role in row.roles:
+                if not role.endswith(".bias") and (role not in NAMES or of(name) != of(NAMES[role])):
+                    return f"{row.names[0]}, which is {role}"
+    return None
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------------

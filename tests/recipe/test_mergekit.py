@@ -440,3 +440,22 @@ def test_methods_on_the_sphere(models: Path, run: Any) -> None:
 ])  # fmt: skip
 def test_what_the_methods_here_have_not(document: Any, message: str, tmp_path: Path) -> None:
     assert any(text.startswith(message) for text in equivalent(document, tmp_path).lacks), equivalent(document, tmp_path).lacks
+
+
+NORM = "merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: FILTER, value: 0.2}, {value: 0.5}]}}, {model: b, parameters: {weight: [{filter: FILTER, value: 0.8}, {value: 0.5}]}}]\n"
+
+
+@pytest.mark.parametrize(("family", "wanted", "lacking"), [
+    ("llama", "post_attention_layernorm", None),
+    ("phi3", "mlp", None),
+    ("phi3", "q_proj", "model.layers.{layer}.self_attn.qkv_proj.weight, which is attn.q"),
+    ("gemma2", "mlp", "model.layers.{layer}.post_attention_layernorm.weight, which is norm.attn.post"),
+    ("olmo2", "post_attention_layernorm", "model.layers.{layer}.post_attention_layernorm.weight, which is norm.attn.post"),
+])  # fmt: skip
+def test_filters_by_names_that_mean_other_tensors(family: str, wanted: str, lacking: str | None, tmp_path: Path, run: Any) -> None:
+    write_sources(tmp_path, CONFIGS[family], ("a", "b"))
+    (tmp_path / "m.yml").write_text(NORM.replace("FILTER", wanted))
+    result: Result = run("plan", tmp_path / "m.yml")
+    assert result.status == 2
+    assert ("no equivalent here" in result.err) == (lacking is not None), result.err
+    assert lacking is None or f"filters and gradients for models whose names mean other tensors than Llama's: {lacking}" in result.err
