@@ -13,7 +13,7 @@ from bam_merge.planning.dtype_check import dtype_of_new_tensors
 from bam_merge.planning.magnitudes import out_of_range
 from bam_merge.planning.router_check import router_problem
 from bam_merge.planning.shards import shards_of
-from bam_merge.recipe.makes import UNITS, Expert, Initialising, Merging, Varying
+from bam_merge.recipe.makes import UNITS, Expert, Graded, Initialising, Merging, Varying
 from bam_merge.recipe.makes.data_routers import FromTexts
 from bam_merge.recipe.rules import Copies, Rule, covers, parse_layers
 from bam_merge.recipe.schema import ROUTER_PLACES, Attention, Recipe
@@ -85,7 +85,7 @@ class _Rules:
         self.matched.update(chosen)
         self.applied[chosen[0]] += 1
         label, rule = self.rules[chosen[0]]
-        if isinstance(rule, Merging) and rule.knots:
+        if isinstance(rule, Graded) and rule.knots:
             rule = rule.at(_through(self.layers[chosen[0]], site))
         return label, rule
 

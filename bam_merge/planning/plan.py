@@ -32,6 +32,10 @@ BASE_MEMORY = 270_000_000
 """Resident bytes of the process with torch imported, before any tensor (measured, Linux x86-64, torch 2.13 CPU)."""
 
 
+TOKENIZER_MEMORY = 15
+"""Resident bytes that are left of comparing tokenizers, for each byte of the files that the output takes (measured: 10 to 14)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One output tensor. `offset` counts bytes from the start of `file`, which holds it in `nbytes` bytes."""
@@ -130,8 +134,8 @@ class Plan:
         return sum(expressions.bytes_read(step.expr) for step in self.steps)
 
     def peak_memory(self, workers: int = 2) -> int:
-        """Estimated peak resident bytes: the interpreter with torch, and each worker's chunk of every operand and of the result,
-        with what a computed operand is made of."""
+        """Estimated peak resident bytes: the interpreter with torch, what compared tokenizers leave, and each worker's chunk of every
+        operand and of the result, with what a computed operand is made of."""
         chunks, held = CHUNK_ELEMENTS * 16, 0
         for step in self.steps:
             held = max(held, sum(_held(node) for node in expressions.computed(step.expr)))
@@ -143,7 +147,13 @@ class Plan:
                 chunks = max(chunks, size * (merge.method.about.operand_bytes * operands + 16))
                 held = max(held, merge.method.held(merge.shape))
         merging = workers * (COPY_BUFFER + chunks + held)
-        return BASE_MEMORY + max(merging, 0 if self.calibration is None else self.calibration.memory)
+        known = BASE_MEMORY + TOKENIZER_MEMORY * self._companion_bytes()
+        return known + max(merging, 0 if self.calibration is None else self.calibration.memory)
+
+    def _companion_bytes(self) -> int:
+        """Bytes of the tokenizer and generation files that the output takes; 0 of those that are still to be downloaded."""
+        files = (self.models[source].checkpoint.path / name for name, source in self.files.items())
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def document(self, workers: int = 2) -> dict[str, Any]:
         """The plan as `plan --json` prints it."""

@@ -13,6 +13,7 @@ from bam_merge.paths import located, relative
 from bam_merge.recipe.accepting import Accept
 from bam_merge.recipe.makes import Count, Initialising, Integer, Mean, Positive, Strict
 from bam_merge.recipe.makes.data_routers import FromTexts, default_scale
+from bam_merge.recipe.makes.gradual import shown
 from bam_merge.recipe.places import Folder, Known, Source, Store, long_form, model_store, recorded, stores
 from bam_merge.recipe.rules import ROUTER_INITS, AnyExperts, AnyMerging, Copies, OneInit, Rule, covers
 
@@ -186,7 +187,7 @@ class Recipe(Strict):
         if not isinstance(self.experts, Copies):
             return ", ".join(self.expert_names)
         keys = self.experts.model_dump(by_alias=True, exclude_none=True)
-        numbers = ", ".join(f"{key}: {value:g}" for key, value in keys.items() if key not in ("count", "make", "from"))
+        numbers = ", ".join(f"{key}: {shown(value)}" for key, value in keys.items() if key not in ("count", "make", "from"))
         made = "" if keys["make"] == "expert" else f", {keys['make']}" + (f" ({numbers})" if numbers else "")
         return f"{self.experts.count} of {self.expert_names[0]}{made}"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bam_merge import MergeOptions
-from bam_merge.errors import RecipeError
+from bam_merge.errors import BamMergeError, RecipeError
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.publish import publish
@@ -75,6 +75,46 @@ def test_the_merge_follows_and_is_proved(tmp_path: Path) -> None:
         assert float((ours[name] - (seed[name] + share * (code[name] - seed[name]))).abs().max()) < 1e-7
     assert (folder / "bam_merge.json").read_text().count('"scale": [') == 1
     assert verify(folder).ok  # planned anew from the manifest
+
+
+def upcycled(folder: Path, experts: str, rules: str = "") -> Plan:
+    write_sources(folder, FIVE)
+    file = folder / "recipe.yaml"
+    file.write_text(f"method: sparse_upcycling\nsources: {{seed: seed}}\nexperts: {experts}\noutput: {{path: out}}\n{rules}")
+    return plan_file(file)
+
+
+def test_experts_that_differ_by_layers(tmp_path: Path) -> None:
+    """A share of 0 is the source's tensor as it is: no call, and the last layer's bytes are the seed's."""
+    found = upcycled(tmp_path, "{count: 2, make: drop, ratio: [1, 0.5, 0]}")
+    shares = {0: "ratio=1", 1: "ratio=0.75", 2: "ratio=0.5", 3: "ratio=0.25"}
+    assert arguments(found, "ffn.down") == {layer: f"{text}, units=columns" for layer, text in shares.items()} | {4: ""}
+    folder = publish(found, tmp_path / "out", MergeOptions(verify=False))
+    assert verify(folder, found).ok and verify(folder).ok
+    ours, seed = load_file(folder / "model.safetensors"), load_file(tmp_path / "seed" / "model.safetensors")
+    units = FIVE["intermediate_size"]
+    for layer, drawn in enumerate((units, units * 3 // 4, units // 2, units // 4, 0)):
+        there = seed[f"model.layers.{layer}.mlp.up_proj.weight"]
+        assert int((ours[f"model.layers.{layer}.mlp.experts.1.up_proj.weight"] != there).any(1).sum()) == drawn
+
+
+def test_noise_by_the_layers_of_a_rule(tmp_path: Path) -> None:
+    rules = "rules: [{roles: [ffn.*], layers: '1-3', make: noise, std: [0.01, 0.03], share: [1, 0]}]"
+    found = upcycled(tmp_path, "[seed, seed]", rules)
+    assert arguments(found, "ffn.up") == {0: "", 1: "std=0.01, share=1", 2: "std=0.02, share=0.5", 3: "", 4: ""}
+    assert verify(publish(found, tmp_path / "out", MergeOptions(verify=False)), found).ok
+
+
+@pytest.mark.parametrize(("experts", "said"), [
+    ("{count: 2, make: drop, ratio: [0.5, 1.5]}", "experts.ratio[1]: found 1.5, expected at most 1"),
+    ("{count: 2, make: drop, ratio: []}", "experts.ratio: found [], expected at least 1 entry"),
+    ("{count: 2, make: noise, std: [0.1, 0]}", "experts.std[1]: found 0, expected more than 0"),
+    ("{count: 2, make: noise, std: [1, 1.0e+39]}", "experts.std: found 1e+39, expected a magnitude"),
+])  # fmt: skip
+def test_what_is_refused_of_experts_that_differ(experts: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BamMergeError) as error:
+        upcycled(tmp_path, experts)
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize(("text", "said"), [

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from bam_merge import expressions
+from bam_merge.recipe.makes.gradual import Gradual
 from bam_merge.recipe.makes.kinds import Count, Fraction, Graded, Positive, Strict
 
 UNITS: dict[str, Literal["rows", "columns"]] = {
@@ -77,7 +78,9 @@ class Drop(Varying):
     record: ClassVar = expressions.Drop
     suits: ClassVar = ("ffn",)
     make: Literal["drop"]
-    ratio: Fraction = Field(default=0.5, description="share of the units that are drawn anew, rounded down: the same in gate, up and down")
+    ratio: Gradual[Fraction] = Field(
+        default=0.5, description="share of the units that are drawn anew, rounded down: the same in gate, up and down"
+    )
 
     def vary(self, role: str, shape: tuple[int, ...], place: str, random_seed: int) -> expressions.Drop | None:
         units = UNITS.get(role)
@@ -92,8 +95,8 @@ class Noise(Varying):
 
     record: ClassVar = expressions.Noise
     make: Literal["noise"]
-    std: Positive = Field(default=0.02, description="standard deviation of the noise; its mean is 0")
-    share: Fraction = Field(default=0.5, description="probability that an entry gets noise")
+    std: Gradual[Positive] = Field(default=0.02, description="standard deviation of the noise; its mean is 0")
+    share: Gradual[Fraction] = Field(default=0.5, description="probability that an entry gets noise")
 
     def vary(self, role: str, shape: tuple[int, ...], place: str, random_seed: int) -> expressions.Noise | None:
         streams = (f"noise:where:{role}:{place}", f"noise:{role}:{place}")

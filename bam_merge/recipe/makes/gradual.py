@@ -59,3 +59,8 @@ def at(value: Any, place: Exact) -> Any:
 def knots(values: Mapping[str, Any]) -> list[Exact]:
     """The places where a number of any gradient stands: what is straight between them and right at them is right everywhere."""
     return sorted({Exact(index, max(1, len(value) - 1)) for value in lists_in(values) for index in range(len(value))})
+
+
+def shown(value: float | tuple[float, ...]) -> str:
+    """A number or a gradient, for people: as a recipe has it."""
+    return f"[{', '.join(f'{number:g}' for number in value)}]" if isinstance(value, tuple) else f"{value:g}"
