@@ -153,7 +153,7 @@ def their_value(spelling: Spelling, kind: str, config: dict[str, Any]) -> Any:
         case "the activation":
             return getattr(found, spelling.read[0])
         case "the number of experts":
-            return getattr(found, "num_experts", None) or found.num_local_experts
+            return getattr(found, spelling.read[0])
         case "the number of key and value heads" | "the size of a head":
             model = their_model(config)
             if kind != "gpt_neox":
