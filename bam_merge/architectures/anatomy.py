@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bam_merge.architectures.config import dense_layers, facts_of
-from bam_merge.architectures.locate import Cell, Place, Words, applies, in_order, locate, pieces_of, read_name, shape_of, spellings, words
+from bam_merge.architectures.locate import Cell, Place, Words, applies, in_order, locate, parts_of, read_name, shape_of, spellings, words
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
@@ -218,7 +218,7 @@ class _Described:
         joined = "+".join(role + scale for role in row.roles)
         self.places[name] = joined, layer, expert
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
-        found = pieces_of(cell, read, at_layer(self.facts, layer)) if can_be_cut else None
+        found = parts_of(cell, read, at_layer(self.facts, layer)) if can_be_cut else None
         for (role, of), leaf in (found or {(joined, expert): read}).items():
             first = self.leaves.setdefault((role, layer, of), leaf)
             if first is not leaf:

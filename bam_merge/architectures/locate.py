@@ -126,7 +126,7 @@ def rows_of(row: Row, facts: Mapping[str, Any]) -> int:
     return evaluate(row.groups, facts) * sum(evaluate(part, facts) for part in row.parts)
 
 
-def pieces_of(cell: Cell, read: Read, facts: Mapping[str, Any]) -> dict[tuple[str, int | None], Leaf] | None:
+def parts_of(cell: Cell, read: Read, facts: Mapping[str, Any]) -> dict[tuple[str, int | None], Leaf] | None:
     """What each role of a cell is read from, by the role and the expert: as `cut`, and of a tensor that holds all experts for each of them.
 
     None where its table does not say what is where.

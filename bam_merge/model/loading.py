@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, is_named_here, locate, pieces_of, rows_of
+from bam_merge.architectures.locate import Cell, cells, is_named_here, locate, parts_of, rows_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -258,7 +258,7 @@ class _Parameters:
             return
         if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
-        pieces = pieces_of(cell, Read("model", entry.name, entry.dtype, entry.shape), facts)
+        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, entry.shape), facts)
         assert pieces is not None  # its rows are those of the table
         for (parameter, shape), ((role, _), leaf) in zip(shapes.items(), pieces.items(), strict=True):
             if leaf.shape != shape:
