@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bam_merge.architectures.config import dense_layers, facts_of
-from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_order, locate, read_name, shape_of, spellings, words
+from bam_merge.architectures.locate import Cell, Place, Words, applies, in_order, locate, parts_of, read_name, shape_of, spellings, words
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
@@ -218,8 +218,9 @@ class _Described:
         joined = "+".join(role + scale for role in row.roles)
         self.places[name] = joined, layer, expert
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
-        for role, leaf in ((cut(row, read, at_layer(self.facts, layer)) if can_be_cut else None) or {joined: read}).items():
-            first = self.leaves.setdefault((role, layer, expert), leaf)
+        found = parts_of(cell, read, at_layer(self.facts, layer)) if can_be_cut else None
+        for (role, of), leaf in (found or {(joined, expert): read}).items():
+            first = self.leaves.setdefault((role, layer, of), leaf)
             if first is not leaf:
                 self.findings.append(f"{printable(stored(first).tensor)} and {printable(name)} are two spellings of one tensor.")
 
@@ -286,7 +287,7 @@ class _Described:
             return
         never_shared = shared is None or shared in self.architecture.others
         if split and experts and (found or never_shared or not have or any(None not in other for other in have.values())):
-            yield from (split.name(layer, expert) for expert in range(experts) if expert not in found)
+            yield from dict.fromkeys(split.name(layer, expert) for expert in range(experts) if expert not in found)
         elif shared:
             yield shared.name(layer)
 

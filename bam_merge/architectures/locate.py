@@ -8,7 +8,7 @@ tests/architectures/test_locate.py. What a configuration means, and how bytes be
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from bam_merge.architectures.tables import Architecture, Row, at_layer, evaluate, natural_order
@@ -19,7 +19,10 @@ Place = tuple[str, int | None, int | None]
 
 
 class Cell(NamedTuple):
-    """A row of a table at a layer, for an expert: one tensor of a model. The row of a buffer, which loading recomputes, has no roles."""
+    """A row of a table at a layer, for an expert: one tensor of a model. The row of a buffer, which loading recomputes, has no roles.
+
+    A tensor that holds all experts is one cell, without an expert.
+    """
 
     row: Row
     layer: int | None = None
@@ -70,7 +73,7 @@ def cells(table: Architecture, layers: int, experts: int = 0) -> Iterator[Cell]:
     """Every row of `table` at every layer, for every expert; then the buffers that old files hold."""
     for row in (*table.rows, *_buffers(table)):
         for layer in range(layers) if row.per_layer else (None,):
-            yield from (Cell(row, layer, expert) for expert in (range(experts) if row.per_expert else (None,)))
+            yield from (Cell(row, layer, expert) for expert in (range(experts) if row.per_expert and not row.stacked else (None,)))
 
 
 def in_order(table: Architecture, layers: int) -> Iterator[Cell]:
@@ -121,6 +124,29 @@ def family_tensors(family: Architecture, facts: Mapping[str, Any], spelling: int
 def rows_of(row: Row, facts: Mapping[str, Any]) -> int:
     """The rows of a fused tensor: as many blocks as the table says, of all roles' parts."""
     return evaluate(row.groups, facts) * sum(evaluate(part, facts) for part in row.parts)
+
+
+def parts_of(cell: Cell, read: Read, facts: Mapping[str, Any]) -> dict[tuple[str, int | None], Leaf] | None:
+    """What each role of a cell is read from, by the role and the expert: as `cut`, and of a tensor that holds all experts for each of them.
+
+    None where its table does not say what is where.
+    """
+    row, _, expert = cell
+    if not row.stacked:
+        found = cut(row, read, facts)
+        return None if found is None else {(role, expert): leaf for role, leaf in found.items()}
+    if len(read.shape) < 2 or (len(row.roles) > 1 and (not row.parts or read.shape[1] != rows_of(row, facts))):
+        return None
+    experts, rows, *rest = read.shape
+    one_axis = replace(read, shape=(experts * rows, *rest))
+    pieces: dict[tuple[str, int | None], Leaf] = {}
+    for index in range(experts):
+        start = index * rows
+        for role, part in zip(row.roles, row.parts or (None,), strict=True):
+            count = rows if part is None or len(row.roles) == 1 else evaluate(part, facts)
+            pieces[role, index] = Slice(one_axis, 1, start, count, (count, *rest))
+            start += count
+    return pieces
 
 
 def cut(row: Row, read: Read, facts: Mapping[str, Any]) -> dict[str, Leaf] | None:

@@ -36,7 +36,8 @@ TABLE: Kinds = {
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
-    "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "when": str, "make": str, "without": str,
+    "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "axis": str, "when": str, "make": str,
+    "without": str,
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
@@ -216,11 +217,17 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
         yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"
     if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
         yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
+    if "axis" in row and row.get("groups", "1") != "1":
+        yield f"{place}.groups: of a tensor with axis = {row['axis']!r} each expert's rows are one block."
+    if row.get("axis", "expert") != "expert":
+        yield f"{place}.axis: {row['axis']!r} is not possible{_known(row['axis'], ('expert',))}"
     yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1")))
     for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
         for mark in re.findall(r"\{(\w*)\}", name):
             if mark not in ("layer", "expert"):
                 yield f"{place}.name: {{{mark}}} is neither {{layer}} nor {{expert}}{nearest(mark, ('layer', 'expert'))}"
+        if "{expert}" in name and "axis" in row:
+            yield f"{place}.name: {{expert}} is of one expert's tensor, axis = {row['axis']!r} of one that holds all. Keep one."
 
 
 def _sizes(place: str, sizes: Iterable[str]) -> Iterator[str]:

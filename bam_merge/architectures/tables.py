@@ -22,7 +22,8 @@ class Row:
     """One tensor (per layer, per expert) of an architecture.
 
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
-    equal blocks, and each block holds `parts[i]` rows of role i. `when` names the fact that must be true for the tensor
+    equal blocks, and each block holds `parts[i]` rows of role i. Where its `axis` is "expert", its first axis is the experts', of each of
+    which it holds what is said here. `when` names the fact that must be true for the tensor
     to exist, or, as "not FACT", false; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
     role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
     place of ones.
@@ -33,6 +34,7 @@ class Row:
     shape: tuple[str, ...] = ()
     groups: str = "1"
     parts: tuple[str, ...] = ()
+    axis: str | None = None
     when: str | None = None
     make: str | None = None
     without: str | None = None
@@ -43,7 +45,12 @@ class Row:
 
     @property
     def per_expert(self) -> bool:
-        return "{expert}" in self.names[0]
+        return "{expert}" in self.names[0] or self.stacked
+
+    @property
+    def stacked(self) -> bool:
+        """Whether one tensor holds all experts."""
+        return self.axis == "expert"
 
     def name(self, layer: int | None = None, expert: int | None = None, spelling: int = 0) -> str:
         return self.names[spelling].replace("{layer}", str(layer)).replace("{expert}", str(expert))
@@ -283,6 +290,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         shape=tuple(record.get("shape", ())),
         groups=record.get("groups", "1"),
         parts=tuple(record.get("parts", ())),
+        axis=record.get("axis"),
         when=record.get("when"),
         make=record.get("make"),
         without=record.get("without"),

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A source's tensor as stored."""
+    """A source's tensor as stored; of one that holds all experts, its first two axes may be taken as one, that of rows."""
 
     source: str
     tensor: str

@@ -63,7 +63,9 @@ def open_side(address: str | os.PathLike[str]) -> Side:
         elif of is None or of == expert:
             leaves[role, layer, None] = leaf
         else:
-            left_out[stored(leaf).tensor] = "another expert's"
+            left_out.setdefault(stored(leaf).tensor, "another expert's")
+    for leaf in leaves.values():  # which holds all experts
+        left_out.pop(stored(leaf).tensor, None)
     return Side(f"{label}#{name}", found, expert, leaves, left_out)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, cut, is_named_here, locate, rows_of
+from bam_merge.architectures.locate import Cell, cells, is_named_here, locate, parts_of, rows_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -213,7 +213,7 @@ class _Parameters:
         tensors, config = self.checkpoint.tensors, self.config
 
         def is_wanted_cell(cell: Cell) -> bool:
-            return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell)) and self.stands(cell.row)
+            return bool(cell.row.roles) and all(name in wanted for name in self.parameters(cell)) and self.stands(cell.row)
 
         walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
         beside = names_of_the_head(self.architecture)
@@ -224,14 +224,14 @@ class _Parameters:
         for cell, own, is_wanted in found.met:
             names = tuple(stored[name] for name in own)
             if is_wanted and len(names) == 1:
-                self.take(cell, tensors[names[0]], {name: wanted[name] for name in _parameters(cell)})
+                self.take(cell, tensors[names[0]], {name: wanted[name] for name in self.parameters(cell)})
             elif is_wanted:
                 self.problems.append(f"{' and '.join(names)} are two spellings of one tensor. Keep one.")
             elif cell.row.roles == ("head",):  # tied: a copy that equals the embeddings is ignored, another one refused below
                 self.heads = names
             elif cell.row.roles:
                 over.update(names)
-        homes = {name for cell in (*found.missing, *(item.cell for item in found.met if item.wanted)) for name in _parameters(cell)}
+        homes = {name for cell in (*found.missing, *(item.cell for item in found.met if item.wanted)) for name in self.parameters(cell)}
         missing = [*(cell.names[0] for cell in found.missing), *(name for name in wanted if name not in homes)]
         self.report("missing: {} tensor(s) that config.json implies. Is the download complete?", missing)
         extra = [name for name in tensors if name in over]
@@ -251,17 +251,24 @@ class _Parameters:
         own = self.config if cell.layer is None else self.config.at(cell.layer)
         row, facts, (first, *_) = cell.row, _facts(own), shapes.values()
         expected = first if len(row.roles) == 1 else (rows_of(row, facts), *first[1:])
+        if row.stacked:
+            expected = (self.config.num_experts, *expected)
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
             return
         if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
-        pieces = cut(row, Read("model", entry.name, entry.dtype, entry.shape), facts)
+        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, entry.shape), facts)
         assert pieces is not None  # its rows are those of the table
-        for (parameter, shape), (role, leaf) in zip(shapes.items(), pieces.items(), strict=True):
+        for (parameter, shape), ((role, _), leaf) in zip(shapes.items(), pieces.items(), strict=True):
             if leaf.shape != shape:
                 self.problems.append(f"{entry.name} holds {role} as {list(leaf.shape)}, config.json implies {list(shape)}.")
             self.found[parameter] = leaf
+
+    def parameters(self, cell: Cell) -> list[str]:
+        """What the tensor of a cell holds, in its order."""
+        holds = [cell._replace(expert=expert) for expert in range(self.config.num_experts)] if cell.row.stacked else [cell]
+        return [parameter_name(role, one) for one in holds for role in cell.row.roles]
 
     def other_head(self) -> Read | None:
         """A stored head that differs from the embeddings it is tied to: transformers computes with it."""
@@ -275,10 +282,6 @@ class _Parameters:
     def report(self, problem: str, names: list[str]) -> None:
         if names:
             self.problems.append(f"{some(names)} {problem.format(len(names))}")
-
-
-def _parameters(cell: Cell) -> list[str]:
-    return [parameter_name(role, cell) for role in cell.row.roles]
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:

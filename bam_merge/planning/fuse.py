@@ -24,6 +24,12 @@ def fuse(pieces: tuple[Expr, ...], groups: int) -> Expr:
     return Concat(pieces, groups, first.dtype, shape)
 
 
+def stack(parts: tuple[Expr, ...]) -> Concat:
+    """One tensor of those of all experts."""
+    first = parts[0]
+    return Concat(parts, 1, first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), stacked=True)
+
+
 def _tiles(slices: list[Slice], groups: int) -> bool:
     position = 0
     for part in slices:

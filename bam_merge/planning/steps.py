@@ -11,7 +11,7 @@ from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import whole
 from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
-from bam_merge.planning.fuse import fuse
+from bam_merge.planning.fuse import fuse, stack
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -34,14 +34,19 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
         if len(parts) < len(row.roles):
             continue
         stored.update((role, layer) for role in row.roles)
+        role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
         spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.naming.names), 0)
-        for index in range(len(parts[0].exprs)):
+        groups = evaluate(row.groups, at_layer(seed.facts, layer))
+        fused = [fuse(exprs, groups) if len(exprs) > 1 else exprs[0] for exprs in zip(*(part.exprs for part in parts), strict=True)]
+        if row.stacked:
+            all_experts = stack(tuple(fused))
+            shape = (len(fused), *fused[0].shape)
+            steps.append(Step(row.name(layer, spelling=spelling), role, layer, None, all_experts.dtype, shape, all_experts, parts[0].by))
+            continue
+        for index, expr in enumerate(fused):
             expert = index if row.per_expert else None
-            exprs = tuple(part.exprs[index] for part in parts)
-            expr = fuse(exprs, evaluate(row.groups, at_layer(seed.facts, layer))) if len(exprs) > 1 else exprs[0]
             if isinstance(expr, expressions.Init):
                 expr = replace(expr, name=row.name(layer, expert, spelling))
-            role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
             steps.append(Step(row.name(layer, expert, spelling), role, layer, expert, expr.dtype, expr.shape, expr, parts[0].by))
     problems += _homeless(recipe, layout, made, stored)
     return steps

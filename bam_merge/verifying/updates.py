@@ -26,7 +26,7 @@ TOLERANCE = 2.0**-20
 
 def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check]:
     """Every tensor of a source that is not its base's own, nor an expert's, against the reference model of base and adapters."""
-    isolated = {(role, step.layer) for step in plan.steps if step.expert is not None for role in step.role.split("+")}
+    isolated = {(role, step.layer) for step in plan.steps if step.is_experts for role in step.role.split("+")}
     worst, count = Worst("adapters", TOLERANCE), 0
     sources = SourceTensors(plan, RowReader())
     for name, model in plan.models.items():

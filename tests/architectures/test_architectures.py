@@ -71,7 +71,7 @@ def test_table_is_sound(family: Architecture) -> None:
                 "num_key_value_heads": K,
                 "head_dim": D,
             }
-            assert not row.parts or rows_of(row, facts) == shape_of(row, facts)[0]
+            assert not row.parts or not row.shape or rows_of(row, facts) == shape_of(row, facts)[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
