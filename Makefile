@@ -77,7 +77,7 @@ test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods 
 	.venv-mergekit/bin/pip install -q mergekit==0.1.5
 	@touch $@
 
-test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2 and lm-eval, in a venv of its own
+test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2, lm-eval and transformers' own model tests, in a venv of its own
 	.venv-ecosystem/bin/python -m pytest -m ecosystem tests/ecosystem
 
 .venv-ecosystem/ready: pyproject.toml constraints.txt

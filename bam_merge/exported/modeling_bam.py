@@ -460,6 +460,13 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         return h + self.scale * self.post_mlp_layernorm(ffn), ffn_logits, logits
 
 
+class BamRouterLogits(nn.Module):
+    """Logits [B, T, N] of a layer's FFN router as [B * T, N]: called by the model, so that they are recorded outside checkpoints."""
+
+    def forward(self, logits_BTN: Tensor) -> Tensor:
+        return logits_BTN.flatten(0, 1)
+
+
 @dataclass
 class BamModelOutputWithPast(BaseModelOutputWithPast):
     """`router_logits`: of each layer's FFN router [B * T, N]; `attention_router_logits` likewise; `attention_gates` [B, T, N]."""
@@ -493,6 +500,7 @@ class BamPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": OutputRecorder(BamDecoderLayer, index=0),
         "attentions": OutputRecorder(BamAttention, index=1),
+        "router_logits": OutputRecorder(BamRouterLogits),
     }
 
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
@@ -529,6 +537,8 @@ class BamModel(BamPreTrainedModel):
         self.norm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
         self.rotary_emb = BamRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.ffn_logits = BamRouterLogits()
+        register_conversions(self)
         self.post_init()
 
     @merge_with_config_defaults
@@ -543,10 +553,14 @@ class BamModel(BamPreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         output_attention_gates: bool | None = None,
+        routed: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BamModelOutputWithPast:
-        """`attention_mask` [B, S] is 0 at padding; or a prepared mask, or one for each kind of layer."""
+        """`attention_mask` [B, S] is 0 at padding; or a prepared mask, or one for each kind of layer.
+
+        `routed` gives the routers' logits as output_router_logits does, without transformers' hooks, which cannot be compiled.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -576,14 +590,14 @@ class BamModel(BamPreTrainedModel):
                 **{CACHE: cache},
                 **kwargs,
             )
-            ffn_logits += (of_ffn,)
+            ffn_logits += (self.ffn_logits(of_ffn),)
             attention_logits += (of_attention,) if of_attention is not None else ()
-        want_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        want_logits = routed or (self.config.output_router_logits if output_router_logits is None else output_router_logits)
         gates = tuple(attention_gates(self.config, logits) for logits in attention_logits) if output_attention_gates else None
         return BamModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE: cache},
-            router_logits=tuple(logits.flatten(0, 1) for logits in ffn_logits) if want_logits else None,
+            router_logits=ffn_logits if want_logits else None,
             attention_router_logits=tuple(logits.flatten(0, 1) for logits in attention_logits) if want_logits else None,
             attention_gates=gates,
         )
@@ -649,7 +663,8 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=bool(routed),
+            output_router_logits=False,
+            routed=bool(routed),
             output_attention_gates=output_attention_gates,
             cache=past_key_values if cache is None else cache,
             **kwargs,
@@ -778,8 +793,7 @@ class BamFuseFfn(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
-        up, gate = source_patterns
-        parts = [torch.stack(input_dict.pop(name)) for name in (gate, up) if name in input_dict]
+        parts = [torch.stack(input_dict.pop(name)) for name in reversed(source_patterns) if name in input_dict]
         return {target_patterns[0]: torch.cat(parts, 1)}
 
     @property
@@ -794,8 +808,8 @@ class BamSplitFfn(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
     ) -> dict[str, Tensor]:
-        fused, (up, gate) = _only(input_dict.pop(source_patterns[0])), target_patterns
-        parts = dict(zip((gate, up), fused.chunk(2, 1), strict=True)) if config.gated_ffn else {up: fused}
+        fused, (up, *gate) = _only(input_dict.pop(source_patterns[0])), target_patterns
+        parts = dict(zip((*gate, up), fused.chunk(2, 1), strict=True)) if config.gated_ffn else {up: fused}
         return {name: tensor for pattern, part in parts.items() for name, tensor in _named(pattern, part.unbind(0)).items()}
 
     @property
@@ -812,8 +826,9 @@ def _named(pattern: str, tensors: Any) -> dict[str, Tensor]:
     return {pattern.replace("*", str(e)): t.clone(memory_format=torch.contiguous_format) for e, t in enumerate(tensors)}
 
 
-def _conversions() -> list[WeightConverter]:
+def _conversions(config: BamConfig) -> list[WeightConverter]:
     heads, ffn = "self_attn.experts.", "mlp.experts."
+    parts = ("up", "gate") if config.gated_ffn else ("up",)
     fused = {
         **{f"q_proj.{kind}": BamFuseHeads("query") for kind in ("weight", "bias")},
         **{f"{part}_proj.{kind}": BamFuseHeads("key") for part in "kv" for kind in ("weight", "bias")},
@@ -824,13 +839,26 @@ def _conversions() -> list[WeightConverter]:
     return [
         *(WeightConverter(f"{heads}*.{name}", f"{heads}{name}", operations=[op]) for name, op in fused.items()),
         WeightConverter(f"{heads}*.o_proj.bias", f"{heads}o_proj_bias.weight", operations=[BamFuseHeads("expert", 1)]),
-        WeightConverter([f"{ffn}*.up_proj.weight", f"{ffn}*.gate_proj.weight"], f"{ffn}gate_up_proj", operations=[BamFuseFfn()]),
-        WeightConverter([f"{ffn}*.up_proj.bias", f"{ffn}*.gate_proj.bias"], f"{ffn}gate_up_proj_bias", operations=[BamFuseFfn()]),
+        WeightConverter([f"{ffn}*.{part}_proj.weight" for part in parts], f"{ffn}gate_up_proj", operations=[BamFuseFfn()]),
+        WeightConverter([f"{ffn}*.{part}_proj.bias" for part in parts], f"{ffn}gate_up_proj_bias", operations=[BamFuseFfn()]),
         WeightConverter(f"{ffn}*.down_proj.weight", f"{ffn}down_proj", operations=[MergeModulelist(dim=0)]),
         WeightConverter(f"{ffn}*.down_proj.bias", f"{ffn}down_proj_bias", operations=[MergeModulelist(dim=0)]),
     ]
 
 
-register_checkpoint_conversion_mapping("bam", _conversions(), overwrite=True)
+_REGISTERED: dict[str, WeightConverter] = {}
+"""The conversions that models of this process have needed, by what they give; of one thing the one with the most parts serves all."""
+
+
+def register_conversions(model: nn.Module) -> None:
+    """Have transformers know the conversions of the tensors that this model has. What earlier models need stays."""
+    names = [name for name, _ in model.named_parameters()]
+    for conversion in _conversions(model.config):
+        (target,) = conversion.target_patterns
+        known = _REGISTERED.get(target)
+        if any(name.endswith(target) for name in names) and (known is None or len(known.source_patterns) < len(conversion.source_patterns)):
+            _REGISTERED[target] = conversion
+    register_checkpoint_conversion_mapping("bam", list(_REGISTERED.values()), overwrite=True)
+
 
 __all__ = ["BamForCausalLM", "BamModel", "BamPreTrainedModel"]

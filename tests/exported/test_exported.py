@@ -1,6 +1,8 @@
 """The model code that travels with a bam checkpoint: it computes what the reference model does, and saves what it loaded."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,10 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder, as bytes."""
     tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     return {f"{name} {t.dtype} {list(t.shape)}": t.contiguous().flatten().view(torch.uint8) for name, t in tensors.items()}
+
+
+def names_in(folder: Path) -> list[str]:
+    return [name for path in folder.glob("*.safetensors") for name in load_file(path)]
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:
@@ -121,6 +127,43 @@ def test_a_model_made_from_its_configuration_saves_a_checkpoint(tmp_path: Path) 
     with torch.no_grad():
         assert distance(load_model(tmp_path / "fresh")(ids()), fresh(ids()).logits) < 1e-5
     assert float(fresh.model.layers[0].self_attn.router.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_conversions_are_those_of_tensors_that_models_have(tmp_path: Path) -> None:
+    """Of one model every pattern names a stored tensor; a model of another kind adds its own, and both save what they loaded."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    folders = {}
+    for kind, (name, method) in {"btx": ("nemotron", "btx"), "bam": ("llama_biased", "bam")}.items():
+        write_three(tmp_path / kind, CONFIGS[name])
+        folders[kind] = build(tmp_path / kind, "", method)
+    loaded = {kind: load(folder) for kind, folder in folders.items()}
+    code = sys.modules[type(loaded["btx"]).__module__]
+    code._REGISTERED.clear()
+    patterns: dict[str, set[str]] = {}
+    for kind, model in loaded.items():
+        type(model)(model.config).save_pretrained(tmp_path / f"fresh {kind}")
+        patterns[kind] = {pattern for item in get_checkpoint_conversion_mapping("bam") for pattern in item.source_patterns}
+    names = {kind: set(names_in(tmp_path / f"fresh {kind}")) for kind in loaded}
+    assert names == {kind: set(names_in(folder)) for kind, folder in folders.items()}
+    known = {pattern: re.compile(pattern.replace(".*.", r"\.\d+\.") + "$") for pattern in patterns["bam"]}
+    assert [pattern for pattern in patterns["btx"] if not any(known[pattern].search(name) for name in names["btx"])] == []
+    assert patterns["btx"] < patterns["bam"]
+    for kind, model in loaded.items():
+        model.save_pretrained(tmp_path / f"saved {kind}")
+        assert_same_tensors(folders[kind], tmp_path / f"saved {kind}")
+
+
+def test_base_model_records_router_logits_as_it_returns_them(llamas: Path) -> None:
+    """By transformers' hooks, or without: the same tensors, of each layer [B * T, N]."""
+    model = load(merge(load_recipe(write_recipe(llamas)), options=MergeOptions(verify=False))).model
+    with torch.no_grad():
+        recorded = model(ids(), output_router_logits=True).router_logits
+        returned = model(ids(), routed=True).router_logits
+    assert "router_logits" in model._can_record_outputs
+    assert [tuple(logits.shape) for logits in recorded] == [(ids().numel(), 3)] * model.config.num_hidden_layers
+    assert all(torch.equal(a, b) for a, b in zip(recorded, returned, strict=True))
+    assert model(ids()).router_logits is None
 
 
 def test_more_than_ten_experts_keep_their_order(tmp_path: Path) -> None:
