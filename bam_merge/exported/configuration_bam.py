@@ -53,6 +53,11 @@ class BamConfig(PreTrainedConfig):
     # A list: the Trainer's evaluation adds one to it.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits", "attention_router_logits", "attention_gates"]  # noqa: RUF012
     ignore_keys_at_rope_validation = frozenset({"partial_rotary_factor"})
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     base_model_type: str | None = None
     vocab_size: int = 32000
@@ -100,7 +105,7 @@ class BamConfig(PreTrainedConfig):
     embedding_scale: float | int | None = None
     embedding_scale_in_dtype: bool = False
     head_bias: bool = False
-    logit_scale: float | int | None = None
+    logit_scale: float | int | None = 1.0
     attention_softcap: float | int | None = None
     logit_softcap: float | int | None = None
     num_experts: int = 4
@@ -133,6 +138,7 @@ class BamConfig(PreTrainedConfig):
         if self.sliding_window is None or self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        self.logit_scale = 1.0 if self.logit_scale is None else self.logit_scale  # vLLM multiplies with what is there
         self.base_model_tp_plan = self.tensor_parallel_plan()  # an attribute: some releases of transformers add to it
         super().__post_init__(**kwargs)
 
@@ -163,6 +169,16 @@ class BamConfig(PreTrainedConfig):
     def qk_norm_weights(self) -> str:
         """`qk_norm_shape`, or what is usual of such norms."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
+
+    @property
+    def attn_logit_softcapping(self) -> float | int | None:
+        """`attention_softcap` by the name that vLLM reads."""
+        return self.attention_softcap
+
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """`logit_softcap` by the name that vLLM reads, which multiplies with logit_scale s after it caps: s (c/s) tanh(x / (c/s))."""
+        return None if self.logit_softcap is None else self.logit_softcap / self.logit_scale
 
     def size(self, name: str, layer: int) -> int:
         """head_dim, intermediate_size, or num_attention_heads or num_key_value_heads of one expert, in `layer`."""

@@ -12,7 +12,8 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    D hidden_s
 import inspect
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,9 @@ class BamLayerNorm(nn.Module):
         self.offset = config.norm_offset
         self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset)) if config.norm_weights else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+        if _in_vllm(config) and (self.centred or self.offset or bias or self.weight is None or len(shape) > 1):
+            # vLLM puts an RMS norm of its own into the place of modules whose class, and names of children, it knows as one.
+            self.no_plain_rms_norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
@@ -87,6 +91,8 @@ class BamHeadLayerNorm(BamLayerNorm):
         }
         super().__init__(config, *shapes[config.qk_norm_weights], bias=config.qk_norm_bias)
         self.together = config.qk_norm_weights == "all heads"
+        if _in_vllm(config) and self.together:
+            self.no_plain_rms_norm = nn.Identity()  # as above
         self.by_expert = (experts, group) if experts and config.qk_norm_weights != "heads" else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,12 +179,13 @@ def _yarn_factor(rope: dict[str, Any], factor: float) -> float:
 
 def rotate(x_BThC: Tensor, cos_BTxP: Tensor, sin_BTxP: Tensor, interleaved: bool) -> Tensor:
     """Turn each pair of channels by its angle; channels beyond the pairs pass. A pair is (i, i + P), or neighbours if interleaved."""
-    P = cos_BTxP.shape[-1]
+    P, dtype = cos_BTxP.shape[-1], x_BThC.dtype
     turning, passing = x_BThC[..., : 2 * P], x_BThC[..., 2 * P :]
     a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else (turning[..., :P], turning[..., P:])
-    turned = (a * cos_BTxP - b * sin_BTxP, b * cos_BTxP + a * sin_BTxP)
+    a, b = a.to(cos_BTxP.dtype), b.to(cos_BTxP.dtype)  # once, where each product would
+    turned = ((a * cos_BTxP - b * sin_BTxP).to(dtype), (b * cos_BTxP + a * sin_BTxP).to(dtype))
     turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat((turned.to(x_BThC.dtype), passing), -1)
+    return torch.cat((turned, passing), -1) if passing.shape[-1] else turned
 
 
 # ---- routers ---------------------------------------------------------------------------------------------------------------
@@ -249,6 +256,43 @@ def eager_attention_forward(
 class BamAttentionExperts(nn.Module):
     """The projections and norms that stand per expert, fused; files call them `experts.{e}.*`."""
 
+    def __init__(self, config: BamConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.loaded: dict[str, set[str]] = {}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copies `{e}.q_proj.weight` and so on, whole tensors, to their places; the names here that are complete by now.
+
+        vLLM calls this, as often as it likes, where transformers uses the converters below; what is no name of ours has another shape,
+        or would be quantised meanwhile is a ValueError. Under tensor parallelism parameters are this process's part.
+        """
+        N = self.config.num_attention_experts
+        for name, tensor in weights:
+            expert, _, part = name.partition(".")
+            op = _fused_heads().get(part)
+            if op is None or not expert.isdecimal() or int(expert) >= N:
+                raise ValueError(f"experts.{name} is no tensor of the {N} attention experts")
+            full_name = "o_proj_bias.weight" if part == "o_proj.bias" else part
+            module = self.get_submodule(full_name.rpartition(".")[0])
+            method = type(getattr(module, "quant_method", None)).__name__
+            if method not in ("NoneType", "UnquantizedLinearMethod"):
+                raise ValueError(f"{method}: attention experts cannot be quantised while vLLM loads them")
+            target, rows, dim = self.get_parameter(full_name).data, op.rows(self.config), op.dim
+            if rows is None:
+                place = target.select(dim, int(expert))
+                tensor = tensor[None] if op.of_any_head(self.config) else tensor
+            else:
+                place = target.unflatten(dim, (-1, N, rows)).select(dim + 1, int(expert))
+                rank, size = getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1)
+                tensor = tensor.unflatten(dim, (-1, rows)).chunk(size, dim)[rank]
+            if tensor.shape != place.shape:
+                raise ValueError(f"experts.{name} is {list(tensor.shape)}, and its place {list(place.shape)}")
+            place.copy_(tensor)
+            self.loaded.setdefault(full_name, set()).add(expert)
+        return {name for name, experts in self.loaded.items() if len(experts) == N}
+
 
 class BamAttention(nn.Module):
     """All attention experts in one call; or one attention, where the mixture has no attention experts."""
@@ -267,11 +311,12 @@ class BamAttention(nn.Module):
         self.scaling = C**-0.5 if config.attention_scale is None else config.attention_scale
         self.rotates = config.rope_layers is None or layer_idx in config.rope_layers
         self.num_key_value_groups = heads // kv_heads
+        self.kv_copies = config.num_key_value_heads // kv_heads if _in_vllm(config) else 1  # its caches are alike in all layers
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         if self.mixed:
             self.router = BamRouter(config, N)
             self.gates = nn.Identity()  # under tensor parallelism it adds up the processes' gradients of the gates
-            self.experts = BamAttentionExperts()
+            self.experts = BamAttentionExperts(config)
         own, kv = self.parts()
         own.q_proj = nn.Linear(D, heads * C, bias=config.attention_bias)
         kv.k_proj = nn.Linear(D, kv_heads * C, bias=config.attention_bias)
@@ -313,6 +358,8 @@ class BamAttention(nn.Module):
             query, key = own.q_norm(query), kv.k_norm(key)
         if self.config.query_growth is not None:
             query = self.grown(query, kwargs["position_ids"])
+        if self.kv_copies > 1:
+            key, value = (x.repeat_interleave(self.kv_copies, -2) for x in (key, value))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -530,6 +577,7 @@ class BamModel(BamPreTrainedModel):
 
     def __init__(self, config: BamConfig) -> None:
         super().__init__(config)
+        _check_engine(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -565,7 +613,7 @@ class BamModel(BamPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.config.embedding_scale is not None:
+        if self.config.embedding_scale is not None and not _elsewhere(self.layers[0]):
             inputs_embeds = inputs_embeds * self._embedding_scale(inputs_embeds)
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
@@ -581,6 +629,8 @@ class BamModel(BamPreTrainedModel):
             turns = dict.fromkeys(types, self.rotary_emb(inputs_embeds, position_ids, 0))
         hidden_states, ffn_logits, attention_logits = inputs_embeds, (), ()
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            if _elsewhere(layer):
+                continue
             hidden_states, of_ffn, of_attention = layer(
                 hidden_states,
                 attention_mask=masks[kind],
@@ -672,7 +722,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
-        if self.config.logit_scale is not None:
+        if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         logits = capped(logits, self.config.logit_softcap)
         total = self.router_loss(outputs, attention_mask, hidden_states) if routed else None
@@ -719,6 +769,43 @@ def _share(labels: Tensor, num_items_in_batch: Any = None, shift_labels: Tensor 
     predicted = labels[..., 1:] if shift_labels is None else shift_labels
     items = num_items_in_batch.to(labels.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     return predicted.ne(-100).sum() / items
+
+
+# ---- serving engines -------------------------------------------------------------------------------------------------------
+
+
+def _in_vllm(config: BamConfig) -> bool:
+    return getattr(config, "_attn_implementation", None) == "vllm"
+
+
+def _elsewhere(layer: nn.Module) -> bool:
+    """Whether another process computes `layer`: vLLM's pipeline parallelism puts a placeholder there."""
+    return type(layer).__name__ == "PPMissingLayer"
+
+
+def _check_engine(config: BamConfig) -> None:
+    """Raise ValueError for what vLLM would compute otherwise than this file: it replaces FFN experts, heads' sizes and linear layers."""
+    if not _in_vllm(config):
+        return
+    parallel = getattr(sys.modules.get("vllm.distributed"), "get_tensor_model_parallel_world_size", lambda: 1)()
+    kv_heads, norms = config.num_key_value_heads_per_expert, config.qk_norm_weights
+    ropes = (config.rope_parameters or {}, config.sliding_rope_parameters or {})
+    types = {rope.get("rope_type", "default") for rope in ropes} & {"dynamic", "longrope"}
+    kinds = set(config.layer_types) - {"full_attention", "sliding_attention"}
+    faults = {
+        f"its FFN experts compute silu, not hidden_act = {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),
+        "its FFN experts have a gate (gated_ffn = false)": not config.gated_ffn,
+        "its FFN experts have no biases (mlp_bias = true)": config.mlp_bias,
+        "its layers are of one size (sizes_by_kind)": bool(config.sizes_by_kind),
+        f"it has no layers of {', '.join(sorted(kinds))} here (layer_types)": bool(kinds),
+        f"rope_type {', '.join(sorted(types))} depends on the length of each sequence, which it does not tell": bool(types),
+        f"{kv_heads} key and value heads of an expert cannot be cut into {parallel} parts (tensor_parallel_size)": kv_heads % parallel > 0,
+        f"norms of queries and keys for {norms!r} cannot be cut (tensor_parallel_size = {parallel})": parallel > 1
+        and config.qk_norm
+        and (norms != "head" or config.qk_norm_bias),
+    }
+    if found := [text for text, there in faults.items() if there]:
+        raise ValueError(f"vLLM would not compute this model as transformers does: {'; '.join(found)}. Serve it with transformers.")
 
 
 # ---- from files with one tensor per expert, and back -------------------------------------------------------------------------
@@ -826,19 +913,24 @@ def _named(pattern: str, tensors: Any) -> dict[str, Tensor]:
     return {pattern.replace("*", str(e)): t.clone(memory_format=torch.contiguous_format) for e, t in enumerate(tensors)}
 
 
-def _conversions(config: BamConfig) -> list[WeightConverter]:
-    heads, ffn = "self_attn.experts.", "mlp.experts."
-    parts = ("up", "gate") if config.gated_ffn else ("up",)
-    fused = {
+def _fused_heads() -> dict[str, BamFuseHeads]:
+    """How the tensors of attention experts become one, by their names within an expert."""
+    return {
         **{f"q_proj.{kind}": BamFuseHeads("query") for kind in ("weight", "bias")},
         **{f"{part}_proj.{kind}": BamFuseHeads("key") for part in "kv" for kind in ("weight", "bias")},
         "o_proj.weight": BamFuseHeads("query", 1),
         **{f"q_norm.{kind}": BamFuseHeads("query norm") for kind in ("weight", "bias")},
         **{f"k_norm.{kind}": BamFuseHeads("key norm") for kind in ("weight", "bias")},
+        "o_proj.bias": BamFuseHeads("expert", 1),
     }
+
+
+def _conversions(config: BamConfig) -> list[WeightConverter]:
+    heads, ffn = "self_attn.experts.", "mlp.experts."
+    parts = ("up", "gate") if config.gated_ffn else ("up",)
+    fused = {name: "o_proj_bias.weight" if name == "o_proj.bias" else name for name in _fused_heads()}
     return [
-        *(WeightConverter(f"{heads}*.{name}", f"{heads}{name}", operations=[op]) for name, op in fused.items()),
-        WeightConverter(f"{heads}*.o_proj.bias", f"{heads}o_proj_bias.weight", operations=[BamFuseHeads("expert", 1)]),
+        *(WeightConverter(f"{heads}*.{name}", heads + fused[name], operations=[op]) for name, op in _fused_heads().items()),
         WeightConverter([f"{ffn}*.{part}_proj.weight" for part in parts], f"{ffn}gate_up_proj", operations=[BamFuseFfn()]),
         WeightConverter([f"{ffn}*.{part}_proj.bias" for part in parts], f"{ffn}gate_up_proj_bias", operations=[BamFuseFfn()]),
         WeightConverter(f"{ffn}*.down_proj.weight", f"{ffn}down_proj", operations=[MergeModulelist(dim=0)]),
