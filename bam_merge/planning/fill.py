@@ -50,5 +50,12 @@ def _unmet(layout: Architecture, values: Mapping[str, Any]) -> Iterator[tuple[Li
         if limit.equal and evaluate(limit.equal[0], values) != evaluate(limit.equal[1], values):
             sizes = " is not ".join(f"{size} = {evaluate(size, values)}" for size in limit.equal)
             yield limit, f"{sizes}: {limit.otherwise}."
-        if limit.fact and values[limit.fact] not in limit.only:
-            yield limit, f"{limit.fact} is {values[limit.fact]}: {limit.otherwise}."
+        if limit.fact and (found := _fact(values, limit.fact)) not in limit.only:
+            yield limit, f"{limit.fact} is {found}: {limit.otherwise}."
+
+
+def _fact(values: Mapping[str, Any], name: str) -> Any:
+    """A fact by its name, or the entry KEY of one that is a mapping, as FACT.KEY; "none" where there is none."""
+    fact, _, key = name.partition(".")
+    found = values[fact].get(key) if key else values[fact]
+    return "none" if found is None and key else found

@@ -25,6 +25,7 @@ from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.serving import served, serving_problems, unserved
 from bam_merge.planning.shared_expert import shared_expert
 from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
@@ -63,11 +64,13 @@ def make_plan(recipe: Recipe) -> Plan:
     recipe = with_gates(recipe, seed.facts)
     made = assign(recipe, models, problems)
     if layout is None or problems:
-        raise RecipeError(*problems)
+        raise RecipeError(*problems, *(unserved(recipe, layout, models, made) if layout else ()))
     made |= shared_expert(recipe, layout, models, problems) if layout.kind == "mixture" else {}
     values = merge_values(recipe, seed, made) if layout.kind == "mixture" else dict(seed.facts)
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies
+    serves = served(layout, values, seed.family)
+    problems += serving_problems(recipe, models, serves, refused=bool(problems))
     if layout.kind == "mixture":
         problems += [f"{recipe.file}: {text}" for text in (*check_axes(made, seed.facts["num_hidden_layers"]), *check_units(made))]
     steps = make_steps(recipe, layout, seed, made, problems)
@@ -98,6 +101,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ),
         accepted=tuple(found.warnings),
         engines=engine_faults(layout, values),
+        serves=serves,
         cost=cost,
         fingerprint=_fingerprint(recipe, models, config, alignment, texts),
         files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),

@@ -88,6 +88,27 @@ class Shard:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an engine does with a result: a recipe's `word` for it, its name, whether it `serves` it, `how` that is known ("tried" with
+    merges of this family, "expected", "as its sources", "not") with words on it, and the `reasons` why it does not."""
+
+    word: str
+    name: str
+    serves: bool
+    how: str
+    about: str = ""
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """The engine as people are told."""
+        return f"{self.name} (GGUF)" if self.word == "gguf" else self.name
+
+    def document(self) -> dict[str, Any]:
+        return {"engine": self.name, "serves": self.serves, "how": self.how, "about": self.about, "reasons": list(self.reasons)}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything a merge will do. `unused` maps each source to its tensors that are not read, with the reason; `cost` is the result's;
@@ -96,7 +117,8 @@ class Plan:
     `calibration` has the texts of the routers that are made of some.
 
     `files` says which source gives each tokenizer and generation file, `alignment` which of its rows belong to which token, where sources
-    were aligned. `engines` are those that know the layout, each with why it does not compute the result as transformers does.
+    were aligned. `engines` are those that know the layout, each with why it does not compute the result as transformers does; `serves` is
+    the same of every engine that a recipe can ask for, with how it is known.
     """
 
     recipe: Recipe
@@ -114,6 +136,7 @@ class Plan:
     accepted: tuple[str, ...] = ()
     calibration: Calibration | None = None
     engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    serves: tuple[Served, ...] = ()
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -186,6 +209,7 @@ class Plan:
             ],
             "config": dict(self.config),
             "unused": {name: dict(tensors) for name, tensors in self.unused.items() if tensors},
+            "serves": {item.word: item.document() for item in self.serves},
             "notes": list(self.notes),
             "accepted": list(self.accepted),
             **({} if self.alignment is None else {"tokenizer": self.alignment.document()}),

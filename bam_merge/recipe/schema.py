@@ -103,6 +103,10 @@ class Layers(Strict):
     layers: Integer | str = Field(description='its layers, in this order: 3, "0-23", "0,4-7" or "8-" (to the last)')
 
 
+ENGINES = {"transformers": "transformers", "vllm": "vLLM", "gguf": "llama.cpp"}
+"""What output.serves can name, and the engines that are meant."""
+
+
 class Output(Strict):
     path: str = Field(min_length=1, description="the folder where the result appears, relative to the recipe")
     layout: str | None = Field(default=None, description="names and config of the result; default bam, for method merge the dense family")
@@ -113,6 +117,11 @@ class Output(Strict):
         default="source", description="of every tensor; source: as stored, and sources that disagree are an error"
     )
     max_shard_size: Integer | str = Field(default="5GB", description="the most bytes of tensors in one file: 5GB, 500MB, 2GiB, ...")
+    serves: Annotated[tuple[Literal["transformers", "vllm", "gguf"], ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="engines that must compute the result as transformers does (gguf: llama.cpp); a layout or gate that one of them "
+        "computes otherwise is an error, which names those that would do",
+    )
 
 
 class Recipe(Strict):

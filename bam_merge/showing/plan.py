@@ -11,7 +11,7 @@ from typing import Any
 from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.expressions import Calibrated
 from bam_merge.hub_id import hub_id
-from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.plan import Plan, Served, Step
 from bam_merge.process import progress_console
 from bam_merge.text import count, duration, human_bytes, listed, printable, ranges
 
@@ -42,9 +42,28 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
         for reason, names in _grouped(reasons).items():
             first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
             lines.append(f"{'not read':12} {source}: {count(len(names), 'tensor')}{_size(plan, source, names)} ({first}): {reason}")
+    lines += _served(plan)
     lines += [f"{'accepted':12} {warning}" for warning in plan.accepted]
-    lines += [f"{'note':12} {note}" for note in (*plan.notes, *_folders_like_models(plan))]
+    lines += [f"{'note':12} {note}" for note in (*_notes(plan), *_folders_like_models(plan))]
     return "\n".join(lines)
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    """The plan's notes, but for those that say why an engine cannot serve the result: that stands above them."""
+    told = {f"output.layout: {plan.layout.name}: {reason}" for item in plan.serves for reason in item.reasons}
+    yield from (note for note in plan.notes if note not in told)
+
+
+def _served(plan: Plan) -> Iterator[str]:
+    """In which engines the result can be served, and why it cannot in the others."""
+    yield f"{'serves in':12} {', '.join(_trial(item) for item in plan.serves if item.serves)}"
+    for item in plan.serves:
+        yield from (f"{'not in':12} {item.shown}: {reason}" for reason in item.reasons)
+
+
+def _trial(item: Served) -> str:
+    """An engine, and how it is known what it does; transformers is held against every merge by its proof."""
+    return item.shown if item.word == "transformers" else f"{item.shown} ({item.how})"
 
 
 def _from_hub(plan: Plan) -> Iterator[tuple[str, str]]:
