@@ -37,7 +37,7 @@ TABLE: Kinds = {
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
     "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "axis": str, "when": str, "make": str,
-    "without": str,
+    "without": str, "pieces": str,
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
@@ -221,13 +221,15 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
         yield f"{place}.groups: of a tensor with axis = {row['axis']!r} each expert's rows are one block."
     if row.get("axis", "expert") != "expert":
         yield f"{place}.axis: {row['axis']!r} is not possible{_known(row['axis'], ('expert',))}"
-    yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1")))
+    yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1"), row.get("pieces", "1")))
     for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
         for mark in re.findall(r"\{(\w*)\}", name):
-            if mark not in ("layer", "expert"):
+            if mark not in ("layer", "expert", "head"):
                 yield f"{place}.name: {{{mark}}} is neither {{layer}} nor {{expert}}{nearest(mark, ('layer', 'expert'))}"
         if "{expert}" in name and "axis" in row:
             yield f"{place}.name: {{expert}} is of one expert's tensor, axis = {row['axis']!r} of one that holds all. Keep one."
+        if ("{head}" in name) != ("pieces" in row):
+            yield f"{place}: pieces says how many tensors a name with {{head}} stands for, and belongs to one."
 
 
 def _sizes(place: str, sizes: Iterable[str]) -> Iterator[str]:

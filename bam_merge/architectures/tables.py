@@ -24,7 +24,8 @@ class Row:
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
     equal blocks, and each block holds `parts[i]` rows of role i. Where its `axis` is "expert", its first axis is the experts', of each of
     which it holds what is said here. `when` names the fact that must be true for the tensor
-    to exist, or, as "not FACT", false; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
+    to exist, or, as "not FACT", false; `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the
+    other along its first axis; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
     role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
     place of ones.
     """
@@ -38,6 +39,7 @@ class Row:
     when: str | None = None
     make: str | None = None
     without: str | None = None
+    pieces: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -294,6 +296,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         when=record.get("when"),
         make=record.get("make"),
         without=record.get("without"),
+        pieces=record.get("pieces"),
     )
 
 
