@@ -89,7 +89,7 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
             f"counted as of the model that it stands for. {advice(quantised)}"
         )
     if checkpoint.config_digest:
-        architecture, guessed = find_by_model_type(config.get("model_type")), False
+        architecture, guessed = find_by_model_type(config.get("model_type"), config), False
         names = checkpoint.tensors if quantised else _weights(checkpoint.tensors)
         naming = find_naming(names, architecture, inside.wrapper) if architecture else naming
         if architecture:

@@ -32,7 +32,7 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
     "quirks": dict, "cases": list, "sizes": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list,
-    "engines": list, "tensors": dict,
+    "engines": list, "told_by": str, "tensors": dict,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {

@@ -160,7 +160,8 @@ class Architecture:
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
-    need besides, `engines` those that were tried.
+    need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same model
+    type has not, or has as 0 or false.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Architecture:
     config: Mapping[str, Any]
     limits: tuple[Limit, ...]
     engines: tuple[Engine, ...] = ()
+    told_by: str | None = None
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -271,6 +273,7 @@ def read_table(text: str, file: str) -> Architecture:
         config=table.get("config", {}),
         limits=tuple(_limit(record) for record in table.get("limits", ())),
         engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
+        told_by=table.get("told_by"),
     )
 
 
@@ -320,13 +323,27 @@ def mixture_layouts() -> tuple[Architecture, ...]:
     return tuple(a for a in architectures() if a.kind == "mixture")
 
 
-def find_by_model_type(model_type: object) -> Architecture | None:
-    """The architecture that config.json's `model_type` names: dense, mixture or foreign."""
+def find_by_model_type(model_type: object, config: Mapping[str, Any] | None = None) -> Architecture | None:
+    """The architecture that config.json's `model_type` names: dense, mixture or foreign. Of one that is dense or a mixture, the rest of
+    `config` says which; without it the dense one."""
+    if config is not None and (mixture := _told_by_key(model_type, config)) is not None:
+        return mixture
     if isinstance(model_type, str) and model_type in _table_names():  # most tables are called so, and the others need not be read
         named = load_architecture(model_type)
         if model_type in named.model_types:
             return named
     return next((a for a in architectures() if model_type in a.model_types), None)
+
+
+def _told_by_key(model_type: object, config: Mapping[str, Any]) -> Architecture | None:
+    """The mixture whose model type is that of a dense family too, where its key is there and not 0, false or null."""
+    found = (table for table in _of_dense_types() if model_type in table.model_types)
+    return next((table for table in found if config.get(str(table.told_by), table.defaults.get(str(table.told_by)))), None)
+
+
+@cache
+def _of_dense_types() -> tuple[Architecture, ...]:
+    return tuple(table for table in architectures() if table.told_by is not None)
 
 
 def names_of_the_head(table: Architecture) -> tuple[str, ...]:

@@ -158,7 +158,7 @@ def stored_model(checkpoint: Checkpoint, computes: bool = True, head: str | None
         has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in checkpoint.tensors)
         stated = checkpoint.config if wrapper is None else text_config(checkpoint.config, has_head)
         config = model_config(stated)
-        architecture = find_by_model_type(stated["model_type"])
+        architecture = find_by_model_type(stated["model_type"], stated)
         assert architecture is not None
         parameters = _Parameters(checkpoint, architecture, config, computes, wrapper)
         parameters.settle()

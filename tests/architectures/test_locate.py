@@ -212,7 +212,7 @@ def test_transformers_tells_every_two_roles_apart(name: str, tmp_path: Path, mon
     assert float((logits(open_model(tmp_path).model()) - theirs).abs().max()) < 1e-5 * size
     planted = 0
     for words, table in confusions(name, tmp_path):
-        monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, table=table: table)
+        monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config, table=table: table)
         apart = float((logits(open_model(tmp_path).model()) - theirs).abs().max())
         assert apart < 1e-5 * size if (name, words) in ONE_SUM else apart > 1e-3 * size, words
         planted += 1
@@ -241,7 +241,7 @@ def test_a_fused_row_that_is_cut_wrongly_is_found(case: str, tmp_path: Path, mon
     table = load_architecture(CONFIGS[name]["model_type"])
     wrong = replace(table, rows=tuple(replace(row, **change) if role in row.roles else row for row in table.rows))
     assert wrong != table
-    monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type: wrong)
+    monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config: wrong)
     if how == "logits":
         assert float((logits(open_model(tmp_path).model()) - theirs).abs().max()) > 1e-2 * float(theirs.abs().max())
     else:
@@ -271,7 +271,7 @@ def test_a_merge_by_a_wrong_table_is_not_what_transformers_computes(wrong: bool,
     if wrong:
         table = replace(table, rows=tuple(replace(r, roles=r.roles[::-1]) if "ffn.up" in r.roles else r for r in table.rows))
     for module in ("bam_merge.sources.dense", "bam_merge.model.loading"):
-        monkeypatch.setattr(f"{module}.find_by_model_type", lambda name: table if name == "phi3" else find_by_model_type(name))
+        monkeypatch.setattr(f"{module}.find_by_model_type", lambda name, *config: table if name == "phi3" else find_by_model_type(name, *config))
     text = "experts: [seed, seed]\nffn: {top_k: 2}"
     out = merge(load_recipe(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: mixtral}")))
     apart = float((logits(transformers.AutoModelForCausalLM.from_pretrained(out).eval()) - theirs).abs().max())
