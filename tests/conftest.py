@@ -93,7 +93,11 @@ def without(keys: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in names}
 
 
-SLIDES, FULL = "sliding_attention", "full_attention"
+SLIDES, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+"""Sizes of gated delta nets."""
 
 MORE: dict[str, dict[str, Any]] = {
     "granite": {"model_type": "granite", **BASE, **GROUPED, **GRANITE, "head_dim": 12},
@@ -161,6 +165,8 @@ MORE: dict[str, dict[str, Any]] = {
     "glm_unbiased": {"model_type": "glm", **BASE, **GROUPED, "head_dim": 8, "attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
     "granitemoehybrid": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "position_embedding_type": "rope"},
     "granitemoehybrid_nope": {"model_type": "granitemoehybrid", **BASE, **GROUPED, **GRANITE, **HYBRID, "layer_types": ["attention", FULL], "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3_5_text": {"model_type": "qwen3_5_text", **BASE, **GROUPED, **DELTA, "head_dim": 16, "layer_types": [LINEAR, FULL]},
+    "qwen3_5_text_biased": {"model_type": "qwen3_5_text", **BASE, **GROUPED, **DELTA, "head_dim": 8, "full_attention_interval": 2, "attention_bias": True, "partial_rotary_factor": 0.5, "linear_num_key_heads": 4, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True},
     "falcon": {"model_type": "falcon", **without(BASE, "intermediate_size"), "ffn_hidden_size": 40},
     "falcon_grouped": {"model_type": "falcon", **without(BASE, "intermediate_size"), "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "tie_word_embeddings": False},
     "falcon_one_norm": {"model_type": "falcon", **without(BASE, "intermediate_size"), "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bam_merge.architectures.rotary import rotary_problems
+from bam_merge.architectures.vocabulary import LINEAR
 from bam_merge.text import printable
 
 ACTIVATION_NAMES = (
@@ -27,9 +28,10 @@ def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
     act = facts["hidden_act"]
     if act not in ACTIVATION_NAMES:
         yield f"config.json: hidden_act {printable(repr(act), 60)} is not known here. Known: {', '.join(ACTIVATION_NAMES)}."
+    known = (*LAYER_TYPES, LINEAR) if facts.get("linear_num_value_heads") else LAYER_TYPES
     for kind in dict.fromkeys(facts.get("layer_types") or ()):
-        if kind not in LAYER_TYPES:
-            yield f"config.json: layer_types names {printable(repr(kind), 60)}, which is not known here. Known: {', '.join(LAYER_TYPES)}."
+        if kind not in known:
+            yield f"config.json: layer_types names {printable(repr(kind), 60)}, which is not known here. Known: {', '.join(known)}."
     scales = ("logit_scale", "attention_scale", "embedding_scale", "residual_scale")
     for key, least in (("rms_norm_eps", 0.0), ("layer_norm_eps", 0.0), *((key, -math.inf) for key in scales)):
         value = facts.get(key)

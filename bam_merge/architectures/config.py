@@ -10,11 +10,15 @@ from bam_merge.architectures.rotary_sets import SETS, set_problems, settled, wit
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.traits import (
+    INTERVAL,
     LEGACY,
     PATTERN,
     are_sizes_by_kind,
     beyond,
     facts_of_cases,
+    interval_problems,
+    kinds_of_hybrid,
+    linear_problems,
     listed_as_turning,
     own_key,
     query_growth,
@@ -24,7 +28,7 @@ from bam_merge.architectures.traits import (
     under_common_keys,
     without_idle_pattern,
 )
-from bam_merge.architectures.vocabulary import TRAITS
+from bam_merge.architectures.vocabulary import MROPE, TRAITS
 from bam_merge.architectures.window_spellings import is_text_pattern
 from bam_merge.text import printable, some
 from bam_merge.validation_words import shown
@@ -61,7 +65,7 @@ _KINDS = {bool: ((bool,), "true or false"), int: ((int,), "an integer"), float: 
 """The types that a value may have where its key's default is of the given type, and their name."""
 
 
-BY_LAYER = (PATTERN, "no_rope_layers", "no_rope_layer_interval")
+BY_LAYER = (PATTERN, INTERVAL, "no_rope_layers", "no_rope_layer_interval")
 """Keys that say of layers what `layer_types` and `rope_layers` say of them in bam's words."""
 
 
@@ -180,7 +184,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
     for key in COMMON_FUNCTION[:6]:
         if not is_size(facts[key]) and (key != "num_key_value_heads" or get(key)):  # one that follows from another is said once
             problems.append(f"config.json: {own_key(family, key)} must be a positive integer, found {shown(facts[key])}.")
-    problems += _mistyped(family, config)
+    problems += [*_mistyped(family, config), *linear_problems(family, facts)]
     if len(problems) > before:
         return {}
     facts["head_dim"] = facts["head_dim"] or facts["hidden_size"] // facts["num_attention_heads"]
@@ -248,6 +252,7 @@ def _mistyped(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
     if head_dim is not None and not is_size(head_dim):
         yield f"config.json: head_dim must be a positive integer, found {printable(repr(head_dim), 60)}."
     yield from beyond(family, config)
+    yield from interval_problems(family, config)
     for key in ("sliding_window", "max_position_embeddings"):
         if config.get(key) is not None and config[key] != 0 and not is_size(config[key]):
             yield f"config.json: {key} must be a positive integer, found {printable(repr(config[key]), 60)}."
@@ -290,7 +295,8 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
     if odd:
         problems.append(f"config.json: {some(odd)} in rope_parameters must be a number, text or a list of numbers.")
         return {}
-    rope = {key: value for key, value in raw.items() if key != "type" and value is not None}
+    images = MROPE if family.quirks.mrope else ()
+    rope = {key: value for key, value in raw.items() if key not in ("type", *images) and value is not None}
     stated = raw.get("rope_type") or raw.get("type") or "default"
     rope["rope_type"] = next((new for old, new in family.quirks.rope_types.items() if old == stated), stated)
     base, share = family.quirks.rotary_base, family.quirks.rotary_share or "partial_rotary_factor"
@@ -336,7 +342,8 @@ def _sliding(family: Architecture, get: Any, facts: Mapping[str, Any]) -> dict[s
     elif how == "where nothing turns":
         slides = [layer not in facts["turning"] for layer in range(layers)]
     stated = [LEGACY.get(kind, kind) for kind in get("layer_types") or ()]
-    types = stated or ["sliding_attention" if window and slide else "full_attention" for slide in slides]
+    types = ["sliding_attention" if window and slide else "full_attention" for slide in slides]
+    types = stated or kinds_of_hybrid(family, get, layers) or types
     sliding = [kind == "sliding_attention" for kind in types]
     window = window if any(sliding) else None
     how = "none" if not window else "all" if all(sliding) else "mixed"

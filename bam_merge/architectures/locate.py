@@ -90,7 +90,13 @@ def _buffers(table: Architecture) -> Iterator[Row]:
 
 def applies(cell: Cell, facts: Mapping[str, Any]) -> bool:
     """Whether a dense model with these facts has the tensor. It has no buffer."""
-    return bool(cell.row.roles) and (cell.row.when is None or holds(cell.row.when, facts))
+    return bool(cell.row.roles) and (cell.row.when is None or holds(cell.row.when, facts)) and of_its_kind(cell, facts)
+
+
+def of_its_kind(cell: Cell, facts: Mapping[str, Any]) -> bool:
+    """Whether the cell's layer is of a kind that has the tensor."""
+    kinds, types = cell.row.kinds, facts.get("layer_types")
+    return not kinds or cell.layer is None or not types or types[cell.layer] in kinds
 
 
 def is_named_here(row: Row, table: Architecture, facts: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from bam_merge.architectures.vocabulary import (
     EXPERT_COUNTS,
     KINDS_OF_LAYERS,
     LAYER_SIZES,
+    LINEAR,
     ROLES,
     ROTARY_BASES,
     ROTARY_SHARES,
@@ -37,12 +38,13 @@ TABLE: Kinds = {
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
     "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "axis": str, "when": str, "make": str,
-    "without": str, "pieces": str,
+    "without": str, "pieces": str, "kinds": list,
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
     "experts_default": int, "pattern_is_read": bool, "pattern_is_text": bool, "turning": str, "alpha": bool, "query_growth": bool,
     "rope_needed": bool, "rotary_by_kind": bool, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
+    "linear": str, "mrope": bool,
     "norm_eps": str, "activation": str, "renamed": dict, "activations": dict, "only": dict, "reasons": dict,
 }  # fmt: skip
 """What tables.Quirks documents, key by key."""
@@ -222,6 +224,9 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     if row.get("axis", "expert") != "expert":
         yield f"{place}.axis: {row['axis']!r} is not possible{_known(row['axis'], ('expert',))}"
     yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1"), row.get("pieces", "1")))
+    for kind in row.get("kinds", ()):
+        if kind not in (*KINDS_OF_LAYERS, LINEAR):
+            yield f"{place}.kinds: {kind!r} is no kind of layer{_known(str(kind), (*KINDS_OF_LAYERS, LINEAR))}"
     for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
         for mark in re.findall(r"\{(\w*)\}", name):
             if mark not in ("layer", "expert", "head"):

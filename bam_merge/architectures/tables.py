@@ -27,7 +27,7 @@ class Row:
     to exist, or, as "not FACT", false; `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the
     other along its first axis; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
     role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
-    place of ones.
+    place of ones. `kinds` are the kinds of layers that have the tensor, where not all have it.
     """
 
     roles: tuple[str, ...]
@@ -40,6 +40,7 @@ class Row:
     make: str | None = None
     without: str | None = None
     pieces: str | None = None
+    kinds: tuple[str, ...] = ()
 
     @property
     def per_layer(self) -> bool:
@@ -103,6 +104,8 @@ class Quirks:
     `rope_needed`       whether a file that says nothing of the rotary embedding is refused, because the class fills in a scaling of its own
     `needed`            keys that must be there: what the class fills in for them is not computed here
     `kinds`             the kinds of layers that can be computed here, of a class that has others
+    `linear`            the key N of classes whose layers have linear attention, all but each Nth, where layer_types is left out
+    `mrope`             whether rope_parameters may have parts for images (mrope_section), which mean nothing for text
     `taken_from`        facts that stand under another key than in most families, and what is meant where that is left out: "KEY",
                         "KEY or 4 * SIZE"
     `norm_eps`          the key of the norms' epsilon; None: rms_norm_eps or layer_norm_eps, by the norms' kind
@@ -131,6 +134,8 @@ class Quirks:
     rope_needed: bool = False
     needed: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    linear: str | None = None
+    mrope: bool = False
     taken_from: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str | None = None
     activation: str = "hidden_act"
@@ -300,6 +305,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         make=record.get("make"),
         without=record.get("without"),
         pieces=record.get("pieces"),
+        kinds=tuple(record.get("kinds", ())),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from bam_merge.architectures.nulls import meaningless
 from bam_merge.architectures.tables import Architecture
-from bam_merge.architectures.vocabulary import TRAITS
+from bam_merge.architectures.vocabulary import LINEAR, LINEAR_SIZES, TRAITS
 from bam_merge.text import printable
 from bam_merge.validation_words import shown
 
@@ -13,6 +13,10 @@ BETA = "llama_4_scaling_beta"
 
 
 PATTERN = "sliding_window_pattern"
+
+
+INTERVAL = "full_attention_interval"
+"""The key of hybrids for every how many layers one has full attention."""
 
 
 LEGACY = {"attention": "full_attention"}
@@ -180,6 +184,40 @@ def are_sizes_by_kind(value: object) -> bool:
         isinstance(value, dict)
         and all(isinstance(sizes, dict) and all(type(size) is int for size in sizes.values()) for sizes in value.values())
     )
+
+
+def linear_problems(family: Architecture, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the sizes of layers with linear attention."""
+    odd = [key for key in LINEAR_SIZES if key in family.function and not (type(facts[key]) is int and 0 < facts[key] < 2**31)]
+    yield from (f"config.json: {key} must be a positive integer, found {shown(facts[key])}." for key in odd)
+    if not odd and LINEAR_SIZES[0] in family.function and facts["linear_num_value_heads"] % facts["linear_num_key_heads"]:
+        yield (
+            f"config.json: linear_num_value_heads {facts['linear_num_value_heads']} is not a multiple of linear_num_key_heads "
+            f"{facts['linear_num_key_heads']}."
+        )
+
+
+def kinds_of_hybrid(family: Architecture, get: Get, layers: int) -> list[str] | None:
+    """The kinds of layers of a hybrid that does not list them: full attention in every so manieth, linear attention in the others."""
+    every = get(family.quirks.linear) if family.quirks.linear else None
+    if type(every) is not int or every < 1:
+        return None
+    return [LINEAR if (layer + 1) % every else "full_attention" for layer in range(layers)]
+
+
+def interval_problems(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
+    """An interval of a hybrid that is no number of layers, or that its own list contradicts; transformers takes the list."""
+    key, types = family.quirks.linear, config.get("layer_types")
+    if key is None or key not in config:
+        return
+    every = config[key]
+    if type(every) is not int or every < 1:
+        yield f"config.json: {key} must be a positive integer, found {shown(every)}."
+    elif isinstance(types, list) and types != kinds_of_hybrid(family, config.get, len(types)):
+        yield (
+            f"config.json: {key} = {every} says that each {every}th layer has full attention, layer_types otherwise; transformers takes "
+            f"layer_types. Correct one, or remove {key}."
+        )
 
 
 def query_growth(family: Architecture, rope: dict[str, Any], problems: list[str]) -> float | None:

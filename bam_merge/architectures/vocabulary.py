@@ -7,6 +7,8 @@ ROLES = (
     *(f"norm.{where}{suffix}" for where in ("attn", "ffn", "final", "attn.post", "ffn.post") for suffix in ("", ".bias")),
     *(f"attn.{part}{suffix}" for part in "qkvo" for suffix in ("", ".bias")),
     *(f"attn.{part}_norm{suffix}" for part in "qk" for suffix in ("", ".bias")),
+    "attn.gate", "attn.gate.bias",
+    *(f"linear.{part}" for part in ("q", "k", "v", "z", "b", "a", "q_conv", "k_conv", "v_conv", "dt_bias", "A_log", "norm", "o")),
     *(f"ffn.{part}{suffix}" for part in ("gate", "up", "down") for suffix in ("", ".bias")),
     "router.attn", "router.ffn",
 )  # fmt: skip
@@ -17,6 +19,8 @@ ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0
 SYMBOLS = {
     "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
     "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",
+    "Hk": "linear_num_key_heads", "Hv": "linear_num_value_heads", "Dk": "linear_key_head_dim", "Dv": "linear_value_head_dim",
+    "c": "linear_conv_kernel_dim",
 }  # fmt: skip
 """The letters of symbolic shapes, and the facts they stand for."""
 
@@ -25,12 +29,22 @@ LAYER_SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "interm
 
 KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
+LINEAR = "linear_attention"
+"""The kind of layers that have a gated delta net (arXiv 2412.06464) in the place of attention: a state of one size for any context."""
+
+LINEAR_SIZES = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+)  # fmt: skip
+"""Sizes of such layers: heads of queries and keys, and of values, of which a whole number stands to each; their channels; the tokens that
+the convolution before them sees."""
+
 TRAITS: dict[str, Any] = {
     "norm_type": None, "norm_bias": False, "norm_weights": True, "attention_clip": None,
     "pre_norms": True, "post_norms": False, "parallel_block": False, "parallel_norms": 2,
     "gated_ffn": False,
     "rope_interleaved": False, "qk_norm": False, "qk_norm_shape": None, "qk_norm_bias": False,
     "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
+    "attention_gate": False,
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None, "attention_softcap": None, "logit_softcap": None,
 }  # fmt: skip
@@ -40,6 +54,7 @@ norm_weights               norms have weights, and do more than to centre or to 
 attention_clip             queries, keys and values are cut off at this and at minus this; None: they are not
 pre_norms                  norms before attention and FFN
 post_norms                 norms of what attention and FFN give, before it is scaled and added; of a mixture's, after the experts are mixed
+attention_gate             what attention gives is multiplied with sigmoid(W x), channel by channel, before its output projection
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
 qk_norm                    norms of q and k, of each head unless qk_norm_shape says otherwise
 qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "heads in a row": as many, in
@@ -69,7 +84,8 @@ QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
     "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False, "sliding_rope_parameters": None, "attention_softcap": None,
-    "logit_softcap": None, "norm_weights": True, "attention_clip": None, "sizes_by_kind": None,
+    "logit_softcap": None, "norm_weights": True, "attention_clip": None, "sizes_by_kind": None, "attention_gate": False,
+    **dict.fromkeys(LINEAR_SIZES),
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
 
@@ -98,6 +114,9 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "ac
 LOOSE_ACTIVATION = "activation"
 """The one among them that other files write beside their own key, in words of their trainers ("swiglu"); what of it may matter,
 sources/harmless_keys.toml says."""
+
+MROPE = ("mrope_section", "mrope_interleaved")
+"""Keys of rope_parameters that share out the channels among time, height and width of images; of text all three are the position."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys for the number of experts."""

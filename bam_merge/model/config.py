@@ -11,7 +11,7 @@ from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.config import describe, is_quantised, mixture_values
 from bam_merge.architectures.spellings import conflicts
 from bam_merge.architectures.tables import architecture_names, find_by_model_type
-from bam_merge.architectures.vocabulary import KINDS_OF_LAYERS, LAYER_SIZES
+from bam_merge.architectures.vocabulary import KINDS_OF_LAYERS, LAYER_SIZES, LINEAR_SIZES
 from bam_merge.errors import CheckpointError
 from bam_merge.model.model_config import ModelConfig
 from bam_merge.model.reference_config import reference_values, rotary
@@ -81,6 +81,10 @@ def _inconsistencies(config: ModelConfig) -> Iterator[str]:
     elif heads % kv_heads:
         yield f"config.json: {heads} attention heads (of one expert) are not a multiple of {kv_heads} key and value heads."
     yield from _odd_kinds(config)
+    key_heads, value_heads, *_ = sizes = config.linear_sizes
+    if any(map(config.is_linear, range(len(config.layer_types or ())))) and (min(sizes) < 1 or value_heads % key_heads):
+        words = "each above 0, and linear_num_value_heads a multiple of linear_num_key_heads"
+        yield f"config.json: {', '.join(LINEAR_SIZES)} must be the sizes of linear attention, {words}; found {', '.join(map(str, sizes))}."
     if config.layer_types is not None and len(config.layer_types) != config.num_hidden_layers:
         yield f"config.json: layer_types names {len(config.layer_types)} layers, num_hidden_layers is {config.num_hidden_layers}."
     attention_experts = config.num_attention_experts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, parts_of, rows_of
+from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, of_its_kind, parts_of, rows_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -26,8 +26,9 @@ from bam_merge.checkpoints.pieces import Joined, Leaf, Read, byte_runs, numel, s
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
-from bam_merge.model.model import Block, Model, Norm, head, scaled_embeddings
+from bam_merge.model.model import Block, Model, head, scaled_embeddings
 from bam_merge.model.model_config import ModelConfig
+from bam_merge.model.norms import Norm
 from bam_merge.model.wrapped import own_names, text_config, wrapper_of
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import TORCH_DTYPES, buffer, decode, read_tensor
@@ -216,7 +217,8 @@ class _Parameters:
         tensors, config = self.checkpoint.tensors, self.config
 
         def is_wanted_cell(cell: Cell) -> bool:
-            return bool(cell.row.roles) and all(name in wanted for name in self.parameters(cell)) and self.stands(cell.row)
+            named = bool(cell.row.roles) and all(name in wanted for name in self.parameters(cell)) and self.stands(cell.row)
+            return named and of_its_kind(cell, vars(config))
 
         walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
         beside = names_of_the_head(self.architecture)

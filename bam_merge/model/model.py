@@ -18,51 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
 
 from bam_merge.model.activations import ACTIVATIONS
+from bam_merge.model.delta_net import DeltaNet
 from bam_merge.model.model_config import ModelConfig
+from bam_merge.model.norms import Linear, Norm, capped, wide
 from bam_merge.model.positions import Cache, grown, rotate, turns, visible
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 where it is: what norms and softmaxes are computed in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def capped(x: Tensor, cap: float | None) -> Tensor:
-    """c tanh(x / c): about x where x is small, and never above c."""
-    return x if cap is None else cap * (x / cap).tanh()
-
-
-class Linear(nn.Linear):
-    """A linear layer that draws its weights only where there is memory for them: a block without any is built to be filled."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Norm(nn.Module):
-    """RMS norm over the last axis. Layer norm is the same of the centred vector."""
-
-    def __init__(self, config: ModelConfig, *shape: int, bias: bool = False) -> None:
-        super().__init__()
-        self.centred = config.norm_type == "layer_norm"
-        self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
-        self.offset = config.norm_offset
-        self.weight = nn.Parameter(torch.ones(shape)) if config.norm_weights else None
-        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = wide(x)
-        z = z - z.mean(-1, keepdim=True) if self.centred else z
-        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        weight, bias = (None if w is None else self.laid_out(w) for w in (self.weight, self.bias))
-        if weight is not None:
-            z = (self.offset + wide(weight) if self.offset else weight) * z
-        return (z if bias is None else z + bias).to(x.dtype)
-
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """Weights or biases as they are multiplied or added."""
-        return weight
 
 
 class HeadNorm(Norm):
@@ -124,6 +83,7 @@ class Heads(nn.Module):
 
         if query:
             self.q_proj, self.q_norm = Linear(D, H * C, bias), norm(H)
+            self.gate_proj = Linear(D, H * C, bias) if config.attention_gate else None
             self.o_proj = Linear(H * C, D, config.attention_out_bias)
         if key_value:
             self.k_proj, self.k_norm, self.v_proj = Linear(D, K * C, bias), norm(K), Linear(D, K * C, bias)
@@ -146,7 +106,8 @@ class Heads(nn.Module):
         return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
 
     def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
-        """o(softmax(scale q k^T) v) [B, T, D]. `at`: the turn of these tokens and their positions [B, T]."""
+        """o(softmax(scale q k^T) v) [B, T, D]; with a gate, o(softmax(scale q k^T) v * sigmoid(gate x)). `at`: the turn of these tokens and
+        their positions [B, T]."""
         C, scale = self.config.head_dim, self.config.attention_scale
         q_BTHC = self.placed(self.q_norm, self.heads(self.q_proj(x_BTD)), at[0])
         q_BTHC = grown(self.config.query_growth, self.config.rope_parameters, at[1], q_BTHC)
@@ -155,8 +116,16 @@ class Heads(nn.Module):
         scores_BHTS = capped(scores_BHTS, self.config.attention_softcap)
         hidden = torch.finfo(scores_BHTS.dtype).min  # not -inf: padding sees nothing, and must not become NaN
         weights_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], hidden).softmax(-1).to(x_BTD.dtype)
-        y_BTD: Tensor = self.o_proj(torch.einsum("bhts,bshc->bthc", weights_BHTS, v_BSHC).flatten(-2))
+        seen_BTX = torch.einsum("bhts,bshc->bthc", weights_BHTS, v_BSHC).flatten(-2)
+        y_BTD: Tensor = self.o_proj(seen_BTX if self.gate_proj is None else seen_BTX * self.gate_proj(x_BTD).sigmoid())
         return y_BTD
+
+
+def gates_of_attention(config: ModelConfig) -> tuple[int, str]:
+    """What `route` needs to know of a router of attention experts."""
+    N = config.num_attention_experts
+    soft = config.attention_routing != "top_k"
+    return (N, "softmax_then_topk") if soft else (config.num_attention_experts_per_tok or N, "renormalised")
 
 
 class Attention(Heads):
@@ -169,9 +138,7 @@ class Attention(Heads):
         self.window = config.sliding_window if config.slides(layer) else None
         self.rotates = config.rope_layers is None or layer in config.rope_layers
         if N:
-            self.router = Linear(config.hidden_size, N, bias=False)
-            soft = config.attention_routing != "top_k"
-            self.gates = (N, "softmax_then_topk") if soft else (config.num_attention_experts_per_tok or N, "renormalised")
+            self.router, self.gates = Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
         self.experts = cast(Sequence[Heads], nn.ModuleList(Heads(config, key_value=not shares_kv) for _ in range(N)))
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
@@ -195,6 +162,30 @@ class Attention(Heads):
             keys_values = shared or cached(expert, str(j))  # of every expert: later tokens may choose it
             if gates_BTN[..., j].any():
                 y_BTD = y_BTD + gates_BTN[..., j, None] * expert.attend(x_BTD, (turn, positions_BT), *keys_values, seen_BTS)
+        return y_BTD.to(x_BTD.dtype), gates_BTN
+
+
+class LinearAttention(DeltaNet):
+    """One gated delta net in the place of attention, or the mixture sum_j g_j(x) DeltaNet_j(x), each with a state of its own."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        N = config.num_attention_experts if config.attention_linear == "expert" else 0
+        super().__init__(config, built=N == 0)
+        self.layer, self.shares_kv = layer, False
+        if N:
+            self.router, self.gates = Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
+        self.experts = cast(Sequence[DeltaNet], nn.ModuleList(DeltaNet(config) for _ in range(N)))
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
+        """y [B, T, D], and the gates [B, T, N] of a mixture. Padding leaves no trace in the states."""
+        cache.extend(self.layer, "positions", positions_BT)
+        there_BTD = x_BTD.masked_fill(positions_BT[..., None] < 0, 0)
+        if not self.experts:
+            return self.mixed(there_BTD, cache, (self.layer, "all")), None
+        gates_BTN = route(self.router, x_BTD, *self.gates, force_expert)
+        y_BTD = wide(torch.zeros_like(x_BTD))
+        for j, expert in enumerate(self.experts):  # of every expert: what it keeps of these tokens may matter later
+            y_BTD = y_BTD + gates_BTN[..., j, None] * expert.mixed(there_BTD, cache, (self.layer, str(j)))
         return y_BTD.to(x_BTD.dtype), gates_BTN
 
 
@@ -274,7 +265,7 @@ class Block(nn.Module):
         self.input_layernorm = norm(config.pre_norms)
         self.post_attention_layernorm = None if one_norm else norm(config.pre_norms)  # before the FFN; llama's name for it
         self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(config.post_norms), norm(config.post_norms)
-        self.self_attn = Attention(config, layer)
+        self.self_attn: Attention | LinearAttention = (LinearAttention if config.is_linear(layer) else Attention)(config, layer)
         self.mlp: FfnMixture | Ffn = FfnMixture(config) if config.num_experts else Ffn(config, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache | None = None, force_expert: int | None = None) -> BlockOutput:

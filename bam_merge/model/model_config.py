@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 QkNormShape = Literal["head", "heads", "heads in a row", "all heads"]
+KindOfLayer = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ModelConfig:
     parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False
+    attention_gate: bool = False  # what attention gives is multiplied with sigmoid(gate x) before its output projection
     qk_norm: bool = False  # of q and k, of the kind norm_type
     qk_norm_shape: QkNormShape | None = None  # None: "head" of RMS norms, "heads" of layer norms
     qk_norm_bias: bool = False
@@ -52,7 +54,13 @@ class ModelConfig:
     rope_layers: Sequence[int] | None = None  # the layers that rotate; None: all
     max_position_embeddings: int | None = None
     sliding_window: int | None = None
-    layer_types: Sequence[Literal["full_attention", "sliding_attention"]] | None = None  # None: every layer slides if there is a window
+    layer_types: Sequence[KindOfLayer] | None = None  # None: every layer slides if there is a window
+    linear_num_key_heads: int = 0  # of layers with linear attention; of one expert, as all sizes
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0
+    attention_linear: Literal["expert", "shared"] | None = None  # whether such layers have experts as the others have
     num_attention_experts: int = 0  # 0: one attention (dense, BTX, Sparse Upcycling)
     attention_kv: Literal["expert", "shared"] | None = None
     shared_kv_layers: Sequence[int] | None = None  # layers that share k and v although attention_kv is "expert"
@@ -72,6 +80,16 @@ class ModelConfig:
         """Of each head with weights [C] for all (qwen3), [H, C] (cohere) or [H * C] (stablelm); or of all heads together, with weights
         [H * C] (olmo2)."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
+
+    @property
+    def linear_sizes(self) -> tuple[int, int, int, int, int]:
+        """Of layers with linear attention: key heads, value heads, channels of a key and of a value, tokens that a convolution sees."""
+        key_heads, value_heads = self.linear_num_key_heads, self.linear_num_value_heads
+        return key_heads, value_heads, self.linear_key_head_dim, self.linear_value_head_dim, self.linear_conv_kernel_dim
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether `layer` has linear attention."""
+        return self.layer_types is not None and self.layer_types[layer] == "linear_attention"
 
     def slides(self, layer: int) -> bool:
         """Whether `layer` has a sliding window."""

@@ -115,6 +115,14 @@ class Cache:
         self.tensors[layer, name] = new_BT if old_BS is None else torch.cat((old_BS, new_BT), 1)
         return self.tensors[layer, name]
 
+    def kept(self, layer: int, name: str) -> Tensor | None:
+        """What is kept under a name in the place of all tokens so far: a state. None before the first."""
+        return self.tensors.get((layer, name))
+
+    def keep(self, layer: int, name: str, state: Tensor) -> None:
+        """Keep it in the place of what was kept."""
+        self.tensors[layer, name] = state
+
     def next_positions(self, mask_BT: Tensor) -> Tensor:
         """Positions of the next tokens [B, T]: counted on from the last where `mask_BT` is 1; -1, for padding, where it is 0."""
         old_BS = self.tensors.get((0, "positions"))

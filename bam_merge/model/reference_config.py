@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bam_merge.architectures.tables import Architecture
-from bam_merge.architectures.vocabulary import LAYER_SIZES
+from bam_merge.architectures.vocabulary import LAYER_SIZES, LINEAR_SIZES, MROPE
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -46,6 +46,7 @@ def reference_values(table: Architecture, config: Mapping[str, Any]) -> dict[str
         **_layers(table, config),
         **_block(table, get),
     }
+    values |= {key: get(key) for key in LINEAR_SIZES}
     values |= _rotary_embeddings(table, config, values)
     values |= _sizes(table, config, values)
     for eps in ("rms_norm_eps", "layer_norm_eps"):
@@ -141,6 +142,7 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         "attention_bias": bias,
         "attention_out_bias": out_bias,
         "mlp_bias": bool(trait("mlp_bias", False)),
+        "attention_gate": bool(trait("attention_gate", False)),
         "norm_offset": trait("norm_offset", 0),
         "qk_norm_after_rotary": bool(trait("qk_norm", False) and trait("qk_norm_after_rotary", False)),
         "head_bias": bool(trait("head_bias", False)),
@@ -184,6 +186,8 @@ def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     them, and as the overrides of GPTNeoXConfig and Phi3Config and the rotary embedding of HunYuanDenseV1 do."""
     older, newer = config.get("rope_scaling"), config.get("rope_parameters")
     rope = {key: value for key, value in (older if older else newer if newer else {}).items() if value is not None}
+    for images in MROPE if table.quirks.mrope else ():
+        rope.pop(images, None)
     legacy = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or legacy or "default"
     theta_key, share_key = table.quirks.rotary_base, table.quirks.rotary_share
@@ -232,6 +236,10 @@ def _windows(table: Architecture, config: Mapping[str, Any], rotated: list[bool]
     """The sliding window and which layers have it: by the keys that the model type has at all."""
     known = {*table.function, *table.neutral, *table.config}
     layers = config["num_hidden_layers"]
+    if table.quirks.linear is not None:  # Qwen3_5TextConfig.__post_init__: each of so many layers is full, the others linear
+        every = config.get(table.quirks.linear, table.defaults.get(table.quirks.linear))
+        listed = config.get("layer_types") or ["linear_attention" if (n + 1) % every else "full_attention" for n in range(layers)]
+        return {"sliding_window": None, "layer_types": listed}
 
     def get(key: str) -> Any:
         return config[key] if key in config else table.defaults.get(key)

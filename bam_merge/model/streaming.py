@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bam_merge.model.loading import StoredModel
-from bam_merge.model.model import Block, Norm, as_logits
+from bam_merge.model.model import Block, as_logits
+from bam_merge.model.norms import Norm
 from bam_merge.values.torch_threads import one_torch_thread
 
 CHUNK_ELEMENTS = 2**19

@@ -23,7 +23,11 @@ from bam_merge.text import some
 KV_ROLES = ("attn.k", "attn.v", "attn.k_norm", "attn.k_norm.bias")
 
 
-QO_ROLES = ("attn.q", "attn.o", "attn.q_norm", "attn.q_norm.bias")
+QO_ROLES = ("attn.q", "attn.gate", "attn.o", "attn.q_norm", "attn.q_norm.bias")
+
+
+DECAYS = ("linear.A_log", "linear.dt_bias")
+"""What says how fast a state is forgotten, as a logarithm and inside of a softplus: it is one source's, where nothing else is asked for."""
 
 
 BEFORE_THE_LAYERS = ("embed",)
@@ -47,6 +51,7 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
         if (recipe.attention or Attention()).kv == "shared":
             own.append({"roles": KV_ROLES, **shared})
         own.append({"roles": ["attn.*", "ffn.*"], "make": "expert"})
+        own += linear_rules(recipe)
     elif recipe.method in ("btx", "sparse_upcycling"):
         made: dict[str, object] = {"make": "expert"}
         if isinstance(recipe.experts, Copies) and recipe.shards == 1:
@@ -55,6 +60,8 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
     if recipe.output.layers is not None and "shared" not in recipe.model_fields_set:  # as mergekit has it: of the first and the last one
         own.append({"roles": ["embed"], "make": "copy", "from": recipe.output.layers[0].from_})
         shared = {"make": "copy", "from": recipe.output.layers[-1].from_}
+    if recipe.output.layers is None and shared["make"] != "copy":
+        own.append({"roles": DECAYS, "make": "copy", "from": shared.get("base") or recipe.seed_name})
     own.append({"roles": ["*"], **shared})
     parsed = TypeAdapter(list[Rule]).validate_python(own)
     every = [(f"rules[{index}]", rule) for index, rule in enumerate(recipe.rules)] + [(f"method {recipe.method}", rule) for rule in parsed]
@@ -62,6 +69,16 @@ def method_rules(recipe: Recipe) -> list[tuple[str, Rule]]:
         stack = {"roles": ["*"], "layers": "0-", "make": "copy", "from": recipe.output.layers[0].from_}
         every.insert(0, ("output.layers", TypeAdapter(Rule).validate_python(stack)))
     return every
+
+
+def linear_rules(recipe: Recipe) -> list[dict[str, object]]:
+    """How layers with linear attention are made by method bam."""
+    linear = (recipe.attention or Attention()).linear or "expert"
+    if linear == "expert":
+        return [{"roles": ["linear.*"], "make": "expert"}]
+    if linear == "mean":
+        return [{"roles": DECAYS, "make": "copy", "from": recipe.seed_name}, {"roles": ["linear.*"], "make": "mean"}]
+    return [{"roles": ["linear.*"], "make": "copy", "from": linear}]
 
 
 @dataclass
@@ -124,11 +141,13 @@ def assign(recipe: Recipe, models: Mapping[str, DenseModel], problems: list[str]
             problems.append(f"{recipe.file}: {label}.layers: {error}")
             rules.layers.append(frozenset())
     made = {site: _make(site, *rules.choose(site), recipe, models, problems) for site in first.tensors}
-    for role, like in (("router.attn", "attn.q"), ("router.ffn", "ffn.up")):
+    for role, like in (("router.attn", "attn.q"), ("router.attn", "linear.o"), ("router.ffn", "ffn.up")):
         for layer in range(count):
-            if made[like, layer].per_expert:
+            if (like, layer) in made and made[like, layer].per_expert:
                 made[role, layer] = _router(role, *rules.choose((role, layer)), recipe, first, problems)
     problems += [f"{recipe.file}: {text}" for text in rules.idle()]
+    if recipe.attention is not None and recipe.attention.linear is not None and not any(role == "linear.o" for role, _ in made):
+        problems.append(f"{recipe.file}: attention.linear: no layer of these sources has linear attention. Remove this key.")
     return made
 
 
@@ -235,6 +254,8 @@ def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:
             attention.setdefault(at, {})[role] = item.per_expert
     for layer in range(layers):
         axes = attention.get(layer, {})
+        if not axes:  # linear attention
+            continue
         for group in (QO_ROLES, KV_ROLES):
             split = {role: axis for role, axis in axes.items() if role.removesuffix(".bias") in group}
             if len(set(split.values())) > 1:
@@ -247,9 +268,33 @@ def check_axes(made: Mapping[Site, Made], layers: int) -> list[str]:
                 f"layer {layer}: attn.k and attn.v are per expert, attn.q and attn.o shared. Make attn.q and attn.o expert too."
             )
         kinds.setdefault(axes.get("attn.q", False), []).append(layer)
+    problems += _linear_axes(made, layers, any(kinds))
     if len(kinds) > 1:
         problems.append(
             f"attention is per expert in layers {some(map(str, kinds[True]))} and shared in {some(map(str, kinds[False]))}; "
             "it must be one or the other in all layers."
         )
     return problems
+
+
+def _linear_axes(made: Mapping[Site, Made], layers: int, attention: bool) -> Iterator[str]:
+    """What of layers with linear attention does not fit: an expert is all of a layer, in all such layers, and only where `attention` has
+    experts too."""
+    kinds: dict[bool, list[int]] = {}
+    for layer in range(layers):
+        axes = {role: item.per_expert for (role, at), item in made.items() if at == layer and role.startswith("linear.")}
+        if len(set(axes.values())) > 1:
+            split, one = ([role for role, axis in axes.items() if axis is per_expert] for per_expert in (True, False))
+            yield (
+                f"layer {layer}: {some(split)} per expert, {some(one)} shared; an expert of linear attention is all of them. "
+                "Give linear.* one rule."
+            )
+        elif axes:
+            kinds.setdefault(axes["linear.o"], []).append(layer)
+    if len(kinds) > 1:
+        yield (
+            f"linear attention is per expert in layers {some(map(str, kinds[True]))} and shared in {some(map(str, kinds[False]))}; "
+            "it must be one or the other in all layers."
+        )
+    elif True in kinds and not attention and any(role == "attn.q" for role, _ in made):
+        yield "linear.* is per expert, attn.* shared. Make attn.* expert too, or linear.* shared."

@@ -30,9 +30,11 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
     count = len(recipe.expert_names)
     attention = recipe.attention or Attention()
     top_k, renormalised = recipe.gates
-    per_expert = any(made[site].per_expert for site in made if site[0] == "attn.q")
-    shared_kv = [layer for layer in layers if not made["attn.k", layer].per_expert] if per_expert else []
-    all_shared = per_expert and len(shared_kv) == len(layers)
+    per_expert = any(made[site].per_expert for site in made if site[0] in ("attn.q", "linear.o"))
+    attending = [layer for layer in layers if ("attn.k", layer) in made]
+    shared_kv = [layer for layer in attending if not made["attn.k", layer].per_expert] if per_expert else []
+    all_shared = per_expert and bool(attending) and len(shared_kv) == len(attending)
+    linear = [item.per_expert for (role, _), item in made.items() if role == "linear.o"]
     heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
     return {
         **facts,
@@ -55,6 +57,7 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
         "num_attention_experts": count if per_expert else 0,
         "attention_kv": "shared" if all_shared else "expert" if per_expert else None,
         "shared_kv_layers": shared_kv if shared_kv and not all_shared else None,
+        "attention_linear": ("expert" if all(linear) else "shared") if linear and per_expert else None,
         "attention_routing": attention.routing if per_expert else None,
         "num_attention_experts_per_tok": (attention.top_k or count) if per_expert else None,
     }

@@ -16,7 +16,7 @@ from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
 from bam_merge.text import ranges, some
 
-WINDOWED, FULL = "sliding_attention", "full_attention"
+WINDOWED, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 
 LAYERED = ("num_hidden_layers", "layer_types", "sliding", "sliding_window", "use_sliding_window", "max_window_layers", "rope_layers")
@@ -27,7 +27,7 @@ LISTS = ("layer_types", "no_rope_layers")
 """Keys of a config.json that say something of every layer, one after the other."""
 
 
-SHORT = ("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern")
+SHORT = ("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "full_attention_interval")
 """Keys that say in short what such a list can say."""
 
 
@@ -52,6 +52,11 @@ class _Layer:
         """Its sliding window."""
         facts = self.model.facts
         return facts["sliding_window"] if facts["layer_types"][self.number] == WINDOWED else None
+
+    @property
+    def kind(self) -> str:
+        """Its kind, of which a window that is none is no part."""
+        return WINDOWED if self.window else LINEAR if self.model.facts["layer_types"][self.number] == LINEAR else FULL
 
     @property
     def turns(self) -> bool:
@@ -137,7 +142,7 @@ def _wanted(layers: Sequence[_Layer]) -> dict[str, Any]:
     return {
         "num_hidden_layers": len(layers),
         "sliding_window": window,
-        "layer_types": [WINDOWED if layer.window else FULL for layer in layers],
+        "layer_types": [layer.kind for layer in layers],
         "rope_layers": None if len(turning) == len(layers) else turning,
     }
 

@@ -15,6 +15,10 @@ from bam_merge.recipe.rules import Copies, covers, list_layers, parse_layers, pa
 from bam_merge.text import nearest, printable, some
 from bam_merge.validation_words import shown
 
+LINEAR_WORDS = ("expert", "mean")
+"""What attention.linear may say beside a source's name."""
+
+
 if TYPE_CHECKING:
     from bam_merge.recipe.schema import Recipe
 
@@ -38,6 +42,7 @@ def inconsistencies(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         *(name for make in (recipe.shared, *recipe.rules) if isinstance(make, Merging | Varying) for name in make.named),
     }
     used |= {name for _, name in _of_tokenizer(recipe)} | {item.from_ for item in recipe.output.layers or ()} | {recipe.shared_source or ""}
+    used |= {recipe.attention.linear or ""} if recipe.attention else set()
     yield from _layers(recipe)
     yield from _tokenizer(recipe)
     for place, make in {recipe.written(place): make for place, make in recipe.from_texts.items()}.items():
@@ -185,6 +190,12 @@ def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     if recipe.attention is None:
         return
     attention = recipe.attention
+    if attention.linear is not None and attention.linear not in (*LINEAR_WORDS, *recipe.sources):
+        words, found = " nor ".join(LINEAR_WORDS), printable(attention.linear)
+        close = nearest(attention.linear, (*LINEAR_WORDS, *recipe.sources))
+        yield ("attention", "linear"), f"{found!r} is neither {words} nor among the sources{close}"
+    elif attention.linear in LINEAR_WORDS and attention.linear in recipe.sources:
+        yield ("attention", "linear"), f"{attention.linear} is a word of this key, and a source is called so too; rename the source."
     if recipe.method != "bam":
         yield ("attention",), f"method {recipe.method} has no attention experts. Remove this key, or use method: bam."
     elif attention.routing == "top_k" and attention.top_k is None:

@@ -27,6 +27,11 @@ class Attention(Strict):
         default="soft", description="a token's attention is that of all experts, weighted by soft gates, or of the best few"
     )
     top_k: Count | None = Field(default=None, description="attention experts per token; needed with routing top_k, and only then")
+    linear: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="layers with linear attention, in families that have them: expert (the default): each expert its own, with its own "
+        "state; mean: one that is averaged; or the source whose it is",
+    )
 
 
 ZEROS = "zeros"

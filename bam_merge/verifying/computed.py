@@ -86,6 +86,7 @@ def _as_expert(mixture: nn.Module, dense: nn.Module, j: int) -> Any:
         return dense
     expert = copy.copy(experts[j])
     expert._modules = {name: getattr(dense, name, module) for name, module in expert._modules.items()}
+    expert._parameters = {name: getattr(dense, name, parameter) for name, parameter in expert._parameters.items()}
     result._modules["experts"] = nn.ModuleList([expert if i == j else other for i, other in enumerate(experts)])
     return result
 

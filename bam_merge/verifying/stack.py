@@ -56,7 +56,10 @@ def as_stacked(dense: Mapping[str, StoredModel], recipe: Recipe) -> dict[str, St
     stack: dict[str, Any] = {
         "num_hidden_layers": len(made),
         "sliding_window": window,
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
+        "layer_types": [
+            "linear_attention" if dense[origin.source].config.is_linear(origin.layer) else "sliding_attention" if one else "full_attention"
+            for origin, one in zip(made, slides, strict=True)
+        ],
         "rope_layers": None if len(turns) == len(made) else turns,
     }
     return {name: replace(model, config=replace(model.config, **stack)) for name, model in dense.items()}
