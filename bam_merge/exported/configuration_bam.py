@@ -46,7 +46,10 @@ class BamConfig(PreTrainedConfig):
     queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T), `embedding_scale`,
     `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors. `attention_softcap` c puts c tanh(x / c)
     in the place of a scaled score x, which torch's fused attention does not: such a model has eager attention; `logit_softcap` does so
-    with logits.
+    with logits. With `attention_gate` what attention gives is multiplied with sigmoid(W x) before its output projection.
+
+    Hybrids have layers of kind "linear_attention" in `layer_types`: gated delta nets (arXiv 2412.06464), whose sizes the `linear_...` are,
+    of one expert. `attention_linear`: whether such layers have experts as attention has, each with a state of its own, or one for all.
     """
 
     model_type = "bam"
@@ -78,6 +81,7 @@ class BamConfig(PreTrainedConfig):
     attention_clip: float | int | None = None
     pre_norms: bool = True
     post_norms: bool = False
+    attention_gate: bool = False
     qk_norm: bool = False
     qk_norm_shape: Literal["head", "heads", "heads in a row", "all heads"] | None = None
     qk_norm_bias: bool = False
@@ -103,6 +107,12 @@ class BamConfig(PreTrainedConfig):
     logit_scale: float | int | None = None
     attention_softcap: float | int | None = None
     logit_softcap: float | int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int | None = None
+    attention_linear: Literal["expert", "shared"] | None = None
     num_experts: int = 4
     expert_names: list[str] | None = None
     num_experts_per_tok: int = 1
@@ -132,7 +142,8 @@ class BamConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads_per_expert
         if self.sliding_window is None or self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+            linear = [self.is_linear(layer) for layer in range(self.num_hidden_layers)]
+            self.layer_types = ["linear_attention" if one else kind for one in linear]
         self.base_model_tp_plan = self.tensor_parallel_plan()  # an attribute: some releases of transformers add to it
         super().__post_init__(**kwargs)
 
@@ -152,6 +163,10 @@ class BamConfig(PreTrainedConfig):
             heads, kv_heads = self.size("num_attention_heads", layer), self.size("num_key_value_heads", layer)
             if heads % kv_heads:
                 raise ValueError(f"{heads} attention heads of an expert in layer {layer} are not a multiple of {kv_heads}")
+        if "linear_attention" in self.layer_types:
+            sizes = [self.linear_num_key_heads, self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim]
+            if not all([*sizes, self.linear_conv_kernel_dim]) or sizes[1] % sizes[0]:
+                raise ValueError(f"linear attention of {sizes[0]} key and {sizes[1]} value heads, channels {sizes[2:]}")
         for chosen, of in (
             (self.num_experts_per_tok, self.num_experts),
             (self.num_attention_experts_per_tok or experts, experts),
@@ -169,6 +184,10 @@ class BamConfig(PreTrainedConfig):
         usual = getattr(self, f"{name}_per_expert" if name.endswith("heads") else name)
         return (self.sizes_by_kind or {}).get(self.layer_types[layer], {}).get(name, usual)
 
+    def is_linear(self, layer: int) -> bool:
+        """Whether `layer` has a gated delta net in the place of attention."""
+        return self.layer_types is not None and layer < len(self.layer_types) and self.layer_types[layer] == "linear_attention"
+
     def shares_kv(self, layer: int) -> bool:
         """Whether the attention experts of `layer` have one k and v between them (without experts: yes)."""
         return self.num_attention_experts == 0 or self.attention_kv == "shared" or layer in (self.shared_kv_layers or ())
@@ -180,7 +199,11 @@ class BamConfig(PreTrainedConfig):
         attention, experts = "layers.*.self_attn.", "layers.*.self_attn.experts."
         own = experts if self.num_attention_experts else attention
         kv = {attention if self.shares_kv(layer) else experts for layer in range(self.num_hidden_layers)}
-        columns = [own + "q_proj", *(prefix + name for prefix in sorted(kv) for name in ("k_proj", "v_proj"))]
+        columns = [
+            own + "q_proj",
+            *([own + "gate_proj"] if self.attention_gate else ()),
+            *(prefix + name for prefix in sorted(kv) for name in ("k_proj", "v_proj")),
+        ]
         plan = dict.fromkeys(columns, "colwise") | {own + "o_proj": "rowwise"}
         if self.qk_norm and (self.qk_norm_weights == "all heads" or self.qk_norm_bias):
             plan = {}

@@ -291,6 +291,8 @@ class BamAttention(nn.Module):
         self.mixed_bias = config.attention_out_bias and self.mixed
         if self.mixed_bias:
             own.o_proj_bias = nn.Linear(N, D, bias=False)  # the sum of the experts' biases, weighted by their gates
+        if config.attention_gate:
+            own.gate_proj = nn.Linear(D, heads * C, bias=config.attention_bias)
         if config.qk_norm:
             own.q_norm = BamHeadLayerNorm(config, N, heads, group, C)
             kv.k_norm = BamHeadLayerNorm(config, kv_experts, kv_heads, 1, C)
@@ -340,6 +342,8 @@ class BamAttention(nn.Module):
             **({} if self.config.attention_softcap is None else {"softcap": self.config.attention_softcap}),
             **kwargs,
         )
+        if self.config.attention_gate:
+            heads = heads.reshape(*shape_BT, -1) * own.gate_proj(hidden_states).sigmoid()
         if gates is not None:
             heads_BTKNx = heads.reshape(*shape_BT, -1, gates.shape[-1], self.channels_per_gate)
             heads = (wide(heads_BTKNx) * self.gates(gates)[..., None, :, None]).to(hidden_states.dtype)
@@ -353,6 +357,140 @@ class BamAttention(nn.Module):
         original = self.config.rope_parameters["original_max_position_embeddings"]
         turns_BT = (position_ids.clamp(min=0) / original).floor().to(torch.promote_types(query.dtype, torch.float32))
         return query * (1 + self.config.query_growth * turns_BT.log1p())[..., None, None].to(query.dtype)
+
+
+# ---- linear attention ------------------------------------------------------------------------------------------------------
+
+
+CHUNK = 64
+"""Tokens that the delta rule takes at a time."""
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gated delta rule (arXiv 2412.06464, section 3.3) in chunks, and the state [B, heads, C, E] after it: y [B, heads, T, E].
+
+    q and k [B, heads, T, C], v [B, heads, T, E], g and beta [B, heads, T]. Token t makes of the state S before it
+
+        S_t = exp(g_t) S_{t-1} + k_t u_t^T,  u_t = beta_t (v_t - exp(g_t) S_{t-1}^T k_t),  y_t = S_t^T q_t
+
+    Within a chunk, with G_t the sum of its g up to t: u_t + beta_t sum over s < t of exp(G_t - G_s) (k_t k_s) u_s
+    = beta_t (v_t - exp(G_t) S^T k_t), a triangular system for all its u at once.
+    """
+    T, E = v.shape[-2:]
+    size = min(CHUNK, T)
+    missing = -T % size
+    q, k, v = (nn.functional.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size)) for x in (q, k, v))
+    g, beta = (nn.functional.pad(x, (0, missing)).unflatten(2, (-1, size)) for x in (g, beta))
+    decay = g.cumsum(-1)
+    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(q.new_ones(size, size, dtype=torch.bool).triu(1), -torch.inf).exp()
+    system = beta[..., None] * (k @ k.transpose(-1, -2)) * between
+    right = torch.cat((beta[..., None] * v, (beta * decay.exp())[..., None] * k), -1)
+    written, read = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split((E, k.shape[-1]), -1)
+    seen = (q @ k.transpose(-1, -2)) * between
+    asking, kept = q * decay.exp()[..., None], k * (decay[..., -1:] - decay).exp()[..., None]
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], E) if state is None else state.to(q)
+    outputs = []
+    for chunk in range(q.shape[2]):
+        u = written[:, :, chunk] - read[:, :, chunk] @ state
+        outputs.append(asking[:, :, chunk] @ state + seen[:, :, chunk] @ u)
+        state = state * decay[:, :, chunk, -1, None, None].exp() + kept[:, :, chunk].transpose(-1, -2) @ u
+    return torch.cat(outputs, 2)[:, :, :T], state
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last axis at length 1."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class BamHeadScale(nn.Module):
+    """RMS norm of each head [..., N, heads, E], its weight [E], or [N, 1, E] of N experts; never of 1 + w."""
+
+    def __init__(self, config: BamConfig, *shape: int) -> None:
+        super().__init__()
+        self.eps, self.weight = config.rms_norm_eps, nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = wide(x)
+        return self.weight * (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class BamLinearAttention(nn.Module):
+    """The gated delta nets of all experts as one of as many heads, expert after expert; or one, where the layer has no experts.
+
+    q, k and v are act(conv(W x)); each head's output is normed, times silu(z x), times its expert's gate, and one out_proj adds all up.
+    """
+
+    def __init__(self, config: BamConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.mixed = config.attention_linear == "expert" and config.num_attention_experts > 0
+        self.num_experts = N = config.num_attention_experts if self.mixed else 1
+        K, H, C, E = (
+            config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+        )  # fmt: skip
+        self.per_key, self.key_dim, self.value_dim, self.width = H // K, C, E, config.linear_conv_kernel_dim
+        self.act_fn = ACT2FN[config.hidden_act]
+        if self.mixed:
+            self.router = BamRouter(config, N)
+            self.experts = BamAttentionExperts()
+        own, D = self.experts if self.mixed else self, config.hidden_size
+        for part, rows in (("q", K * C), ("k", K * C), ("v", H * E), ("z", H * E), ("b", H), ("a", H)):
+            setattr(own, f"in_proj_{part}", nn.Linear(D, N * rows, bias=False))
+        for part, rows in (("q", K * C), ("k", K * C), ("v", H * E)):
+            setattr(own, f"conv_{part}", nn.Conv1d(N * rows, N * rows, self.width, groups=N * rows, bias=False))
+        own.dt_bias, own.A_log = nn.Parameter(torch.ones(N * H)), nn.Parameter(torch.zeros(N * H))
+        own.norm = BamHeadScale(config, *((N, 1) if self.mixed else ()), E)
+        own.out_proj = nn.Linear(N * H * E, D, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        gates: Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """y [B, T, D]. `attention_mask` [B, T] is 0 at padding, which leaves no trace in the states; `gates` [B, T, N] of a mixture."""
+        own, dtype = self.experts if self.mixed else self, hidden_states.dtype
+        x_BTD = hidden_states if attention_mask is None else hidden_states * attention_mask[..., None].to(dtype)
+        before, state = self.states(cache)
+        qkv_BXT = torch.cat([proj(x_BTD) for proj in (own.in_proj_q, own.in_proj_k, own.in_proj_v)], -1).transpose(1, 2)
+        query, key, value = self.seen(own, qkv_BXT, before, cache)
+        query, key = (unit(x.unflatten(-1, (-1, self.key_dim))).repeat_interleave(self.per_key, 2) for x in (query, key))
+        value = value.unflatten(-1, (-1, self.value_dim))
+        g = -wide(own.A_log).exp() * nn.functional.softplus(wide(own.in_proj_a(x_BTD)) + own.dt_bias)
+        beta = wide(own.in_proj_b(x_BTD).sigmoid())
+        by_head = [x.transpose(1, 2) for x in (query * self.key_dim**-0.5, key, value, g, beta)]
+        heads, state = delta_rule(*by_head, state)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        heads = heads.transpose(1, 2).to(dtype).unflatten(2, (self.num_experts, -1))
+        z = wide(own.in_proj_z(x_BTD)).view(heads.shape)
+        heads = (own.norm(heads) * nn.functional.silu(z)).to(dtype)
+        if gates is not None:
+            heads = (wide(heads) * gates[..., None, None]).to(dtype)
+        return own.out_proj(heads.flatten(2)), None
+
+    def states(self, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
+        """What earlier tokens left: the last of what the convolutions saw [B, X, at least W - 1], and the state."""
+        if cache is None:
+            return None, None
+        if hasattr(cache, "get_conv_state"):
+            return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+        layer = cache.layers[self.layer_idx]  # of transformers before 5.20
+        return (layer.conv_states, layer.recurrent_states) if layer.has_previous_state else (None, None)
+
+    def seen(self, own: nn.Module, new_BXT: Tensor, before: Tensor | None, cache: Cache | None) -> tuple[Tensor, ...]:
+        """q, k and v [B, T, X] of all heads, in float32 or wider: what the convolutions make of these tokens and the last ones before."""
+        sizes, T = [own.in_proj_q.out_features, own.in_proj_k.out_features, own.in_proj_v.out_features], new_BXT.shape[-1]
+        before = new_BXT.new_zeros(*new_BXT.shape[:2], self.width) if before is None else before.to(new_BXT.dtype)
+        whole_BXS = torch.cat((before, new_BXT), -1)
+        if cache is not None:
+            kept = new_BXT if hasattr(cache, "get_conv_state") else whole_BXS[..., -self.width :]
+            cache.update_conv_state(kept, self.layer_idx, conv_kernel_size=self.width)
+        weight = torch.cat([conv.weight for conv in (own.conv_q, own.conv_k, own.conv_v)])
+        seen_BXT = nn.functional.conv1d(whole_BXS[..., -T - self.width + 1 :], weight, groups=weight.shape[0])
+        return wide(self.act_fn(seen_BXT).transpose(1, 2)).split(sizes, -1)
 
 
 # ---- feed-forward network --------------------------------------------------------------------------------------------------
@@ -430,7 +568,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.input_layernorm = self.norm(config.pre_norms)
-        self.self_attn = BamAttention(config, layer_idx)
+        self.self_attn = (BamLinearAttention if config.is_linear(layer_idx) else BamAttention)(config, layer_idx)
         self.mlp = BamSparseMoe(config, layer_idx)
         self.scale = 1.0 if config.residual_scale is None else config.residual_scale
         self.one_norm = config.parallel_block and config.parallel_norms == 1
@@ -520,6 +658,12 @@ class BamPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, BamLayerNorm) and module.weight is not None:
             init.constant_(module.weight, 1.0 - module.offset)
+        elif isinstance(module, BamHeadScale):
+            init.ones_(module.weight)
+        elif isinstance(module, BamLinearAttention):
+            own = module.experts if module.mixed else module
+            init.ones_(own.dt_bias)
+            init.copy_(own.A_log, torch.empty_like(own.A_log).uniform_(0.01, 16).log_())
         elif isinstance(module, BamExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -540,6 +684,7 @@ class BamModel(BamPreTrainedModel):
         self.norm = BamLayerNorm(config, config.hidden_size, bias=config.norm_bias)
         self.rotary_emb = BamRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._is_stateful = "linear_attention" in config.layer_types
         self.post_init()
 
     @merge_with_config_defaults
@@ -608,9 +753,15 @@ class BamModel(BamPreTrainedModel):
         """The mask of each kind of layer."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and inputs_embeds.shape[1] > 1:
+            there = attention_mask[:, -inputs_embeds.shape[1] :]  # a token that is decoded alone is no padding
+        else:
+            there = None
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
-            kind: makers[kind](
+            kind: there
+            if kind == "linear_attention"
+            else makers[kind](
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -632,6 +783,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BamModel(config)
         self.vocab_size = config.vocab_size
+        self._is_stateful = self.model._is_stateful
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
@@ -783,6 +935,39 @@ class BamSplitHeads(BamFuseHeads):
         return BamFuseHeads(self.unit, self.dim)
 
 
+class BamJoinExperts(ConversionOps):
+    """The tensors of all experts of linear attention as one, behind one another along `dim`; or, with `new`, on an axis of their own."""
+
+    def __init__(self, dim: int = 0, new: bool = False) -> None:
+        self.dim, self.new = dim, new
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = input_dict.pop(source_patterns[0])
+        return {target_patterns[0]: torch.stack([tensor[None] for tensor in tensors]) if self.new else torch.cat(tensors, self.dim)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return BamPartExperts(self.dim, self.new)
+
+
+class BamPartExperts(BamJoinExperts):
+    """One tensor as those of the experts."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        joined, N = _only(input_dict.pop(source_patterns[0])), config.num_attention_experts
+        return _named(target_patterns[0], joined[:, 0].unbind(0) if self.new else joined.chunk(N, self.dim))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return BamJoinExperts(self.dim, self.new)
+
+
 class BamFuseFfn(ConversionOps):
     """The `up` and (of a gated FFN) `gate` tensors of all experts as one: gate before up along axis 1."""
 
@@ -830,6 +1015,12 @@ def _conversions() -> list[WeightConverter]:
         **{f"q_proj.{kind}": BamFuseHeads("query") for kind in ("weight", "bias")},
         **{f"{part}_proj.{kind}": BamFuseHeads("key") for part in "kv" for kind in ("weight", "bias")},
         "o_proj.weight": BamFuseHeads("query", 1),
+        **{f"gate_proj.{kind}": BamFuseHeads("query") for kind in ("weight", "bias")},
+        **{f"in_proj_{part}.weight": BamJoinExperts() for part in "qkvzba"},
+        **{f"conv_{part}.weight": BamJoinExperts() for part in "qkv"},
+        **{name: BamJoinExperts() for name in ("dt_bias", "A_log")},
+        "norm.weight": BamJoinExperts(new=True),
+        "out_proj.weight": BamJoinExperts(1),
         **{f"q_norm.{kind}": BamFuseHeads("query norm") for kind in ("weight", "bias")},
         **{f"k_norm.{kind}": BamFuseHeads("key norm") for kind in ("weight", "bias")},
     }
