@@ -31,6 +31,7 @@ from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
 from bam_merge.architectures.tables import Architecture, Row, architectures, at_layer, find_by_model_type, why_left_out
+from bam_merge.architectures.vocabulary import LINEAR
 from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapper_note
 from bam_merge.checkpoints.folder import Checkpoint, open_file
 from bam_merge.checkpoints.pieces import Leaf, Read, stored
@@ -157,8 +158,18 @@ def alike(names: Iterable[str]) -> list[Architecture]:
 
 # ---- every stored tensor ---------------------------------------------------------------------------------------------------
 
-NEEDED = ("norm.attn", "attn.q", "attn.k", "attn.v", "attn.o", "attn.kv_a", "attn.kv_b", "ffn.up", "ffn.down", "router.ffn")
+NEEDED = (
+    "norm.attn", "attn.q", "attn.k", "attn.v", "attn.o", "linear.q", "linear.o", "attn.kv_a", "attn.kv_b", "ffn.up", "ffn.down",
+    "router.ffn",
+)  # fmt: skip
 """Roles that every layer of a mixture has, where its table knows them; further ones if another layer has them."""
+
+
+def of_this_kind(role: str, layer: int, facts: Mapping[str, Any]) -> bool:
+    """Whether a layer is of the kind that has the role: attention or linear attention."""
+    types = facts.get("layer_types")
+    linear = isinstance(types, list) and layer < len(types) and types[layer] == LINEAR
+    return not role.startswith("attn." if linear else "linear.")
 
 
 @dataclass
@@ -300,6 +311,8 @@ class _Described:
         for role in dict.fromkeys((*wanted, *(["router.attn"] if self.facts.get("num_attention_experts") else []), *inside)):
             key = "num_experts" if role.startswith("ffn.") else "num_attention_experts"
             for layer in range(layers):
+                if not of_this_kind(role, layer, self.facts):
+                    continue
                 dense = layer in blank and role.startswith(("ffn.", "router.ffn"))
                 if dense and not any(not row.per_expert and row in self.architecture.others for row in rows[role]):
                     continue

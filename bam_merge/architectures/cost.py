@@ -3,6 +3,7 @@
 FLOPs follow arXiv 2408.08274, Tables 7 and 10: 2 per multiply-add of every matrix that a token goes through; norms, biases and softmax
 are not counted. Scores are 2 n n_ctx d there: scores and values take 4 d per position seen, and over a prompt of n_ctx tokens a token
 sees half of them on average. That is prefill; a token that is decoded after n_ctx others sees them all, and takes twice as much.
+Linear attention looks up, corrects and asks a state of every value head: 6 for each of its numbers, whatever the context.
 """
 
 from collections import Counter
@@ -24,7 +25,13 @@ CONTEXT = 256
 """Tokens of the prompt in the paper's tables."""
 
 
-QKV = ("attn.q", "attn.k", "attn.v", "attn.q+attn.k+attn.v", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b")
+QKV = (
+    "attn.q", "attn.k", "attn.v", "attn.gate", "attn.q+attn.k+attn.v", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b",
+    *(f"linear.{part}" for part in "qkvzba"),
+)  # fmt: skip
+
+
+CONVOLUTIONS = ("linear.q_conv", "linear.k_conv", "linear.v_conv")
 
 
 FFN = tuple(f"ffn.{shared}{part}" for shared in ("", "shared.") for part in ("gate", "up", "down", "router")) + ("ffn.gate+ffn.up",)
@@ -83,12 +90,14 @@ class Flops:
 
 @dataclass(frozen=True)
 class Cost:
-    """A model as the pieces that it is made of. `windows` holds each layer's sliding window; `tied`: the embeddings are the head."""
+    """A model as the pieces that it is made of. `windows` holds each layer's sliding window; `tied`: the embeddings are the head;
+    `key_channels` are those of a key of linear attention."""
 
     pieces: tuple[Piece, ...]
     windows: tuple[int | None, ...]
     tied: bool
     unexplained: int = 0
+    key_channels: int = 0
 
     @property
     def layers(self) -> int:
@@ -143,17 +152,31 @@ class Cost:
         """Bytes that one token adds to the cache: keys and values of every attention expert in every layer (or the one latent vector)."""
         total = 0
         for block in self.blocks:
+            if "linear.o" in block:
+                continue
             cached = [piece for role in ("attn.kv_a", "attn.k", "attn.v") for piece in block.get(role, [])]
             if not cached:
                 return None
             total += sum(piece.copies * piece.shape[0] * _cache_bytes(piece.dtype) for piece in cached)
         return total or None
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a sequence of any length takes in layers with linear attention, of all their experts: states in float32, and what the
+        convolutions see, as the weights are stored."""
+        total = 0
+        for block in self.blocks:
+            seen = [piece for role in CONVOLUTIONS for piece in block.get(role, [])]
+            total += sum(piece.copies * piece.size * _cache_bytes(piece.dtype) for piece in seen)
+            total += 4 * sum(piece.copies * _state(block, piece, self.key_channels) for piece in block.get("linear.A_log", []))
+        return total
+
     def flops(self, context: int = CONTEXT, decode: bool = False) -> list[Flops] | None:
         """FLOPs per token of every block: averaged over a prompt of `context` tokens, or decoding after it. None where not known."""
-        if self.active is None or not self.blocks or not all("attn.o" in block for block in self.blocks):
+        if self.active is None or not self.blocks or not all("attn.o" in block or "linear.o" in block for block in self.blocks):
             return None
-        return [_block_flops(block, _seen(context, window, decode)) for block, window in zip(self.blocks, self.windows, strict=True)]
+        seen = [_seen(context, window, decode) for window in self.windows]
+        return [_block_flops(block, times, self.key_channels) for block, times in zip(self.blocks, seen, strict=True)]
 
     @property
     def head_flops(self) -> int:
@@ -169,6 +192,7 @@ class Cost:
                 "active_by_role": self.active_by_role,
             },
             "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+            **({"state_bytes_per_sequence": self.state_bytes} if self.state_bytes else {}),
             "flops_per_token": self._flops_document(context),
         }
 
@@ -248,7 +272,9 @@ def cost_of_tensors(tensors: Iterable[tuple[Place, tuple[int, ...], str]], facts
     )
     stored_layers = 1 + max((layer for _, layer, _ in grouped if layer is not None), default=-1)
     layers = facts.get("num_hidden_layers", stored_layers)
-    return Cost(pieces, tuple(_window(facts, layer) for layer in range(layers)), tied)
+    channels = facts.get("linear_key_head_dim")
+    windows = tuple(_window(facts, layer) for layer in range(layers))
+    return Cost(pieces, windows, tied, key_channels=channels if type(channels) is int else 0)
 
 
 def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1, shards: int = 1, shared: bool = False) -> Cost:
@@ -259,7 +285,8 @@ def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1, shards: in
     """
     if any(piece.per_expert for piece in dense.pieces) or any(piece.role.startswith("router.") for piece in dense.pieces):
         raise CheckpointError("--as-bam: this is a mixture already; give one of the dense models.")
-    if not all({"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up"} <= set(block) for block in dense.blocks) or not dense.blocks:
+    whole = ({"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up"}, {"linear.q", "linear.o", "ffn.up"})
+    if not all(any(roles <= set(block) for roles in whole) for block in dense.blocks) or not dense.blocks:
         raise CheckpointError("--as-bam: needs a dense model whose attention and FFN are known by role.")
     embed = next((piece for piece in dense.pieces if piece.role == "embed"), None)
     if embed is None or len(embed.shape) != 2:
@@ -269,14 +296,14 @@ def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1, shards: in
     widths = {piece.shape[0] for piece in dense.pieces if piece.role == "ffn.up"}
     if any(width % shards for width in widths):
         raise CheckpointError(f"--shards is {shards}, and an FFN of {max(widths)} units does not go into that many. Use a divisor.")
-    averaged = {"shared_kv": ("attn.k", "attn.v"), "btx": ("attn.",), "expert_kv": ()}[kind]
+    averaged = {"shared_kv": ("attn.k", "attn.v"), "btx": ("attn.", "linear."), "expert_kv": ()}[kind]
     pieces = []
     for piece in dense.pieces:
         if piece.role.startswith("ffn."):
             if shared:
                 pieces.append(replace(piece, role=f"ffn.shared.{piece.role.removeprefix('ffn.')}"))
             piece = replace(piece, shape=_shard(piece, shards), copies=experts * shards, used=top_k, per_expert=True)
-        elif piece.role.startswith("attn.") and not piece.role.startswith(averaged):
+        elif piece.role.startswith(("attn.", "linear.")) and not piece.role.startswith(averaged):
             piece = replace(piece, copies=experts, used=experts, per_expert=True)
         pieces.append(piece)
     for layer in range(dense.layers):
@@ -321,7 +348,12 @@ def _seen(context: int, window: int | None, decode: bool) -> int:
     return 2 * seen if decode else 2 * seen - seen * seen // context
 
 
-def _block_flops(block: Mapping[str, list[Piece]], seen: int) -> Flops:
+def _state(block: Mapping[str, list[Piece]], heads: Piece, key_channels: int) -> int:
+    """The numbers of the states of linear attention, one of whose tensors of value heads is `heads`."""
+    return heads.size * key_channels * block["linear.norm"][0].size
+
+
+def _block_flops(block: Mapping[str, list[Piece]], seen: int, key_channels: int = 0) -> Flops:
     def matrices(roles: Iterable[str], size: Callable[[Piece], int]) -> int:
         return sum((piece.used or 0) * size(piece) for role in roles for piece in block.get(role, []) if len(piece.shape) == 2)
 
@@ -330,10 +362,12 @@ def _block_flops(block: Mapping[str, list[Piece]], seen: int) -> Flops:
 
     values = matrices(["attn.o"], lambda piece: piece.shape[1])
     keys = matrices(["attn.q", "attn.q_b"], lambda piece: piece.shape[0]) or values
+    convolved = sum((piece.used or 0) * double(piece) for role in CONVOLUTIONS for piece in block.get(role, []))
+    asked = sum((piece.used or 0) * 6 * _state(block, piece, key_channels) for piece in block.get("linear.A_log", []))
     return Flops(
-        qkv=matrices(QKV, double),
-        scores=seen * (keys + values),
-        output=matrices(["attn.o"], double),
+        qkv=matrices(QKV, double) + convolved,
+        scores=seen * (keys + values) + asked,
+        output=matrices(["attn.o", "linear.o"], double),
         ffn=matrices(FFN, double),
         attention_router=matrices(["router.attn"], double),
         ffn_router=matrices(["router.ffn"], double),

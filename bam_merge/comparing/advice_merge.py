@@ -39,10 +39,10 @@ NEAR, SAME = 0.1, 0.8
 def attention(found: "Drift") -> Iterator[str]:
     """Whether keeping attention experts keeps anything that BTX's average would lose; a sentence for all experts of which it is true."""
 
-    def part(kind: str) -> list[Place]:
-        return [place for place in found.grams if place[0].startswith(kind) and is_matrix(found, place)]
+    def part(*kinds: str) -> list[Place]:
+        return [place for place in found.grams if place[0].startswith(kinds) and is_matrix(found, place)]
 
-    places = part("attn."), part("ffn.")
+    places = part("attn.", "linear."), part("ffn.")
     attn, ffn = (of_places(found, chosen) for chosen in places)
     if attn is None or ffn is None:
         return

@@ -115,6 +115,7 @@ class Inspection:
             "layers": self.cost.layers if anatomy.architecture else None,
             "experts": {"ffn": self.expert_count("ffn"), "attention": self.expert_count("attn"), "names": self.expert_names},
             "kv_cache_bytes_per_token": self.cost.kv_cache_bytes_per_token,
+            **({"state_bytes_per_sequence": self.cost.state_bytes} if self.cost.state_bytes else {}),
             "flops_per_token": self.cost.document(self.context)["flops_per_token"],
             "findings": list(self.findings),
             "missing": list(anatomy.missing),
@@ -157,7 +158,7 @@ FACTS = (
     "hidden_act", "norm_type", "qk_norm", "parallel_block", "parallel_norms", "gated_ffn", "attention_bias", "mlp_bias",
     "tie_word_embeddings", "sliding_window", "max_position_embeddings", "rope_parameters", "num_experts", "num_experts_per_tok",
     "norm_topk_prob", "gate_scale", "num_attention_experts", "attention_kv", "shared_kv_layers", "attention_routing",
-    "num_attention_experts_per_tok", *QUIET, "logit_scale",
+    "num_attention_experts_per_tok", "attention_linear", *QUIET, "logit_scale",
 )  # fmt: skip
 """What the JSON repeats of config.json, in bam's words (head counts are those of one attention expert)."""
 

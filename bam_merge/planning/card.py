@@ -206,6 +206,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         kv = "each with its own keys and values" if config["attention_kv"] == "expert" else "keys and values shared"
         if config.get("shared_kv_layers"):
             kv += f", shared in layers {', '.join(map(str, config['shared_kv_layers']))}"
+        if config.get("attention_linear"):
+            own = config["attention_linear"] == "expert"
+            kv += "; of linear attention " + ("each its own, with its own state" if own else "one for all")
         yield "attention experts", f"{config['num_attention_experts']}, {kv}; {routing}"
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from bam_merge.architectures.anatomy import alike
 from bam_merge.architectures.cost import Cost
+from bam_merge.architectures.vocabulary import LINEAR, LINEAR_SIZES
 from bam_merge.inspecting.inspection import Inspection
 from bam_merge.showing.tensors import details, fates, tensors, values_read
 from bam_merge.showing.terminal import Terminal, grid, heading, line, padded
@@ -56,6 +57,8 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "blocks", _blocks(found)
     if facts:
         yield "attention", _attention(found)
+    if facts and (linear := _linear(found)):
+        yield "linear", linear
     if experts := _experts(found):
         yield "experts", experts
     if facts:
@@ -134,7 +137,8 @@ def _attention(found: Inspection) -> str:
         text += f", FFN {own['intermediate_size']:,})" if own["intermediate_size"] != facts["intermediate_size"] else ")"
     together = " over all heads" if facts.get("qk_norm_shape") == "all heads" else ""
     traits = [f"q, k and v within {facts['attention_clip']:g}"] if isinstance(facts.get("attention_clip"), int | float) else []
-    traits += [name for key, name in (("qk_norm", f"q and k normed{together}"), ("attention_bias", "biases")) if facts.get(key)]
+    named = (("qk_norm", f"q and k normed{together}"), ("attention_gate", "gated"), ("attention_bias", "biases"))
+    traits += [name for key, name in named if facts.get(key)]
     rope = facts.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")
@@ -151,6 +155,18 @@ def _attention(found: Inspection) -> str:
     if facts.get("sliding_window"):
         traits.append(f"window {facts['sliding_window']}")
     return ", ".join((text, *traits))
+
+
+def _linear(found: Inspection) -> str:
+    """The layers that have a gated delta net in the place of attention, and its sizes."""
+    facts = found.anatomy.facts
+    layers = [layer for layer, kind in enumerate(facts.get("layer_types") or ()) if kind == LINEAR]
+    if not layers or not all(isinstance(facts.get(key), int) for key in LINEAR_SIZES):
+        return ""
+    key_heads, heads, key, value, width = (facts[key] for key in LINEAR_SIZES)
+    where = f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
+    of_keys = f", {key_heads} heads for queries and keys" if key_heads != heads else ""
+    return f"gated delta nets in {where}: {count(heads, 'state')} of {key} x {value}{of_keys}, convolution over {count(width, 'token')}"
 
 
 MANY = 6
@@ -176,6 +192,8 @@ def _experts(found: Inspection) -> str:
         partly = facts.get("shared_kv_layers")
         kv = "keys and values shared" if facts.get("attention_kv") == "shared" else "keys and values per expert"
         kv += f" (shared in layers {ranges(partly)})" if isinstance(partly, list) and partly else ""
+        if facts.get("attention_linear"):
+            kv += ", linear attention " + ("per expert" if facts["attention_linear"] == "expert" else "shared")
         lines.append(f"attention: {attention}, {routing if facts else 'routing not known'}{', ' + kv if facts else ''}")
     return "\n".join(lines)
 
@@ -218,6 +236,8 @@ def _cost_rows(costs: dict[str, Cost], context: int) -> Iterator[tuple[str, list
         yield "parameters", [number(cost.parameters) for cost in costs.values()]
         yield "active per token", [number(cost.active or 0) for cost in costs.values()]
         yield "bytes", [human_bytes(cost.nbytes) for cost in costs.values()]
+    if any(cost.state_bytes for cost in costs.values()):
+        yield "states per sequence", [human_bytes(cost.state_bytes) for cost in costs.values()]
     yield "KV cache per token", [f"{cache:,} B" if cache < 10**8 else human_bytes(cache) for cache in caches]
     if len(costs) > 1 and caches[0]:
         yield "  times dense", [f"{cache / caches[0]:.3g} x" for cache in caches]

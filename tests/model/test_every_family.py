@@ -23,10 +23,11 @@ from test_model import TOLERANCE, build, distance, ids, theirs, write_dense, wri
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.locate import applies, in_order
 from bam_merge.architectures.tables import dense_families, load_architecture, mixture_layouts
-from bam_merge.architectures.vocabulary import QUIET, SYMBOLS, UNSAID
+from bam_merge.architectures.vocabulary import LINEAR_SIZES, QUIET, SYMBOLS, UNSAID
 from bam_merge.errors import BamMergeError
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
+from bam_merge.planning.plan import Plan
 from bam_merge.publishing.publish import publish
 from bam_merge.sources import dense
 from bam_merge.verifying.verification import verify
@@ -157,7 +158,9 @@ def test_a_dense_merge_is_transformers_own_model_with_the_mean(name: str, tmp_pa
     folder = publish(plan_file(write_recipe(tmp_path, method="merge")), None, UNPROVED)
     merged = theirs(folder)
     models = [theirs(tmp_path / source) for source in SOURCES]
-    mean = {key: sum(model.state_dict()[key].double() for model in models) / 3 for key in models[0].state_dict()}
+    seeds = [key for key in models[0].state_dict() if key.endswith(("A_log", "dt_bias"))]
+    mean = {key: sum(model.state_dict()[key].double() for model in models) / 3 for key in models[0].state_dict() if key not in seeds}
+    mean |= {key: models[0].state_dict()[key] for key in seeds}
     models[0].load_state_dict({key: value.to(models[0].state_dict()[key].dtype) for key, value in mean.items()})
     expected = models[0](input_ids=ids()).logits
     assert type(merged) is type(models[0])
@@ -231,7 +234,7 @@ def test_the_reference_says_which_layouts_take_a_family(family: str, tmp_path: P
 
 SHOWN = {
     "norm_type", "norm_bias", "parallel_block", "parallel_norms", "gated_ffn", "qk_norm", "head_bias", "attention_bias", "attention_out_bias", "mlp_bias",
-    "pre_norms", "post_norms", "qk_norm_shape", "qk_norm_bias", "norm_weights",
+    "pre_norms", "post_norms", "qk_norm_shape", "qk_norm_bias", "norm_weights", "attention_gate", *LINEAR_SIZES,
 }  # fmt: skip
 """Facts that say which tensors there are."""
 
@@ -270,12 +273,17 @@ def test_what_is_unusual_cannot_be_left_out_of_a_result(name: str, fact: str, tm
 
 
 def own_tensors(name: str) -> list[str]:
-    """The tensors that an expert of layer 1 has in a mixture of this variant, as they are called after the expert's number."""
+    """The tensors that an expert of a layer has in a mixture of this variant, as they are called after the expert's number."""
     table = load_architecture(CONFIGS[name]["model_type"])
     facts = describe(table, CONFIGS[name], [])
     roles = {role for cell in in_order(table, 2) if applies(cell, facts) for role in cell.row.roles}
     rows = [row for row in load_architecture("bam").rows if row.per_expert and row.roles[0] in roles]
     return [row.names[0].removeprefix("model.layers.{layer}.") for row in rows]
+
+
+def layer_with(plan: Plan, tensor: str) -> int:
+    """The last layer of a mixture whose experts have the tensor."""
+    return max(step.layer for step in plan.steps if step.name == f"model.layers.{step.layer}.{tensor.replace('{expert}', '0')}")
 
 
 @pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name in CONFIGS for tensor in own_tensors(name)])
@@ -286,13 +294,14 @@ def test_two_experts_swapped_in_one_tensor_are_found(name: str, tensor: str, tmp
     plan = plan_file(write_recipe(tmp_path))
     folder = publish(plan, None, UNPROVED)
     assert verify(folder, plan).ok
-    first, second = (f"model.layers.1.{tensor}".replace("{expert}", str(expert)) for expert in (0, 1))
+    layer = layer_with(plan, tensor)
+    first, second = (f"model.layers.{layer}.{tensor}".replace("{expert}", str(expert)) for expert in (0, 1))
     Forger(folder).swap(first, second)
     found = failed(verify(folder, plan))
     assert first in found["copies"]
     assert second in found["copies"]
     if not tensor.endswith("k_proj.bias"):  # which the softmax all but cancels
-        assert f"layer 1, expert 0 (seed): {'FFN' if tensor.startswith('mlp') else 'attention'}" in found["expert isolation"]
+        assert f"layer {layer}, expert 0 (seed): {'FFN' if tensor.startswith('mlp') else 'attention'}" in found["expert isolation"]
 
 
 def test_the_facts_above_are_those_of_the_tables() -> None:
