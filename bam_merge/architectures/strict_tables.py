@@ -43,7 +43,7 @@ ROW: Kinds = {
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
     "experts_default": int, "pattern_is_read": bool, "pattern_is_text": bool, "turning": str, "alpha": bool, "query_growth": bool,
-    "rope_needed": bool, "rotary_by_kind": bool, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
+    "rope_needed": bool, "rotary_by_kind": bool, "rope_sets": dict, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
     "linear": str, "mrope": bool,
     "norm_eps": str, "activation": str, "renamed": dict, "activations": dict, "only": dict, "reasons": dict,
 }  # fmt: skip
@@ -215,8 +215,9 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     for role in roles if own_roles else ():
         if role not in ROLES and "make" not in row:  # what a layout fills in by itself may have a name of its own
             yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
-    if row.get("when", "untied").removeprefix("not ") not in (*TRAITS, *DERIVED):
-        yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"
+    for fact in (part.removeprefix("not ") for part in row.get("when", "untied").split(" and ")):
+        if fact not in (*TRAITS, *DERIVED):
+            yield f"{place}.when: {fact!r} is no trait{_known(fact, (*TRAITS, *DERIVED))}"
     if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
         yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
     if "axis" in row and row.get("groups", "1") != "1":

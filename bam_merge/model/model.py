@@ -11,6 +11,7 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    S tokens s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -86,7 +87,9 @@ class Heads(nn.Module):
             self.gate_proj = Linear(D, H * C, bias) if config.attention_gate else None
             self.o_proj = Linear(H * C, D, config.attention_out_bias)
         if key_value:
-            self.k_proj, self.k_norm, self.v_proj = Linear(D, K * C, bias), norm(K), Linear(D, K * C, bias)
+            self.k_proj, self.k_norm = Linear(D, K * C, bias), norm(K)
+            self.v_proj = None if config.values_are_keys else Linear(D, K * C, bias)
+            self.v_norm = Norm(replace(config, norm_weights=False)) if config.value_norm else nn.Identity()
 
     def placed(self, norm: nn.Module, x_BTHC: Tensor, turn: Turn) -> Tensor:
         """Queries or keys, normed and rotated, in the order that the family has; as they are where neither is done."""
@@ -102,8 +105,9 @@ class Heads(nn.Module):
 
     def keys_values(self, x_BTD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rotated keys, and the values, of these tokens, each [B, T, K, C]. `turn`: cosines and sines of their positions."""
-        k_BTKC, v_BTKC = (self.heads(proj(x_BTD)) for proj in (self.k_proj, self.v_proj))
-        return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
+        k_BTKC = self.heads(self.k_proj(x_BTD))
+        v_BTKC = k_BTKC if self.v_proj is None else self.heads(self.v_proj(x_BTD))
+        return self.placed(self.k_norm, k_BTKC, turn), self.v_norm(v_BTKC)
 
     def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
         """o(softmax(scale q k^T) v) [B, T, D]; with a gate, o(softmax(scale q k^T) v * sigmoid(gate x)). `at`: the turn of these tokens and
@@ -245,12 +249,23 @@ class BlockOutput(NamedTuple):
     ffn_gates: Tensor | None
 
 
+class Scale(nn.Module):
+    """A number to multiply with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Block(nn.Module):
     """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
     Families without `pre_norms` have neither LN1 nor LN2. With `post_norms` what attention and FFN give is normed, after the experts are
     mixed: N(sum_j g_j A_j(x)), which has the size that the block was trained with, however unlike the experts are. What is then added to
-    x or h is multiplied with `residual_scale` first.
+    x or h is multiplied with `residual_scale` first, and what comes out at last with the number that `layer_scale` says it has.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -265,6 +280,7 @@ class Block(nn.Module):
         self.input_layernorm = norm(config.pre_norms)
         self.post_attention_layernorm = None if one_norm else norm(config.pre_norms)  # before the FFN; llama's name for it
         self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(config.post_norms), norm(config.post_norms)
+        self.layer_scale = Scale() if config.layer_scale else nn.Identity()
         self.self_attn: Attention | LinearAttention = (LinearAttention if config.is_linear(layer) else Attention)(config, layer)
         self.mlp: FfnMixture | Ffn = FfnMixture(config) if config.num_experts else Ffn(config, config.intermediate_size)
 
@@ -277,7 +293,7 @@ class Block(nn.Module):
             normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
         mixed = isinstance(self.mlp, FfnMixture)
         ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
-        return BlockOutput(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD), attention_gates, ffn_gates)
+        return BlockOutput(self.layer_scale(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD)), attention_gates, ffn_gates)
 
 
 class Trunk(nn.Module):

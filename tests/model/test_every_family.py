@@ -234,7 +234,7 @@ def test_the_reference_says_which_layouts_take_a_family(family: str, tmp_path: P
 
 SHOWN = {
     "norm_type", "norm_bias", "parallel_block", "parallel_norms", "gated_ffn", "qk_norm", "head_bias", "attention_bias", "attention_out_bias", "mlp_bias",
-    "pre_norms", "post_norms", "qk_norm_shape", "qk_norm_bias", "norm_weights", "attention_gate", *LINEAR_SIZES,
+    "pre_norms", "post_norms", "qk_norm_shape", "qk_norm_bias", "norm_weights", "attention_gate", *LINEAR_SIZES, "layer_scale", "values_are_keys", "sizes_by_kind",
 }  # fmt: skip
 """Facts that say which tensors there are."""
 
@@ -276,7 +276,7 @@ def own_tensors(name: str) -> list[str]:
     """The tensors that an expert of a layer has in a mixture of this variant, as they are called after the expert's number."""
     table = load_architecture(CONFIGS[name]["model_type"])
     facts = describe(table, CONFIGS[name], [])
-    roles = {role for cell in in_order(table, 2) if applies(cell, facts) for role in cell.row.roles}
+    roles = {role for cell in in_order(table, 2) if cell.layer != 0 and applies(cell, facts) for role in cell.row.roles}
     rows = [row for row in load_architecture("bam").rows if row.per_expert and row.roles[0] in roles]
     return [row.names[0].removeprefix("model.layers.{layer}.") for row in rows]
 
