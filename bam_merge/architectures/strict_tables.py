@@ -228,6 +228,11 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     for kind in row.get("kinds", ()):
         if kind not in (*KINDS_OF_LAYERS, LINEAR):
             yield f"{place}.kinds: {kind!r} is no kind of layer{_known(str(kind), (*KINDS_OF_LAYERS, LINEAR))}"
+    yield from _marks(place, row)
+
+
+def _marks(place: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the marks in a row's names."""
     for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
         for mark in re.findall(r"\{(\w*)\}", name):
             if mark not in ("layer", "expert", "head"):

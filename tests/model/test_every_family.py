@@ -276,7 +276,7 @@ def own_tensors(name: str) -> list[str]:
     """The tensors that an expert of a layer has in a mixture of this variant, as they are called after the expert's number."""
     table = load_architecture(CONFIGS[name]["model_type"])
     facts = describe(table, CONFIGS[name], [])
-    roles = {role for cell in in_order(table, 2) if cell.layer != 0 and applies(cell, facts) for role in cell.row.roles}
+    roles = {role for cell in in_order(table, 2) if applies(cell, facts) for role in cell.row.roles}
     rows = [row for row in load_architecture("bam").rows if row.per_expert and row.roles[0] in roles]
     return [row.names[0].removeprefix("model.layers.{layer}.") for row in rows]
 
