@@ -23,10 +23,11 @@ class Row:
 
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
     equal blocks, and each block holds `parts[i]` rows of role i. Where its `axis` is "expert", its first axis is the experts', of each of
-    which it holds what is said here. `when` names the fact that must be true for the tensor
-    to exist, or, as "not FACT", false; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
-    role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
-    place of ones. `kinds` are the kinds of layers that have the tensor, where not all have it.
+    which it holds what is said here. `when` names the fact that must be true for the tensor to exist, or, as "not FACT", false (several
+    by "and"); `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the other along its first axis;
+    `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a role, whose tensor is stored once more;
+    `without` is what then happens, in engines, to a model that lacks it or has zeros in the place of ones. `kinds` are the kinds of
+    layers that have the tensor, where not all have it.
     """
 
     roles: tuple[str, ...]
@@ -38,6 +39,7 @@ class Row:
     when: str | None = None
     make: str | None = None
     without: str | None = None
+    pieces: str | None = None
     kinds: tuple[str, ...] = ()
 
     @property
@@ -87,6 +89,7 @@ class Quirks:
 
     `rotary_base`       the key beside rope_parameters that holds the rotary base
     `rotary_by_kind`    whether layers with and without a sliding window have a rotary embedding each
+    `rope_sets`         the two sets that are meant where rope_parameters is left out, of classes that read nothing beside it
     `sliding_base`      the key beside rope_parameters for the base of those with one; None: there is none, rope_theta is the others'
     `rotary_share`      the key beside rope_parameters that holds the share of a head that turns; None: whole heads turn, whatever is asked
     `rope_types`        types of rotary scaling that are read as another one
@@ -118,6 +121,7 @@ class Quirks:
 
     rotary_base: str = "rope_theta"
     rotary_by_kind: bool = False
+    rope_sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sliding_base: str | None = None
     rotary_share: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
@@ -159,11 +163,13 @@ class Case:
 class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
-    `sizes` are those that layers of one kind have otherwise: by the kind, the size and the key of config.json that has it.
+    `sizes` are those that layers of one kind have otherwise: by the kind, the size and the key of config.json that has it, "KEY if FLAG"
+    where another one decides whether it is read.
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
-    need besides, `engines` those that were tried.
+    need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the
+    same model type has not, or has as 0 or false.
     """
 
     name: str
@@ -185,6 +191,7 @@ class Architecture:
     config: Mapping[str, Any]
     limits: tuple[Limit, ...]
     engines: tuple[Engine, ...] = ()
+    told_by: str | None = None
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -200,12 +207,13 @@ def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
 
 
 def at_layer(facts: Mapping[str, Any], layer: int | None) -> Mapping[str, Any]:
-    """`facts` with the sizes that this layer has, where layers of one kind have others than all."""
-    by_kind = facts.get("sizes_by_kind")
-    if not by_kind or layer is None:
+    """`facts` with the sizes that this layer has, where layers of one kind have others than all, and with what only such layers have."""
+    by_kind, types = facts.get("sizes_by_kind"), facts.get("layer_types")
+    if layer is None or not isinstance(types, list) or layer >= len(types) or not (by_kind or facts.get("values_are_keys")):
         return facts
-    types = facts.get("layer_types")
-    return {**facts, **by_kind.get(str(types[layer]), {})} if isinstance(types, list) and layer < len(types) else facts
+    kind = str(types[layer])
+    keys = {"own_values": False} if facts.get("values_are_keys") and kind == "full_attention" else {}
+    return {**facts, **(by_kind or {}).get(kind, {}), **keys}
 
 
 @cache
@@ -274,6 +282,7 @@ def read_table(text: str, file: str) -> Architecture:
         config=table.get("config", {}),
         limits=tuple(_limit(record) for record in table.get("limits", ())),
         engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
+        told_by=table.get("told_by"),
     )
 
 
@@ -299,6 +308,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         when=record.get("when"),
         make=record.get("make"),
         without=record.get("without"),
+        pieces=record.get("pieces"),
         kinds=tuple(record.get("kinds", ())),
     )
 
@@ -323,13 +333,27 @@ def mixture_layouts() -> tuple[Architecture, ...]:
     return tuple(a for a in architectures() if a.kind == "mixture")
 
 
-def find_by_model_type(model_type: object) -> Architecture | None:
-    """The architecture that config.json's `model_type` names: dense, mixture or foreign."""
+def find_by_model_type(model_type: object, config: Mapping[str, Any] | None = None) -> Architecture | None:
+    """The architecture that config.json's `model_type` names: dense, mixture or foreign. Of one that is dense or a mixture, the rest of
+    `config` says which; without it the dense one."""
+    if config is not None and (mixture := _told_by_key(model_type, config)) is not None:
+        return mixture
     if isinstance(model_type, str) and model_type in _table_names():  # most tables are called so, and the others need not be read
         named = load_architecture(model_type)
         if model_type in named.model_types:
             return named
     return next((a for a in architectures() if model_type in a.model_types), None)
+
+
+def _told_by_key(model_type: object, config: Mapping[str, Any]) -> Architecture | None:
+    """The mixture whose model type is that of a dense family too, where its key is there and not 0, false or null."""
+    found = (table for table in _of_dense_types() if model_type in table.model_types)
+    return next((table for table in found if config.get(str(table.told_by), table.defaults.get(str(table.told_by)))), None)
+
+
+@cache
+def _of_dense_types() -> tuple[Architecture, ...]:
+    return tuple(table for table in architectures() if table.told_by is not None)
 
 
 def names_of_the_head(table: Architecture) -> tuple[str, ...]:

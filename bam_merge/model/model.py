@@ -11,6 +11,7 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    S tokens s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import linear, one_hot
 from bam_merge.model.activations import ACTIVATIONS
 from bam_merge.model.delta_net import DeltaNet
 from bam_merge.model.model_config import ModelConfig
-from bam_merge.model.norms import Norm, capped, wide
+from bam_merge.model.norms import Linear, Norm, capped, wide
 from bam_merge.model.positions import Cache, grown, rotate, turns, visible
 
 
@@ -29,9 +30,12 @@ class HeadNorm(Norm):
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         C, kind = config.head_dim, config.qk_norm_weights
-        shape = {"head": (C,), "heads": (heads, C), "all heads": (heads * C,)}[kind]
+        shape = {"head": (C,), "heads": (heads, C), "heads in a row": (heads * C,), "all heads": (heads * C,)}[kind]
         super().__init__(config, *shape, bias=config.qk_norm_bias)
-        self.together = kind == "all heads"
+        self.together, self.channels = kind == "all heads", C if kind == "heads in a row" else None
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return weight if self.channels is None else weight.view(-1, self.channels)
 
     def forward(self, x_BTHC: Tensor) -> Tensor:
         return super().forward(x_BTHC.flatten(-2)).view_as(x_BTHC) if self.together else super().forward(x_BTHC)
@@ -79,11 +83,13 @@ class Heads(nn.Module):
             return HeadNorm(config, heads) if config.qk_norm else nn.Identity()
 
         if query:
-            self.q_proj, self.q_norm = nn.Linear(D, H * C, bias), norm(H)
-            self.gate_proj = nn.Linear(D, H * C, bias) if config.attention_gate else None
-            self.o_proj = nn.Linear(H * C, D, config.attention_out_bias)
+            self.q_proj, self.q_norm = Linear(D, H * C, bias), norm(H)
+            self.gate_proj = Linear(D, H * C, bias) if config.attention_gate else None
+            self.o_proj = Linear(H * C, D, config.attention_out_bias)
         if key_value:
-            self.k_proj, self.k_norm, self.v_proj = nn.Linear(D, K * C, bias), norm(K), nn.Linear(D, K * C, bias)
+            self.k_proj, self.k_norm = Linear(D, K * C, bias), norm(K)
+            self.v_proj = None if config.values_are_keys else Linear(D, K * C, bias)
+            self.v_norm = Norm(replace(config, norm_weights=False)) if config.value_norm else nn.Identity()
 
     def placed(self, norm: nn.Module, x_BTHC: Tensor, turn: Turn) -> Tensor:
         """Queries or keys, normed and rotated, in the order that the family has; as they are where neither is done."""
@@ -99,8 +105,9 @@ class Heads(nn.Module):
 
     def keys_values(self, x_BTD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rotated keys, and the values, of these tokens, each [B, T, K, C]. `turn`: cosines and sines of their positions."""
-        k_BTKC, v_BTKC = (self.heads(proj(x_BTD)) for proj in (self.k_proj, self.v_proj))
-        return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
+        k_BTKC = self.heads(self.k_proj(x_BTD))
+        v_BTKC = k_BTKC if self.v_proj is None else self.heads(self.v_proj(x_BTD))
+        return self.placed(self.k_norm, k_BTKC, turn), self.v_norm(v_BTKC)
 
     def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
         """o(softmax(scale q k^T) v) [B, T, D]; with a gate, o(softmax(scale q k^T) v * sigmoid(gate x)). `at`: the turn of these tokens and
@@ -135,7 +142,7 @@ class Attention(Heads):
         self.window = config.sliding_window if config.slides(layer) else None
         self.rotates = config.rope_layers is None or layer in config.rope_layers
         if N:
-            self.router, self.gates = nn.Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
+            self.router, self.gates = Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
         self.experts = cast(Sequence[Heads], nn.ModuleList(Heads(config, key_value=not shares_kv) for _ in range(N)))
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +177,7 @@ class LinearAttention(DeltaNet):
         super().__init__(config, built=N == 0)
         self.layer, self.shares_kv = layer, False
         if N:
-            self.router, self.gates = nn.Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
+            self.router, self.gates = Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
         self.experts = cast(Sequence[DeltaNet], nn.ModuleList(DeltaNet(config) for _ in range(N)))
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
@@ -196,8 +203,8 @@ class Ffn(nn.Module):
         super().__init__()
         D, bias = config.hidden_size, config.mlp_bias
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(D, width, bias) if config.gated_ffn else None
-        self.up_proj, self.down_proj = nn.Linear(D, width, bias), nn.Linear(width, D, bias)
+        self.gate_proj = Linear(D, width, bias) if config.gated_ffn else None
+        self.up_proj, self.down_proj = Linear(D, width, bias), Linear(width, D, bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up = self.up_proj(x_BTD)
@@ -213,10 +220,10 @@ class FfnMixture(nn.Module):
         N, D, shared = config.num_experts, config.hidden_size, config.shared_expert_intermediate_size
         self.gates = (config.num_experts_per_tok, "topk_then_softmax" if config.norm_topk_prob else "softmax_then_topk")
         self.gate_scale = config.gate_scale
-        self.router = nn.Linear(D, N, bias=False)
+        self.router = Linear(D, N, bias=False)
         self.experts = nn.ModuleList(Ffn(config, config.intermediate_size) for _ in range(N))
         self.shared_expert = Ffn(config, shared) if shared else None
-        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if shared else None
+        self.shared_expert_gate = Linear(D, 1, bias=False) if shared else None
 
     def forward(self, x_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
         """y [B, T, D] and the gates [B, T, N], before gate_scale. A forced expert is not scaled: it stands for its dense model."""
@@ -242,12 +249,23 @@ class BlockOutput(NamedTuple):
     ffn_gates: Tensor | None
 
 
+class Scale(nn.Module):
+    """A number to multiply with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Block(nn.Module):
     """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
     Families without `pre_norms` have neither LN1 nor LN2. With `post_norms` what attention and FFN give is normed, after the experts are
     mixed: N(sum_j g_j A_j(x)), which has the size that the block was trained with, however unlike the experts are. What is then added to
-    x or h is multiplied with `residual_scale` first.
+    x or h is multiplied with `residual_scale` first, and what comes out at last with the number that `layer_scale` says it has.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -262,6 +280,7 @@ class Block(nn.Module):
         self.input_layernorm = norm(config.pre_norms)
         self.post_attention_layernorm = None if one_norm else norm(config.pre_norms)  # before the FFN; llama's name for it
         self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(config.post_norms), norm(config.post_norms)
+        self.layer_scale = Scale() if config.layer_scale else nn.Identity()
         self.self_attn: Attention | LinearAttention = (LinearAttention if config.is_linear(layer) else Attention)(config, layer)
         self.mlp: FfnMixture | Ffn = FfnMixture(config) if config.num_experts else Ffn(config, config.intermediate_size)
 
@@ -274,7 +293,7 @@ class Block(nn.Module):
             normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
         mixed = isinstance(self.mlp, FfnMixture)
         ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
-        return BlockOutput(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD), attention_gates, ffn_gates)
+        return BlockOutput(self.layer_scale(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD)), attention_gates, ffn_gates)
 
 
 class Trunk(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+QkNormShape = Literal["head", "heads", "heads in a row", "all heads"]
 KindOfLayer = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
@@ -39,9 +40,12 @@ class ModelConfig:
     parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False
+    value_norm: bool = False  # of the values of each head, without weights
+    values_are_keys: bool = False  # in layers without a window: no projection to values, they are the keys as projected
+    layer_scale: bool = False  # what a layer gives is multiplied with a number of its own
     attention_gate: bool = False  # what attention gives is multiplied with sigmoid(gate x) before its output projection
     qk_norm: bool = False  # of q and k, of the kind norm_type
-    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None  # None: "head" of RMS norms, "heads" of layer norms
+    qk_norm_shape: QkNormShape | None = None  # None: "head" of RMS norms, "heads" of layer norms
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
@@ -75,8 +79,9 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
 
     @property
-    def qk_norm_weights(self) -> Literal["head", "heads", "all heads"]:
-        """Of each head with weights [C] for all (qwen3), [H, C] (cohere); or of all heads together, with weights [H * C] (olmo2)."""
+    def qk_norm_weights(self) -> QkNormShape:
+        """Of each head with weights [C] for all (qwen3), [H, C] (cohere) or [H * C] (stablelm); or of all heads together, with weights
+        [H * C] (olmo2)."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
 
     @property
@@ -95,7 +100,8 @@ class ModelConfig:
 
     def at(self, layer: int) -> "ModelConfig":
         """The configuration with the sizes that `layer` has."""
-        return self.of_kind("sliding_attention" if self.slides(layer) else "full_attention")
+        own = self.of_kind("sliding_attention" if self.slides(layer) else "full_attention")
+        return replace(own, values_are_keys=False) if own.values_are_keys and self.slides(layer) else own
 
     def of_kind(self, kind: str) -> "ModelConfig":
         """The configuration with the sizes that layers of this kind have."""

@@ -26,7 +26,7 @@ from bam_merge.verifying.remade import MARK, experts_models, reassembled
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import miswired
 
-NORMS = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+NORMS = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm", "layer_scale")
 """What a block has beside attention and FFN. Its experts share them."""
 
 
@@ -242,7 +242,7 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe, besid
     if beside is not None and mixture.mlp.shared_expert_gate is not None:
         ffn = ffn + mixture.mlp.shared_expert_gate(normed).sigmoid() * beside.mlp(normed)
     ffn = dense.scale * dense.post_mlp_layernorm(ffn)
-    return difference(out - x_BTD, attention + ffn, out), float(factor_BT1.mean())
+    return difference(out - x_BTD, dense.layer_scale(x_BTD + attention + ffn) - x_BTD, out), float(factor_BT1.mean())
 
 
 def _gate_sum(logits_BTN: Tensor, recipe: Recipe) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Computed, Leaf, Read, Shape, Slice, Whole, inputs, stored
+from bam_merge.checkpoints.pieces import Computed, Read, Shape, Slice, Whole, inputs, stored
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
@@ -233,7 +233,7 @@ def stretches(expr: expressions.Expr, start: int, stop: int) -> Iterator[Stretch
         yield from ((read.source, read.tensor, first, last) for first, last in leaf_rows(expr, start, stop))
 
 
-def leaf_rows(leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+def leaf_rows(leaf: Read | Slice, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
     """(first, last) of the stored rows that rows [start, stop) of a leaf are, in order."""
     stop = leaf.shape[0] if stop is None else stop
     if isinstance(leaf, Read):

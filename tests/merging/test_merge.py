@@ -40,6 +40,11 @@ def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor
             q, k, v = fused.view(heads, 3, -1, fused.shape[-1]).unbind(1)
             parts = {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": v.flatten(0, 1)}
             result |= {f"{ours}self_attn.{part}_proj.weight": w for part, w in parts.items()}
+        if name == "stablelm_qk_norm":
+            heads_of = {
+                part: [tensors[f"{ours}self_attn.{part}_layernorm.norms.{h}.weight"] for h in range(n)] for part, n in (("q", 4), ("k", 2))
+            }
+            result |= {f"{ours}self_attn.{part}_norm.weight": torch.cat(norms) for part, norms in heads_of.items()}
         if name == "phi3":
             fused = tensors[f"{ours}self_attn.qkv_proj.weight"]
             q, k, v = fused.split([32, 16, 16])
@@ -69,8 +74,10 @@ AROUND = {
 AFTER = {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
 """No norms before attention and FFN, and those after have names that others have before."""
 
+GEMMA4 = {**AROUND, "layer_scalar": "layer_scale.weight"}
+
 RENAMED = {
-    "gemma2": AROUND, "gemma3_text": AROUND, "hyperclovax": {"post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm"},
+    "gemma2": AROUND, "gemma3_text": AROUND, "gemma4_text": GEMMA4, "gemma4_unified_text": GEMMA4, "hyperclovax": {"post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm"},
     "starcoder2": {"c_fc": "up_proj", "c_proj": "down_proj"}, "hunyuan_v1_dense": {"query_layernorm": "q_norm", "key_layernorm": "k_norm"},
     "phi": {
         "self_attn.dense": "self_attn.o_proj", "fc1": "up_proj", "fc2": "down_proj", "final_layernorm": "norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
