@@ -499,7 +499,7 @@ class BamLinearAttention(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         if self.mixed:
             self.router = BamRouter(config, N)
-            self.experts = BamAttentionExperts()
+            self.experts = BamAttentionExperts(config)
         own, D = self.experts if self.mixed else self, config.hidden_size
         for part, rows in (("q", K * C), ("k", K * C), ("v", H * E), ("z", H * E), ("b", H), ("a", H)):
             setattr(own, f"in_proj_{part}", nn.Linear(D, N * rows, bias=False))
