@@ -306,13 +306,13 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
         return False
     has = {
         **UNSAID,
-        **family.traits,
+        **{trait: value for trait, value in family.traits.items() if trait != "rope_interleaved"},  # rows are put in either order
         "rope_layers": [0] if family.quirks.turning in ("listed", "where windows are") else None,
         "query_growth": family.quirks.query_growth or None,
         "sliding_rope_parameters": family.quirks.rotary_by_kind or None,
         "sizes_by_kind": family.sizes or None,
     }
-    wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
+    wanted = {**UNSAID, "gated_ffn": True, **layout.accepts, "rope_interleaved": [True, False]}
     one_key = "$attention_bias" in layout.config.values() and "attention_out_bias" not in (*layout.accepts, *layout.implies)
     if one_key and not str(has["attention_bias"]).startswith("config:"):  # for the biases of q, k, v and o
         wanted["attention_out_bias"] = has["attention_bias"]

@@ -160,8 +160,8 @@ class Architecture:
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
-    need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same model
-    type has not, or has as 0 or false.
+    need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same
+    model type has not, or has as 0 or false.
     """
 
     name: str

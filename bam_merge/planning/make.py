@@ -24,6 +24,7 @@ from bam_merge.planning.dtype_check import copied_only_note, copied_only_problem
 from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
+from bam_merge.planning.pairs import in_order_of, order_note
 from bam_merge.planning.plan import Plan, Step
 from bam_merge.planning.shared_expert import shared_expert
 from bam_merge.planning.stacking import stacked
@@ -60,6 +61,10 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, "
             f"not {printable(str(recipe.output.layout), 60)}."
         )
+    as_stored = seed
+    if layout is not None:
+        models = in_order_of(layout, models)
+        seed = models[recipe.seed_name]
     recipe = with_gates(recipe, seed.facts)
     made = assign(recipe, models, problems)
     if layout is None or problems:
@@ -92,6 +97,7 @@ def make_plan(recipe: Recipe) -> Plan:
         unused=_unused(models, placed, made),
         notes=(
             *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
+            *order_note(layout, as_stored, seed),
             *copied_only_note(placed),
             *calibration_notes(recipe, texts),
             *found.notes,

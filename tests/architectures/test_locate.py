@@ -271,7 +271,9 @@ def test_a_merge_by_a_wrong_table_is_not_what_transformers_computes(wrong: bool,
     if wrong:
         table = replace(table, rows=tuple(replace(r, roles=r.roles[::-1]) if "ffn.up" in r.roles else r for r in table.rows))
     for module in ("bam_merge.sources.dense", "bam_merge.model.loading"):
-        monkeypatch.setattr(f"{module}.find_by_model_type", lambda name, *config: table if name == "phi3" else find_by_model_type(name, *config))
+        monkeypatch.setattr(
+            f"{module}.find_by_model_type", lambda name, *config: table if name == "phi3" else find_by_model_type(name, *config)
+        )
     text = "experts: [seed, seed]\nffn: {top_k: 2}"
     out = merge(load_recipe(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: mixtral}")))
     apart = float((logits(transformers.AutoModelForCausalLM.from_pretrained(out).eval()) - theirs).abs().max())

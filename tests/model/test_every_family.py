@@ -200,6 +200,8 @@ def plainest(family: str) -> dict[str, Any]:
     facts, plain = describe(table, config, []), {"layer_types": ["full_attention"] * 2} if table.quirks.windows != "none" else {}
     if table.quirks.windows == "all":
         plain["sliding_window"] = None
+    if "partial_rotary_factor" in table.defaults:
+        plain["rope_parameters"] = {**facts["rope_parameters"], "partial_rotary_factor": 1.0}
     for trait, value in table.traits.items():
         key, _, power = str(value).partition(":")[2].partition("^")
         if key and type(table.defaults.get(key)) is bool:
