@@ -318,7 +318,8 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
         wanted["attention_out_bias"] = has["attention_bias"]
     for key, value in has.items():
         options = wanted[key] if isinstance(wanted[key], list) else [wanted[key]]
-        written = key in (*layout.implies, *layout.traits) or f"${key}" in layout.config.values()
+        by_kind = key == "sliding_rope_parameters" and "$rope_parameters_by_kind" in layout.config.values()
+        written = by_kind or key in (*layout.implies, *layout.traits) or f"${key}" in layout.config.values()
         if (
             not written
             and not str(value).startswith("config:")

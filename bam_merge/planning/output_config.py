@@ -39,6 +39,7 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
         "intermediate_size": facts["intermediate_size"] // recipe.shards,
         "base_model_type": model.family.name,
         "rope_theta": rope["rope_theta"],
+        "rope_parameters_by_kind": {"full_attention": rope, "sliding_attention": facts.get("sliding_rope_parameters") or rope},
         "rope_type": rope["rope_type"],
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if rope["rope_type"] != "default" else None,
         "partial_rotary_factor": rope["partial_rotary_factor"],
@@ -84,7 +85,8 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
 
 def _words(layout: Architecture) -> set[str]:
     """The facts that a layout's config.json has."""
-    return {value.removeprefix("$") for value in layout.config.values() if isinstance(value, str)}
+    words = {value.removeprefix("$") for value in layout.config.values() if isinstance(value, str)}
+    return words | ({"sliding_rope_parameters"} if "rope_parameters_by_kind" in words else set())
 
 
 def _of_traits(layout: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,16 @@ CASES = {
     "qwen3 biased in qwen3_moe": ("qwen3_biased", "qwen3_moe", "ffn: {top_k: 2}"),
     "granite in granitemoe": ("granite", "granitemoe", "ffn: {top_k: 2}"),
     "llama in granitemoe": ("llama", "granitemoe", "ffn: {top_k: 3}"),
+    "ernie4_5 in granitemoe": ("ernie4_5", "granitemoe", "ffn: {top_k: 1}"),
+    "helium in mixtral": ("helium", "mixtral", "ffn: {top_k: 2}"),
+    "seed_oss in qwen2_moe": ("seed_oss", "qwen2_moe", "ffn: {top_k: 2}"),
+    "ministral with windows in qwen2_moe": ("ministral_sliding", "qwen2_moe", "ffn: {top_k: 2}"),
 }
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    **CONFIGS, "qwen3 with windows": {**CONFIGS["qwen3"], "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+}  # fmt: skip
 
 
 def load(folder: Path) -> Any:
@@ -49,7 +58,7 @@ def logits(model: Any, length: int = 24) -> torch.Tensor:
 def test_copies_of_one_model_compute_what_it_computes(name: str, tmp_path: Path) -> None:
     """Renormalised gates sum to one: N equal FFN experts are the dense FFN, whatever the router."""
     family, layout, ffn = CASES[name]
-    config = {**CONFIGS[family], "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    config = {**FAMILIES[family], "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
     write_checkpoint(tmp_path / "seed", config, random_values(3, 0.2))
     text = f"experts: [seed, seed, seed]\n{ffn}\nrouter: {{init: normal, std: 0.5}}"
     recipe = write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), f"{{path: out, layout: {layout}}}")
@@ -64,7 +73,7 @@ def test_copies_of_one_model_compute_what_it_computes(name: str, tmp_path: Path)
 def test_btx_uses_each_expert(name: str, tmp_path: Path) -> None:
     """With different experts, forcing the router to expert e and taking the shared tensors from model e gives model e."""
     family, layout, _ = CASES[name]
-    write_sources(tmp_path, CONFIGS[family])
+    write_sources(tmp_path, FAMILIES[family])
     for expert, source in enumerate(("seed", "code", "law")):
         text = f"ffn: {{top_k: 1}}\nshared: {{make: copy, from: {source}}}\nrouter: {{init: zeros}}"
         recipe = write_recipe(tmp_path, text, "btx", output=f"{{path: out{expert}, layout: {layout}}}")
@@ -89,7 +98,7 @@ def rotate_experts(experts: Any, chosen: int) -> None:
 def test_saving_gives_the_same_tensors_back(layout: str, tmp_path: Path) -> None:
     """save_pretrained writes what was loaded under the same names: those of the public checkpoints."""
     family = next(family for family, of, _ in CASES.values() if of == layout)
-    write_sources(tmp_path, CONFIGS[family])
+    write_sources(tmp_path, FAMILIES[family])
     folder = merge(
         load_recipe(write_recipe(tmp_path, "", "btx", output=f"{{path: out, layout: {layout}}}")), options=MergeOptions(verify=False)
     )
