@@ -232,16 +232,25 @@ def _wrappers() -> str:
     return table(("model_type", "the text model's names begin with", "not read"), rows)
 
 
-GATES = {"softmax_then_topk": False, "topk_then_softmax": True}
-"""The gates of an FFN's router, as a recipe names them, and whether they are renormalised."""
+GATES = {"softmax_then_topk": ("softmax", False), "topk_then_softmax": ("softmax", True), "topk_then_sigmoid": ("sigmoid", True)}
+"""The gates of an FFN's router, as a recipe names them: what they are made of, and whether they are renormalised."""
 
 
 def gates_of(layout: Architecture, engine: str | None = None) -> list[str]:
     """The gates that a layout can say, and with `engine` those of them that this engine computes."""
-    stated = layout.accepts.get("norm_topk_prob", list(GATES.values()))
     limits = [limit.only for limit in layout.limits if limit.fact == "norm_topk_prob" and engine in limit.engines]
-    possible = stated if isinstance(stated, list) else [stated]
-    return [gate for gate, value in GATES.items() if value in possible and all(value in only for only in limits)]
+    sums = _possible(layout, "norm_topk_prob", [False, True])
+    made_of = _possible(layout, "scoring_func", ["softmax", "sigmoid"] if not layout.accepts else ["softmax"])
+    return [
+        gate
+        for gate, (of, renormalised) in GATES.items()
+        if of in made_of and renormalised in sums and all(renormalised in only for only in limits)
+    ]
+
+
+def _possible(layout: Architecture, fact: str, every: list[object]) -> list[object]:
+    stated = layout.accepts.get(fact, every)
+    return stated if isinstance(stated, list) else [stated]
 
 
 def _served(layout: Architecture) -> Iterator[str]:
@@ -307,7 +316,7 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
     has = {
         **UNSAID,
         **{trait: value for trait, value in family.traits.items() if trait != "rope_interleaved"},  # rows are put in either order
-        "rope_layers": [0] if family.quirks.turning in ("listed", "where windows are") else None,
+        "rope_layers": {"listed": [0], "where windows are": "where windows are"}.get(family.quirks.turning),
         "query_growth": family.quirks.query_growth or None,
         "sliding_rope_parameters": family.quirks.rotary_by_kind or None,
         "sizes_by_kind": family.sizes or None,

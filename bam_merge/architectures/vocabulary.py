@@ -12,11 +12,14 @@ ROLES = (
 )  # fmt: skip
 """Every role a recipe can name."""
 
+SHARED_ROLES = tuple(f"ffn.shared.{part}" for part in ("gate", "up", "down", "router"))
+"""Roles of an expert of every token, in layouts that have one: `ffn.shared_expert` of a recipe makes them."""
+
 ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0] for role in ROLES if "." in role))
 
 SYMBOLS = {
     "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
-    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",
+    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim", "N": "num_experts",
 }  # fmt: skip
 """The letters of symbolic shapes, and the facts they stand for."""
 
@@ -78,6 +81,10 @@ UNSAID: dict[str, Any] = {
     "norm_type": "rms_norm",
 }  # fmt: skip
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
+
+GATING: dict[str, Any] = {"scoring_func": "softmax"}
+"""Facts of a recipe's gates, and what a layout that has no word for one takes it for; a config.json has them only where they are something
+else."""
 
 DERIVED = ("untied", "second_norm", "twin_norms")
 """Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's; both

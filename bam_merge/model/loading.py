@@ -189,8 +189,18 @@ def _bam_row(role: str) -> Row | None:
     return next((row for row in rows if row.per_expert), rows[0] if rows else None)
 
 
+BESIDES = {
+    "router.ffn.bias": "choice_bias",
+    "ffn.shared.router": "shared_expert_gate.weight",
+    **{f"ffn.shared.{part}": f"shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+}
+"""The reference model's names, under `mlp.`, for what layouts have beside the experts that bam has."""
+
+
 def parameter_name(role: str, cell: Cell) -> str:
-    """The reference model's name for `role`: bam's, less the experts' part where there is one for all. What bam has not keeps its row's."""
+    """The reference model's name for `role`: bam's, less the experts' part where there is one for all; what bam has not, by `BESIDES`."""
+    if role in BESIDES:
+        return f"model.layers.{cell.layer}.mlp.{BESIDES[role]}"
     template = _bam_row(role) or cell.row
     return template.name(cell.layer, cell.expert) if cell.expert is not None else template.name(cell.layer).replace("experts.None.", "")
 

@@ -26,7 +26,7 @@ from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.pairs import in_order_of, order_note
 from bam_merge.planning.plan import Plan, Step
-from bam_merge.planning.shared_expert import shared_expert
+from bam_merge.planning.shared_expert import shared_expert, shared_notes
 from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.recipe.rules import parse_size
@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if layout is None or problems:
         raise RecipeError(*problems)
     made |= shared_expert(recipe, layout, models, problems) if layout.kind == "mixture" else {}
-    values = merge_values(recipe, seed, made) if layout.kind == "mixture" else dict(seed.facts)
+    values = merge_values(recipe, layout, seed, made) if layout.kind == "mixture" else dict(seed.facts)
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies
     if layout.kind == "mixture":
@@ -221,6 +221,7 @@ def _notes(
     yield from engine_notes(layout, values, made)
     if layout.kind == "mixture":
         yield from gating_notes(recipe, models[0].facts)
+        yield from shared_notes(recipe, layout)
 
 
 def _fingerprint(

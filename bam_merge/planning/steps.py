@@ -22,10 +22,13 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
     """The output tensors in file order, by the layout's rows; whatever is made and stored nowhere is a problem."""
     steps: list[Step] = []
     stored: set[Site] = set()
+    sizes = {
+        **seed.facts, "num_experts": len(recipe.expert_names), "intermediate_size": seed.facts["intermediate_size"] // recipe.shards,
+    }  # fmt: skip
     for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
         if not is_named_here(row, layout, seed.facts):
             continue
-        filled = filling(row, layer, seed, made, recipe.random_seed)
+        filled = filling(row, layer, sizes, made, recipe.random_seed)
         if filled is not None:
             steps.append(Step(row.name(layer), row.roles[0], layer, None, filled.dtype, filled.shape, filled, f"layout {layout.name}"))
             continue
