@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+from bam_merge.architectures.mixture_keys import odd_keys
 from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.quantisation import quantisation
 from bam_merge.architectures.rotary_sets import SETS, set_problems, settled, with_one_set
@@ -132,9 +133,7 @@ def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: li
         problems.append(f"config.json: {some(missing)} missing; {layout.name} needs it, or its meaning would be a guess. Add it.")
     if spelled.get("use_sliding_window") and "layer_types" in keys and "layer_types" not in spelled:
         problems.append("config.json: use_sliding_window is true, and layer_types does not say which layers slide. Add layer_types.")
-    shared = spelled.get("shared_experts", 0)
-    if "shared_experts" in keys and not missing and (type(shared) is not int or shared < 0):
-        problems.append(f"config.json: {keys['shared_experts']} must be an integer, 0 or more, found {shown(shared)}.")
+    problems += odd_keys(keys, spelled)
     implied = {word: None if value == "none" else value for word, value in layout.accepts.items() if not isinstance(value, list)}
     traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
     traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other

@@ -114,8 +114,9 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
 
     def number(name: str) -> float | None:
         """A factor: of a model type, of a key, or of a power of a key's value; of a mixture, of a key or none."""
-        if table.kind == "mixture" and name not in table.traits:
-            return get(name) if name in _keys(table) else None
+        if table.kind == "mixture" and name in _keys(table):
+            own: float | None = get(name)
+            return own
         value = table.traits.get(name)
         if not isinstance(value, str):
             return value

@@ -65,7 +65,6 @@ def merge_values(recipe: Recipe, layout: Architecture, model: DenseModel, made: 
         **({"scoring_func": "sigmoid"} if recipe.sigmoid else {}),
         "several_experts": count > 1,
         "mlp_layer_types": ["sparse" for _ in layers],
-        "max_window_layers": len(layers),
         "num_attention_experts": count if per_expert else 0,
         "attention_kv": "shared" if all_shared else "expert" if per_expert else None,
         "shared_kv_layers": shared_kv if shared_kv and not all_shared else None,
