@@ -150,8 +150,9 @@ def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     """The layers of a public mixture that have one FFN and no experts.
 
     Qwen: those in mlp_only_layers, and those not at a multiple of decoder_sparse_step. DeepSeek: the first first_k_dense_replace, and
-    those not at a multiple of moe_layer_freq. Command A+ and others: those that mlp_layer_types calls dense. (transformers'
-    configuration classes; moe_layer_freq in DeepSeek's own modeling code.)
+    those not at a multiple of moe_layer_freq. Command A+ and others: those that mlp_layer_types calls dense. ERNIE: those outside
+    of moe_layer_start_index to moe_layer_end_index, and those not at a multiple of moe_layer_interval. (transformers' configuration
+    classes; moe_layer_freq in DeepSeek's own modeling code.)
     """
 
     def number(key: str, default: int) -> int:
@@ -163,6 +164,8 @@ def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     kinds = config.get("mlp_layer_types")
     only |= {layer for layer, kind in enumerate(kinds) if kind == "dense"} if isinstance(kinds, list) else set()
     step, first, every = number("decoder_sparse_step", 1), number("first_k_dense_replace", 0), number("moe_layer_freq", 1)
+    start, last, stride = number("moe_layer_start_index", 0), number("moe_layer_end_index", -1), number("moe_layer_interval", 1)
+    only |= {layer for layer in range(layers) if layer < start or -1 < last < layer or (layer + 1) % stride}
     return frozenset(layer for layer in range(layers) if layer in only or (layer + 1) % step or layer < first or layer % every)
 
 

@@ -20,6 +20,7 @@ ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0
 SYMBOLS = {
     "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
     "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim", "N": "num_experts",
+    "S": "shared_expert_intermediate_size",
 }  # fmt: skip
 """The letters of symbolic shapes, and the facts they stand for."""
 
@@ -106,7 +107,7 @@ LOOSE_ACTIVATION = "activation"
 """The one among them that other files write beside their own key, in words of their trainers ("swiglu"); what of it may matter,
 sources/harmless_keys.toml says."""
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys for the number of experts."""
 
 CONTEXTS = ("inner", "outer")

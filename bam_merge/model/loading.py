@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, parts_of, rows_of
+from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, parts_of, rows_of, shape_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -276,12 +276,15 @@ class _Parameters:
         expected = first if len(row.roles) == 1 else (rows_of(row, facts), *first[1:])
         if row.stacked:
             expected = (self.config.num_experts, *expected)
+        flat = len(row.roles) == 1 and not row.stacked and len(row.shape) > len(first)  # a vector that is stored as a matrix of one row
+        if flat:
+            expected = shape_of(row, facts)
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
             return
         if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
-        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, entry.shape), facts)
+        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, first if flat else entry.shape), facts)
         assert pieces is not None  # its rows are those of the table
         for (parameter, shape), ((role, _), leaf) in zip(shapes.items(), pieces.items(), strict=True):
             if leaf.shape != shape:

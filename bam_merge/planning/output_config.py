@@ -65,6 +65,7 @@ def merge_values(recipe: Recipe, layout: Architecture, model: DenseModel, made: 
         **({"scoring_func": "sigmoid"} if recipe.sigmoid else {}),
         "several_experts": count > 1,
         "mlp_layer_types": ["sparse" for _ in layers],
+        "position_embedding_type": "rope" if facts.get("rope_layers") is None else None,
         "num_attention_experts": count if per_expert else 0,
         "attention_kv": "shared" if all_shared else "expert" if per_expert else None,
         "shared_kv_layers": shared_kv if shared_kv and not all_shared else None,

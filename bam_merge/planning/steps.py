@@ -12,6 +12,7 @@ from bam_merge.checkpoints.pieces import whole
 from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
 from bam_merge.planning.fuse import apart, fuse, stack
+from bam_merge.planning.output_config import NO_SHARED_EXPERT
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -24,6 +25,7 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
     stored: set[Site] = set()
     sizes = {
         **seed.facts, "num_experts": len(recipe.expert_names), "intermediate_size": seed.facts["intermediate_size"] // recipe.shards,
+        "shared_expert_intermediate_size": NO_SHARED_EXPERT,
     }  # fmt: skip
     for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
         if not is_named_here(row, layout, seed.facts):

@@ -70,6 +70,7 @@ def test_table_is_sound(family: Architecture) -> None:
                 "num_attention_heads": H,
                 "num_key_value_heads": K,
                 "head_dim": D,
+                "shared_expert_intermediate_size": 8,
             }
             assert not row.parts or not row.shape or rows_of(row, facts) == shape_of(row, facts)[0]
 

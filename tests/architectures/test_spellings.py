@@ -34,7 +34,8 @@ BASE = {
 SLIDES, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-KINDS = tuple(kind for kind in architecture_names() if kind not in ("bam", *STAND_INS))
+TYPES = {kind: load_architecture(kind) for kind in architecture_names()}
+KINDS = tuple(kind for kind, table in TYPES.items() if kind not in ("bam", *STAND_INS) and kind in table.model_types)  # one of each class
 EXPERTS = {kind: key for kind in KINDS for key, value in load_architecture(kind).config.items() if value == "$num_experts"}
 SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
 
