@@ -1,14 +1,10 @@
-"""Norms of the reference model, what it computes them in, and its linear layers."""
+"""Norms of the reference model, and its linear layers."""
 
 import torch
 from torch import Tensor, nn
 
+from bam_merge.model.activations import wide
 from bam_merge.model.model_config import ModelConfig
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 where it is: what norms and softmaxes are computed in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:

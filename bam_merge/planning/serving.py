@@ -69,7 +69,7 @@ def unserved(recipe: Recipe, layout: Architecture, models: Mapping[str, DenseMod
     """The same for a recipe that has other problems, so that they are told together."""
     if recipe.output.serves and layout.kind == "mixture":
         seed = models[recipe.seed_name]
-        values = merge_values(recipe, seed, dict(made))
+        values = merge_values(recipe, layout, seed, dict(made))
         refused = bool(refusals(layout, values, recipe.file))
         yield from serving_problems(recipe, models, served(layout, {**values, **layout.implies}, seed.family), refused)
 
@@ -121,7 +121,8 @@ def _tries(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str])
         make_steps(recipe, layout, seed, there, homeless)
         for gate in gates():
             ffn = (recipe.ffn or Ffn()).model_copy(update={"gate": gate})
-            values = merge_values(with_gates(recipe.model_copy(update={"ffn": ffn}), seed.facts), seed, there)
+            gated = with_gates(recipe.model_copy(update={"ffn": ffn}), seed.facts)
+            values = merge_values(gated, layout, seed, there)
             problems = (*refusals(layout, values, recipe.file), *homeless)
             faults = engine_faults(layout, {**values, **layout.implies})
             found = tuple(dict.fromkeys(reason for name in engines for reason in faults[name]))
