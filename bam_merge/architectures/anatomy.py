@@ -319,6 +319,7 @@ class _Described:
                 if dense and not any(not row.per_expert and row in self.architecture.others for row in rows[role]):
                     continue
                 self.missing += self.absent(rows[role], layer, have.get(role, {}), 0 if dense else self.facts.get(key) or 0)
+        self.missing = list(dict.fromkeys(self.missing))  # a tensor may hold several roles
 
     def slides(self, layer: int) -> bool:
         types = self.facts.get("layer_types")
