@@ -215,8 +215,8 @@ def interval_problems(family: Architecture, config: Mapping[str, Any]) -> Iterat
         yield f"config.json: {key} must be a positive integer, found {shown(every)}."
     elif isinstance(types, list) and types != kinds_of_hybrid(family, config.get, len(types)):
         yield (
-            f"config.json: {key} = {every} says that one of every {every} layers has full attention, layer_types otherwise; transformers takes "
-            f"layer_types. Correct one, or remove {key}."
+            f"config.json: {key} = {every} says that one of every {every} layers has full attention, layer_types otherwise; transformers "
+            f"takes layer_types. Correct one, or remove {key}."
         )
 
 
