@@ -314,9 +314,12 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
         "sizes_by_kind": family.sizes or None,
     }
     wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
+    one_key = "$attention_bias" in layout.config.values() and "attention_out_bias" not in (*layout.accepts, *layout.implies)
+    if one_key and not str(has["attention_bias"]).startswith("config:"):  # for the biases of q, k, v and o
+        wanted["attention_out_bias"] = has["attention_bias"]
     for key, value in has.items():
         options = wanted[key] if isinstance(wanted[key], list) else [wanted[key]]
-        written = key in layout.implies or f"${key}" in layout.config.values()
+        written = key in (*layout.implies, *layout.traits) or f"${key}" in layout.config.values()
         if (
             not written
             and not str(value).startswith("config:")

@@ -136,10 +136,13 @@ def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: li
     implied = {word: None if value == "none" else value for word, value in layout.accepts.items() if not isinstance(value, list)}
     traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
     traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other
-    extra = {key: value for key, value in layout.defaults.items() if key in ROPE_KEYS}
-    family = replace(layout, traits=traits, function=("rms_norm_eps",), defaults={**defaults, **extra})
-    rope = {key: config[key] for key in ROPE_KEYS if key in config}
-    return {**implied, **spelled, **describe(family, {**rope, **spelled}, problems)}
+    own = [str(value).removeprefix("config:").partition("^")[0] for value in layout.traits.values()]
+    extra = {key: value for key, value in layout.defaults.items() if key in (*ROPE_KEYS, *own)}
+    family = replace(
+        layout, traits={**traits, **layout.traits}, function=("rms_norm_eps", *own, *layout.function), defaults={**defaults, **extra}
+    )
+    beside = {key: config[key] for key in (*ROPE_KEYS, *own, *layout.function) if key in config}
+    return {**implied, **spelled, **describe(family, {**beside, **spelled}, problems)}
 
 
 def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:

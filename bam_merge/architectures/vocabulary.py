@@ -57,9 +57,9 @@ post_norms                 norms of what attention and FFN give, before it is sc
 attention_gate             what attention gives is multiplied with sigmoid(W x), channel by channel, before its output projection
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
 qk_norm                    norms of q and k, of each head unless qk_norm_shape says otherwise
-qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "all heads": as many, and the
-                           norm is of all heads of an attention together, not of each; None: what is usual of a norm_type, "head" of RMS
-                           norms and "heads" of layer norms
+qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "heads in a row": as many, in
+                           one vector; "all heads": as these, and the norm is of all heads of an attention together, not of each;
+                           None: what is usual of a norm_type, "head" of RMS norms and "heads" of layer norms
 qk_norm_bias               they have biases
 qk_norm_after_rotary       q and k are normed after they are turned, not before
 head_bias                  the head adds a bias to the logits
@@ -74,7 +74,7 @@ logit_softcap              the same of the logits, after they are scaled
 "config:KEY" takes the value of a config.json's key, "config:KEY^POWER" that to a power: "config:logits_scaling^-1" divides by it.
 """
 
-QK_NORM_SHAPES = ("head", "heads", "all heads")
+QK_NORM_SHAPES = ("head", "heads", "heads in a row", "all heads")
 """What the weights of a norm of q or k are for; TRAITS says it of each."""
 
 TRAIT_WORDS = {"norm_type": ("rms_norm", "layer_norm"), "qk_norm_shape": QK_NORM_SHAPES}

@@ -40,8 +40,8 @@ class BamConfig(PreTrainedConfig):
     Of families that are unlike most, None or the default where theirs is: `pre_norms` are those before attention and FFN, `post_norms`
     those of what the experts of either give together; norms have `norm_weights`; queries, keys and values are cut off at `attention_clip`
     and at minus that; `norm_offset` is added to the weights of norms before they multiply;
-    `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads", or "all heads" of an expert, whose
-    norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
+    `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads" (or "heads in a row", in one
+    vector), or "all heads" of an expert, whose norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
     `sliding_rope_parameters` are the rope_parameters of layers with a window; `rope_layers` are the layers with rotary embedding;
     queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T), `embedding_scale`,
     `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors. `attention_softcap` c puts c tanh(x / c)
@@ -83,7 +83,7 @@ class BamConfig(PreTrainedConfig):
     post_norms: bool = False
     attention_gate: bool = False
     qk_norm: bool = False
-    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None
+    qk_norm_shape: Literal["head", "heads", "heads in a row", "all heads"] | None = None
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     parallel_block: bool = False

@@ -67,27 +67,38 @@ class BamLayerNorm(nn.Module):
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
         z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            z = (self.offset + wide(self.weight) if self.offset else self.weight) * z
-        return (z if self.bias is None else z + self.bias).to(x.dtype)
+        weight, bias = (None if w is None else self.laid_out(w) for w in (self.weight, self.bias))
+        if weight is not None:
+            z = (self.offset + wide(weight) if self.offset else weight) * z
+        return (z if bias is None else z + bias).to(x.dtype)
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Weights or biases as they are multiplied or added."""
+        return weight
 
 
 class BamHeadLayerNorm(BamLayerNorm):
     """Norm of q or k [B, T, heads, C], whose heads stand in the order (k/v head, expert, query head of the group).
 
-    Weights, by what they are for (qk_norm_shape): "head" [C], of experts [N, 1, C]; "heads" [heads, C]; "all heads" [H * C], of experts
-    [N, H * C], and there the norm is of the H heads of an expert together.
+    Weights, by what they are for (qk_norm_shape): "head" [C], of experts [N, 1, C]; "heads" [heads, C], "heads in a row" [heads * C];
+    "all heads" [H * C], of experts [N, H * C], and there the norm is of the H heads of an expert together.
     """
 
     def __init__(self, config: BamConfig, experts: int, heads: int, group: int, channels: int) -> None:
         shapes = {
             "head": (*((experts, 1) if experts else ()), channels),
             "heads": (heads, channels),
+            "heads in a row": (heads * channels,),
             "all heads": (*((experts,) if experts else ()), heads // max(experts, 1) * channels),
         }
         super().__init__(config, *shapes[config.qk_norm_weights], bias=config.qk_norm_bias)
         self.together = config.qk_norm_weights == "all heads"
-        self.by_expert = (experts, group) if experts and config.qk_norm_weights != "heads" else None
+        of_each = config.qk_norm_weights.startswith("heads")
+        self.channels = channels if config.qk_norm_weights == "heads in a row" else None
+        self.by_expert = (experts, group) if experts and not of_each else None
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return weight if self.channels is None else weight.view(-1, self.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.by_expert is None:
@@ -875,9 +886,10 @@ class BamFuseHeads(ConversionOps):
         layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1]) if config.sizes_by_kind else 0  # all are alike
         heads, kv_heads, channels = (config.size(size, layer) for size in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         group = heads // kv_heads
-        if self.unit == "expert" or (self.unit.endswith("norm") and config.qk_norm_weights != "heads"):
+        if self.unit == "expert" or (self.unit.endswith("norm") and not config.qk_norm_weights.startswith("heads")):
             return None
-        return {"query": group * channels, "key": channels, "query norm": group, "key norm": 1}[self.unit]
+        channels_of_norm = channels if config.qk_norm_weights == "heads in a row" else 1
+        return {"query": group * channels, "key": channels, "query norm": group * channels_of_norm, "key norm": channels_of_norm}[self.unit]
 
     def of_any_head(self, config: BamConfig) -> bool:
         return self.unit.endswith("norm") and config.qk_norm_weights == "head"

@@ -31,14 +31,20 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Concat:
-    """Fuse parts: block g of the result is block g of every part in turn; the inverse of Slice."""
+    """Fuse parts: block g of the result is block g of every part in turn; the inverse of Slice.
+
+    `stacked`: one part for each expert, whose axis stands before the parts' own in the file; here their rows are one below the other.
+    """
 
     parts: tuple["Expr", ...]
     groups: int
     dtype: str
     shape: Shape
+    stacked: bool = False
 
     def __str__(self) -> str:
+        if self.stacked:
+            return f"stack({', '.join(map(str, self.parts))})"
         how = f" in {self.groups} blocks" if self.groups > 1 else ""
         return f"concat({', '.join(map(str, self.parts))}){how}"
 

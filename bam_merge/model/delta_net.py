@@ -10,7 +10,7 @@ from torch.nn.functional import silu, softplus
 
 from bam_merge.model.activations import ACTIVATIONS
 from bam_merge.model.model_config import ModelConfig
-from bam_merge.model.norms import wide
+from bam_merge.model.norms import Linear, wide
 from bam_merge.model.positions import Cache
 
 L2_EPS = 1e-6
@@ -49,13 +49,13 @@ class DeltaNet(nn.Module):
         D, K, H, C, E, W = config.hidden_size, *config.linear_sizes
         if not built:
             return
-        self.in_proj_q, self.in_proj_k = nn.Linear(D, K * C, False), nn.Linear(D, K * C, False)
-        self.in_proj_v, self.in_proj_z = nn.Linear(D, H * E, False), nn.Linear(D, H * E, False)
-        self.in_proj_b, self.in_proj_a = nn.Linear(D, H, False), nn.Linear(D, H, False)
+        self.in_proj_q, self.in_proj_k = Linear(D, K * C, False), Linear(D, K * C, False)
+        self.in_proj_v, self.in_proj_z = Linear(D, H * E, False), Linear(D, H * E, False)
+        self.in_proj_b, self.in_proj_a = Linear(D, H, False), Linear(D, H, False)
         self.conv_q, self.conv_k, self.conv_v = Taps(K * C, W), Taps(K * C, W), Taps(H * E, W)
         self.dt_bias, self.A_log = nn.Parameter(torch.zeros(H)), nn.Parameter(torch.zeros(H))
         self.norm = HeadScale(config, E)
-        self.out_proj = nn.Linear(H * E, D, False)
+        self.out_proj = Linear(H * E, D, False)
 
     def mixed(self, x_BTD: Tensor, cache: Cache, key: tuple[int, str]) -> Tensor:
         """y [B, T, D] of tokens that follow those whose state the cache has under `key`: a layer, and a name."""

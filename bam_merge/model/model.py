@@ -20,7 +20,7 @@ from torch.nn.functional import linear, one_hot
 from bam_merge.model.activations import ACTIVATIONS
 from bam_merge.model.delta_net import DeltaNet
 from bam_merge.model.model_config import ModelConfig
-from bam_merge.model.norms import Norm, capped, wide
+from bam_merge.model.norms import Linear, Norm, capped, wide
 from bam_merge.model.positions import Cache, grown, rotate, turns, visible
 
 
@@ -29,9 +29,12 @@ class HeadNorm(Norm):
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         C, kind = config.head_dim, config.qk_norm_weights
-        shape = {"head": (C,), "heads": (heads, C), "all heads": (heads * C,)}[kind]
+        shape = {"head": (C,), "heads": (heads, C), "heads in a row": (heads * C,), "all heads": (heads * C,)}[kind]
         super().__init__(config, *shape, bias=config.qk_norm_bias)
-        self.together = kind == "all heads"
+        self.together, self.channels = kind == "all heads", C if kind == "heads in a row" else None
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return weight if self.channels is None else weight.view(-1, self.channels)
 
     def forward(self, x_BTHC: Tensor) -> Tensor:
         return super().forward(x_BTHC.flatten(-2)).view_as(x_BTHC) if self.together else super().forward(x_BTHC)
@@ -79,11 +82,11 @@ class Heads(nn.Module):
             return HeadNorm(config, heads) if config.qk_norm else nn.Identity()
 
         if query:
-            self.q_proj, self.q_norm = nn.Linear(D, H * C, bias), norm(H)
-            self.gate_proj = nn.Linear(D, H * C, bias) if config.attention_gate else None
-            self.o_proj = nn.Linear(H * C, D, config.attention_out_bias)
+            self.q_proj, self.q_norm = Linear(D, H * C, bias), norm(H)
+            self.gate_proj = Linear(D, H * C, bias) if config.attention_gate else None
+            self.o_proj = Linear(H * C, D, config.attention_out_bias)
         if key_value:
-            self.k_proj, self.k_norm, self.v_proj = nn.Linear(D, K * C, bias), norm(K), nn.Linear(D, K * C, bias)
+            self.k_proj, self.k_norm, self.v_proj = Linear(D, K * C, bias), norm(K), Linear(D, K * C, bias)
 
     def placed(self, norm: nn.Module, x_BTHC: Tensor, turn: Turn) -> Tensor:
         """Queries or keys, normed and rotated, in the order that the family has; as they are where neither is done."""
@@ -135,7 +138,7 @@ class Attention(Heads):
         self.window = config.sliding_window if config.slides(layer) else None
         self.rotates = config.rope_layers is None or layer in config.rope_layers
         if N:
-            self.router, self.gates = nn.Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
+            self.router, self.gates = Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
         self.experts = cast(Sequence[Heads], nn.ModuleList(Heads(config, key_value=not shares_kv) for _ in range(N)))
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +173,7 @@ class LinearAttention(DeltaNet):
         super().__init__(config, built=N == 0)
         self.layer, self.shares_kv = layer, False
         if N:
-            self.router, self.gates = nn.Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
+            self.router, self.gates = Linear(config.hidden_size, N, bias=False), gates_of_attention(config)
         self.experts = cast(Sequence[DeltaNet], nn.ModuleList(DeltaNet(config) for _ in range(N)))
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, cache: Cache, force_expert: int | None) -> tuple[Tensor, Tensor | None]:
@@ -196,8 +199,8 @@ class Ffn(nn.Module):
         super().__init__()
         D, bias = config.hidden_size, config.mlp_bias
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(D, width, bias) if config.gated_ffn else None
-        self.up_proj, self.down_proj = nn.Linear(D, width, bias), nn.Linear(width, D, bias)
+        self.gate_proj = Linear(D, width, bias) if config.gated_ffn else None
+        self.up_proj, self.down_proj = Linear(D, width, bias), Linear(width, D, bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up = self.up_proj(x_BTD)
@@ -213,10 +216,10 @@ class FfnMixture(nn.Module):
         N, D, shared = config.num_experts, config.hidden_size, config.shared_expert_intermediate_size
         self.gates = (config.num_experts_per_tok, "topk_then_softmax" if config.norm_topk_prob else "softmax_then_topk")
         self.gate_scale = config.gate_scale
-        self.router = nn.Linear(D, N, bias=False)
+        self.router = Linear(D, N, bias=False)
         self.experts = nn.ModuleList(Ffn(config, config.intermediate_size) for _ in range(N))
         self.shared_expert = Ffn(config, shared) if shared else None
-        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if shared else None
+        self.shared_expert_gate = Linear(D, 1, bias=False) if shared else None
 
     def forward(self, x_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
         """y [B, T, D] and the gates [B, T, N], before gate_scale. A forced expert is not scaled: it stands for its dense model."""

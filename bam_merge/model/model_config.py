@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+QkNormShape = Literal["head", "heads", "heads in a row", "all heads"]
 KindOfLayer = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
@@ -41,7 +42,7 @@ class ModelConfig:
     attention_out_bias: bool = False
     attention_gate: bool = False  # what attention gives is multiplied with sigmoid(gate x) before its output projection
     qk_norm: bool = False  # of q and k, of the kind norm_type
-    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None  # None: "head" of RMS norms, "heads" of layer norms
+    qk_norm_shape: QkNormShape | None = None  # None: "head" of RMS norms, "heads" of layer norms
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
@@ -75,8 +76,9 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
 
     @property
-    def qk_norm_weights(self) -> Literal["head", "heads", "all heads"]:
-        """Of each head with weights [C] for all (qwen3), [H, C] (cohere); or of all heads together, with weights [H * C] (olmo2)."""
+    def qk_norm_weights(self) -> QkNormShape:
+        """Of each head with weights [C] for all (qwen3), [H, C] (cohere) or [H * C] (stablelm); or of all heads together, with weights
+        [H * C] (olmo2)."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
 
     @property

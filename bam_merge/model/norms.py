@@ -1,4 +1,4 @@
-"""Norms of the reference model, and what it computes them in."""
+"""Norms of the reference model, what it computes them in, and its linear layers."""
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ def capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * (x / cap).tanh()
 
 
+class Linear(nn.Linear):
+    """A linear layer that draws its weights only where there is memory for them: a block without any is built to be filled."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Norm(nn.Module):
     """RMS norm over the last axis. Layer norm is the same of the centred vector."""
 
@@ -31,6 +39,11 @@ class Norm(nn.Module):
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
         z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            z = (self.offset + wide(self.weight) if self.offset else self.weight) * z
-        return (z if self.bias is None else z + self.bias).to(x.dtype)
+        weight, bias = (None if w is None else self.laid_out(w) for w in (self.weight, self.bias))
+        if weight is not None:
+            z = (self.offset + wide(weight) if self.offset else weight) * z
+        return (z if bias is None else z + bias).to(x.dtype)
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Weights or biases as they are multiplied or added."""
+        return weight

@@ -107,15 +107,15 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
     """How a block is wired, and which biases and norms it has: given by the model type, or by a key that it names."""
 
     def trait(name: str, default: Any) -> Any:
-        if table.kind == "mixture":  # a layout has a key for it, or takes one value only
+        if table.kind == "mixture" and name not in table.traits:  # a layout has a key for it, or takes one value only
             fixed = table.accepts.get(name, default)
             return get(name) if name in _keys(table) else default if isinstance(fixed, list) else fixed
         value = table.traits.get(name, default)
         return bool(get(value.partition(":")[2])) if isinstance(value, str) and value.startswith("config:") else value
 
     def number(name: str) -> float | None:
-        """A factor: of a model type, of a key, or of a power of a key's value. Mixtures have none."""
-        value = table.traits.get(name) if table.kind != "mixture" else None
+        """A factor: of a model type, of a key, or of a power of a key's value."""
+        value = table.traits.get(name)
         if not isinstance(value, str):
             return value
         key, power = value.partition(":")[2].partition("^")[::2]

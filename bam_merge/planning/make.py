@@ -79,7 +79,8 @@ def make_plan(recipe: Recipe) -> Plan:
     config = output_config(layout, seed, values, _dtype_of_most(steps))
     if alignment is not None:
         config = aligned_config(config, recipe, alignment, models[alignment.giver])
-    cost = cost_of_tensors((((s.role, s.layer, s.expert), s.shape, s.dtype) for s in placed), values, values["tie_word_embeddings"])
+    parts = (((s.role, s.layer, expert), expr.shape, s.dtype) for s in placed for expert, expr in s.experts)
+    cost = cost_of_tensors(parts, values, values["tie_word_embeddings"])
     texts = calibration(recipe, models, alignment, placed, cost)
     return Plan(
         recipe=recipe,

@@ -67,7 +67,7 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
     """Why `layout` cannot express this merge, one message per feature."""
     problems = []
     kept = layout.kind == "dense"  # its sources' own keys
-    said = {*layout.accepts, *layout.implies, *_words(layout)}
+    said = {*layout.accepts, *layout.implies, *_words(layout), *layout.traits}
     unsaid = {} if kept else {key: value for key, value in UNSAID.items() if key not in said}
     if "parallel_block" in said:
         unsaid.pop("parallel_norms", None)  # of a parallel block alone
@@ -88,6 +88,24 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
 def _words(layout: Architecture) -> set[str]:
     """The facts that a layout's config.json has."""
     return {value.removeprefix("$") for value in layout.config.values() if isinstance(value, str)}
+
+
+def _of_traits(layout: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys from which a layout's [traits] are read, with what gives the merge's: the power undone, and 1 where there is no factor."""
+    keys = {}
+    for trait, text in layout.traits.items():
+        key, _, power = str(text).removeprefix("config:").partition("^")
+        value = values.get(trait)
+        if value is None:
+            value = values["head_dim"] ** -0.5 if trait == "attention_scale" else 1.0
+        keys[key] = _root(value, float(power)) if power else value
+    return keys
+
+
+def _root(value: float, power: float) -> float:
+    """The number whose power is `value`: of several, that differ in their last bits, one that is short."""
+    found = value ** (1 / power)
+    return next((short for digits in range(1, 18) if (short := float(f"{found:.{digits}g}")) ** power == value), found)
 
 
 def _shown(value: object) -> str:
@@ -115,6 +133,7 @@ def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, A
             config["tie_word_embeddings"] = values["tie_word_embeddings"]  # a head that equals the embeddings, beside tied sources
         return dict(sorted(config.items()))
     config.update({key: source[key] for key in NEUTRAL if _is_written(source, key)})
+    config.update(_of_traits(layout, values))
     for key, value in layout.config.items():
         if isinstance(value, str) and value.startswith("$"):
             value = values.get(value[1:])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bam_merge.architectures.locate import Cell
 from bam_merge.checkpoints.pieces import Read, Slice
-from bam_merge.expressions import Expr
+from bam_merge.expressions import Concat, Expr
 from bam_merge.model.loading import StoredModel, parameter_name
 from bam_merge.planning.plan import Plan
 from bam_merge.sources.dense import DenseModel
@@ -26,7 +26,7 @@ TOLERANCE = 2.0**-20
 
 def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check]:
     """Every tensor of a source that is not its base's own, nor an expert's, against the reference model of base and adapters."""
-    isolated = {(role, step.layer) for step in plan.steps if step.expert is not None for role in step.role.split("+")}
+    isolated = {(role, step.layer) for step in plan.steps if step.is_experts for role in step.role.split("+")}
     worst, count = Worst("adapters", TOLERANCE), 0
     sources = SourceTensors(plan, RowReader())
     for name, model in plan.models.items():
@@ -43,6 +43,8 @@ def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check
 
 
 def _is_the_bases(expr: Expr, model: DenseModel) -> bool:
+    if isinstance(expr, Concat):
+        return all(_is_the_bases(part, model) for part in expr.parts)
     of = expr.of if isinstance(expr, Slice) else expr
     return isinstance(of, Read) and of.source == model.store_name
 

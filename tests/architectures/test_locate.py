@@ -23,14 +23,15 @@ from bam_merge.architectures.locate import (
     applies,
     cells,
     cut,
+    gathered,
     in_order,
     locate,
+    piece_shape,
     read_name,
     rows_of,
-    shape_of,
     spellings,
 )
-from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type, load_architecture, read_table
+from bam_merge.architectures.tables import Architecture, Row, architectures, at_layer, find_by_model_type, load_architecture, read_table
 from bam_merge.architectures.vocabulary import ROLES
 from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
 from bam_merge.demo.synthetic import random_values, write_checkpoint
@@ -121,7 +122,7 @@ def test_a_name_is_read_as_it_is_written(name: str, toy: Architecture) -> None:
     there = [*cells(table, 12, 11), *cells(replace(table, rows=table.others, dropped=()), 12, 11)]
     assert len(there) > 12 * len(table.rows) / 2
     for cell in there:
-        assert [read_name(spelled, known) for spelled in cell.names] == [cell] * len(cell.names)
+        assert [read_name(spelled.replace("{head}", "10"), known) for spelled in cell.names] == [cell] * len(cell.names)
     ordered = {cell for cell in there if cell.row in table.rows and not cell.row.per_expert}
     assert {cell for cell in in_order(table, 12) if not cell.row.per_expert} == ordered
 
@@ -169,11 +170,14 @@ def test_what_transformers_saves_is_located_whole(name: str, tmp_path: Path) -> 
     problems: list[str] = []
     facts = facts_of(table, open_model(tmp_path).checkpoint.config, problems)
     assert not problems
-    found = locate(shapes, cells(table, facts["num_hidden_layers"], 3), lambda cell: applies(cell, facts))
-    assert (found.missing, found.extra) == ((), ())
+    known = gathered({name: name for name in shapes}, table, facts["num_hidden_layers"], lambda layer: at_layer(facts, layer))
+    found = locate(known.names, cells(table, facts["num_hidden_layers"], 3), lambda cell: applies(cell, facts))
+    assert (found.missing, found.extra, known.lacking) == ((), (), ())
     assert all(item.wanted and len(item.names) == 1 for item in found.met)
     if table.kind == "dense":
-        assert {item.names[0]: shape_of(item.cell.row, facts) for item in found.met} == shapes
+        met = [(item.cell, known.names[item.names[0]]) for item in found.met]
+        pieces = {name: piece_shape(cell.row, facts) for cell, first in met for name in known.parts.get(first, (first,))}
+        assert pieces == shapes
     leaves = open_model(tmp_path).leaves
     assert sum(map(numel, leaves.values())) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -208,7 +212,7 @@ def test_transformers_tells_every_two_roles_apart(name: str, tmp_path: Path, mon
     assert float((logits(open_model(tmp_path).model()) - theirs).abs().max()) < 1e-5 * size
     planted = 0
     for words, table in confusions(name, tmp_path):
-        monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, table=table: table)
+        monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config, table=table: table)
         apart = float((logits(open_model(tmp_path).model()) - theirs).abs().max())
         assert apart < 1e-5 * size if (name, words) in ONE_SUM else apart > 1e-3 * size, words
         planted += 1
@@ -237,7 +241,7 @@ def test_a_fused_row_that_is_cut_wrongly_is_found(case: str, tmp_path: Path, mon
     table = load_architecture(CONFIGS[name]["model_type"])
     wrong = replace(table, rows=tuple(replace(row, **change) if role in row.roles else row for row in table.rows))
     assert wrong != table
-    monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type: wrong)
+    monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config: wrong)
     if how == "logits":
         assert float((logits(open_model(tmp_path).model()) - theirs).abs().max()) > 1e-2 * float(theirs.abs().max())
     else:
@@ -267,7 +271,9 @@ def test_a_merge_by_a_wrong_table_is_not_what_transformers_computes(wrong: bool,
     if wrong:
         table = replace(table, rows=tuple(replace(r, roles=r.roles[::-1]) if "ffn.up" in r.roles else r for r in table.rows))
     for module in ("bam_merge.sources.dense", "bam_merge.model.loading"):
-        monkeypatch.setattr(f"{module}.find_by_model_type", lambda name: table if name == "phi3" else find_by_model_type(name))
+        monkeypatch.setattr(
+            f"{module}.find_by_model_type", lambda name, *config: table if name == "phi3" else find_by_model_type(name, *config)
+        )
     text = "experts: [seed, seed]\nffn: {top_k: 2}"
     out = merge(load_recipe(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: mixtral}")))
     apart = float((logits(transformers.AutoModelForCausalLM.from_pretrained(out).eval()) - theirs).abs().max())

@@ -81,7 +81,7 @@ def their_model(config: dict[str, Any]) -> Any:
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "rope.rope_type": ("linear", "dynamic"), "rope.rope_theta": (3e5, 7e3), "rope.partial_rotary_factor": (0.5, 0.75, 0.25), "dtype": ("float16", "bfloat16"),
-    f"rope.{ORIGINAL}": (32, 64), "hidden_act": ("relu", "gelu_new", "gelu_fast"), "num_experts": (6, 8), "hidden_size": (64, 96), "num_hidden_layers": (3, 5),
+    f"rope.{ORIGINAL}": (32, 64), "hidden_act": ("relu", "gelu_new", "gelu_fast"), "num_experts": (6, 8, 10), "hidden_size": (64, 96), "num_hidden_layers": (3, 5),
     "num_attention_heads": (8, 16), "num_key_value_heads": (2, 1), "head_dim": (16, 4), "sliding_window": (8, 16),
     "intermediate_size": (48, 96),
 }  # fmt: skip
@@ -153,7 +153,7 @@ def their_value(spelling: Spelling, kind: str, config: dict[str, Any]) -> Any:
         case "the activation":
             return getattr(found, spelling.read[0])
         case "the number of experts":
-            return found.num_experts
+            return getattr(found, spelling.read[0])
         case "the number of key and value heads" | "the size of a head":
             model = their_model(config)
             if kind != "gpt_neox":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, stand_in, write_recipe, write_sources
+from safetensors.torch import load_file
 
 from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge.demo.synthetic import random_values, write_checkpoint
@@ -25,6 +26,8 @@ CASES = {
     "phi3 in qwen2_moe": ("phi3", "qwen2_moe", "ffn: {top_k: 2}"),
     "qwen3 in qwen3_moe": ("qwen3", "qwen3_moe", "ffn: {top_k: 2}"),
     "qwen3 biased in qwen3_moe": ("qwen3_biased", "qwen3_moe", "ffn: {top_k: 2}"),
+    "granite in granitemoe": ("granite", "granitemoe", "ffn: {top_k: 2}"),
+    "llama in granitemoe": ("llama", "granitemoe", "ffn: {top_k: 3}"),
 }
 
 
@@ -68,14 +71,32 @@ def test_btx_uses_each_expert(name: str, tmp_path: Path) -> None:
         mixture = load(merge(load_recipe(recipe), options=MergeOptions(verify=False)))
         with torch.no_grad():  # every token to `expert`, for hidden states of either sign: the last expert that a tie leaves
             for layer in mixture.model.layers:
-                rotate_experts(layer.mlp.experts, expert)
+                rotate_experts(experts_of(layer), expert)
         assert float((logits(mixture) - logits(load(tmp_path / source))).abs().max()) < 1e-5
+
+
+def experts_of(layer: Any) -> Any:
+    return next(module for name, module in layer.named_modules() if name.endswith(".experts"))
 
 
 def rotate_experts(experts: Any, chosen: int) -> None:
     """Put expert `chosen` in every place: with zero routers top-1 then takes it, whichever place a tie picks."""
     for parameter in experts.parameters():
         parameter.copy_(parameter[chosen].expand_as(parameter))
+
+
+@pytest.mark.parametrize("layout", dict.fromkeys(layout for _, layout, _ in CASES.values()))
+def test_saving_gives_the_same_tensors_back(layout: str, tmp_path: Path) -> None:
+    """save_pretrained writes what was loaded under the same names: those of the public checkpoints."""
+    family = next(family for family, of, _ in CASES.values() if of == layout)
+    write_sources(tmp_path, CONFIGS[family])
+    folder = merge(
+        load_recipe(write_recipe(tmp_path, "", "btx", output=f"{{path: out, layout: {layout}}}")), options=MergeOptions(verify=False)
+    )
+    load(folder).save_pretrained(tmp_path / "saved")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "saved"))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def test_qwen2_moe_keeps_gates_that_are_not_renormalised(tmp_path: Path) -> None:

@@ -201,6 +201,8 @@ def plainest(family: str) -> dict[str, Any]:
     """The family's first variant with every factor at what is none, and no layer that slides."""
     table, config = load_architecture(family), CONFIGS[FIRST[family]]
     facts, plain = describe(table, config, []), {"layer_types": ["full_attention"] * 2} if table.quirks.windows != "none" else {}
+    if table.quirks.windows == "all":
+        plain["sliding_window"] = None
     for trait, value in table.traits.items():
         key, _, power = str(value).partition(":")[2].partition("^")
         if key and type(table.defaults.get(key)) is bool:
