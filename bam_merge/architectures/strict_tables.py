@@ -60,10 +60,11 @@ ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs":
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
-    "beside": dict, "refused": str,
+    "beside": dict, "refused": str, "written": dict,
 }  # fmt: skip
 """What wrappers.Wrapper documents, key by key."""
 SPELLING: Kinds = {"trunk": str, "rest": str}
+WRITTEN: Kinds = {"of": str, "kept": dict, "keys": list, "parts": dict}
 
 
 class TableError(ValueError):
@@ -94,6 +95,8 @@ def _wrapper_problems(table: Mapping[str, Any]) -> Iterator[str]:
         for key, words in () if odd else record.items():
             if words and not words.endswith("."):
                 yield f"{place}.{key}: {words!r} must end with a dot: it stands before a name."
+    if not wrong and "written" in table:
+        yield from _keys("written", table["written"], WRITTEN, needed=WRITTEN)
     for what, starts in () if wrong else table["beside"].items():
         if not isinstance(starts, list) or not all(isinstance(start, str) and start and not start.endswith(".") for start in starts):
             yield f"beside.{what}: found {starts!r}, expected a list of first words of names, without a dot at their end."

@@ -32,6 +32,10 @@ BASE_MEMORY = 270_000_000
 """Resident bytes of the process with torch imported, before any tensor (measured, Linux x86-64, torch 2.13 CPU)."""
 
 
+BESIDE = "beside"
+"""The role of a tensor that is no part of the text model: of a wrapper's tower, copied as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One output tensor. `offset` counts bytes from the start of `file`, which holds it in `nbytes` bytes."""
