@@ -296,6 +296,7 @@ def _overview() -> str:
             for key in ("windows", "turning", "query_growth", "rotary_by_kind")
             if getattr(item.quirks, key) not in ("none", "all", False)
         ]
+        quirks += ["linear attention in some layers"] if item.quirks.linear else []
         own = [layout for layout in mixture_layouts() if not ruled_out(item, layout)]
         layouts = ", ".join(code(layout.name) for layout in own)
         rows.append((f"[{item.name}](#{item.name})", ", ".join(map(code, (*traits, *quirks))), layouts, _tried(item, own)))
@@ -344,8 +345,12 @@ def _facts(item: Architecture) -> str:
 
 
 def _tensors(item: Architecture) -> str:
-    rows = ((", ".join(row.roles), code(row.names[0]), _shape(row).partition(" with")[0], row.when or "") for row in item.rows)
+    rows = ((", ".join(row.roles), code(row.names[0]), _shape(row).partition(" with")[0], _only_where(row)) for row in item.rows)
     return table(("role", "tensor", "shape", "only where"), rows)
+
+
+def _only_where(row: Row) -> str:
+    return ", ".join(word for word in (row.when, f"{' or '.join(row.kinds)} layers" if row.kinds else None) if word)
 
 
 # ---- Python ------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ def uncomputable(facts: Mapping[str, Any]) -> Iterator[str]:
     for kind in dict.fromkeys(facts.get("layer_types") or ()):
         if kind not in known:
             yield f"config.json: layer_types names {printable(repr(kind), 60)}, which is not known here. Known: {', '.join(known)}."
+    if facts.get("layer_types") and set(facts["layer_types"]) == {LINEAR}:
+        yield "config.json: layer_types has no layer with attention; transformers counts a text's tokens by those, and caches none of it."
     scales = ("logit_scale", "attention_scale", "embedding_scale", "residual_scale")
     for key, least in (("rms_norm_eps", 0.0), ("layer_norm_eps", 0.0), *((key, -math.inf) for key in scales)):
         value = facts.get(key)

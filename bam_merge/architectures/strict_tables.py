@@ -61,10 +61,11 @@ ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs":
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,
-    "beside": dict, "refused": str,
+    "beside": dict, "refused": str, "written": dict,
 }  # fmt: skip
 """What wrappers.Wrapper documents, key by key."""
 SPELLING: Kinds = {"trunk": str, "rest": str}
+WRITTEN: Kinds = {"of": str, "kept": dict, "keys": list, "parts": dict}
 
 
 class TableError(ValueError):
@@ -95,6 +96,8 @@ def _wrapper_problems(table: Mapping[str, Any]) -> Iterator[str]:
         for key, words in () if odd else record.items():
             if words and not words.endswith("."):
                 yield f"{place}.{key}: {words!r} must end with a dot: it stands before a name."
+    if not wrong and "written" in table:
+        yield from _keys("written", table["written"], WRITTEN, needed=WRITTEN)
     for what, starts in () if wrong else table["beside"].items():
         if not isinstance(starts, list) or not all(isinstance(start, str) and start and not start.endswith(".") for start in starts):
             yield f"beside.{what}: found {starts!r}, expected a list of first words of names, without a dot at their end."
@@ -226,9 +229,7 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     if row.get("axis", "expert") != "expert":
         yield f"{place}.axis: {row['axis']!r} is not possible{_known(row['axis'], ('expert',))}"
     yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1"), row.get("pieces", "1")))
-    for kind in row.get("kinds", ()):
-        if kind not in (*KINDS_OF_LAYERS, LINEAR):
-            yield f"{place}.kinds: {kind!r} is no kind of layer{_known(str(kind), (*KINDS_OF_LAYERS, LINEAR))}"
+    yield from _kinds(place, row.get("kinds", ()))
     yield from _marks(place, row)
 
 
@@ -242,6 +243,11 @@ def _marks(place: str, row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{place}.name: {{expert}} is of one expert's tensor, axis = {row['axis']!r} of one that holds all. Keep one."
         if ("{head}" in name) != ("pieces" in row):
             yield f"{place}: pieces says how many tensors a name with {{head}} stands for, and belongs to one."
+
+
+def _kinds(place: str, kinds: Iterable[str]) -> Iterator[str]:
+    known = (*KINDS_OF_LAYERS, LINEAR)
+    yield from (f"{place}.kinds: {kind!r} is no kind of layer{_known(str(kind), known)}" for kind in kinds if kind not in known)
 
 
 def _sizes(place: str, sizes: Iterable[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bam_merge.architectures.config import ROPE_KEYS, describe
 from bam_merge.architectures.strict_tables import check_wrapper
-from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type, load_architecture
+from bam_merge.architectures.tables import Architecture, dense_families, find_by_model_type, load_architecture, mixture_layouts
 from bam_merge.text import listed, printable, some
 from bam_merge.validation_words import shown
 
@@ -34,12 +34,25 @@ class Spelling:
 
 
 @dataclass(frozen=True)
+class Written:
+    """How a mixture is written in a wrapper: `of` is the wrapper of its sources; `kept` maps what is copied of what that one has beside its
+    text model to the words before its names; `keys` are those of config.json that come with it, `parts` the model types of configurations
+    among them."""
+
+    of: str
+    kept: Mapping[str, str]
+    keys: tuple[str, ...]
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Wrapper:
     """A model type around a text model.
 
     `config` are the keys under which the text model's configuration stands; with `flat` it may stand at the top, beside the keys that
     `flat` lists. `text` is its model type where none is written, `tied` whether transformers ties its head where nothing is said.
     `beside` maps what is no part of the text model to the first words of its names. `refused` is why the text model cannot be taken out.
+    `written` is how a mixture is written in it, where one is.
     """
 
     name: str
@@ -52,6 +65,7 @@ class Wrapper:
     text: str | None = None
     tied: bool = False
     refused: str | None = None
+    written: Written | None = None
 
     def what(self, name: str) -> str | None:
         """What of the wrapper the tensor `name` belongs to, where that is beside the text model."""
@@ -107,6 +121,7 @@ def read_wrapper(text: str, file: str) -> Wrapper:
         text=table.get("text"),
         tied=table["tied"],
         refused=table.get("refused"),
+        written=Written(**{**table["written"], "keys": tuple(table["written"]["keys"])}) if "written" in table else None,
     )
 
 
@@ -118,9 +133,13 @@ def text_models() -> Mapping[str, TextModel]:
     """
     document = tomllib.loads((files("bam_merge.architectures") / "wrapper_tables" / "_text_models.toml").read_text(encoding="utf-8"))
     known = {key: TextModel(key, record["family"], record["defaults"], record.get("mrope", False)) for key, record in document.items()}
-    return known | {
-        kind: TextModel(kind, family.name, {}) for family in dense_families() for kind in family.model_types if kind not in known
-    }
+    wrapped = {wrapper.text for wrapper in wrappers()}
+    mixtures = (kind for layout in mixture_layouts() for kind in layout.model_types if kind in wrapped)
+    return (
+        known
+        | {kind: TextModel(kind, family.name, {}) for family in dense_families() for kind in family.model_types if kind not in known}
+        | {kind: TextModel(kind, kind, {}) for kind in mixtures}
+    )
 
 
 def find_wrapper(model_type: object) -> Wrapper | None:
@@ -199,11 +218,12 @@ def _meaning(family: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unknown_text(wrapper: Wrapper, stated: object) -> str:
     """Why the text model inside cannot be merged, by the names of both."""
+    mixed = {kind for layout in mixture_layouts() for kind in layout.model_types}
     table = find_by_model_type(stated)
     what = "is a mixture" if table is not None and table.kind != "dense" else "is in no table here"
     return (
         f"config.json: model_type {wrapper.name!r} wraps a text model of model_type {printable(repr(stated), 60)}, which {what}. "
-        f"Text models that can be taken out of a wrapper: {', '.join(text_models())}."
+        f"Text models that can be taken out of a wrapper: {', '.join(kind for kind in text_models() if kind not in mixed)}."
     )
 
 

@@ -36,7 +36,7 @@ def calibrated_steps(plan: Plan) -> list[tuple[Step, expressions.Calibrated]]:
 def wanted_routers(plan: Plan) -> list[Wanted]:
     """The same, as the pass over the texts is asked for them."""
     assert plan.calibration is not None
-    parameters = _parameters(plan.layout, plan.config["num_hidden_layers"])
+    parameters = _parameters(plan.layout, plan.models[plan.recipe.seed_name].facts["num_hidden_layers"])
     return [
         Wanted(
             step.name, parameters[step.role, step.layer], step.role, step.layer or 0, expr.method, expr.names,

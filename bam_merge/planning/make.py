@@ -25,11 +25,12 @@ from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.pairs import in_order_of, order_note
-from bam_merge.planning.plan import Plan, Step
+from bam_merge.planning.plan import BESIDE, Plan, Step
 from bam_merge.planning.serving import served, serving_problems, unserved
 from bam_merge.planning.shared_expert import shared_expert, shared_notes
 from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
+from bam_merge.planning.wrapping import frame_of
 from bam_merge.recipe.rules import parse_size
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.accepted import apply_accepted
@@ -79,6 +80,8 @@ def make_plan(recipe: Recipe) -> Plan:
     if layout.kind == "mixture":
         problems += [f"{recipe.file}: {text}" for text in (*check_axes(made, seed.facts["num_hidden_layers"]), *check_units(made))]
     steps = make_steps(recipe, layout, seed, made, problems)
+    frame = frame_of(layout, seed)
+    steps = steps if frame is None else frame.steps(steps)
     problems += [*dtype_problems(recipe, steps), *copied_only_problems(steps, recipe.file)]
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
@@ -87,7 +90,9 @@ def make_plan(recipe: Recipe) -> Plan:
     config = output_config(layout, seed, values, _dtype_of_most(steps))
     if alignment is not None:
         config = aligned_config(config, recipe, alignment, models[alignment.giver])
-    parts = (((s.role, s.layer, expert), expr.shape, s.dtype) for s in placed for expert, expr in s.experts)
+    text = (step for step in placed if step.role != BESIDE)
+    parts = (((s.role, s.layer, expert), expr.shape, s.dtype) for s in text for expert, expr in s.experts)
+    config = config if frame is None else frame.config(config)
     cost = cost_of_tensors(parts, values, values["tie_word_embeddings"])
     texts = calibration(recipe, models, alignment, placed, cost)
     return Plan(
@@ -101,6 +106,7 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *order_note(layout, as_stored, seed),
+            *(frame.notes() if frame is not None else ()),
             *copied_only_note(placed),
             *calibration_notes(recipe, texts),
             *found.notes,
@@ -203,7 +209,8 @@ def _unused(models: Mapping[str, DenseModel], steps: tuple[Step, ...], made: Map
     unused: dict[str, dict[str, str]] = {}
     for name, model in models.items():
         for store, dropped in model.unread.items():
-            unused.setdefault(store, {}).update(dropped)
+            left = {tensor: reason for tensor, reason in dropped.items() if (store, tensor) not in used}
+            unused.setdefault(store, {}).update(left)
         for site, expr in model.tensors.items():
             for read in expressions.reads(expr):
                 if (read.source, read.tensor) not in used:

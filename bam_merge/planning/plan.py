@@ -36,6 +36,10 @@ TOKENIZER_MEMORY = 15
 """Resident bytes that are left of comparing tokenizers, for each byte of the files that the output takes (measured: 10 to 14)."""
 
 
+BESIDE = "beside"
+"""The role of a tensor that is no part of the text model: of a wrapper's tower, copied as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One output tensor. `offset` counts bytes from the start of `file`, which holds it in `nbytes` bytes."""

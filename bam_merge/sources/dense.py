@@ -7,7 +7,7 @@ from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
 from bam_merge.architectures.layer_sizes import BY_LAYER, under_own_keys
-from bam_merge.architectures.locate import Cell, applies, cells, cut, gathered, locate, piece_shape, shape_of
+from bam_merge.architectures.locate import Cell, applies, cells, cut, gathered, locate, of_its_kind, piece_shape, shape_of
 from bam_merge.architectures.naming import Naming, adapter_problem, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
@@ -190,9 +190,12 @@ class _Tensors:
             self.copies.append(name)
             self.dropped[name] = "config.json ties the head to the embeddings"  # settle_copies sees whether this copy equals them
         else:
-            assert cell.row.when is not None  # what has no condition is wanted
             when = cell.row.when
-            denied = f"{when.removeprefix('not ')}=true" if when.startswith("not ") else f"{when}=false"
+            if not of_its_kind(cell, self.facts):
+                denied = f"{self.facts['layer_types'][cell.layer]} in layer {cell.layer}"
+            else:
+                assert when is not None  # what has no condition is wanted
+                denied = f"{when.removeprefix('not ')}=true" if when.startswith("not ") else f"{when}=false"
             self.problems.append(
                 f"{name} is present, but config.json has {denied}, so that transformers would ignore it. "
                 "Correct config.json or remove the tensor."

@@ -82,7 +82,7 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
         "values are keys": config.values_are_keys,
         "layer scale": config.layer_scale,
         "linear attention": tuple(layer for layer, kind in enumerate(types) if kind == "linear_attention"),
-        "sizes of linear attention": config.linear_sizes if "linear_attention" in types else None,
+        "sizes of linear attention": config.linear_sizes,
         "score softcap": config.attention_softcap,
         "logit softcap": config.logit_softcap,
         "logit scale": 1.0 if config.logit_scale is None else config.logit_scale,

@@ -45,7 +45,7 @@ def unlike_blocks(one: StoredModel, layer: int, other: StoredModel, its_layer: i
     return [where for where in dict.fromkeys((*mine, *theirs)) if mine.get(where) != theirs.get(where)]
 
 
-OF_LAYERS = (".layer", ": windows", ": layers that rotate")
+OF_LAYERS = (".layer", ": windows", ": layers that rotate", ": linear attention")
 """What a block keeps of the model's other layers, or of its place among them."""
 
 

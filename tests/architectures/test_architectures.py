@@ -71,6 +71,11 @@ def test_table_is_sound(family: Architecture) -> None:
                 "num_key_value_heads": K,
                 "head_dim": D,
                 "shared_expert_intermediate_size": 8,
+                "linear_num_key_heads": K,
+                "linear_num_value_heads": H,
+                "linear_key_head_dim": D + 2,
+                "linear_value_head_dim": D,
+                "linear_conv_kernel_dim": 5,
             }
             assert not row.parts or not row.shape or rows_of(row, facts) == shape_of(row, facts)[0]
 

@@ -209,7 +209,7 @@ def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
     """
     table = load_architecture(ALL[name]["model_type"])
     stands = open_anatomy(folder).leaves.items()
-    shapes = {role: (layer, expert, leaf.shape) for (role, layer, expert), leaf in stands if layer in (None, 1) and expert in (None, 1)}
+    shapes = {role: (layer, expert, leaf.shape) for (role, layer, expert), leaf in stands if layer in (None, 0, 1) and expert in (None, 1)}
     near = {role: leaf.shape for (role, layer, expert), leaf in open_anatomy(folder).leaves.items() if layer == 0}
     for a, b in combinations(sorted(set(ROLES) & shapes.keys(), key=ROLES.index), 2):
         if shapes[a] == shapes[b] and near.get(a) == near.get(b):
@@ -234,7 +234,12 @@ def test_transformers_tells_every_two_roles_apart(name: str, tmp_path: Path, mon
     planted = 0
     for words, table in confusions(name, tmp_path):
         monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config, table=table: table)
-        apart = float((logits(open_model(tmp_path).model()) - theirs).abs().max())
+        try:
+            confused = open_model(tmp_path)
+        except CheckpointError:  # a role of all layers and one of some: what is there tells
+            assert "layer_types" in ALL[name]
+            continue
+        apart = float((logits(confused.model()) - theirs).abs().max())
         assert apart < 1e-5 * size if (name, words) in ONE_SUM else apart > 1e-3 * size, words
         planted += 1
     assert planted >= 3

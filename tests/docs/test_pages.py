@@ -208,9 +208,11 @@ RECIPES = [block for block in BLOCKS if RECIPE.match(block.text) and block.page 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of eight layers and no numbers, enough to plan with."""
-    config = {**CONFIGS["llama"], "num_hidden_layers": 8}
-    return write_checkpoint(tmp_path_factory.mktemp("model"), config, lambda name, shape: None)
+    """A model of eight layers and no numbers, enough to plan with; and beside it a hybrid."""
+    folder = tmp_path_factory.mktemp("model")
+    hybrid = {**CONFIGS["qwen3_5_text"], "num_hidden_layers": 8, "layer_types": None}
+    write_checkpoint(folder / "hybrid", hybrid, lambda name, shape: None)
+    return write_checkpoint(folder / "plain", {**CONFIGS["llama"], "num_hidden_layers": 8}, lambda name, shape: None)
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=str)
@@ -220,7 +222,7 @@ def test_recipes_shown_can_be_planned(block: Block, tmp_path: Path, model: Path)
     recipe = {**around, **yaml.safe_load(block.text)}
     for source in recipe["sources"].values():
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(model, tmp_path / source)
+        shutil.copytree(model.with_name("hybrid") if block.page == "docs/how-to/hybrids.md" else model, tmp_path / source)
         (tmp_path / source / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
     write_texts(tmp_path, FOUR)
     for name, text in recipe.get("router", {}).get("texts", {}).items():

@@ -29,6 +29,8 @@ CASES = {
     "phi3 in qwen2_moe": ("phi3", "qwen2_moe", "ffn: {top_k: 2}"),
     "qwen3 in qwen3_moe": ("qwen3", "qwen3_moe", "ffn: {top_k: 2}"),
     "qwen3 biased in qwen3_moe": ("qwen3_biased", "qwen3_moe", "ffn: {top_k: 2}"),
+    "qwen3_5 in qwen3_5_moe": ("qwen3_5_text", "qwen3_5_moe", "ffn: {top_k: 2}"),
+    "qwen3_5 biased and tied in qwen3_5_moe": ("qwen3_5_text_biased", "qwen3_5_moe", "ffn: {top_k: 3}"),
     "granite in granitemoe": ("granite", "granitemoe", "ffn: {top_k: 2}"),
     "llama in granitemoe": ("llama", "granitemoe", "ffn: {top_k: 3}"),
     "ernie4_5 in granitemoe": ("ernie4_5", "granitemoe", "ffn: {top_k: 1}"),

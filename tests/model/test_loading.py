@@ -21,7 +21,7 @@ from bam_merge.model.config import model_config
 from bam_merge.model.loading import load_model, open_model
 
 IDS = torch.arange(3, 27).view(2, 12)
-LAYOUTS = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3_biased": "qwen3_moe"}
+LAYOUTS = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3_biased": "qwen3_moe", "qwen3_5_text": "qwen3_5_moe"}
 
 WAYS = {
     "expert kv": ("bam", ""),
