@@ -4,8 +4,9 @@ The way of config.py backwards. Nothing is believed of it: what is written is re
 problem.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
+from math import gcd
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, NEUTRAL, describe
@@ -26,7 +27,12 @@ def dense_config(family: Architecture, facts: Mapping[str, Any], source: Mapping
 
     Empty, with the reasons appended to `problems`, where the family cannot say a fact.
     """
-    config = {**{key: source[key] for key in NEUTRAL if key in source}, **_plain(family, facts), **_rotary(family, facts)}
+    config = {
+        **{key: source[key] for key in NEUTRAL if key in source},
+        **_plain(family, facts),
+        **_rotary(family, facts),
+        **_idle(family, facts),
+    }
     fewest: list[str] | None = None
     for more in _choices(family, facts):
         wrong = list(_differences(family, {**config, **more}, facts))
@@ -35,6 +41,20 @@ def dense_config(family: Architecture, facts: Mapping[str, Any], source: Mapping
         fewest = wrong if fewest is None or len(wrong) < len(fewest) else fewest
     problems += fewest or []
     return {}
+
+
+def as_said(family: Architecture, config: Mapping[str, Any], facts: Mapping[str, Any], said: Callable[[str], bool]) -> dict[str, Any]:
+    """`config` with no key that another file of the family, whose keys `said` knows, left out for its default, and rope_theta as there."""
+    kept, rope = dict(config), config.get("rope_parameters")
+    if isinstance(rope, dict) and not said("rope_parameters") and said("rope_theta") and "rope_theta" in rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        older = {"rope_theta": rope["rope_theta"], **({"rope_scaling": scaling} if scaling != {"rope_type": "default"} else {})}
+        others = {key: value for key, value in kept.items() if key != "rope_parameters"}
+        kept = kept if any(_differences(family, {**others, **older}, facts)) else {**others, **older}
+    for key in [key for key in kept if key != "model_type" and not said(key)]:
+        fewer = {other: value for other, value in kept.items() if other != key}
+        kept = kept if any(_differences(family, fewer, facts)) else fewer
+    return kept
 
 
 def _differences(family: Architecture, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
@@ -98,6 +118,16 @@ def _plain(family: Architecture, facts: Mapping[str, Any]) -> dict[str, Any]:
         config["position_embedding_type"] = "rope" if facts.get("rope_layers") is None else "nope"
     unsaid = [key for key, value in config.items() if value is None and key not in family.defaults and key != "sliding_window"]
     return {key: value for key, value in config.items() if key not in unsaid}
+
+
+STATE_SPACE_HEADS = 128
+"""transformers' default of mamba_n_heads."""
+
+
+def _idle(family: Architecture, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A key of state-space layers that the model has none of: transformers asks all the same that it divides twice the width."""
+    heads = gcd(STATE_SPACE_HEADS, 2 * facts["hidden_size"])
+    return {"mamba_n_heads": heads} if "mamba_n_heads" in family.neutral and heads < STATE_SPACE_HEADS else {}
 
 
 def _stated(trait: str, fact: Any, power: str, facts: Mapping[str, Any]) -> Any:

@@ -5,15 +5,16 @@ Its config.json is written anew in the family's own keys (architectures/dense_co
 that adds nothing, biases of zeros) is left out aloud; anything else that the family has no place for is a problem.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.anatomy import Anatomy, anatomy
 from bam_merge.architectures.config import describe, facts_of
-from bam_merge.architectures.dense_config import dense_config
-from bam_merge.architectures.locate import applies, in_order
+from bam_merge.architectures.dense_config import as_said, dense_config
+from bam_merge.architectures.locate import Place, applies, in_order
 from bam_merge.architectures.naming import Naming
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
@@ -21,10 +22,12 @@ from bam_merge.architectures.tables import Architecture, at_layer, dense_familie
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.kinds import staged
 from bam_merge.checkpoints.pieces import Leaf, Shape, numel, stored
-from bam_merge.checkpoints.provenance import MANIFEST, key_digests, read_manifest, recorded_experts
+from bam_merge.checkpoints.provenance import MANIFEST, key_digests, name_digest, read_manifest, recorded_experts
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError, VerifyError
+from bam_merge.paths import located
 from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.sources.places import look
 from bam_merge.text import nearest, printable, some
 
 BLOCK = 2**20
@@ -103,8 +106,7 @@ class _Mixture:
         """The number of the expert called so. Raises CheckpointError for none, and for several."""
         there = sorted({number for _, _, number in self.found.leaves if number is not None})
         recipe = self.manifest["recipe"] if self.manifest is not None else {}
-        stated = self.found.config.get("expert_names")
-        names = recorded_experts(recipe) or (list(map(str, stated)) if isinstance(stated, list) else [])
+        names = recorded_experts(recipe) or _stated_names(self.found)
         called = [number for number, own in enumerate(names) if own == expert]
         if isinstance(recipe.get("experts"), dict) and recipe["experts"].get("shards", 1) > 1:
             raise CheckpointError(f"{self.where}: each of its experts is a part of an FFN (experts.shards), and no model by itself.")
@@ -131,15 +133,22 @@ class _Mixture:
 
     def _recorded(self) -> str | None:
         """The family of the seed, by the digest that the manifest has of its model_type."""
-        if self.manifest is None:
-            return None
-        sources, names = self.manifest["sources"], recorded_experts(self.manifest["recipe"]) or []
-        digests = [record.get("config_keys") or {} for name, record in sources.items() if name.partition(".base")[0] in names]
         for family in dense_families():
-            for model_type in family.model_types:
-                if any(key_digests({"model_type": model_type}).items() <= keys.items() for keys in digests if isinstance(keys, dict)):
-                    return family.name
+            if self._keys(family):
+                return family.name
         return None
+
+    def _keys(self, family: Architecture) -> Mapping[str, str]:
+        """The digests that the manifest has of the config.json of a source of this family, the seed's first; none where it has no such."""
+        manifest: Mapping[str, Any] = self.manifest or {"sources": {}, "recipe": {}}
+        names = recorded_experts(manifest["recipe"]) or []
+        records = sorted(manifest["sources"].items(), key=lambda item: item[0].partition(".base")[0] != "seed")
+        for name, record in records:
+            keys = record.get("config_keys") if name.partition(".base")[0] in names else None
+            types = (key_digests({"model_type": model_type}).items() for model_type in family.model_types)
+            if isinstance(keys, dict) and any(digest <= keys.items() for digest in types):
+                return keys
+        return {}
 
     def as_dense(self, number: int, families: Sequence[Architecture], given: str | None) -> _Fit:
         """The expert as a model of the one family that it fits. Raises CheckpointError where there is none, or no single one."""
@@ -171,6 +180,8 @@ class _Mixture:
             facts = {**facts, "tie_word_embeddings": True}
         fit.config = dense_config(family, facts, self.found.config, fit.problems)
         if not fit.problems:
+            if keys := self._keys(family):
+                fit.config = as_said(family, fit.config, facts, lambda key: name_digest(key) in keys)
             fit.facts = describe(family, fit.config, fit.problems)
             self._settle(fit, have)
         return fit
@@ -241,6 +252,59 @@ class _Mixture:
             if data != pattern * (stop - start):
                 return False
         return True
+
+
+# ---- an expert that is only looked at ------------------------------------------------------------------------------------------
+
+
+def split_expert(address: str) -> tuple[str, str | None]:
+    """PATH and EXPERT of PATH#experts.EXPERT or PATH#EXPERT; None for a place that is no expert's, or that is called so as it stands."""
+    path, mark, name = address.rpartition("#")
+    if not mark or not path or os.path.exists(located(address)):
+        return address, None
+    return path, name.removeprefix("experts.")
+
+
+def expert_names(found: Anatomy) -> list[str]:
+    """What a mixture's experts are called, in order: by its config.json, or by the record of its merge; none where neither says it."""
+    if (names := _stated_names(found)) or not (found.checkpoint.path / MANIFEST).exists():
+        return names
+    try:
+        return recorded_experts(read_manifest(found.checkpoint.path)["recipe"]) or []
+    except VerifyError:  # a damaged one names nobody
+        return []
+
+
+def _stated_names(found: Anatomy) -> list[str]:
+    stated = found.checkpoint.config.get("expert_names")
+    return list(map(str, stated)) if isinstance(stated, list) else []
+
+
+def look_at_expert(address: str | os.PathLike[str], values: bool = False, manifest: bool = False) -> tuple[Anatomy, str]:
+    """As places.look, of PATH or of one expert at PATH#experts.EXPERT, as the dense model that it is. Raises CheckpointError."""
+    path, expert = split_expert(os.fsdecode(address))
+    if expert is None:
+        return look(address, values, manifest)
+    mixture, label = look(path, values, manifest)
+    try:
+        model = _expert_of("model", anatomy(mixture.checkpoint), expert, None)
+    except VerifyError as error:
+        raise CheckpointError(*error.problems) from None
+    leaves: dict[Place, Leaf] = {(role, layer, None): leaf for (role, layer), leaf in model.tensors.items() if isinstance(leaf, Leaf)}
+    own, entries = {stored(leaf).tensor for leaf in leaves.values()}, mixture.checkpoint.tensors
+    alone = replace(mixture.checkpoint, config=dict(model.config), tensors={name: entries[name] for name in entries if name in own})
+    places: dict[str, Place] = {}
+    for (role, layer, _), leaf in leaves.items():
+        joined = places.get(stored(leaf).tensor)
+        places[stored(leaf).tensor] = (f"{joined[0]}+{role}" if joined else role, layer, None)
+    found = replace(
+        mixture, checkpoint=alone, architecture=model.family, facts=model.facts, places=places, leaves=leaves, dropped=model.dropped,
+        config=model.config, findings=(*mixture.findings, *(f"{note}." for note in model.notes)),
+    )  # fmt: skip
+    return found, f"{label}#experts.{expert}"
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------------------
 
 
 def _shapes(
