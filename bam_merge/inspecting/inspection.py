@@ -15,7 +15,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, format_note, origins, read_manifest
 from bam_merge.errors import CheckpointError, VerifyError
-from bam_merge.sources.experts import look_at_expert
+from bam_merge.sources.experts import look_at_expert, split_expert
 
 if TYPE_CHECKING:
     from bam_merge.inspecting.router_stats import RouterStats
@@ -232,7 +232,8 @@ def _provenance(
             raise
         return {}, None, list(error.problems)
     recorded, there = manifest["tensors"], anatomy.checkpoint.tensors
-    lacking = sum(name not in there for name in recorded)
+    whole = split_expert(os.fsdecode(path))[1] is None  # of an expert all others' tensors are elsewhere
+    lacking = sum(name not in there for name in recorded) if whole else 0
     added = sum(name not in recorded for name in there)
     odd = [f"{MANIFEST} names {lacking} tensor(s) that are not here, and not {added} that are."] if lacking or added else []
     if note := format_note(manifest):

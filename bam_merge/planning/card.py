@@ -226,7 +226,7 @@ def _place(recipe: Recipe, name: str) -> str:
 def _placed(recipe: Recipe, folder: Folder) -> str:
     """A folder, relative to the recipe's, or an expert of it."""
     place = _literal(recipe.relative(folder.path))
-    return place if folder.expert is None else f"{place}, expert {_literal(folder.expert)}"
+    return place if folder.expert is None else f"{place}, expert {_literal(str(folder.expert))}"
 
 
 def _vocabulary(found: Alignment) -> Iterator[str]:

@@ -25,7 +25,7 @@ class Folder(Strict):
     dequantise: bool = Field(
         default=False, description="its 8-bit floats are multiplied with their scales, which makes bfloat16 of them (or its config's dtype)"
     )
-    expert: str | None = Field(
+    expert: str | int | None = Field(
         default=None, description="an expert's name or number: the folder is a mixture, and the source the dense model of that expert"
     )
     family: str | None = Field(default=None, description="of an expert: the dense family that it is a model of, where several could be")
@@ -130,7 +130,8 @@ class Store:
 
 
 def _store(folder: Folder) -> Store:
-    return Store(folder.path, dequantise=folder.dequantise, expert=folder.expert, family=folder.family)
+    expert = None if folder.expert is None else str(folder.expert)
+    return Store(folder.path, dequantise=folder.dequantise, expert=expert, family=folder.family)
 
 
 def base_store(name: str) -> str:

@@ -314,7 +314,7 @@ def test_experts_are_sources_as_their_folders_are(tmp_path: Path) -> None:
     for folder, expert in ((one, "code"), (one, "law"), (two, "code")):
         extract(f"{folder}#experts.{expert}", tmp_path / f"{folder.parent.name}_{expert}", options=QUICK)
     pairs = {
-        "addressed": ("one/out#experts.code", "one/out#experts.law", "{path: two/out, expert: code}"),
+        "addressed": ("one/out#experts.code", "one/out#experts.law", "{path: two/out, expert: 1}"),
         "extracted": ("one_code", "one_law", "two_code"),
     }
     for name, (a, b, c) in pairs.items():
@@ -330,7 +330,7 @@ def test_experts_are_sources_as_their_folders_are(tmp_path: Path) -> None:
     assert record["recipe"]["sources"] == {
         "seed": pairs["addressed"][0],
         "b": pairs["addressed"][1],
-        "c": {"path": "two/out", "expert": "code"},
+        "c": {"path": "two/out", "expert": 1},
     }
     assert verify(tmp_path / "addressed").ok
 
@@ -361,6 +361,7 @@ def test_inspect_shows_the_dense_model(tmp_path: Path, run: Any) -> None:
     for key in ("model_type", "architecture", "parameters", "bytes", "layers", "experts", "kv_cache_bytes_per_token", "flops_per_token"):
         assert found[key] == dense[key], key
     assert {record["role"] for record in found["tensors"]} == {record["role"] for record in dense["tensors"]}
+    assert found["findings"] == ["expert code of a mixture of layout bam, as a llama model."]
     assert run("inspect", f"{out}#experts.cod").status == 2
 
 
