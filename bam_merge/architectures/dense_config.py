@@ -16,7 +16,7 @@ from bam_merge.architectures.vocabulary import QUIET, TRAITS
 from bam_merge.validation_words import shown
 
 SAID = (
-    *COMMON_FUNCTION, *TRAITS, "rope_parameters", "sliding_rope_parameters", "rope_layers", "query_growth", "sliding_window", "layer_types",
+    *COMMON_FUNCTION, *TRAITS, *QUIET, "rope_parameters", "sliding_rope_parameters", "rope_layers", "query_growth", "sliding_window", "layer_types",
     "sizes_by_kind", "max_position_embeddings",
 )  # fmt: skip
 """The facts that say what a dense model computes, beside the epsilon of its norms."""
@@ -65,7 +65,7 @@ def _differences(family: Architecture, config: Mapping[str, Any], facts: Mapping
     if wrong or not found:
         return
     eps = "layer_norm_eps" if found["norm_type"] == "layer_norm" else "rms_norm_eps"
-    for key in (*SAID, eps):
+    for key in dict.fromkeys((*SAID, eps)):
         mine, theirs = found.get(key, QUIET.get(key)), facts.get(key, QUIET.get(key, TRAITS.get(key)))
         if key == "layer_types" and not facts.get("sliding_window"):  # no kind of layer is unlike another
             continue
@@ -102,7 +102,7 @@ def _plain(family: Architecture, facts: Mapping[str, Any]) -> dict[str, Any]:
     config |= {key: value for key, value in stated.items() if _knows(family, key)}
     for kind, keys in family.sizes.items():
         of_kind = (facts.get("sizes_by_kind") or {}).get(kind, {})
-        config |= {key: of_kind.get(size, facts.get(size)) for size, key in keys.items()}
+        config |= {key.partition(" if ")[0]: of_kind.get(size, facts.get(size)) for size, key in keys.items()}
     for trait, rule in family.traits.items():
         key, _, power = str(rule).removeprefix("config:").partition("^")
         if str(rule).startswith("config:") and key not in COMMON_FUNCTION:

@@ -221,6 +221,8 @@ class _Mixture:
                     fit.taken[role, cell.layer] = leaf
         if missing:
             fit.problems.append(f"a {fit.family.name} model has {some(missing)}, and the mixture has not.")
+        for leaf in fit.taken.values():  # of one tensor of all experts
+            fit.dropped.pop(stored(leaf).tensor, None)
         idle = {layer for (role, layer), leaf in have.items() if role in ("ffn.shared.up", "ffn.shared.down") and self._is(leaf, "zeros")}
         filled = {role: row.make for row in self.layout.rows for role in row.roles if row.make in ("zeros", "ones")}
         for (role, layer), leaf in have.items():
