@@ -16,8 +16,8 @@ from bam_merge.architectures.vocabulary import QUIET, TRAITS
 from bam_merge.validation_words import shown
 
 SAID = (
-    *COMMON_FUNCTION, *TRAITS, *QUIET, "rope_parameters", "sliding_rope_parameters", "rope_layers", "query_growth", "sliding_window", "layer_types",
-    "sizes_by_kind", "max_position_embeddings",
+    *COMMON_FUNCTION, *TRAITS, *QUIET, "rope_parameters", "sliding_rope_parameters", "rope_layers", "query_growth", "sliding_window",
+    "layer_types", "sizes_by_kind", "max_position_embeddings",
 )  # fmt: skip
 """The facts that say what a dense model computes, beside the epsilon of its norms."""
 
@@ -116,6 +116,7 @@ def _plain(family: Architecture, facts: Mapping[str, Any]) -> dict[str, Any]:
         config["no_rope_layers"] = [int(turning is None or layer in turning) for layer in range(facts["num_hidden_layers"])]
     elif family.quirks.turning == "if rope":
         config["position_embedding_type"] = "rope" if facts.get("rope_layers") is None else "nope"
+    config |= {key: facts[key] for key in family.function if key in facts and key not in config}
     unsaid = [key for key, value in config.items() if value is None and key not in family.defaults and key != "sliding_window"]
     return {key: value for key, value in config.items() if key not in unsaid}
 
