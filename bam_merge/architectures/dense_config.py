@@ -116,7 +116,7 @@ def _plain(family: Architecture, facts: Mapping[str, Any]) -> dict[str, Any]:
         config["no_rope_layers"] = [int(turning is None or layer in turning) for layer in range(facts["num_hidden_layers"])]
     elif family.quirks.turning == "if rope":
         config["position_embedding_type"] = "rope" if facts.get("rope_layers") is None else "nope"
-    config |= {key: facts[key] for key in family.function if key in facts and key not in config}
+    config |= {key: facts[key] for key in family.function if key in facts and key not in (*config, *quirks.only)}
     unsaid = [key for key, value in config.items() if value is None and key not in family.defaults and key != "sliding_window"]
     return {key: value for key, value in config.items() if key not in unsaid}
 

@@ -224,12 +224,12 @@ class _Mixture:
         for leaf in fit.taken.values():  # of one tensor of all experts
             fit.dropped.pop(stored(leaf).tensor, None)
         idle = {layer for (role, layer), leaf in have.items() if role in ("ffn.shared.up", "ffn.shared.down") and self._is(leaf, "zeros")}
-        filled = {role: row.make for row in self.layout.rows for role in row.roles if row.make in ("zeros", "ones")}
+        filled = {role: row.make for row in self.layout.rows for role in row.roles if row.make}
         for (role, layer), leaf in have.items():
             tensor = stored(leaf).tensor
             if role.startswith("ffn.shared.") and layer in idle:
                 fit.dropped[tensor] = "of a shared expert that adds nothing"
-            elif role in filled and self._is(leaf, str(filled[role])):
+            elif role in filled and self._is(leaf, str(filled[role]), fit.taken.get((str(filled[role]), layer))):
                 fit.dropped[tensor] = f"{filled[role]}, which the layout needs and a {fit.family.name} model has not"
             else:
                 fit.problems.append(
@@ -237,21 +237,25 @@ class _Mixture:
                     "that this model computes with."
                 )
 
-    def _is(self, leaf: Leaf, what: str) -> bool:
-        """Whether a tensor is all zeros, or all ones. One that is not at hand yet is taken for it: a merge looks again."""
-        checkpoint, one = self.found.checkpoint, ONE.get(leaf.dtype)
+    def _is(self, leaf: Leaf, what: str, other: Leaf | None) -> bool:
+        """Whether a tensor is all zeros, all ones, or `other`'s copy. One that is not at hand yet is taken for it: a merge looks again."""
+        checkpoint, numbers = self.found.checkpoint, {"zeros": bytes(8), "ones": ONE.get(leaf.dtype)}
         if checkpoint.remote is not None:
             return True
-        if what == "ones" and one is None:
+        number = numbers.get(what)
+        if number is None and (other is None or (other.shape, other.dtype) != (leaf.shape, leaf.dtype)):
             return False
         entry = checkpoint.tensors[stored(leaf).tensor]
         size = entry.nbytes // max(1, entry.numel)
-        pattern = bytes(size) if what == "zeros" or one is None else one
         for start in range(0, numel(leaf), BLOCK // 8):
             stop = min(start + BLOCK // 8, numel(leaf))
-            data = bytearray((stop - start) * size)
+            data, wanted = bytearray((stop - start) * size), bytearray((stop - start) * size)
             read_piece(checkpoint, leaf, memoryview(data), start, stop)
-            if data != pattern * (stop - start):
+            if number is not None:
+                wanted = bytearray(number[:size] * (stop - start))
+            elif other is not None:
+                read_piece(checkpoint, other, memoryview(wanted), start, stop)
+            if data != wanted:
                 return False
         return True
 
