@@ -237,7 +237,7 @@ class _Mixture:
                     "that this model computes with."
                 )
 
-    def _is(self, leaf: Leaf, what: str, other: Leaf | None) -> bool:
+    def _is(self, leaf: Leaf, what: str, other: Leaf | None = None) -> bool:
         """Whether a tensor is all zeros, all ones, or `other`'s copy. One that is not at hand yet is taken for it: a merge looks again."""
         checkpoint, numbers = self.found.checkpoint, {"zeros": bytes(8), "ones": ONE.get(leaf.dtype)}
         if checkpoint.remote is not None:
