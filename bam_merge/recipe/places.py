@@ -189,11 +189,8 @@ def base_problems(sources: Sources) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("sources", name, "base"), f"leads back to itself: {' > '.join([*chain, name])}. Name the folder of the model."
         under = sources.get(base, base)
         if isinstance(under, Folder | str) and (of := folder_of(under) if isinstance(under, str) else under).expert is not None:
-            place = as_text(of)
-            yield (
-                ("sources", name, "base"),
-                f"an expert of a mixture is no base of an adapter here. Write it as a folder, bam-merge extract {place} FOLDER, and name that.",
-            )
+            way = f"Write it as a folder, bam-merge extract {as_text(of)} FOLDER, and name that."
+            yield ("sources", name, "base"), f"an expert of a mixture is no base of an adapter here. {way}"
         if not source.adapters:
             yield ("sources", name, "adapter"), "an empty list. Name an adapter, or write the base as a plain source."
         if base_store(name) in sources:
