@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bam_merge.planning.make import make_plan
     from bam_merge.planning.plan import Plan, Step
     from bam_merge.publishing.anew import calibrate
+    from bam_merge.publishing.extract import extract
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.publishing.publish import merge
     from bam_merge.publishing.push import Pushed, push
@@ -74,6 +75,7 @@ _HOMES = {
         "Step",
     ),
     "publishing.anew": ("calibrate",),
+    "publishing.extract": ("extract",),
     "publishing.options": ("MergeOptions",),
     "publishing.publish": ("merge",),
     "publishing.push": (
@@ -132,6 +134,7 @@ __all__ = [
     "calibrate",
     "diff",
     "drift",
+    "extract",
     "inspect",
     "load_model",
     "load_recipe",

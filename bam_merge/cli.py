@@ -37,6 +37,8 @@ def cli() -> None:
     bam-merge inspect PATH          show what a model is, holds and costs
     bam-merge diff A B              compare two models, or branches with their seed
     bam-merge route OUT             show which expert takes which token of a text
+    bam-merge extract OUT#experts.NAME FOLDER
+                                    write one expert as the dense model that it is
     """
 
 
@@ -104,6 +106,44 @@ def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
         _check_place(plan, None)
     else:
         _show_plan(plan, default_workers(), tensors)
+
+
+@cli.command()
+@click.argument("expert", type=UserPath(exists=False), metavar="OUT#experts.NAME")
+@click.argument("folder", type=UserPath(exists=False))
+@click.option("--family", metavar="NAME", help="The dense family, where the mixture does not say of which it was made.")
+@click.option("--force", is_flag=True, help="Replace an existing FOLDER that holds a saved model and nothing else.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
+@click.option("--verify", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result. Default: quick.")
+@click.option("--no-verify", is_flag=True, help="The same as --verify none.")
+@click.option("--device", default="cpu", metavar="NAME", help="What the proof computes on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
+def extract(
+    expert: str,
+    folder: str,
+    family: str | None,
+    force: bool,
+    resume: bool,
+    verify: Literal["quick", "full", "none"],
+    no_verify: bool,
+    device: str,
+    workers: int | None,
+) -> None:
+    """Write one expert of the mixture in OUT as the dense model that it was, or became, into FOLDER.
+
+    NAME is the expert's name, or its number. Attention and FFN are the expert's, all else the mixture's; names and config.json are those of
+    the dense family. It is a merge of one source, which a recipe can do too: sources: {math: OUT#experts.math}.
+    """
+    from bam_merge.planning.make import make_plan
+    from bam_merge.publishing.extract import extraction
+    from bam_merge.publishing.options import MergeOptions
+    from bam_merge.values.threads import default_workers
+
+    with downloads():
+        plan = make_plan(extraction(expert, folder, family))
+    for note in plan.notes:
+        tell_note(note)
+    _execute(plan, None, MergeOptions(force, resume, workers or default_workers(), verify="none" if no_verify else verify, device=device))
 
 
 @cli.command()

@@ -14,7 +14,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, every_stored, stored
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError
-from bam_merge.paths import located
+from bam_merge.sources.experts import expert_names, split_expert
 from bam_merge.sources.places import look
 from bam_merge.text import nearest, printable
 
@@ -49,12 +49,12 @@ class Side:
 def open_side(address: str | os.PathLike[str]) -> Side:
     """Open PATH or PATH#EXPERT. Raises CheckpointError when it cannot be read, or has no such expert."""
     text = os.fsdecode(address)
-    path, mark, name = text.rpartition("#")
-    if not mark or os.path.exists(located(text)):
+    path, name = split_expert(text)
+    if name is None:
         found, label = look(text, values=True)
         return Side(label, found, None, _placed(found), dict(found.dropped))
     found, label = look(path, values=True)
-    expert = _expert(found, path, name.removeprefix("experts."))
+    expert = _expert(found, path, name)
     leaves: dict[Place, Leaf] = {}
     left_out = dict(found.dropped)
     for (role, layer, of), leaf in _placed(found).items():
@@ -66,7 +66,7 @@ def open_side(address: str | os.PathLike[str]) -> Side:
             left_out.setdefault(stored(leaf).tensor, "another expert's")
     for leaf in leaves.values():  # which holds all experts
         left_out.pop(stored(leaf).tensor, None)
-    return Side(f"{label}#{name}", found, expert, leaves, left_out)
+    return Side(f"{label}#{text.rpartition('#')[2]}", found, expert, leaves, left_out)
 
 
 def _placed(found: Anatomy) -> dict[Place, Leaf]:
@@ -85,8 +85,7 @@ def _expert(found: Anatomy, path: str, name: str) -> int:
     there = sorted({expert for _, _, expert in found.leaves if expert is not None})
     if not there:
         raise CheckpointError(f"{printable(path)}: no mixture, so there is no expert {printable(repr(name), 60)}. Give the folder alone.")
-    names = found.checkpoint.config.get("expert_names")
-    names = [str(item) for item in names] if isinstance(names, list) else []
+    names = expert_names(found)
     number = names.index(name) if name in names else int(name) if name.isascii() and name.isdigit() and len(name) < 9 else -1
     if number not in there:
         known = names or [str(expert) for expert in there]

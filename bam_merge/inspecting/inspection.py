@@ -15,7 +15,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, format_note, origins, read_manifest
 from bam_merge.errors import CheckpointError, VerifyError
-from bam_merge.sources.places import look
+from bam_merge.sources.experts import look_at_expert, split_expert
 
 if TYPE_CHECKING:
     from bam_merge.inspecting.router_stats import RouterStats
@@ -177,7 +177,8 @@ def inspect(
     context: int = CONTEXT,
     workers: int | None = None,
 ) -> Inspection:
-    """Look at a model folder or one safetensors file. Headers only, unless `stats` asks for the values.
+    """Look at a model folder, one safetensors file, or one expert of a mixture (FOLDER#experts.NAME). Headers only, unless `stats` asks for
+    the values.
 
     tensors: a glob of names; layer: a number; both choose what `document()["tensors"]` lists and what `stats` reads. where:
     "SOURCE:GLOB", what became of these tensors of a merge's source. as_bam: also the cost of the mixtures that this many such models
@@ -187,7 +188,7 @@ def inspect(
     """
     if context < 1 or (as_bam is not None and as_bam < 1) or shards < 1:
         raise CheckpointError("--context, --as-bam and --shards must be at least 1.")
-    anatomy, called = look(path, values=stats, manifest=where is not None)
+    anatomy, called = look_at_expert(path, values=stats, manifest=where is not None)
     cost = cost_of(anatomy)
     made, fate, findings = _provenance(path, anatomy, where)
     shown = tuple(
@@ -232,7 +233,8 @@ def _provenance(
             raise
         return {}, None, list(error.problems)
     recorded, there = manifest["tensors"], anatomy.checkpoint.tensors
-    lacking = sum(name not in there for name in recorded)
+    whole = split_expert(os.fsdecode(path))[1] is None  # of an expert all others' tensors are elsewhere
+    lacking = sum(name not in there for name in recorded) if whole else 0
     added = sum(name not in recorded for name in there)
     odd = [f"{MANIFEST} names {lacking} tensor(s) that are not here, and not {added} that are."] if lacking or added else []
     if note := format_note(manifest):

@@ -16,7 +16,7 @@ from bam_merge.expressions import Calibrated
 from bam_merge.hub_id import hub_id
 from bam_merge.planning.card_use import use
 from bam_merge.planning.plan import Plan
-from bam_merge.recipe.places import Adapted
+from bam_merge.recipe.places import Adapted, Folder, folder_of
 from bam_merge.recipe.schema import ROUTER_PLACES, Recipe
 from bam_merge.sources.licenses import License
 from bam_merge.sources.tokenizers.alignment import Alignment
@@ -217,14 +217,20 @@ def _place(recipe: Recipe, name: str) -> str:
     """Where a source is, and of an adapted one on what it is."""
     source = recipe.sources[name]
     if not isinstance(source, Adapted):
-        return _literal(recipe.relative(recipe.source(name).path))
-    base = source.base if source.base in recipe.sources else _literal(recipe.relative(source.base))
+        return _placed(recipe, recipe.source(name))
+    base = source.base if source.base in recipe.sources else _placed(recipe, folder_of(source.base))
     adapters = (
         f"{item.weight:g} x {place}" if item.weight != 1 else place
         for item in source.adapters
         for place in [_literal(recipe.relative(item.path))]
     )
     return " + ".join([base, *(f"adapter {adapter}" for adapter in adapters)])
+
+
+def _placed(recipe: Recipe, folder: Folder) -> str:
+    """A folder, relative to the recipe's, or an expert of it."""
+    place = _literal(recipe.relative(folder.path))
+    return place if folder.expert is None else f"{place}, expert {_literal(str(folder.expert))}"
 
 
 def _vocabulary(found: Alignment) -> Iterator[str]:

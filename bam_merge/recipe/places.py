@@ -25,6 +25,25 @@ class Folder(Strict):
     dequantise: bool = Field(
         default=False, description="its 8-bit floats are multiplied with their scales, which makes bfloat16 of them (or its config's dtype)"
     )
+    expert: str | int | None = Field(
+        default=None, description="an expert's name or number: the folder is a mixture, and the source the dense model of that expert"
+    )
+    family: str | None = Field(default=None, description="of an expert: the dense family that it is a model of, where several could be")
+
+
+MARK_OF_EXPERT = "#experts."
+"""What stands between a mixture's folder and an expert's name or number where one text says both."""
+
+
+def folder_of(text: str) -> Folder:
+    """The long form of a source's text. (A folder whose own name has the mark can be written with a slash behind it.)"""
+    path, mark, name = text.rpartition(MARK_OF_EXPERT)
+    return Folder(path=path, expert=name) if mark and path and name and not {"/", "\\"} & set(name) else Folder(path=text)
+
+
+def as_text(folder: Folder) -> str:
+    """What a folder, or an expert of it, is called in one text."""
+    return folder.path if folder.expert is None else f"{folder.path}{MARK_OF_EXPERT}{folder.expert}"
 
 
 class WeightedAdapter(Strict):
@@ -71,21 +90,27 @@ def long_form(sources: Sources, name: str) -> Folder:
     """The model that a source is, or is an adapter on, with everything about it that a recipe can say."""
     source = sources[name]
     if isinstance(source, Adapted):
-        return long_form(sources, source.base) if source.base in sources else Folder(path=source.base)
-    return Folder(path=source) if isinstance(source, str) else source
+        return long_form(sources, source.base) if source.base in sources else folder_of(source.base)
+    return folder_of(source) if isinstance(source, str) else source
 
 
 def recorded(source: Source, sources: Sources, place: Callable[[str], str]) -> Any:
     """A source as a document has it, with every path as `place` gives it: text where that says it all."""
+
+    def placed(text: str) -> str:
+        found = folder_of(text)
+        return as_text(found.model_copy(update={"path": place(found.path)}))
+
     if isinstance(source, Adapted):
-        base = source.base if source.base in sources else place(source.base)
+        base = source.base if source.base in sources else placed(source.base)
         if base in sources and source.base not in sources:
             base = f"./{base}"  # a folder that is called as a source is
         if isinstance(source.adapter, str):
             return {"base": base, "adapter": place(source.adapter)}
         return {"base": base, "adapter": [{"path": place(item.path), "weight": item.weight} for item in source.adapter]}
-    folder = Folder(path=source) if isinstance(source, str) else source
-    document = folder.model_copy(update={"path": place(folder.path)}).model_dump(mode="json", exclude_defaults=True)
+    if isinstance(source, str):
+        return placed(source)
+    document = source.model_copy(update={"path": place(source.path)}).model_dump(mode="json", exclude_defaults=True)
     return document["path"] if document.keys() == {"path"} else document
 
 
@@ -94,12 +119,19 @@ def recorded(source: Source, sources: Sources, place: Callable[[str], str]) -> A
 
 @dataclass(frozen=True)
 class Store:
-    """What tensors are read from, a folder or a model of the hub: its place as written, whether an adapter is there instead of a model, and
-    whether its weights are dequantised."""
+    """What tensors are read from, a folder or a model of the hub: its place as written, whether an adapter is there instead of a model,
+    whether its weights are dequantised; and which expert of it is meant, of which family."""
 
     path: str
     adapter: bool = False
     dequantise: bool = False
+    expert: str | None = None
+    family: str | None = None
+
+
+def _store(folder: Folder) -> Store:
+    expert = None if folder.expert is None else str(folder.expert)
+    return Store(folder.path, dequantise=folder.dequantise, expert=expert, family=folder.family)
 
 
 def base_store(name: str) -> str:
@@ -118,13 +150,12 @@ def stores(sources: Sources) -> dict[str, Store]:
     for name, source in sources.items():
         if isinstance(source, Adapted):
             if source.base not in sources:
-                found[base_store(name)] = Store(source.base)
+                found[base_store(name)] = _store(folder_of(source.base))
             found |= {
                 store: Store(item.path, adapter=True) for store, item in zip(adapter_stores(name, source), source.adapters, strict=True)
             }
         else:
-            folder = Folder(path=source) if isinstance(source, str) else source
-            found[name] = Store(folder.path, dequantise=folder.dequantise)
+            found[name] = _store(folder_of(source) if isinstance(source, str) else source)
     return found
 
 
@@ -144,6 +175,10 @@ def based_on(sources: Sources) -> set[str]:
 def base_problems(sources: Sources) -> Iterator[tuple[tuple[str, ...], str]]:
     """(place, message) of bases that lead round in a circle, and of names that another source's base would have."""
     for name, source in sources.items():
+        if isinstance(source, Folder) and source.expert is None and source.family is not None:
+            yield ("sources", name, "family"), "it is for an expert of a mixture: add expert, or remove this key."
+        if isinstance(source, Folder) and source.expert is not None and source.dequantise:
+            yield ("sources", name, "dequantise"), "mixtures are not dequantised. Remove the key, or take a mixture in 16 bits."
         if not isinstance(source, Adapted):
             continue
         chain, base = [name], source.base
@@ -152,6 +187,10 @@ def base_problems(sources: Sources) -> Iterator[tuple[tuple[str, ...], str]]:
             base = above.base
         if base == name:
             yield ("sources", name, "base"), f"leads back to itself: {' > '.join([*chain, name])}. Name the folder of the model."
+        under = sources.get(base, base)
+        if isinstance(under, Folder | str) and (of := folder_of(under) if isinstance(under, str) else under).expert is not None:
+            way = f"Write it as a folder, bam-merge extract {as_text(of)} FOLDER, and name that."
+            yield ("sources", name, "base"), f"an expert of a mixture is no base of an adapter here. {way}"
         if not source.adapters:
             yield ("sources", name, "adapter"), "an empty list. Name an adapter, or write the base as a plain source."
         if base_store(name) in sources:

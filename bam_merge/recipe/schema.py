@@ -137,8 +137,8 @@ class Recipe(Strict):
     )
     sources: dict[str, Source] = Field(
         min_length=1,
-        description="name: a Hugging Face folder, relative to the recipe, or a model of the hub; or {base: ..., adapter: ...}: with a LoRA "
-        "adapter",
+        description="name: a Hugging Face folder, relative to the recipe, or a model of the hub; FOLDER#experts.NAME: one expert of a "
+        "mixture; or {base: ..., adapter: ...}: with a LoRA adapter",
     )
     experts: AnyExperts | None = Field(
         default=None,

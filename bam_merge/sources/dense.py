@@ -46,7 +46,8 @@ class DenseModel:
     `dropped` names the tensors that are known and not used, with the reason; `unknown_keys` the config keys that no table knows;
     `copies` the heads that are stored although the configuration ties them; `naming` says what its tensors are called in the files,
     `notes` what is unlike a plain folder of the family, and `warnings` what the recipe accepts of it.
-    One with `adapters` is a base with these; `checkpoint`, `config` and the rest are the base's, which plans call `store`.
+    One with `adapters` is a base with these; `checkpoint`, `config` and the rest are the base's, which plans call `store`. Of one that is
+    an `expert` of a mixture, by its number, `checkpoint` is the mixture, and `config` is written for it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class DenseModel:
     wrapper: Wrapper | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    expert: int | None = None
 
     @property
     def store_name(self) -> str:

@@ -17,6 +17,7 @@ from bam_merge.sources.adapters.changes import Opened
 from bam_merge.sources.adapters.reading import with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.dequantised import read_dequantised
+from bam_merge.sources.experts import read_expert
 from bam_merge.sources.places import Found, opened
 from bam_merge.sources.recipe_places import find_in, notes_of, pinned
 from bam_merge.sources.tied_heads import settle_copies
@@ -79,6 +80,8 @@ def _open_store(recipe: Recipe, name: str, store: Store, places: dict[str, Found
     except CheckpointError as error:
         raise CheckpointError(*(f"sources.{name}: {problem}" for problem in error.problems)) from None
     try:
+        if store.expert is not None:
+            return read_expert(name, place.path, store.expert, store.family, checkpoint)
         return (read_dequantised if store.dequantise else read_dense)(name, place.path, checkpoint)
     except CheckpointError as error:
         if os.path.lexists(place.path):
@@ -138,6 +141,9 @@ def _identities(model: DenseModel) -> Iterator[tuple[str, Any]]:
     paths = [identity(folder.path) for folder in folders]
     files = [{identity(folder.path / file) for file in folder.files} for folder in folders]
     several, weights = len(folders) > 1, tuple(adapter.weight for adapter in model.adapters)
-    yield "base and adapters" if several else "folder", None if None in paths else (*paths, *weights)
+    yield "base and adapters" if several else "folder", None if None in paths else (*paths, *weights, model.expert)
     unknown = any(None in some for some in files)
-    yield "weight files of base and adapters" if several else "weight files", None if unknown else (*map(frozenset, files), *weights)
+    yield (
+        "weight files of base and adapters" if several else "weight files",
+        None if unknown else (*map(frozenset, files), *weights, model.expert),
+    )

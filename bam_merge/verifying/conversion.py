@@ -18,6 +18,7 @@ from bam_merge.recipe.places import Adapted as AdaptedSource
 from bam_merge.values.tensors import TORCH_DTYPES
 from bam_merge.verifying.adapters import Adapted, adapted
 from bam_merge.verifying.dequantised import Dequantised, dequantised
+from bam_merge.verifying.one_expert import one_expert
 from bam_merge.verifying.rounding import nearest
 
 ROUNDED_ELEMENTS = 2**16
@@ -71,8 +72,12 @@ def _open(plan: Plan, name: str, dense: dict[str, StoredModel]) -> StoredModel:
         found = _open(plan, source.base, dense)
     else:
         checkpoint = open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint
-        opened = dequantised if plan.recipe.source(name).dequantise else stored_model
-        found = opened(checkpoint, head=plan.recipe.accept.head if plan.recipe.accept else None)
+        said = plan.recipe.source(name)
+        opened = dequantised if said.dequantise else stored_model
+        if said.expert is not None:
+            found = one_expert(checkpoint, str(said.expert))
+        else:
+            found = opened(checkpoint, head=plan.recipe.accept.head if plan.recipe.accept else None)
     if isinstance(source, AdaptedSource):
         found = adapted(found, [(plan.recipe.located(item.path), item.weight) for item in source.adapters])
     dense[name] = found

@@ -21,6 +21,7 @@ from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
 from bam_merge.verifying.levels import Level, layers_asked
 from bam_merge.verifying.measuring import Way
+from bam_merge.verifying.one_expert import same_experts
 from bam_merge.verifying.pairs import in_order, same_in_either_order
 from bam_merge.verifying.probes import as_it_is
 from bam_merge.verifying.report import Check, Report
@@ -42,6 +43,7 @@ def function_checks(
     work.finish("sources")
     if plan is not None:
         own = open_dense(plan)
+        yield from same_experts(plan, own)
         yield from accepted_check(mixture, own, plan.recipe)
         written = as_accepted(as_written(own, plan), plan.recipe)
         aligned = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)

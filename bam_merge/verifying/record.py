@@ -5,6 +5,7 @@ Who can write the folder can write a matching manifest: a digest proves damage, 
 
 import json
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -86,15 +87,21 @@ def _places(sources: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, path) of every folder that a recipe's sources are read from: models, bases that are no sources, adapters."""
     for name, source in sources.items():
         if not isinstance(source, dict) or "adapter" not in source:
-            yield name, source.get("path") if isinstance(source, dict) else source
+            yield name, source.get("path") if isinstance(source, dict) else _folder(source)
             continue
         if source.get("base") not in sources:
-            yield f"{name}.base", str(source.get("base")).removeprefix("./")
+            yield f"{name}.base", _folder(str(source.get("base")).removeprefix("./"))
         if isinstance(source["adapter"], list):
             for index, item in enumerate(source["adapter"]):
                 yield f"{name}.adapter[{index}]", item.get("path") if isinstance(item, dict) else item
         else:
             yield name, source["adapter"]
+
+
+def _folder(text: Any) -> Any:
+    """The folder of a source that may be one expert of it, FOLDER#experts.NAME."""
+    found = re.fullmatch(r"(.+)#experts\.([^/\\]+)", text, re.DOTALL) if isinstance(text, str) else None
+    return found[1] if found else text
 
 
 def _source_contradictions(sources: Mapping[str, Any]) -> Iterator[str]:

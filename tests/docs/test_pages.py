@@ -30,6 +30,7 @@ FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
     "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md", "docs/how-to/other-forms.md",
     "docs/how-to/from-mergekit.md", "docs/how-to/models-from-the-hub.md", "docs/how-to/use-without-training.md", "docs/how-to/serve.md",
+    "docs/how-to/take-an-expert-out.md",
 }  # fmt: skip
 """Pages that a test carries out, here, in test_howto.py, in test_hub_page.py or in test_serve_page.py."""
 
@@ -166,6 +167,11 @@ def test_other_forms_run(here: Path, run: Any) -> None:
     quantised_sources(here)
     (here / "law").rename(here / "law-fp8")
     assert follow(DOCS / "how-to" / "other-forms.md", here, lambda command: _said(run, command)) == 3
+
+
+def test_take_an_expert_out_runs(here: Path, run: Any) -> None:
+    write_sources(here / "models", CONFIGS["llama"])
+    assert follow(DOCS / "how-to" / "take-an-expert-out.md", here, lambda command: _said(run, command)) == 4
 
 
 def test_from_mergekit_runs(here: Path, run: Any) -> None:
