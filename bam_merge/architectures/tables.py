@@ -64,13 +64,19 @@ class Limit:
 @dataclass(frozen=True)
 class Engine:
     """An engine beside transformers in which merges in a layout were run: its version, of which families' sources, how it went (`how`), and
-    whether it `runs` them at all. What it computes otherwise than config.json says is a Limit."""
+    whether it `runs` them at all. What it computes otherwise than config.json says is a Limit. `tried` is empty where the engine has the
+    layout and nobody ran it here: `how` then says where that is seen.
+
+    `architecture` is what a GGUF file calls the layout, `paired` whether q and k have the rows that turn together side by side there.
+    """
 
     name: str
     version: str
     tried: tuple[str, ...]
     how: str
     runs: bool = True
+    architecture: str | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)
