@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from bam_merge.planning.plan import Plan
+
 HERE = Path(__file__).parent
 PROMPTS = ("def read_file(path):\n    ", "This licence is granted to any person", "Let x be a real number such that", "The")
 TOKENS = 24
@@ -24,6 +26,15 @@ class Said:
     scores: list[list[float]]
     before: list[list[float]]
     ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A row, merged: its folder, its plan, and what transformers says."""
+
+    folder: Path
+    plan: Plan
+    reference: Said
 
 
 def environment(name: str) -> Path | None:
