@@ -60,12 +60,11 @@ def command_line() -> str:
 
 
 def _commands(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Every command by its words; of a group those that are in it."""
+    """Every command by its words, behind a group those that are in it."""
     for name, command in sorted(group.commands.items()):
+        yield f"{before}{name}", command
         if isinstance(command, click.Group):
             yield from _commands(command, f"{before}{name} ")
-        else:
-            yield f"{before}{name}", command
 
 
 def _statuses(text: str) -> Iterator[tuple[str, str]]:

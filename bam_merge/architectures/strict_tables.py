@@ -52,7 +52,7 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
 CASE: Kinds = {"where": dict, "facts": dict, "refused": str}
-LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list}
+LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list, "where": dict}
 ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs": bool, "architecture": str, "paired": bool}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {

@@ -52,13 +52,15 @@ class Row:
 @dataclass(frozen=True)
 class Limit:
     """What `engines` cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
-    value than those of `only`, `otherwise` happens."""
+    value than those of `only`, `otherwise` happens; `where` some facts have these values, if it says so. A fact that is a mapping is held
+    to one of its keys as FACT.KEY, "none" where it lacks the key."""
 
     otherwise: str
     engines: tuple[str, ...]
     equal: tuple[str, ...] = ()
     fact: str | None = None
     only: tuple[Any, ...] = ()
+    where: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def _quirks(record: Mapping[str, Any]) -> Quirks:
 
 def _limit(record: Mapping[str, Any]) -> Limit:
     engines, equal, only = (tuple(record.get(key, ())) for key in ("engines", "equal", "only"))
-    return Limit(record["otherwise"], engines, equal, record.get("fact"), only)
+    return Limit(record["otherwise"], engines, equal, record.get("fact"), only, record.get("where", {}))
 
 
 def _row(record: Mapping[str, Any]) -> Row:

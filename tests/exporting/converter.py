@@ -113,6 +113,9 @@ def vocabulary(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], fa
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens[:-1] if fault == "fewer tokens" else tokens)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"][fault == "merge" :]])
+    template = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+    if template:
+        writer.add_chat_template(template + ("!" if fault == "template" else ""))
     writer.add_bos_token_id(1 if fault == "bos" else 0)
 
 

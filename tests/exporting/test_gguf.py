@@ -40,7 +40,7 @@ def mixture(
     names = ("seed", "code", "law")
     write_sources(folder, {**CONFIGS[family], **keys})
     for name in names if tokenizer else ():
-        put(folder / name, {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": {**SETTINGS, "bos_token": "<s>"}})
+        put(folder / name, {"tokenizer.json": tokenizer_json(), "tokenizer_config.json": {**SETTINGS, "chat_template": "{{ messages }}"}})
     return merge(load_recipe(write_recipe(folder, text, method, names, f"{{path: out, layout: {layout}}}")), options=UNPROVED)
 
 
@@ -78,6 +78,7 @@ def test_what_the_converter_wrote_is_what_the_folder_has(layout: str, family: st
     ("fewer tokens", "tokenizer.ggml.tokens has 63 tokens, expected one for each of 64 rows"),
     ("merge", "tokenizer.ggml.merges are not those of tokenizer.json"),
     ("bos", "tokenizer.ggml.bos_token_id is 1, '</s>'; tokenizer_config.json has '<s>'"),
+    ("template", "tokenizer.chat_template is not the folder's"),
     ("cut off", "cannot be read"),
     ("says NotImplementedError: BPE pre-tokenizer was not recognized - update it", "does not know this tokenizer"),
     ("says KeyError: no such thing", "says: KeyError: no such thing"),

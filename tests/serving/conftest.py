@@ -1,6 +1,7 @@
 """What the tests of serving share: environments, the pretrained model, rows that are merged once."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             continue
         out = make(row, folder, pretrained)
         plan = plan_file(folder / "recipe.yaml")
+        for source in () if row.family == PRETRAINED else row.names:
+            shutil.rmtree(folder / source)  # a hundred rows of four models are a disk
         found[name] = Made(out, plan, transformers_says(out, "auto_map" in plan.config))
     return found
 

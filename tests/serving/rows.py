@@ -12,7 +12,7 @@ from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge.demo.synthetic import branched_values, random_values, write_checkpoint
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 49152, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
     "tie_word_embeddings": False,
 }  # fmt: skip
@@ -46,7 +46,7 @@ class Row:
 
 
 TIED = {"tie_word_embeddings": True}
-HALF_HEADS = {"head_dim": 32}
+HALF_HEADS = {"head_dim": 16}
 MIXED = {"use_sliding_window": True, "max_window_layers": 2, **WINDOW}
 
 ROWS: dict[str, Row] = {
@@ -91,10 +91,8 @@ ROWS: dict[str, Row] = {
 
 def make(row: Row, folder: Path, pretrained: Path) -> Path:
     """The merged folder of a row, below `folder`; `pretrained` has the model `seed`, whose tokenizer all have, and perhaps its branches."""
-    from proofs import UNPROVED
-
     folder.mkdir(parents=True)
-    options: MergeOptions = UNPROVED
+    options = MergeOptions(verify="none")
     places = {name: name for name in row.names}
     for branch, name in enumerate(row.names):
         if row.family == PRETRAINED:
