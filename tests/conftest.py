@@ -128,6 +128,7 @@ MORE: dict[str, dict[str, Any]] = {
     "phi": {"model_type": "phi", **BASE, **GROUPED, "head_dim": 12},
     "phi_tied": {"model_type": "phi", **BASE, "partial_rotary_factor": 0.25, "tie_word_embeddings": True},
     "stablelm": {"model_type": "stablelm", **BASE, **GROUPED},
+    "stablelm_qk_norm": {"model_type": "stablelm", **BASE, **GROUPED, "use_parallel_residual": True, "qk_layernorm": True},
     "stablelm_parallel": {"model_type": "stablelm", **BASE, **GROUPED, "use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True},
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", **BASE, **GROUPED, "head_dim": 12, "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
     "hunyuan_v1_dense_biased": {"model_type": "hunyuan_v1_dense", **BASE, **GROUPED, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},

@@ -11,7 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bam_merge.architectures.config import dense_layers, facts_of
-from bam_merge.architectures.locate import Cell, Place, Words, applies, cut, in_order, locate, read_name, shape_of, spellings, words
+from bam_merge.architectures.locate import (
+    Cell,
+    Place,
+    Words,
+    applies,
+    gathered,
+    in_order,
+    joined,
+    locate,
+    parts_of,
+    piece_shape,
+    read_name,
+    shape_of,
+    spellings,
+    words,
+)
 from bam_merge.architectures.naming import Naming, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import OF_ATTENTION, PACKED, Quantisation, advice, is_packed, owners, quantisation
@@ -74,7 +89,7 @@ def anatomy(checkpoint: Checkpoint, source: str = "model") -> Anatomy:
             f"counted as of the model that it stands for. {advice(quantised)}"
         )
     if checkpoint.config_digest:
-        architecture, guessed = find_by_model_type(config.get("model_type")), False
+        architecture, guessed = find_by_model_type(config.get("model_type"), config), False
         names = checkpoint.tensors if quantised else _weights(checkpoint.tensors)
         naming = find_naming(names, architecture, inside.wrapper) if architecture else naming
         if architecture:
@@ -161,6 +176,7 @@ class _Described:
     beside: dict[str, str] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     leaves: dict[Place, Leaf] = field(default_factory=dict)
+    pieces: dict[Place, dict[int, Read]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -182,6 +198,7 @@ class _Described:
                 self.dropped[name] = "config.json ties the head to the embeddings; this copy counts for nothing where it equals them"
             else:
                 self.place(name, cell)
+        self.leaves |= {place: joined(tuple(read for _, read in sorted(parts.items()))) for place, parts in self.pieces.items()}
         if self.architecture and self.facts:
             (self.compare if self.architecture.kind == "dense" else self.find_gaps)()
             self.report("missing: {} tensor(s). Is the download complete?", self.missing)
@@ -215,33 +232,45 @@ class _Described:
         entry = self.checkpoint.tensors[name]
         read = Read(self.source, name, entry.dtype, entry.shape)
         scale = ".scale" if name.endswith("weight" + SCALE) and not self.quantised else scale
-        joined = "+".join(role + scale for role in row.roles)
-        self.places[name] = joined, layer, expert
+        all_roles = "+".join(role + scale for role in row.roles)
+        self.places[name] = all_roles, layer, expert
+        if row.pieces:
+            start = next(len(words) for words in (whole.partition("{head}")[0] for whole in cell.names) if self.own(name).startswith(words))
+            self.pieces.setdefault(self.places[name], {})[int(self.own(name)[start:].partition(".")[0])] = read
+            return
         can_be_cut = not scale and (len(row.roles) == 1 or self.facts)
-        for role, leaf in ((cut(row, read, at_layer(self.facts, layer)) if can_be_cut else None) or {joined: read}).items():
-            first = self.leaves.setdefault((role, layer, expert), leaf)
+        found = parts_of(cell, read, at_layer(self.facts, layer)) if can_be_cut else None
+        for (role, of), leaf in (found or {(all_roles, expert): read}).items():
+            first = self.leaves.setdefault((role, layer, of), leaf)
             if first is not leaf:
                 self.findings.append(f"{printable(stored(first).tensor)} and {printable(name)} are two spellings of one tensor.")
+
+    def own(self, name: str) -> str:
+        """The family's own name of a tensor."""
+        return self.naming.own_name(name)
 
     def compare(self) -> None:
         """A dense model against all that its table and config.json imply: absent, present in vain, of another shape."""
         assert self.architecture is not None
         tensors, layers = self.checkpoint.tensors, self.facts["num_hidden_layers"]
         stored = {own: name for own, name in self.naming.names.items() if name in tensors}
+        known = gathered(stored, self.architecture, layers, lambda layer: at_layer(self.facts, layer))
+        self.missing += known.lacking
         if self.quantised:
             packed = (name for name, what in self.beside.items() if what in (*PACKED, "blocks"))
             held = {owner for name in packed for owner, _ in owners(self.naming.own_name(name))}
-            whole = locate(stored.keys() | held, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
+            whole = locate(known.names.keys() | held, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
             self.missing += [cell.names[0] for cell in whole.missing]
             return
-        found = locate(stored, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
+        found = locate(known.names, in_order(self.architecture, layers), lambda cell: applies(cell, self.facts))
         self.missing += [cell.names[0] for cell in found.missing]
         expected = {
-            name: shape_of(cell.row, at_layer(self.facts, cell.layer))
+            name: (piece_shape if cell.row.pieces else shape_of)(cell.row, at_layer(self.facts, cell.layer))
             for cell, names, wanted in found.met
             if wanted
-            for name in map(stored.get, names)
-            if name
+            for first in map(known.names.get, names)
+            if first
+            for name in known.parts.get(first, (first,))
         }
         vain = [name for name, (_, layer, _) in self.places.items() if name not in expected and (layer or 0) < layers]
         self.report("present, though config.json does not imply it: {} tensor(s).", [name for name in vain if not name.endswith(SCALE)])
@@ -286,7 +315,7 @@ class _Described:
             return
         never_shared = shared is None or shared in self.architecture.others
         if split and experts and (found or never_shared or not have or any(None not in other for other in have.values())):
-            yield from (split.name(layer, expert) for expert in range(experts) if expert not in found)
+            yield from dict.fromkeys(split.name(layer, expert) for expert in range(experts) if expert not in found)
         elif shared:
             yield shared.name(layer)
 

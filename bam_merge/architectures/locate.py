@@ -8,18 +8,21 @@ tests/architectures/test_locate.py. What a configuration means, and how bytes be
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from bam_merge.architectures.tables import Architecture, Row, at_layer, evaluate, natural_order
-from bam_merge.checkpoints.pieces import Leaf, Read, Shape, Slice
+from bam_merge.checkpoints.pieces import Joined, Read, Shape, Slice
 
 Place = tuple[str, int | None, int | None]
 """A role, its layer and its expert, where it has them."""
 
 
 class Cell(NamedTuple):
-    """A row of a table at a layer, for an expert: one tensor of a model. The row of a buffer, which loading recomputes, has no roles."""
+    """A row of a table at a layer, for an expert: one tensor of a model. The row of a buffer, which loading recomputes, has no roles.
+
+    A tensor that holds all experts is one cell, without an expert.
+    """
 
     row: Row
     layer: int | None = None
@@ -70,7 +73,7 @@ def cells(table: Architecture, layers: int, experts: int = 0) -> Iterator[Cell]:
     """Every row of `table` at every layer, for every expert; then the buffers that old files hold."""
     for row in (*table.rows, *_buffers(table)):
         for layer in range(layers) if row.per_layer else (None,):
-            yield from (Cell(row, layer, expert) for expert in (range(experts) if row.per_expert else (None,)))
+            yield from (Cell(row, layer, expert) for expert in (range(experts) if row.per_expert and not row.stacked else (None,)))
 
 
 def in_order(table: Architecture, layers: int) -> Iterator[Cell]:
@@ -112,7 +115,57 @@ def family_tensors(family: Architecture, facts: Mapping[str, Any], spelling: int
     """(name, shape) of every tensor that a model of `family` with these facts has, in the table's order, layer by layer."""
     for cell in in_order(family, facts["num_hidden_layers"]):
         if applies(cell, facts):
-            yield cell.names[min(spelling, len(cell.row.names) - 1)], shape_of(cell.row, at_layer(facts, cell.layer))
+            own, name = at_layer(facts, cell.layer), cell.names[min(spelling, len(cell.row.names) - 1)]
+            if cell.row.pieces:
+                yield from ((piece, piece_shape(cell.row, own)) for piece in pieces_of(cell.row, name, own))
+            else:
+                yield name, shape_of(cell.row, own)
+
+
+# ---- one tensor in several ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Stored tensors by their own names, those that hold one together under its name, with {head} in the place of their numbers: there it
+    is the first of them that stands for all, and `parts` has them in order. `lacking` are the own names of those that are not there."""
+
+    names: Mapping[str, str]
+    parts: Mapping[str, tuple[str, ...]]
+    lacking: tuple[str, ...]
+
+
+def gathered(stored: Mapping[str, str], table: Architecture, layers: int, facts_at: Callable[[int | None], Mapping[str, Any]]) -> Gathered:
+    """`stored` maps own names to stored ones; `facts_at` gives the facts that hold at a layer."""
+    names, parts, lacking = dict(stored), dict[str, tuple[str, ...]](), list[str]()
+    for row in (row for row in table.rows if row.pieces):
+        for layer in range(layers) if row.per_layer else (None,):
+            for spelling in range(len(row.names)):
+                whole = row.name(layer, spelling=spelling)
+                own = pieces_of(row, whole, facts_at(layer))
+                there = tuple(names.pop(name) for name in own if name in names)
+                if there:
+                    names[whole], parts[there[0]] = there[0], there
+                    lacking += [name for name in own if name not in stored]
+    return Gathered(names, parts, tuple(lacking))
+
+
+def pieces_of(row: Row, name: str, facts: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors that hold the one of `row` called `name` together, in order; of most that is itself."""
+    if not row.pieces:
+        return [name]
+    return [name.replace("{head}", str(head)) for head in range(evaluate(row.pieces, facts))]
+
+
+def piece_shape(row: Row, facts: Mapping[str, Any]) -> Shape:
+    """The shape of each of these."""
+    first, *rest = shape_of(row, facts)
+    return (first // evaluate(row.pieces or "1", facts), *rest)
+
+
+def joined(reads: tuple[Read, ...]) -> Read | Joined:
+    """The tensor that these hold together."""
+    return reads[0] if len(reads) == 1 else Joined(reads, (sum(read.shape[0] for read in reads), *reads[0].shape[1:]))
 
 
 # ---- fused tensors -------------------------------------------------------------------------------------------------------------
@@ -123,7 +176,30 @@ def rows_of(row: Row, facts: Mapping[str, Any]) -> int:
     return evaluate(row.groups, facts) * sum(evaluate(part, facts) for part in row.parts)
 
 
-def cut(row: Row, read: Read, facts: Mapping[str, Any]) -> dict[str, Leaf] | None:
+def parts_of(cell: Cell, read: Read, facts: Mapping[str, Any]) -> dict[tuple[str, int | None], Read | Slice] | None:
+    """What each role of a cell is read from, by the role and the expert: as `cut`, and of a tensor that holds all experts for each of them.
+
+    None where its table does not say what is where.
+    """
+    row, _, expert = cell
+    if not row.stacked:
+        found = cut(row, read, facts)
+        return None if found is None else {(role, expert): leaf for role, leaf in found.items()}
+    if len(read.shape) < 2 or (len(row.roles) > 1 and (not row.parts or read.shape[1] != rows_of(row, facts))):
+        return None
+    experts, rows, *rest = read.shape
+    one_axis = replace(read, shape=(experts * rows, *rest))
+    pieces: dict[tuple[str, int | None], Read | Slice] = {}
+    for index in range(experts):
+        start = index * rows
+        for role, part in zip(row.roles, row.parts or (None,), strict=True):
+            count = rows if part is None or len(row.roles) == 1 else evaluate(part, facts)
+            pieces[role, index] = Slice(one_axis, 1, start, count, (count, *rest))
+            start += count
+    return pieces
+
+
+def cut(row: Row, read: Read, facts: Mapping[str, Any]) -> dict[str, Read | Slice] | None:
     """What each role of `row` is read from: the tensor as it is, or its rows of a fused one.
 
     None where a fused tensor has other rows than `facts` imply, or its table names no parts: nobody knows what is where.
@@ -133,7 +209,7 @@ def cut(row: Row, read: Read, facts: Mapping[str, Any]) -> dict[str, Leaf] | Non
     if not row.parts or not read.shape or read.shape[0] != rows_of(row, facts):
         return None
     groups, start = evaluate(row.groups, facts), 0
-    pieces: dict[str, Leaf] = {}
+    pieces: dict[str, Read | Slice] = {}
     for role, part in zip(row.roles, row.parts, strict=True):
         rows = evaluate(part, facts)
         pieces[role] = Slice(read, groups, start, rows, (groups * rows, *read.shape[1:]))
@@ -144,7 +220,7 @@ def cut(row: Row, read: Read, facts: Mapping[str, Any]) -> dict[str, Leaf] | Non
 # ---- a table read backwards ------------------------------------------------------------------------------------------------------
 
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
-_NUMBER_OR_MARK = re.compile(r"(?<=\.)(\{layer\}|\{expert\}|0|[1-9][0-9]{0,8})(?=\.)")
+_NUMBER_OR_MARK = re.compile(r"(?<=\.)(\{layer\}|\{expert\}|\{head\}|0|[1-9][0-9]{0,8})(?=\.)")
 
 Words = tuple[str, ...]
 """What stands between the numbers of a name: 'model.layers.3.x' -> ('model.layers.', '.x')."""

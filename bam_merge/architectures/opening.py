@@ -17,7 +17,7 @@ def open_folder(path: str | os.PathLike[str]) -> Checkpoint:
 def tied_heads(config: Mapping[str, Any]) -> set[str]:
     """The names of a head that a model of this config.json need not store, since it is the embeddings."""
     inside = unwrap(config)
-    table = find_by_model_type(inside.config.get("model_type"))
+    table = find_by_model_type(inside.config.get("model_type"), inside.config)
     if table is None:
         return set()
     if inside.wrapper is not None:  # where nothing is said, that no head is stored says it

@@ -17,6 +17,7 @@ from bam_merge.architectures.vocabulary import (
     ROLES,
     ROTARY_BASES,
     ROTARY_SHARES,
+    SHARED_ROLES,
     SLIDING_BASES,
     SYMBOLS,
     TRAIT_WORDS,
@@ -32,11 +33,12 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
     "quirks": dict, "cases": list, "sizes": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list,
-    "engines": list, "tensors": dict,
+    "engines": list, "told_by": str, "tensors": dict, "nulls": list,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
-    "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "when": str, "make": str, "without": str,
+    "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "axis": str, "when": str, "make": str,
+    "without": str, "pieces": str,
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
@@ -210,17 +212,25 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
         yield f"{place}: needs role (one) or roles (several in one tensor), and not both."
     roles = row.get("roles", [row.get("role")])
     for role in roles if own_roles else ():
-        if role not in ROLES and "make" not in row:  # what a layout fills in by itself may have a name of its own
+        if role not in (*ROLES, *SHARED_ROLES) and "make" not in row:  # what a layout fills in by itself may have a name of its own
             yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
     if row.get("when", "untied").removeprefix("not ") not in (*TRAITS, *DERIVED):
         yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"
     if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
         yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
-    yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1")))
+    if "axis" in row and row.get("groups", "1") != "1":
+        yield f"{place}.groups: of a tensor with axis = {row['axis']!r} each expert's rows are one block."
+    if row.get("axis", "expert") != "expert":
+        yield f"{place}.axis: {row['axis']!r} is not possible{_known(row['axis'], ('expert',))}"
+    yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1"), row.get("pieces", "1")))
     for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
         for mark in re.findall(r"\{(\w*)\}", name):
-            if mark not in ("layer", "expert"):
+            if mark not in ("layer", "expert", "head"):
                 yield f"{place}.name: {{{mark}}} is neither {{layer}} nor {{expert}}{nearest(mark, ('layer', 'expert'))}"
+        if "{expert}" in name and "axis" in row:
+            yield f"{place}.name: {{expert}} is of one expert's tensor, axis = {row['axis']!r} of one that holds all. Keep one."
+        if ("{head}" in name) != ("pieces" in row):
+            yield f"{place}: pieces says how many tensors a name with {{head}} stands for, and belongs to one."
 
 
 def _sizes(place: str, sizes: Iterable[str]) -> Iterator[str]:

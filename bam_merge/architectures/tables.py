@@ -22,8 +22,10 @@ class Row:
     """One tensor (per layer, per expert) of an architecture.
 
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
-    equal blocks, and each block holds `parts[i]` rows of role i. `when` names the fact that must be true for the tensor
-    to exist, or, as "not FACT", false; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
+    equal blocks, and each block holds `parts[i]` rows of role i. Where its `axis` is "expert", its first axis is the experts', of each of
+    which it holds what is said here. `when` names the fact that must be true for the tensor
+    to exist, or, as "not FACT", false; `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the
+    other along its first axis; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
     role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
     place of ones.
     """
@@ -33,9 +35,11 @@ class Row:
     shape: tuple[str, ...] = ()
     groups: str = "1"
     parts: tuple[str, ...] = ()
+    axis: str | None = None
     when: str | None = None
     make: str | None = None
     without: str | None = None
+    pieces: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -43,7 +47,12 @@ class Row:
 
     @property
     def per_expert(self) -> bool:
-        return "{expert}" in self.names[0]
+        return "{expert}" in self.names[0] or self.stacked
+
+    @property
+    def stacked(self) -> bool:
+        """Whether one tensor holds all experts."""
+        return self.axis == "expert"
 
     def name(self, layer: int | None = None, expert: int | None = None, spelling: int = 0) -> str:
         return self.names[spelling].replace("{layer}", str(layer)).replace("{expert}", str(expert))
@@ -159,7 +168,9 @@ class Architecture:
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
-    need besides, `engines` those that were tried.
+    need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same
+    model type has not, or has as 0 or false. `nulls` are keys of config.json that are written as null where a merge has no value for
+    them, because the configuration class fills in another one.
     """
 
     name: str
@@ -181,6 +192,8 @@ class Architecture:
     config: Mapping[str, Any]
     limits: tuple[Limit, ...]
     engines: tuple[Engine, ...] = ()
+    told_by: str | None = None
+    nulls: tuple[str, ...] = ()
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -270,6 +283,8 @@ def read_table(text: str, file: str) -> Architecture:
         config=table.get("config", {}),
         limits=tuple(_limit(record) for record in table.get("limits", ())),
         engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
+        told_by=table.get("told_by"),
+        nulls=tuple(table.get("nulls", ())),
     )
 
 
@@ -291,9 +306,11 @@ def _row(record: Mapping[str, Any]) -> Row:
         shape=tuple(record.get("shape", ())),
         groups=record.get("groups", "1"),
         parts=tuple(record.get("parts", ())),
+        axis=record.get("axis"),
         when=record.get("when"),
         make=record.get("make"),
         without=record.get("without"),
+        pieces=record.get("pieces"),
     )
 
 
@@ -317,13 +334,27 @@ def mixture_layouts() -> tuple[Architecture, ...]:
     return tuple(a for a in architectures() if a.kind == "mixture")
 
 
-def find_by_model_type(model_type: object) -> Architecture | None:
-    """The architecture that config.json's `model_type` names: dense, mixture or foreign."""
+def find_by_model_type(model_type: object, config: Mapping[str, Any] | None = None) -> Architecture | None:
+    """The architecture that config.json's `model_type` names: dense, mixture or foreign. Of one that is dense or a mixture, the rest of
+    `config` says which; without it the dense one."""
+    if config is not None and (mixture := _told_by_key(model_type, config)) is not None:
+        return mixture
     if isinstance(model_type, str) and model_type in _table_names():  # most tables are called so, and the others need not be read
         named = load_architecture(model_type)
         if model_type in named.model_types:
             return named
     return next((a for a in architectures() if model_type in a.model_types), None)
+
+
+def _told_by_key(model_type: object, config: Mapping[str, Any]) -> Architecture | None:
+    """The mixture whose model type is that of a dense family too, where its key is there and not 0, false or null."""
+    found = (table for table in _of_dense_types() if model_type in table.model_types)
+    return next((table for table in found if config.get(str(table.told_by), table.defaults.get(str(table.told_by)))), None)
+
+
+@cache
+def _of_dense_types() -> tuple[Architecture, ...]:
+    return tuple(table for table in architectures() if table.told_by is not None)
 
 
 def names_of_the_head(table: Architecture) -> tuple[str, ...]:

@@ -12,11 +12,15 @@ ROLES = (
 )  # fmt: skip
 """Every role a recipe can name."""
 
+SHARED_ROLES = tuple(f"ffn.shared.{part}" for part in ("gate", "up", "down", "router"))
+"""Roles of an expert of every token, in layouts that have one: `ffn.shared_expert` of a recipe makes them."""
+
 ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0] for role in ROLES if "." in role))
 
 SYMBOLS = {
     "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
-    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",
+    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim", "N": "num_experts",
+    "S": "shared_expert_intermediate_size",
 }  # fmt: skip
 """The letters of symbolic shapes, and the facts they stand for."""
 
@@ -42,9 +46,9 @@ pre_norms                  norms before attention and FFN
 post_norms                 norms of what attention and FFN give, before it is scaled and added; of a mixture's, after the experts are mixed
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
 qk_norm                    norms of q and k, of each head unless qk_norm_shape says otherwise
-qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "all heads": as many, and the
-                           norm is of all heads of an attention together, not of each; None: what is usual of a norm_type, "head" of RMS
-                           norms and "heads" of layer norms
+qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "heads in a row": as many, in
+                           one vector; "all heads": as these, and the norm is of all heads of an attention together, not of each;
+                           None: what is usual of a norm_type, "head" of RMS norms and "heads" of layer norms
 qk_norm_bias               they have biases
 qk_norm_after_rotary       q and k are normed after they are turned, not before
 head_bias                  the head adds a bias to the logits
@@ -59,7 +63,7 @@ logit_softcap              the same of the logits, after they are scaled
 "config:KEY" takes the value of a config.json's key, "config:KEY^POWER" that to a power: "config:logits_scaling^-1" divides by it.
 """
 
-QK_NORM_SHAPES = ("head", "heads", "all heads")
+QK_NORM_SHAPES = ("head", "heads", "heads in a row", "all heads")
 """What the weights of a norm of q or k are for; TRAITS says it of each."""
 
 TRAIT_WORDS = {"norm_type": ("rms_norm", "layer_norm"), "qk_norm_shape": QK_NORM_SHAPES}
@@ -78,6 +82,10 @@ UNSAID: dict[str, Any] = {
     "norm_type": "rms_norm",
 }  # fmt: skip
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
+
+GATING: dict[str, Any] = {"scoring_func": "softmax"}
+"""Facts of a recipe's gates, and what a layout that has no word for one takes it for; a config.json has them only where they are something
+else."""
 
 DERIVED = ("untied", "second_norm", "twin_norms")
 """Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's; both
@@ -99,7 +107,7 @@ LOOSE_ACTIVATION = "activation"
 """The one among them that other files write beside their own key, in words of their trainers ("swiglu"); what of it may matter,
 sources/harmless_keys.toml says."""
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys for the number of experts."""
 
 CONTEXTS = ("inner", "outer")

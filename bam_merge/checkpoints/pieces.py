@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A source's tensor as stored."""
+    """A source's tensor as stored; of one that holds all experts, its first two axes may be taken as one, that of rows."""
 
     source: str
     tensor: str
@@ -71,7 +71,19 @@ class Slice:
         return f"{of}[{rows}]" if self.groups == 1 else f"{of}[{self.groups} x {rows} of {block}]"
 
 
-Leaf = Read | Slice
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """One tensor that a file holds in several, one after the other along its first axis."""
+
+    of: tuple[Read, ...]
+    shape: Shape
+
+    @property
+    def dtype(self) -> str:
+        return self.of[0].dtype
+
+
+Leaf = Read | Slice | Joined
 """What is stored of a role, where nothing is computed: of a folder that is looked at as it is."""
 
 
@@ -94,9 +106,14 @@ def whole(piece: Piece) -> Whole:
     return piece.of if isinstance(piece, Slice) else piece
 
 
+def every_stored(leaf: Leaf) -> tuple[Read, ...]:
+    """All stored tensors that hold something of a leaf."""
+    return leaf.of if isinstance(leaf, Joined) else (stored(leaf),)
+
+
 def stored(leaf: Leaf) -> Read:
-    """The stored tensor that a leaf is, or is cut from."""
-    of = whole(leaf)
+    """The stored tensor that a leaf is, or is cut from; of several that are joined the first."""
+    of = leaf.of[0] if isinstance(leaf, Joined) else whole(leaf)
     assert isinstance(of, Read), "a tensor that is computed is stored nowhere"
     return of
 
@@ -134,8 +151,20 @@ def leaf_runs(leaf: Read | Slice, start: int, stop: int) -> Iterator[tuple[int, 
         start += count
 
 
-def byte_runs(leaf: Leaf, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def byte_runs(leaf: Read | Slice, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The same in bytes: (first byte in the stored tensor, count). Elements smaller than a byte must begin and end with one."""
     bits = DTYPE_BITS[leaf.dtype]
     for first, count in leaf_runs(leaf, start, stop):
         yield first * bits // 8, count * bits // 8
+
+
+def in_tensors(leaf: Leaf, start: int, stop: int) -> Iterator[tuple[Read, int, int]]:
+    """(stored tensor, first byte in it, count) of the runs that make up elements [start, stop) of a leaf, joined or not."""
+    if isinstance(leaf, Joined):
+        position = 0
+        for part in leaf.of:
+            first, last = max(start - position, 0), min(stop - position, numel(part))
+            yield from ((part, byte, count) for byte, count in (byte_runs(part, first, last) if first < last else ()))
+            position += numel(part)
+    else:
+        yield from ((stored(leaf), byte, count) for byte, count in byte_runs(leaf, start, stop))

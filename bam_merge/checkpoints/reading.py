@@ -9,7 +9,7 @@ import xxhash
 
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import FileIdentity, TensorEntry, open_regular
-from bam_merge.checkpoints.pieces import Leaf, Read, byte_runs, numel, stored
+from bam_merge.checkpoints.pieces import Joined, Leaf, Read, byte_runs, in_tensors, numel, stored
 from bam_merge.checkpoints.positional import FileEnds, fill
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.text import printable
@@ -118,6 +118,12 @@ def read_piece(checkpoint: Checkpoint, leaf: Leaf, view: memoryview, start: int 
 
     Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
     """
+    if isinstance(leaf, Joined):
+        done = 0
+        for read, byte, count in in_tensors(leaf, start, numel(leaf) if stop is None else stop):
+            read_runs(checkpoint, checkpoint.tensors[read.tensor], [(byte, count)], view[done : done + count])
+            done += count
+        return
     runs = byte_runs(leaf, start, numel(leaf) if stop is None else stop)
     read_runs(checkpoint, checkpoint.tensors[stored(leaf).tensor], runs, view)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bam_merge.architectures import locate
 from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.checkpoints.folder import Checkpoint
-from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
+from bam_merge.checkpoints.pieces import Leaf, Read, Slice, every_stored, stored
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError
 from bam_merge.paths import located
@@ -63,14 +63,16 @@ def open_side(address: str | os.PathLike[str]) -> Side:
         elif of is None or of == expert:
             leaves[role, layer, None] = leaf
         else:
-            left_out[stored(leaf).tensor] = "another expert's"
+            left_out.setdefault(stored(leaf).tensor, "another expert's")
+    for leaf in leaves.values():  # which holds all experts
+        left_out.pop(stored(leaf).tensor, None)
     return Side(f"{label}#{name}", found, expert, leaves, left_out)
 
 
 def _placed(found: Anatomy) -> dict[Place, Leaf]:
     """Every tensor at its place, those without a role under their names."""
     leaves: dict[Place, Leaf] = dict(found.leaves)
-    placed = {stored(leaf).tensor for leaf in leaves.values()}
+    placed = {read.tensor for leaf in leaves.values() for read in every_stored(leaf)}
     for name in (*found.unknown, *(name for name in found.places if name not in placed)):
         entry = found.checkpoint.tensors[name]
         leaves[f"? {name}", None, None] = Read("model", name, entry.dtype, entry.shape)

@@ -16,7 +16,8 @@ class BamConfig(PreTrainedConfig):
     Sizes are those of a dense model, but for `num_attention_heads` and `num_key_value_heads`: the totals over all attention
     experts, which caches and serving engines read. `..._per_expert` are one expert's.
 
-    Training. Per router and layer, over the tokens that are no padding, with p = softmax of the router's logits:
+    Training. Per router and layer, over the tokens that are no padding, with p = softmax of the router's logits
+    (of sigmoid gates: each expert's share of all sigmoids, as in DeepSeek-V3):
 
         balance  N * sum_i f_i P_i   f_i: share of the tokens sent to expert i, divided by k; P_i: mean of p_i. 1 at best
                                      (under soft routing f_i = P_i: what expert i is sent is its share of the gates)
@@ -33,15 +34,16 @@ class BamConfig(PreTrainedConfig):
     aux_loss is the total then.) `output_router_logits`: None adds the losses where labels are given, True computes them
     always, False never: pass it with the labels to measure plain NLL.
 
-    `gate_scale` multiplies the FFN gates. `norm_topk_prob`: gates of the chosen FFN experts sum to one (BTX, Mixtral).
+    `gate_scale` multiplies the FFN gates. `norm_topk_prob`: gates of the chosen FFN experts sum to one (BTX, Mixtral). `scoring_func`: they
+    are of the router's softmax, or of sigmoids, each expert's by itself (DeepSeek-V3).
     `attention_routing` "soft" mixes all attention experts; "top_k" the best `num_attention_experts_per_tok`, whose gates
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
     Of families that are unlike most, None or the default where theirs is: `pre_norms` are those before attention and FFN, `post_norms`
     those of what the experts of either give together; norms have `norm_weights`; queries, keys and values are cut off at `attention_clip`
     and at minus that; `norm_offset` is added to the weights of norms before they multiply;
-    `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads", or "all heads" of an expert, whose
-    norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
+    `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads" (or "heads in a row", in one
+    vector), or "all heads" of an expert, whose norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
     `sliding_rope_parameters` are the rope_parameters of layers with a window; `rope_layers` are the layers with rotary embedding;
     queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T), `embedding_scale`,
     `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors. `attention_softcap` c puts c tanh(x / c)
@@ -79,7 +81,7 @@ class BamConfig(PreTrainedConfig):
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False
-    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None
+    qk_norm_shape: Literal["head", "heads", "heads in a row", "all heads"] | None = None
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     parallel_block: bool = False
@@ -107,6 +109,7 @@ class BamConfig(PreTrainedConfig):
     expert_names: list[str] | None = None
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     gate_scale: float | int = 1.0
     num_attention_experts: int = 4
     attention_kv: Literal["expert", "shared"] | None = "expert"

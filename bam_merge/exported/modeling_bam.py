@@ -67,27 +67,38 @@ class BamLayerNorm(nn.Module):
         z = wide(x)
         z = z - z.mean(-1, keepdim=True) if self.centred else z
         z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            z = (self.offset + wide(self.weight) if self.offset else self.weight) * z
-        return (z if self.bias is None else z + self.bias).to(x.dtype)
+        weight, bias = (None if w is None else self.laid_out(w) for w in (self.weight, self.bias))
+        if weight is not None:
+            z = (self.offset + wide(weight) if self.offset else weight) * z
+        return (z if bias is None else z + bias).to(x.dtype)
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Weights or biases as they are multiplied or added."""
+        return weight
 
 
 class BamHeadLayerNorm(BamLayerNorm):
     """Norm of q or k [B, T, heads, C], whose heads stand in the order (k/v head, expert, query head of the group).
 
-    Weights, by what they are for (qk_norm_shape): "head" [C], of experts [N, 1, C]; "heads" [heads, C]; "all heads" [H * C], of experts
-    [N, H * C], and there the norm is of the H heads of an expert together.
+    Weights, by what they are for (qk_norm_shape): "head" [C], of experts [N, 1, C]; "heads" [heads, C], "heads in a row" [heads * C];
+    "all heads" [H * C], of experts [N, H * C], and there the norm is of the H heads of an expert together.
     """
 
     def __init__(self, config: BamConfig, experts: int, heads: int, group: int, channels: int) -> None:
         shapes = {
             "head": (*((experts, 1) if experts else ()), channels),
             "heads": (heads, channels),
+            "heads in a row": (heads * channels,),
             "all heads": (*((experts,) if experts else ()), heads // max(experts, 1) * channels),
         }
         super().__init__(config, *shapes[config.qk_norm_weights], bias=config.qk_norm_bias)
         self.together = config.qk_norm_weights == "all heads"
-        self.by_expert = (experts, group) if experts and config.qk_norm_weights != "heads" else None
+        of_each = config.qk_norm_weights.startswith("heads")
+        self.channels = channels if config.qk_norm_weights == "heads in a row" else None
+        self.by_expert = (experts, group) if experts and not of_each else None
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        return weight if self.channels is None else weight.view(-1, self.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.by_expert is None:
@@ -206,19 +217,24 @@ def attention_gates(config: BamConfig, logits_BTN: Tensor) -> Tensor:
 
 
 def ffn_gates(config: BamConfig, logits_BTN: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen experts [B, T, k] and their gates, in float32 or wider: p_i, or softmax over the chosen (norm_topk_prob)."""
+    """The chosen experts [B, T, k] and their gates, in float32 or wider: p_i, or softmax over the chosen (norm_topk_prob); of sigmoids
+    s_i, or their shares of the chosen ones' sum."""
     logits_BTN = wide(logits_BTN)
+    if config.scoring_func == "sigmoid":
+        s_BTk, chosen_BTk = logits_BTN.sigmoid().topk(config.num_experts_per_tok, -1)
+        gates_BTk = s_BTk / (s_BTk.sum(-1, keepdim=True) + 1e-20) if config.norm_topk_prob else s_BTk
+        return chosen_BTk, gates_BTk * config.gate_scale
     p_BTk, chosen_BTk = logits_BTN.softmax(-1).topk(config.num_experts_per_tok, -1)
     gates_BTk = logits_BTN.gather(-1, chosen_BTk).softmax(-1) if config.norm_topk_prob else p_BTk
     return chosen_BTk, gates_BTk * config.gate_scale
 
 
-def router_losses(logits_XN: Tensor, k: int | None, counts_X: Tensor | None) -> tuple[Tensor, Tensor]:
+def router_losses(logits_XN: Tensor, k: int | None, counts_X: Tensor | None, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
     """(balance, z) of one router over X tokens, of which those with `counts_X` = 0 are padding. `k` None: soft routing. See BamConfig."""
     logits_XN = wide(logits_XN)
     weights_X = torch.ones_like(logits_XN[:, 0]) if counts_X is None else counts_X.to(logits_XN)
     weights_X = weights_X / weights_X.sum().clamp(min=1)
-    p_XN = logits_XN.softmax(-1)
+    p_XN = logits_XN.sigmoid() / (logits_XN.sigmoid().sum(-1, keepdim=True) + 1e-20) if sigmoid else logits_XN.softmax(-1)
     sent_XN = p_XN if k is None else torch.zeros_like(p_XN).scatter(-1, p_XN.topk(k, -1).indices, 1.0 / k)
     balance = logits_XN.shape[-1] * ((weights_X @ sent_XN) * (weights_X @ p_XN)).sum()
     return balance, weights_X @ logits_XN.logsumexp(-1).square()
@@ -686,13 +702,13 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         soft = config.attention_routing != "top_k"
         attention_k = None if soft else config.num_attention_experts_per_tok or config.num_attention_experts
         total = wide(hidden_states.new_zeros(()))
-        for layers, k, coefficient in (
-            (outputs.router_logits, config.num_experts_per_tok, config.router_aux_loss_coef),
-            (outputs.attention_router_logits, attention_k, config.attention_router_aux_loss_coef),
+        for layers, k, coefficient, sigmoid in (
+            (outputs.router_logits, config.num_experts_per_tok, config.router_aux_loss_coef, config.scoring_func == "sigmoid"),
+            (outputs.attention_router_logits, attention_k, config.attention_router_aux_loss_coef, False),
         ):
             for logits_XN in layers:
                 counts = None if counts_X is None else counts_X.to(logits_XN.device)
-                balance, z = router_losses(logits_XN, k, counts)
+                balance, z = router_losses(logits_XN, k, counts, sigmoid)
                 total = total + (coefficient * balance + config.router_z_loss_coef * z).to(total.device)
         return total / config.num_hidden_layers if config.router_loss_reduction == "mean" else total
 
@@ -723,9 +739,10 @@ class BamFuseHeads(ConversionOps):
         layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1]) if config.sizes_by_kind else 0  # all are alike
         heads, kv_heads, channels = (config.size(size, layer) for size in ("num_attention_heads", "num_key_value_heads", "head_dim"))
         group = heads // kv_heads
-        if self.unit == "expert" or (self.unit.endswith("norm") and config.qk_norm_weights != "heads"):
+        if self.unit == "expert" or (self.unit.endswith("norm") and not config.qk_norm_weights.startswith("heads")):
             return None
-        return {"query": group * channels, "key": channels, "query norm": group, "key norm": 1}[self.unit]
+        channels_of_norm = channels if config.qk_norm_weights == "heads in a row" else 1
+        return {"query": group * channels, "key": channels, "query norm": group * channels_of_norm, "key norm": channels_of_norm}[self.unit]
 
     def of_any_head(self, config: BamConfig) -> bool:
         return self.unit.endswith("norm") and config.qk_norm_weights == "head"

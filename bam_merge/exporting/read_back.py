@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bam_merge.architectures.locate import Cell, cells, cut, locate
+from bam_merge.architectures.locate import Cell, cells, locate, parts_of
 from bam_merge.architectures.tables import Architecture, Engine
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint
@@ -92,11 +92,11 @@ def _expected(checkpoint: Checkpoint, layout: Architecture, facts: Mapping[str, 
         yield None, None, printable(some(found.extra)), Read("", found.extra[0], "F32", ())
     for cell, names, _ in found.met:
         entry = checkpoint.tensors[names[0]]
-        pieces = cut(cell.row, Read("", entry.name, entry.dtype, entry.shape), facts)
+        pieces = parts_of(cell, Read("", entry.name, entry.dtype, entry.shape), facts)
         if pieces is None:
             yield None, None, printable(entry.name), Read("", entry.name, entry.dtype, entry.shape)
-        for role, leaf in (pieces or {}).items():
-            yield _name(role, cell), cell.expert, role, leaf
+        for (role, expert), leaf in (pieces or {}).items():
+            yield _name(role, cell), expert, role, leaf
 
 
 def _name(role: str, cell: Cell) -> str | None:

@@ -31,14 +31,20 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Concat:
-    """Fuse parts: block g of the result is block g of every part in turn; the inverse of Slice."""
+    """Fuse parts: block g of the result is block g of every part in turn; the inverse of Slice.
+
+    `stacked`: one part for each expert, whose axis stands before the parts' own in the file; here their rows are one below the other.
+    """
 
     parts: tuple["Expr", ...]
     groups: int
     dtype: str
     shape: Shape
+    stacked: bool = False
 
     def __str__(self) -> str:
+        if self.stacked:
+            return f"stack({', '.join(map(str, self.parts))})"
         how = f" in {self.groups} blocks" if self.groups > 1 else ""
         return f"concat({', '.join(map(str, self.parts))}){how}"
 
@@ -114,7 +120,7 @@ def is_copy(expr: Expr) -> bool:
         return all(map(is_copy, expr.parts))
     if isinstance(expr, Computed):
         return expr.formula.moves and all(isinstance(part, Read) and part.dtype == expr.dtype for part in expr.inputs)
-    return isinstance(expr, Read | Slice) and isinstance(whole(expr), Read)
+    return is_copy(expr.of) if isinstance(expr, Slice) else isinstance(expr, Read)
 
 
 def in_float64(expr: Expr) -> bool:
@@ -165,6 +171,9 @@ def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read | None, 
             read = None if place is None else expr.inputs[place]
             assert not isinstance(read, Computed), "rows that are computed are not copied"
             yield read, of * row, rows * row
+    elif isinstance(expr, Slice) and isinstance(expr.of, Computed):
+        for first, count in leaf_runs(expr, start, stop):
+            yield from copy_runs(expr.of, first, first + count)
     elif isinstance(expr, Read | Slice):
         for first, count in leaf_runs(expr, start, stop):
             yield stored(expr), first, count

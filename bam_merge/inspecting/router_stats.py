@@ -8,7 +8,7 @@ import numpy as np
 
 from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
-from bam_merge.checkpoints.pieces import Read, Slice, numel, stored
+from bam_merge.checkpoints.pieces import Leaf, numel, stored
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.values.arrays import Array, widen
 from bam_merge.values.wide import LEAST
@@ -67,7 +67,7 @@ def random_inputs(d: int) -> Array:
     return scaled_TD
 
 
-def _read(anatomy: Anatomy, leaf: Read | Slice) -> Array:
+def _read(anatomy: Anatomy, leaf: Leaf) -> Array:
     """The router in float64 [N, D]."""
     size, count = DTYPE_BITS[leaf.dtype] // 8, numel(leaf)
     data = memoryview(bytearray(count * size))

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -13,7 +13,7 @@ from bam_merge.architectures.locate import cells
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.pieces import Computed, Read, Slice, byte_runs, leaf_runs, stored
 from bam_merge.checkpoints.reading import SourceFiles
-from bam_merge.expressions import Expr
+from bam_merge.expressions import Concat, Expr, concat_runs
 from bam_merge.merging.source_rows import ComputedRows
 from bam_merge.model.config import model_config
 from bam_merge.model.loading import StoredModel, parameter_name
@@ -56,6 +56,8 @@ class PlannedModel(StoredModel):
         if isinstance(expr, Slice) and isinstance(expr.of, Computed):
             of = self._opened(expr.of)
             return torch.cat([of.elements(first, first + count) for first, count in leaf_runs(expr, start, stop)])
+        if isinstance(expr, Concat):
+            return torch.cat([self._elements(part, first, last) for part, first, last in concat_runs(expr, start, stop)])
         assert isinstance(expr, Read | Slice), "a source's tensor"
         read = stored(expr)
         bytes_B, view = buffer((stop - start) * DTYPE_BITS[read.dtype] // 8)
@@ -83,7 +85,8 @@ def planned_model(plan: Plan, name: str) -> Iterator[PlannedModel]:
         for role in cell.row.roles:
             if (expr := source.tensors.get((role, cell.layer))) is not None:
                 found[parameter_name(role, cell)] = expr
-    model = PlannedModel(source.checkpoint, model_config(dict(source.config)), {}, plan, found)
+    config = replace(model_config(dict(source.config)), rope_interleaved=source.facts["rope_interleaved"])  # as its rows are put (pairs.py)
+    model = PlannedModel(source.checkpoint, config, {}, plan, found)
     try:
         yield model
     finally:

@@ -112,7 +112,6 @@ class TensorWriter:
         """Evaluate the expression chunk by chunk."""
         import torch
 
-        from bam_merge.merging.source_rows import InOrder
         from bam_merge.values.streams import initialise
         from bam_merge.values.tensors import encode
 
@@ -122,16 +121,28 @@ class TensorWriter:
             values = initialise(expr.method, expr.shape, expr.seed, expr.name, dtype).flatten()
             self._emit(encode(self._checked(values, 0), self.step.dtype))
             return True
+        before = 0
+        for part in expr.parts if isinstance(expr, expressions.Concat) and expr.stacked else (expr,):  # one expert after the other
+            if not self._compute(part, before):
+                return False
+            before += numel(part)
+        return True
+
+    def _compute(self, expr: expressions.Expr, before: int) -> bool:
+        """The elements that `expr` makes, which begin at element `before`."""
+        from bam_merge.merging.source_rows import InOrder
+        from bam_merge.values.tensors import encode
+
         known = {id(node): self._survey(node) for node in expressions.parts(expr) if isinstance(node, expressions.Merge)}
         total = numel(expr)
         self.opened.clear()
-        self.orders = {read: InOrder(numel(read) * DTYPE_BITS[read.dtype] // 8) for read in _whole_reads(expr)}
+        self.orders |= {read: InOrder(numel(read) * DTYPE_BITS[read.dtype] // 8) for read in _whole_reads(expr)}
         chunk = chunk_elements(expr, CHUNK_ELEMENTS)
         for start in range(0, total, chunk):
             if self.stop.is_set():
                 return False
             values_C = self._load(expr, start, min(total, start + chunk), known)
-            self._emit(encode(self._checked(values_C, start), self.step.dtype))
+            self._emit(encode(self._checked(values_C, before + start), self.step.dtype))
         return True
 
     def _survey(self, merge: expressions.Merge) -> object:

@@ -23,7 +23,7 @@ from bam_merge.validation_words import expectation, shown
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
     """What the reference model needs of a config.json. Raises CheckpointError with every problem, each naming its key."""
-    architecture = find_by_model_type(config.get("model_type"))
+    architecture = find_by_model_type(config.get("model_type"), config)
     if architecture is None or architecture.kind == "foreign":
         found = printable(repr(config.get("model_type")))
         raise CheckpointError(f"config.json: model_type {found} is not known here. Known: {', '.join(architecture_names())}.")

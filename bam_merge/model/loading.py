@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, cut, is_named_here, locate, rows_of
+from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, parts_of, rows_of, shape_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
 from bam_merge.architectures.wrappers import Wrapper
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.pieces import Leaf, Read, byte_runs, numel, stored
+from bam_merge.checkpoints.pieces import Joined, Leaf, Read, byte_runs, numel, stored
 from bam_merge.checkpoints.reading import read_runs
 from bam_merge.errors import CheckpointError
 from bam_merge.model.config import model_config
@@ -69,6 +69,9 @@ class StoredModel:
         row = numel(leaf) // leaf.shape[0]
         spans = [(rows[0], len(rows))] if isinstance(rows, range) else [(index, 1) for index in rows]
         bytes_B, view = buffer(len(rows) * row * TORCH_DTYPES[leaf.dtype].itemsize)
+        if isinstance(leaf, Joined):
+            values = read_tensor(self.checkpoint, leaf).view(leaf.shape[0], row)[list(rows)]
+            return values.reshape(len(rows), *leaf.shape[1:]).to(dtype)
         runs = (run for first, count in spans for run in byte_runs(leaf, first * row, (first + count) * row))
         read_runs(self.checkpoint, self.checkpoint.tensors[stored(leaf).tensor], runs, view)
         return decode(bytes_B, leaf.dtype).reshape(len(rows), *leaf.shape[1:]).to(dtype)
@@ -155,7 +158,7 @@ def stored_model(checkpoint: Checkpoint, computes: bool = True, head: str | None
         has_head = any(name.rpartition(".lm_head.")[2] in ("weight", "lm_head.weight") for name in checkpoint.tensors)
         stated = checkpoint.config if wrapper is None else text_config(checkpoint.config, has_head)
         config = model_config(stated)
-        architecture = find_by_model_type(stated["model_type"])
+        architecture = find_by_model_type(stated["model_type"], stated)
         assert architecture is not None
         parameters = _Parameters(checkpoint, architecture, config, computes, wrapper)
         parameters.settle()
@@ -186,8 +189,18 @@ def _bam_row(role: str) -> Row | None:
     return next((row for row in rows if row.per_expert), rows[0] if rows else None)
 
 
+BESIDES = {
+    "router.ffn.bias": "choice_bias",
+    "ffn.shared.router": "shared_expert_gate.weight",
+    **{f"ffn.shared.{part}": f"shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+}
+"""The reference model's names, under `mlp.`, for what layouts have beside the experts that bam has."""
+
+
 def parameter_name(role: str, cell: Cell) -> str:
-    """The reference model's name for `role`: bam's, less the experts' part where there is one for all. What bam has not keeps its row's."""
+    """The reference model's name for `role`: bam's, less the experts' part where there is one for all; what bam has not, by `BESIDES`."""
+    if role in BESIDES:
+        return f"model.layers.{cell.layer}.mlp.{BESIDES[role]}"
     template = _bam_row(role) or cell.row
     return template.name(cell.layer, cell.expert) if cell.expert is not None else template.name(cell.layer).replace("experts.None.", "")
 
@@ -213,26 +226,29 @@ class _Parameters:
         tensors, config = self.checkpoint.tensors, self.config
 
         def is_wanted_cell(cell: Cell) -> bool:
-            return bool(cell.row.roles) and all(name in wanted for name in _parameters(cell)) and self.stands(cell.row)
+            return bool(cell.row.roles) and all(name in wanted for name in self.parameters(cell)) and self.stands(cell.row)
 
         walked = list(cells(self.architecture, config.num_hidden_layers, max(config.num_experts, config.num_attention_experts)))
         beside = names_of_the_head(self.architecture)
         trunk = (tuple(cell.names) for cell in walked if is_wanted_cell(cell) and cell.names[0] not in beside)
-        stored = own_names(tensors, trunk, beside, self.wrapper)
+        own_to_stored = own_names(tensors, trunk, beside, self.wrapper)
+        known = gathered(own_to_stored, self.architecture, config.num_hidden_layers, self.facts_at)
+        stored = known.names
         found = locate(stored, walked, is_wanted_cell)
         over = {stored[name] for name in found.extra}
         for cell, own, is_wanted in found.met:
             names = tuple(stored[name] for name in own)
             if is_wanted and len(names) == 1:
-                self.take(cell, tensors[names[0]], {name: wanted[name] for name in _parameters(cell)})
+                entries = [tensors[name] for name in known.parts.get(names[0], names)]
+                self.take(cell, entries, {name: wanted[name] for name in self.parameters(cell)})
             elif is_wanted:
                 self.problems.append(f"{' and '.join(names)} are two spellings of one tensor. Keep one.")
             elif cell.row.roles == ("head",):  # tied: a copy that equals the embeddings is ignored, another one refused below
                 self.heads = names
             elif cell.row.roles:
                 over.update(names)
-        homes = {name for cell in (*found.missing, *(item.cell for item in found.met if item.wanted)) for name in _parameters(cell)}
-        missing = [*(cell.names[0] for cell in found.missing), *(name for name in wanted if name not in homes)]
+        homes = {name for cell in (*found.missing, *(item.cell for item in found.met if item.wanted)) for name in self.parameters(cell)}
+        missing = [*(cell.names[0] for cell in found.missing), *known.lacking, *(name for name in wanted if name not in homes)]
         self.report("missing: {} tensor(s) that config.json implies. Is the download complete?", missing)
         extra = [name for name in tensors if name in over]
         self.report("present: {} tensor(s) that config.json does not imply. Correct config.json, or remove them.", extra)
@@ -246,22 +262,51 @@ class _Parameters:
         both_norms = self.config.parallel_block and self.config.parallel_norms == 2
         return is_named_here(row, self.architecture, {**vars(self.config), "twin_norms": both_norms})
 
-    def take(self, cell: Cell, entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take the parameters named in `shapes` from the tensor `entry`, in the order of the row's roles."""
-        own = self.config if cell.layer is None else self.config.at(cell.layer)
-        row, facts, (first, *_) = cell.row, _facts(own), shapes.values()
+    def facts_at(self, layer: int | None) -> dict[str, Any]:
+        """What the letters of sizes stand for in a layer."""
+        return _facts(self.config if layer is None else self.config.at(layer))
+
+    def take(self, cell: Cell, entries: Sequence[TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the parameters named in `shapes` from a tensor, in the order of the row's roles; or the one from several that hold it."""
+        if cell.row.pieces:
+            self.join(entries, *shapes.items())
+            return
+        (entry,) = entries
+        row, facts, (first, *_) = cell.row, self.facts_at(cell.layer), shapes.values()
         expected = first if len(row.roles) == 1 else (rows_of(row, facts), *first[1:])
+        if row.stacked:
+            expected = (self.config.num_experts, *expected)
+        flat = len(row.roles) == 1 and not row.stacked and len(row.shape) > len(first)  # a vector that is stored as a matrix of one row
+        if flat:
+            expected = shape_of(row, facts)
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
             return
         if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
-        pieces = cut(row, Read("model", entry.name, entry.dtype, entry.shape), facts)
+        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, first if flat else entry.shape), facts)
         assert pieces is not None  # its rows are those of the table
-        for (parameter, shape), (role, leaf) in zip(shapes.items(), pieces.items(), strict=True):
+        for (parameter, shape), ((role, _), leaf) in zip(shapes.items(), pieces.items(), strict=True):
             if leaf.shape != shape:
                 self.problems.append(f"{entry.name} holds {role} as {list(leaf.shape)}, config.json implies {list(shape)}.")
             self.found[parameter] = leaf
+
+    def parameters(self, cell: Cell) -> list[str]:
+        """What the tensor of a cell holds, in its order."""
+        holds = [cell._replace(expert=expert) for expert in range(self.config.num_experts)] if cell.row.stacked else [cell]
+        return [parameter_name(role, one) for one in holds for role in cell.row.roles]
+
+    def join(self, entries: Sequence[TensorEntry], wanted: tuple[str, tuple[int, ...]]) -> None:
+        """Take a parameter from the tensors that hold it together; where some are missing, that is said elsewhere."""
+        parameter, (first, *rest) = wanted
+        shape = (first // len(entries), *rest)
+        for entry in entries:
+            if entry.shape != shape or entry.dtype != entries[0].dtype:
+                self.problems.append(f"{entry.name} is {entry.dtype} {list(entry.shape)}, expected {entries[0].dtype} {list(shape)}.")
+                return
+        if entries[0].dtype not in TORCH_DTYPES and self.computes:
+            self.unreadable += entries
+        self.found[parameter] = joined(tuple(Read("model", entry.name, entry.dtype, entry.shape) for entry in entries))
 
     def other_head(self) -> Read | None:
         """A stored head that differs from the embeddings it is tied to: transformers computes with it."""
@@ -275,10 +320,6 @@ class _Parameters:
     def report(self, problem: str, names: list[str]) -> None:
         if names:
             self.problems.append(f"{some(names)} {problem.format(len(names))}")
-
-
-def _parameters(cell: Cell) -> list[str]:
-    return [parameter_name(role, cell) for role in cell.row.roles]
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:

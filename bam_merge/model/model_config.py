@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+QkNormShape = Literal["head", "heads", "heads in a row", "all heads"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -38,7 +40,7 @@ class ModelConfig:
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False
     qk_norm: bool = False  # of q and k, of the kind norm_type
-    qk_norm_shape: Literal["head", "heads", "all heads"] | None = None  # None: "head" of RMS norms, "heads" of layer norms
+    qk_norm_shape: QkNormShape | None = None  # None: "head" of RMS norms, "heads" of layer norms
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
     attention_scale: float | None = None  # of q k^T; None: head_dim ** -0.5
@@ -62,12 +64,16 @@ class ModelConfig:
     num_experts: int = 0  # 0: one FFN
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"  # what makes gates of the FFN router's logits
+    choice_bias: bool = False  # a number for each expert is added to its score where experts are chosen; bam has none
     gate_scale: float = 1.0
-    shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
+    shared_expert_intermediate_size: int = 0  # of an FFN that every token goes through; bam has none
+    shared_expert_mix: Literal["gated", "sum", "average"] = "gated"  # it is weighted by a gate of its own; added; added, and both halved
 
     @property
-    def qk_norm_weights(self) -> Literal["head", "heads", "all heads"]:
-        """Of each head with weights [C] for all (qwen3), [H, C] (cohere); or of all heads together, with weights [H * C] (olmo2)."""
+    def qk_norm_weights(self) -> QkNormShape:
+        """Of each head with weights [C] for all (qwen3), [H, C] (cohere) or [H * C] (stablelm); or of all heads together, with weights
+        [H * C] (olmo2)."""
         return self.qk_norm_shape or ("heads" if self.norm_type == "layer_norm" else "head")
 
     def slides(self, layer: int) -> bool:

@@ -196,6 +196,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "KV cache", f"{cache:,} bytes per token in {_cached_in(plan)}, {times}"
     top_k, renormalised = recipe.gates
     gates = "softmax over the chosen experts" if renormalised else "softmax over all experts, not renormalised"
+    gates = "sigmoids of the chosen experts, divided by their sum" if recipe.sigmoid else gates
     yield "FFN experts", f"{recipe.experts_shown} (expert 0 to {len(names) - 1}); {top_k} per token; {gates}"
     if recipe.shards > 1:
         width = config.get("moe_intermediate_size", config["intermediate_size"])

@@ -1,5 +1,7 @@
 """Several roles in one tensor: the expression of a fused tensor, as simple as its parts allow."""
 
+from dataclasses import replace
+
 from bam_merge.checkpoints.pieces import Slice
 from bam_merge.expressions import Concat, Expr, Merge
 
@@ -22,6 +24,33 @@ def fuse(pieces: tuple[Expr, ...], groups: int) -> Expr:
         base = (bases[0][0], fuse(tuple(expr for _, expr in bases), groups)) if bases else None
         return Merge(merges[0].method, operands, base, first.dtype, shape)
     return Concat(pieces, groups, first.dtype, shape)
+
+
+def stack(parts: tuple[Expr, ...]) -> Concat:
+    """One tensor of those of all experts."""
+    first = parts[0]
+    return Concat(parts, 1, first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), stacked=True)
+
+
+def apart(expr: Expr, count: int) -> tuple[Expr, ...]:
+    """What `count` tensors hold of one that is joined of as many of each source: each is made as the whole would be, on its own."""
+    if count == 1:
+        return (expr,)
+    if isinstance(expr, Merge):
+        operands = [(name, apart(part, count)) for name, part in expr.operands]
+        base = None if expr.base is None else (expr.base[0], apart(expr.base[1], count))
+        return tuple(
+            replace(
+                expr,
+                operands=tuple((name, parts[place]) for name, parts in operands),
+                base=None if base is None else (base[0], base[1][place]),
+                shape=operands[0][1][place].shape,
+            )
+            for place in range(count)
+        )
+    assert isinstance(expr, Concat)
+    assert len(expr.parts) == count, "sources hold it in as many tensors as the result"
+    return expr.parts
 
 
 def _tiles(slices: list[Slice], groups: int) -> bool:

@@ -52,6 +52,18 @@ class Step:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
+    def experts(self) -> "tuple[tuple[int | None, expressions.Expr], ...]":
+        """What it holds: each expert's tensor by its number where it holds all of them, else the one that it is."""
+        if isinstance(self.expr, expressions.Concat) and self.expr.stacked:
+            return tuple(enumerate(self.expr.parts))
+        return ((self.expert, self.expr),)
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it holds one expert, or all of them."""
+        return self.experts[0][0] is not None
+
+    @property
     def reads(self) -> list[dict[str, str]]:
         """The stored tensors that it is made of, in order of appearance, as plans and manifests list them."""
         return [{"source": read.source, "tensor": read.tensor} for read in expressions.reads(self.expr)]

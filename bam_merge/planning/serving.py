@@ -9,6 +9,7 @@ from bam_merge.planning.assign import Made, assign
 from bam_merge.planning.fill import engine_faults
 from bam_merge.planning.gating import with_gates
 from bam_merge.planning.output_config import merge_values, refusals
+from bam_merge.planning.pairs import in_order_of
 from bam_merge.planning.plan import Served
 from bam_merge.planning.shared_expert import shared_expert
 from bam_merge.planning.steps import make_steps
@@ -69,7 +70,7 @@ def unserved(recipe: Recipe, layout: Architecture, models: Mapping[str, DenseMod
     """The same for a recipe that has other problems, so that they are told together."""
     if recipe.output.serves and layout.kind == "mixture":
         seed = models[recipe.seed_name]
-        values = merge_values(recipe, seed, dict(made))
+        values = merge_values(recipe, layout, seed, dict(made))
         refused = bool(refusals(layout, values, recipe.file))
         yield from serving_problems(recipe, models, served(layout, {**values, **layout.implies}, seed.family), refused)
 
@@ -111,17 +112,17 @@ def _others(recipe: Recipe) -> Iterator[Recipe]:
 
 def _tries(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str]) -> Iterator[_Try]:
     """Every layout that runs in `engines`, with every gate."""
-    seed = models[recipe.seed_name]
-    made = assign(recipe, models, [])
     for layout in mixture_layouts():
         if any(name not in (engine.name for engine in layout.engines if engine.runs) for name in engines):
             continue
         homeless: list[str] = []
-        there = made | shared_expert(recipe, layout, models, homeless)
+        ordered = in_order_of(layout, models)
+        seed = ordered[recipe.seed_name]
+        there = assign(recipe, ordered, []) | shared_expert(recipe, layout, ordered, homeless)
         make_steps(recipe, layout, seed, there, homeless)
         for gate in gates():
             ffn = (recipe.ffn or Ffn()).model_copy(update={"gate": gate})
-            values = merge_values(with_gates(recipe.model_copy(update={"ffn": ffn}), seed.facts), seed, there)
+            values = merge_values(with_gates(recipe.model_copy(update={"ffn": ffn}), seed.facts), layout, seed, there)
             problems = (*refusals(layout, values, recipe.file), *homeless)
             faults = engine_faults(layout, {**values, **layout.implies})
             found = tuple(dict.fromkeys(reason for name in engines for reason in faults[name]))

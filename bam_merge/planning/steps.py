@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bam_merge import expressions
-from bam_merge.architectures.locate import is_named_here
+from bam_merge.architectures.locate import is_named_here, pieces_of
 from bam_merge.architectures.tables import Architecture, at_layer, evaluate, load_architecture, natural_order
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS, DTYPE_NAMES
 from bam_merge.checkpoints.header import encode_header
 from bam_merge.checkpoints.pieces import whole
 from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
-from bam_merge.planning.fuse import fuse
+from bam_merge.planning.fuse import apart, fuse, stack
+from bam_merge.planning.output_config import NO_SHARED_EXPERT
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -22,10 +23,14 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
     """The output tensors in file order, by the layout's rows; whatever is made and stored nowhere is a problem."""
     steps: list[Step] = []
     stored: set[Site] = set()
+    sizes = {
+        **seed.facts, "num_experts": len(recipe.expert_names), "intermediate_size": seed.facts["intermediate_size"] // recipe.shards,
+        "shared_expert_intermediate_size": NO_SHARED_EXPERT,
+    }  # fmt: skip
     for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
         if not is_named_here(row, layout, seed.facts):
             continue
-        filled = filling(row, layer, seed, made, recipe.random_seed)
+        filled = filling(row, layer, sizes, made, recipe.random_seed)
         if filled is not None:
             steps.append(Step(row.name(layer), row.roles[0], layer, None, filled.dtype, filled.shape, filled, f"layout {layout.name}"))
             continue
@@ -34,15 +39,22 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
         if len(parts) < len(row.roles):
             continue
         stored.update((role, layer) for role in row.roles)
+        role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
         spelling = next((s for s in range(len(row.names)) if row.name(layer, spelling=s) in seed.naming.names), 0)
-        for index in range(len(parts[0].exprs)):
+        groups = evaluate(row.groups, at_layer(seed.facts, layer))
+        fused = [fuse(exprs, groups) if len(exprs) > 1 else exprs[0] for exprs in zip(*(part.exprs for part in parts), strict=True)]
+        if row.stacked:
+            all_experts = stack(tuple(fused))
+            shape = (len(fused), *fused[0].shape)
+            steps.append(Step(row.name(layer, spelling=spelling), role, layer, None, all_experts.dtype, shape, all_experts, parts[0].by))
+            continue
+        for index, expr in enumerate(fused):
             expert = index if row.per_expert else None
-            exprs = tuple(part.exprs[index] for part in parts)
-            expr = fuse(exprs, evaluate(row.groups, at_layer(seed.facts, layer))) if len(exprs) > 1 else exprs[0]
             if isinstance(expr, expressions.Init):
                 expr = replace(expr, name=row.name(layer, expert, spelling))
-            role = row.roles[0] if len(row.roles) == 1 else "+".join(row.roles)
-            steps.append(Step(row.name(layer, expert, spelling), role, layer, expert, expr.dtype, expr.shape, expr, parts[0].by))
+            names = pieces_of(row, row.name(layer, expert, spelling), at_layer(seed.facts, layer))
+            for name, part in zip(names, apart(expr, len(names)), strict=True):
+                steps.append(Step(name, role, layer, expert, part.dtype, part.shape, part, parts[0].by))
     problems += _homeless(recipe, layout, made, stored)
     return steps
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
-from bam_merge.architectures.locate import Cell, applies, cells, cut, locate, shape_of
+from bam_merge.architectures.locate import Cell, applies, cells, cut, gathered, locate, piece_shape, shape_of
 from bam_merge.architectures.naming import Naming, adapter_problem, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
@@ -16,9 +16,9 @@ from bam_merge.architectures.wrappers import Wrapper, beside_text, unwrap, wrapp
 from bam_merge.checkpoints.adapter_folder import AdapterFolder
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.kinds import staged
-from bam_merge.checkpoints.pieces import Leaf, Read
+from bam_merge.checkpoints.pieces import Read
 from bam_merge.errors import CheckpointError
-from bam_merge.expressions import Expr
+from bam_merge.expressions import Concat, Expr
 from bam_merge.sources.harmless import is_harmless, refusals
 from bam_merge.text import printable, some
 
@@ -148,7 +148,7 @@ class _Tensors:
     checkpoint: Checkpoint
     naming: Naming
     problems: list[str]
-    taken: dict[Site, Leaf] = field(default_factory=dict)
+    taken: dict[Site, Expr] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     copies: list[str] = field(default_factory=list)
 
@@ -157,7 +157,9 @@ class _Tensors:
         if self.naming.problem is not None:
             self.problems.append(self.naming.problem)
             return
-        layers, stored = self.facts["num_hidden_layers"], self.naming.names
+        layers = self.facts["num_hidden_layers"]
+        known = gathered(self.naming.names, self.family, layers, lambda layer: at_layer(self.facts, layer))
+        stored = known.names
         found = locate(stored, cells(self.family, layers), lambda cell: applies(cell, self.facts))
         for cell, own, wanted in found.met:
             names = [stored[name] for name in own]
@@ -165,10 +167,12 @@ class _Tensors:
                 self.dropped[names[0]] = "a buffer that loading recomputes"
             elif len(names) > 1:
                 self.problems.append(f"{' and '.join(names)} are two spellings of one tensor. Keep one.")
+            elif wanted and cell.row.pieces:
+                self.join(cell, known.parts[names[0]])
             else:
                 (self.take if wanted else self.refuse)(cell, names[0])
-        if found.missing:
-            self.report_missing(found.missing)
+        if found.missing or known.lacking:
+            self.report_missing(found.missing, known.lacking)
         extra = [*(stored[name] for name in found.extra), *self.naming.others]
         if extra:
             self.problems.append(
@@ -201,8 +205,22 @@ class _Tensors:
         assert pieces is not None, f"{self.family.name}: the parts of {name} are not the rows of its shape"
         self.taken.update(((role, cell.layer), leaf) for role, leaf in pieces.items())
 
-    def report_missing(self, missing: Sequence[Cell]) -> None:
+    def join(self, cell: Cell, names: Sequence[str]) -> None:
+        """Take what several tensors hold of one role."""
+        facts = at_layer(self.facts, cell.layer)
+        entries, shape = [self.checkpoint.tensors[name] for name in names], piece_shape(cell.row, facts)
+        odd = next((entry for entry in entries if entry.shape != shape or entry.dtype != entries[0].dtype), None)
+        if odd is not None:
+            self.problems.append(
+                f"{odd.name} is {odd.dtype} {printable(str(list(odd.shape)))}, expected {entries[0].dtype} {list(shape)}: config.json "
+                f"implies {len(names)} of that shape, which are of one dtype."
+            )
+            return
+        reads = tuple(Read(self.source, entry.name, entry.dtype, shape) for entry in entries)
+        self.taken[cell.row.roles[0], cell.layer] = Concat(reads, 1, reads[0].dtype, shape_of(cell.row, facts))
+
+    def report_missing(self, missing: Sequence[Cell], lacking: Sequence[str]) -> None:
         headless = any(cell.row.roles == ("head",) for cell in missing)
         untied = " (config.json has tie_word_embeddings=false, so the head must be there)" if headless else ""
-        names = [cell.names[0] for cell in missing]
+        names = [*(cell.names[0] for cell in missing), *lacking]
         self.problems.append(f"{some(names)} missing: {len(names)} tensor(s){untied}. Is the download complete?")

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bam_merge.checkpoints.folder import Checkpoint
-from bam_merge.checkpoints.pieces import Slice, instead, stored
+from bam_merge.checkpoints.pieces import Joined, Slice, instead, stored
 from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.model.wrapped import text_config, wrapper_of
 
@@ -75,7 +75,9 @@ def dequantised(checkpoint: Checkpoint, head: str | None = None) -> Dequantised:
     stated = str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch.")
     dtype = {"float32": "F32", "float16": "F16", "float64": "F64"}.get(stated, "BF16")
     leaves = {
-        parameter: instead(leaf, replace(stored(leaf), dtype=dtype)) if stored(leaf).tensor in scales else leaf
+        parameter: leaf
+        if isinstance(leaf, Joined) or stored(leaf).tensor not in scales
+        else instead(leaf, replace(stored(leaf), dtype=dtype))
         for parameter, leaf in found.leaves.items()
     }
     return Dequantised(checkpoint, found.config, leaves, scales)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def engines(checkpoint: Checkpoint) -> Iterator[Check]:
 
     Nothing is yielded for a layout of which no such tensor is known, or where config.json does not describe a model.
     """
-    layout = find_by_model_type(checkpoint.config.get("model_type"))
+    layout = find_by_model_type(checkpoint.config.get("model_type"), checkpoint.config)
     needed = [row for row in layout.rows if row.without] if layout else []
     facts = facts_of(layout, checkpoint.config, []) if layout and needed else {}
     if not facts:

@@ -246,7 +246,7 @@ def code_check(folder: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint
         if keys:
             problems.append(f"{name} has {some(keys)}, by which transformers runs code, and which no merge writes there: remove it")
     config = config if isinstance(config, dict) else {}
-    layout = find_by_model_type(config.get("model_type"))
+    layout = find_by_model_type(config.get("model_type"), config)
     ours = layout.config.get("auto_map") if layout is not None else None
     if config.get("auto_map") != ours:
         found = printable(repr(config.get("auto_map", "missing")), 300)

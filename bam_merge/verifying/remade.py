@@ -146,11 +146,12 @@ def experts_models(mixture: StoredModel, plan: Plan, dense: Mapping[str, StoredM
     """The model of every expert, by a name for each; and the models by these names, with the dense ones."""
     made: dict[int, dict[str, Made]] = {}
     for step in plan.steps:
-        if step.expert is not None:
-            for role, expr in _by_role(step):
+        for number, whole in step.experts if step.is_experts else ():
+            assert number is not None
+            for role, expr in _by_role(step, whole):
                 if _is_remade(expr, (role, step.layer), plan):
-                    own, stored = (_parameter(role, step, plan, expert) for expert in (None, step.expert))
-                    made.setdefault(step.expert, {})[own] = Made(expr, step.dtype, stored)
+                    own, stored = (_parameter(role, step, plan, expert) for expert in (None, number))
+                    made.setdefault(number, {})[own] = Made(expr, step.dtype, stored)
     models, known = dict(dense), _Known(SourceTensors(plan, RowReader()))
     names = list(plan.recipe.expert_names)
     for expert, parameters in made.items():
@@ -162,10 +163,10 @@ def experts_models(mixture: StoredModel, plan: Plan, dense: Mapping[str, StoredM
     return tuple(names), models
 
 
-def _by_role(step: Step) -> Iterator[tuple[str, expressions.Expr]]:
-    """(role, its expression) of all that an expert's tensor holds; nothing of a fused one that is stored as a source has it."""
+def _by_role(step: Step, expr: expressions.Expr) -> Iterator[tuple[str, expressions.Expr]]:
+    """(role, its expression) of all that an expert's tensor, made by `expr`, holds; nothing of one that is fused as a source has it."""
     roles = step.role.split("+")
-    parts = step.expr.parts if isinstance(step.expr, expressions.Concat) and len(roles) > 1 else (step.expr,)
+    parts = expr.parts if isinstance(expr, expressions.Concat) and len(roles) > 1 else (expr,)
     if len(parts) == len(roles):
         yield from zip(roles, parts, strict=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
-from bam_merge.checkpoints.pieces import Computed, Leaf, Read, Shape, Slice, Whole, inputs, stored
+from bam_merge.checkpoints.pieces import Computed, Read, Shape, Slice, Whole, inputs, stored
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
@@ -45,21 +45,22 @@ class RowReader:
         self._headers: dict[Path, tuple[Mapping[str, Any], int]] = {}
         self._lock = threading.Lock()
 
-    def read(self, path: Path, tensor: str, start: int, stop: int, dtype: str) -> Tensor:
+    def read(self, path: Path, tensor: str, start: int, stop: int, dtype: str, row: Shape | None = None) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype; of elements smaller than a byte, and of truth values, the bytes.
 
+        `row` is the shape of one, where its first axes are taken as one, that of rows.
         Raises CheckpointError where the file cannot be read, or has no such rows.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                return self._read(descriptor, path, tensor, start, stop, dtype)
+                return self._read(descriptor, path, tensor, start, stop, dtype, row)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{printable(str(path))}: {error.strerror}.") from error
 
-    def _read(self, descriptor: int, path: Path, tensor: str, start: int, stop: int, dtype: str) -> Tensor:
+    def _read(self, descriptor: int, path: Path, tensor: str, start: int, stop: int, dtype: str, of: Shape | None) -> Tensor:
         with self._lock:
             if path not in self._headers:
                 self._headers[path] = _header(descriptor, path)
@@ -68,6 +69,8 @@ class RowReader:
         if entry.get("dtype") != dtype:
             raise CheckpointError(f"{printable(str(path))} changed since it was opened: {printable(tensor)} is no {dtype} tensor any more.")
         shape, bits = entry["shape"], DTYPE_BITS[dtype]
+        if of is not None and len(shape) > len(of) + 1:
+            shape = [math.prod(shape[: len(shape) - len(of)]), *of]
         start, stop = (start, stop) if shape else (0, 1)  # one number has no rows
         row = math.prod(shape[1:]) * bits
         first, last = start * row // 8, -(-stop * row // 8)
@@ -124,7 +127,8 @@ class SourceTensors:
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
         checkpoint = self.checkpoints[read.source]
-        return self.reader.read(checkpoint.path / checkpoint.tensors[read.tensor].file, read.tensor, start, stop, read.dtype)
+        path = checkpoint.path / checkpoint.tensors[read.tensor].file
+        return self.reader.read(path, read.tensor, start, stop, read.dtype, read.shape[1:])
 
     def computed(self, node: Computed, start: int, stop: int) -> Derived:
         """Rows [start, stop) of a computed tensor, before it is rounded."""
@@ -153,7 +157,7 @@ class SourceTensors:
             rows = self.rows(expr, start, stop)
             return rows, rows
         if isinstance(expr, Computed) and expressions.is_copy(expr):
-            rows = moved_rows(expr.formula, [self._moved(part) for part in expr.inputs], start, stop)
+            rows = moved_rows(expr.formula, [self._moved(part) for part in expr.inputs], start, stop, expr.shape[0])
             return rows, rows
         if isinstance(expr, Computed):
             return roundings(self.computed(expr, start, stop), computing_dtype(expr))
@@ -229,7 +233,7 @@ def stretches(expr: expressions.Expr, start: int, stop: int) -> Iterator[Stretch
         yield from ((read.source, read.tensor, first, last) for first, last in leaf_rows(expr, start, stop))
 
 
-def leaf_rows(leaf: Leaf, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+def leaf_rows(leaf: Read | Slice, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
     """(first, last) of the stored rows that rows [start, stop) of a leaf are, in order."""
     stop = leaf.shape[0] if stop is None else stop
     if isinstance(leaf, Read):

@@ -196,25 +196,44 @@ def _kind(step: Step) -> str | None:
 
 def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tuple[float, int, int]:
     """(largest error in roundings, its element, how many values are not finite) of one written tensor."""
+    largest, where, bad, before = 0.0, 0, 0, 0
+    for part in _experts(step.expr):
+        error, index, some = _compare_rows(path, step, part, before, sources, exact)
+        bad += some
+        if error > largest:
+            largest, where = error, before * math.prod(part.shape[1:]) + index
+        before += part.shape[0] if part.shape else 1
+    return largest, where, bad
+
+
+def _experts(expr: expressions.Expr) -> tuple[expressions.Expr, ...]:
+    """Each expert's part of a tensor that holds all; another tensor as it is."""
+    return expr.parts if isinstance(expr, expressions.Concat) and expr.stacked else (expr,)
+
+
+def _compare_rows(
+    path: Path, step: Step, expr: expressions.Expr, before: int, sources: SourceTensors, exact: bool
+) -> tuple[float, int, int]:
+    """The same of the rows that `expr` makes, which begin at row `before`."""
     largest, where, bad = 0.0, 0, 0
-    columns = math.prod(step.shape[1:])
-    known = survey_all(step.expr, sources)
-    for start, stop in row_blocks(step.shape, step.nbytes / max(1, math.prod(step.shape)), COPIED_BYTES if exact else None):
-        written = sources.reader.read(path, step.name, start, stop, step.dtype)
+    columns, size = math.prod(expr.shape[1:]), DTYPE_BITS[step.dtype] / 8
+    known = survey_all(expr, sources)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return sources.reader.read(path, step.name, before + start, before + stop, step.dtype, expr.shape[1:])
+
+    for start, stop in row_blocks(expr.shape, size, COPIED_BYTES if exact else None):
+        written = rows(start, stop)
         bad += _nonfinite(written)
         if exact:
-            first = _first_difference(written, sources.piece(step.expr, start, stop))
+            first = _first_difference(written, sources.piece(expr, start, stop))
             error, index = (0.0, 0) if first is None else (math.inf, first * 8 // DTYPE_BITS[step.dtype])
         else:
-            error, index = worst(written, rederive(step.expr, sources, known, start, stop, step.dtype), step.dtype)
+            error, index = worst(written, rederive(expr, sources, known, start, stop, step.dtype), step.dtype)
         if error > largest:
             largest, where = error, start * columns + index
-    if isinstance(step.expr, expressions.Merge):
-
-        def rows(start: int, stop: int) -> torch.Tensor:
-            return sources.reader.read(path, step.name, start, stop, step.dtype)
-
-        whole = overall(step.expr.method, step.expr, sources, known.get(id(step.expr)), Written(rows, step.dtype))
+    if isinstance(expr, expressions.Merge):
+        whole = overall(expr.method, expr, sources, known.get(id(expr)), Written(rows, step.dtype))
         largest = max(largest, whole)
     return largest, where, bad
 

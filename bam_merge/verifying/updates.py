@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bam_merge.architectures.locate import Cell
 from bam_merge.checkpoints.pieces import Read, Slice
-from bam_merge.expressions import Expr
+from bam_merge.expressions import Concat, Expr
 from bam_merge.model.loading import StoredModel, parameter_name
 from bam_merge.planning.plan import Plan
 from bam_merge.sources.dense import DenseModel
@@ -26,7 +26,7 @@ TOLERANCE = 2.0**-20
 
 def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check]:
     """Every tensor of a source that is not its base's own, nor an expert's, against the reference model of base and adapters."""
-    isolated = {(role, step.layer) for step in plan.steps if step.expert is not None for role in step.role.split("+")}
+    isolated = {(role, step.layer) for step in plan.steps if step.is_experts for role in step.role.split("+")}
     worst, count = Worst("adapters", TOLERANCE), 0
     sources = SourceTensors(plan, RowReader())
     for name, model in plan.models.items():
@@ -37,18 +37,20 @@ def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check
             parameter = parameter_name(role, Cell(row, layer))
             if not _is_the_bases(expr, model) and (role, layer) not in isolated:
                 count += 1
-                worst.add(_difference(sources, expr, dense[name], parameter), f"sources.{name}: {parameter}")
+                worst.add(apart_by(sources, expr, dense[name], parameter), f"sources.{name}: {parameter}")
     if count:
         yield worst.check(f"{count} tensors are what the adapters' own files make of their bases")
 
 
 def _is_the_bases(expr: Expr, model: DenseModel) -> bool:
+    if isinstance(expr, Concat):
+        return all(_is_the_bases(part, model) for part in expr.parts)
     of = expr.of if isinstance(expr, Slice) else expr
     return isinstance(of, Read) and of.source == model.store_name
 
 
-def _difference(sources: SourceTensors, expr: Expr, dense: StoredModel, parameter: str) -> float:
-    """The largest difference, relative to the largest number."""
+def apart_by(sources: SourceTensors, expr: Expr, dense: StoredModel, parameter: str) -> float:
+    """The largest difference of what the plan has of a source and a parameter of its model, relative to the largest number."""
     whole = dense.read(parameter) if isinstance(dense.leaves[parameter], Slice) else None
     largest, size = 0.0, 1e-30
     for start, stop in row_blocks(expr.shape, 8):

@@ -23,14 +23,15 @@ from bam_merge.architectures.locate import (
     applies,
     cells,
     cut,
+    gathered,
     in_order,
     locate,
+    piece_shape,
     read_name,
     rows_of,
-    shape_of,
     spellings,
 )
-from bam_merge.architectures.tables import Architecture, Row, architectures, find_by_model_type, load_architecture, read_table
+from bam_merge.architectures.tables import Architecture, Row, architectures, at_layer, find_by_model_type, load_architecture, read_table
 from bam_merge.architectures.vocabulary import ROLES
 from bam_merge.checkpoints.pieces import Read, Slice, leaf_runs, numel
 from bam_merge.demo.synthetic import random_values, write_checkpoint
@@ -38,10 +39,20 @@ from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import open_model
 
 MOE = {**BASE, **GROUPED, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+SIGMOID = {"n_routed_experts": 3, "moe_intermediate_size": 24, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**MOE, "model_type": "mixtral", "num_local_experts": 3},
     "qwen2_moe": {**MOE, "model_type": "qwen2_moe", "num_experts": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 24, "head_dim": 12, "attention_bias": True},
+    "solar_open": {**MOE, **SIGMOID, "model_type": "solar_open", "head_dim": 8, "attention_bias": True},
+    "glm4_moe": {**MOE, **SIGMOID, "model_type": "glm4_moe", "first_k_dense_replace": 0, "use_qk_norm": True, "attention_bias": True},
+    "dots1": {**MOE, **SIGMOID, "model_type": "dots1", "attention_bias": True, "norm_topk_prob": True},
+    "flex_olmo": {**MOE, "model_type": "flex_olmo", "num_experts": 3, "norm_topk_prob": True, "pad_token_id": None, "attention_bias": True},
+    "cohere2_moe": {
+        **MOE, "model_type": "cohere2_moe", "num_experts": 3, "head_dim": 8, "logit_scale": 0.5, "sliding_window": 8, "num_shared_experts": 1,
+        "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
+    },
+    "hunyuan_v1_moe": {**MOE, "model_type": "hunyuan_v1_moe", "num_experts": 3, "moe_topk": 2, "head_dim": 8, "attention_bias": True},
 }  # fmt: skip
 ALL = {**CONFIGS, **MIXTURES}
 
@@ -121,7 +132,7 @@ def test_a_name_is_read_as_it_is_written(name: str, toy: Architecture) -> None:
     there = [*cells(table, 12, 11), *cells(replace(table, rows=table.others, dropped=()), 12, 11)]
     assert len(there) > 12 * len(table.rows) / 2
     for cell in there:
-        assert [read_name(spelled, known) for spelled in cell.names] == [cell] * len(cell.names)
+        assert [read_name(spelled.replace("{head}", "10"), known) for spelled in cell.names] == [cell] * len(cell.names)
     ordered = {cell for cell in there if cell.row in table.rows and not cell.row.per_expert}
     assert {cell for cell in in_order(table, 12) if not cell.row.per_expert} == ordered
 
@@ -147,6 +158,9 @@ def build(config: dict[str, Any], folder: Path) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -169,13 +183,17 @@ def test_what_transformers_saves_is_located_whole(name: str, tmp_path: Path) -> 
     problems: list[str] = []
     facts = facts_of(table, open_model(tmp_path).checkpoint.config, problems)
     assert not problems
-    found = locate(shapes, cells(table, facts["num_hidden_layers"], 3), lambda cell: applies(cell, facts))
-    assert (found.missing, found.extra) == ((), ())
+    known = gathered({name: name for name in shapes}, table, facts["num_hidden_layers"], lambda layer: at_layer(facts, layer))
+    found = locate(known.names, cells(table, facts["num_hidden_layers"], 3), lambda cell: applies(cell, facts))
+    assert (found.missing, found.extra, known.lacking) == ((), (), ())
     assert all(item.wanted and len(item.names) == 1 for item in found.met)
     if table.kind == "dense":
-        assert {item.names[0]: shape_of(item.cell.row, facts) for item in found.met} == shapes
+        met = [(item.cell, known.names[item.names[0]]) for item in found.met]
+        pieces = {name: piece_shape(cell.row, facts) for cell, first in met for name in known.parts.get(first, (first,))}
+        assert pieces == shapes
     leaves = open_model(tmp_path).leaves
-    assert sum(map(numel, leaves.values())) == sum(parameter.numel() for parameter in model.parameters())
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert sum(map(numel, leaves.values())) == sum(parameter.numel() for parameter in (*model.parameters(), *biases))
 
 
 def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
@@ -195,7 +213,7 @@ def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
 
 ONE_SUM = {
     *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied", "phi_qk_norm", "falcon_grouped")),
-    *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased")),
+    *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased", "hunyuan_v1_moe")),
 }
 """A parallel block adds both biases to one sum, and norms after the rotation scale one product: no logits tell them apart, only their names."""
 
@@ -208,7 +226,7 @@ def test_transformers_tells_every_two_roles_apart(name: str, tmp_path: Path, mon
     assert float((logits(open_model(tmp_path).model()) - theirs).abs().max()) < 1e-5 * size
     planted = 0
     for words, table in confusions(name, tmp_path):
-        monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, table=table: table)
+        monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config, table=table: table)
         apart = float((logits(open_model(tmp_path).model()) - theirs).abs().max())
         assert apart < 1e-5 * size if (name, words) in ONE_SUM else apart > 1e-3 * size, words
         planted += 1
@@ -237,7 +255,7 @@ def test_a_fused_row_that_is_cut_wrongly_is_found(case: str, tmp_path: Path, mon
     table = load_architecture(CONFIGS[name]["model_type"])
     wrong = replace(table, rows=tuple(replace(row, **change) if role in row.roles else row for row in table.rows))
     assert wrong != table
-    monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type: wrong)
+    monkeypatch.setattr("bam_merge.model.loading.find_by_model_type", lambda model_type, config: wrong)
     if how == "logits":
         assert float((logits(open_model(tmp_path).model()) - theirs).abs().max()) > 1e-2 * float(theirs.abs().max())
     else:
@@ -267,7 +285,9 @@ def test_a_merge_by_a_wrong_table_is_not_what_transformers_computes(wrong: bool,
     if wrong:
         table = replace(table, rows=tuple(replace(r, roles=r.roles[::-1]) if "ffn.up" in r.roles else r for r in table.rows))
     for module in ("bam_merge.sources.dense", "bam_merge.model.loading"):
-        monkeypatch.setattr(f"{module}.find_by_model_type", lambda name: table if name == "phi3" else find_by_model_type(name))
+        monkeypatch.setattr(
+            f"{module}.find_by_model_type", lambda name, *config: table if name == "phi3" else find_by_model_type(name, *config)
+        )
     text = "experts: [seed, seed]\nffn: {top_k: 2}"
     out = merge(load_recipe(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: mixtral}")))
     apart = float((logits(transformers.AutoModelForCausalLM.from_pretrained(out).eval()) - theirs).abs().max())

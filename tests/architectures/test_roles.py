@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge.architectures.anatomy import anatomy, guess, open_anatomy
 from bam_merge.architectures.tables import architecture_names, architectures, find_by_model_type, load_architecture
-from bam_merge.checkpoints.pieces import Read
+from bam_merge.checkpoints.pieces import Joined, Read
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import BamMergeError
+from bam_merge.expressions import Concat
 from bam_merge.sources.dense import read_dense
 
 MOE = {"moe_intermediate_size": 12, "num_experts_per_tok": 2}
@@ -25,6 +26,15 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "mixtral": {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen2_moe": {**GROUPED, **MOE, "num_experts": 3, "mlp_only_layers": [0], "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**GROUPED, **MOE, "num_experts": 3, "head_dim": 12, "decoder_sparse_step": 2},
+    "glm4_moe": {**GROUPED, **MOE, "n_routed_experts": 3, "first_k_dense_replace": 1, "use_qk_norm": True},
+    "dots1": {**GROUPED, **MOE, "n_routed_experts": 3, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "solar_open": {**GROUPED, **MOE, "n_routed_experts": 3, "head_dim": 8},
+    "flex_olmo": {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "pad_token_id": None},
+    "cohere2_moe": {
+        **GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"], "num_shared_experts": 1, "tie_word_embeddings": False,
+        "prefix_dense_intermediate_size": 16,
+    },
+    "hunyuan_v1_moe": {**GROUPED, "num_experts": 3, "moe_topk": 2, "head_dim": 8},
     "olmoe": {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2},
     "deepseek_v2": {**MOE, **LATENT, "q_lora_rank": None},
     "deepseek_v3": {**MOE, **LATENT, "q_lora_rank": 10, "n_group": 1, "topk_group": 1},
@@ -65,7 +75,9 @@ def edit(folder: Path, drop: tuple[str, ...] = (), add: dict[str, Any] | None = 
 def test_dense_families_as_merges_read_them(name: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, CONFIGS[name], random_values(1))
     found = open_anatomy(tmp_path, "x")
-    assert {(role, layer): leaf for (role, layer, expert), leaf in found.leaves.items()} == read_dense("x", tmp_path).tensors
+    merged = read_dense("x", tmp_path).tensors
+    whole = {site: Joined(expr.parts, expr.shape) if isinstance(expr, Concat) else expr for site, expr in merged.items()}
+    assert {(role, layer): leaf for (role, layer, expert), leaf in found.leaves.items()} == whole
     assert set(found.places) == set(found.checkpoint.tensors)
     assert (found.unknown, found.missing, found.findings, dict(found.dropped)) == ((), (), (), {})
 
@@ -97,8 +109,10 @@ def test_public_mixtures(name: str, tmp_path: Path) -> None:
     assert set(found.places) == set(found.checkpoint.tensors)
     assert found.facts["num_experts"] == (4 if name.startswith("deepseek") else 3)
     dense = {layer for role, layer, expert in found.leaves if role == "ffn.up" and expert is None}
-    assert dense == (set() if name in ("mixtral", "olmoe") else {0})
+    assert dense == (set() if name in ("mixtral", "olmoe", "solar_open", "flex_olmo", "hunyuan_v1_moe") else {0})
     expected = {"deepseek_v2": "attn.kv_b", "deepseek_v3": "attn.q_a_norm", "qwen2_moe": "ffn.shared.router"}
+    expected |= dict.fromkeys(("glm4_moe", "dots1", "solar_open"), "router.ffn.bias")
+    expected |= dict.fromkeys(("cohere2_moe", "hunyuan_v1_moe"), "ffn.shared.down")
     assert (expected.get(name, "attn.q"), 1, None) in found.leaves
 
 
@@ -121,7 +135,8 @@ def test_no_two_rows_share_a_name(table: Any) -> None:
     names = [name for row in (*table.rows, *table.others) for name in row.names]
     assert len(names) == len(set(names))
     assert all(name.find("{layer}") < name.find("{expert}") for name in names if "{expert}" in name)
-    assert find_by_model_type(table.model_types[0]) is load_architecture(table.name)
+    config = {table.told_by: 2} if table.told_by else {}
+    assert find_by_model_type(table.model_types[0], config) is load_architecture(table.name)
 
 
 # ---- damaged, incomplete, unknown ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ WRONG = {
     "a far trait": ("gated_ffn = true", "zzz = true", "traits.zzz: no such trait. Known: norm_type, norm_bias, "),
     "a kind": ('kind = "dense"', 'kind = "dens"', "kind is 'dens', expected one of dense, mixture, foreign; did you mean 'dense'?"),
     "a role": ('role = "ffn.down"', 'role = "fnn.down"', "'fnn.down' is no role; did you mean 'ffn.down'?"),
-    "a letter": ('shape = ["V", "d"]', 'shape = ["V", "e"]', "shape: 'e': 'e' is neither an integer nor one of V, d, f, H, K, D."),
+    "a letter": ('shape = ["V", "d"]', 'shape = ["V", "e"]', "shape: 'e': 'e' is neither an integer nor one of V, d, f, H, K, D, N."),
     "a placeholder": (
         "{layer}.mlp.down_proj",
         "{layr}.mlp.down_proj",

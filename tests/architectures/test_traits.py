@@ -45,11 +45,13 @@ def test_what_a_layout_cannot_say_is_refused(layout: str, trait: str) -> None:
     table, values = load_architecture(layout), plain(layout)
     usual = values[trait]
     other = OTHER.get(trait, not usual)
+    other = {"norm_type": "rms_norm", "qk_norm_shape": "head", "parallel_norms": 2}[trait] if other == usual else other
     problems = refusals(table, {**values, trait: other}, "recipe.yaml")
-    if trait == "parallel_norms":  # of a parallel block, which is refused as such
+    if trait == "parallel_norms" and not table.accepts["parallel_block"]:  # of a parallel block, which is refused as such
         assert problems == []
         return
-    said = trait in table.implies or f"${trait}" in table.config.values()
+    by_kind = trait == "sliding_rope_parameters" and "$rope_parameters_by_kind" in table.config.values()
+    said = by_kind or trait in table.implies or trait in table.traits or f"${trait}" in table.config.values()
     if said and trait == "attention_bias" and "attention_out_bias" not in (*table.accepts, *table.config):
         said = False  # its one key says both, and here they differ
     assert (problems == []) == said
@@ -116,7 +118,6 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a list too short": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have a 1 or a 0 for each of the 2 layers, found [1]."),
     "no interval": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1, found 0."),
     "no pattern": ("cohere2", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer, found 0."),
-    "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm = true cannot be merged here: the norm of each head is a tensor of its own"),
     "sight of what comes": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not known here, only false"),
     "norms that may be absent": ("hunyuan_v1_dense", {"use_qk_norm": False}, "use_qk_norm = false is not known here, only true: what such a model computes would be a guess."),
     "a compression": ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio = 2.0 is not known here, only 1.0 or 1"),

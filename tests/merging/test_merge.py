@@ -40,6 +40,11 @@ def split_qkv(name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor
             q, k, v = fused.view(heads, 3, -1, fused.shape[-1]).unbind(1)
             parts = {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": v.flatten(0, 1)}
             result |= {f"{ours}self_attn.{part}_proj.weight": w for part, w in parts.items()}
+        if name == "stablelm_qk_norm":
+            heads_of = {
+                part: [tensors[f"{ours}self_attn.{part}_layernorm.norms.{h}.weight"] for h in range(n)] for part, n in (("q", 4), ("k", 2))
+            }
+            result |= {f"{ours}self_attn.{part}_norm.weight": torch.cat(norms) for part, norms in heads_of.items()}
         if name == "phi3":
             fused = tensors[f"{ours}self_attn.qkv_proj.weight"]
             q, k, v = fused.split([32, 16, 16])

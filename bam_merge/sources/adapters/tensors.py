@@ -69,7 +69,7 @@ def modules_of(base: DenseModel) -> dict[str, Module]:
     """Every module of the base that has weights, by its name."""
     found: dict[str, dict[str, Cell]] = {}
     for cell in in_order(base.family, base.facts["num_hidden_layers"]):
-        if applies(cell, base.facts) or cell.row.roles == ("head",):
+        if cell.row.pieces is None and (applies(cell, base.facts) or cell.row.roles == ("head",)):
             name, _, part = cell.names[0].rpartition(".")
             found.setdefault(name, {})[part] = cell
     modules = {}
