@@ -1,10 +1,11 @@
 """Which engines compute a result as transformers does; and where a recipe asks for one that does not, what it could be instead."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from bam_merge.architectures.tables import Architecture, Engine, mixture_layouts
+from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.planning.assign import Made, assign
 from bam_merge.planning.fill import engine_faults
 from bam_merge.planning.gating import with_gates
@@ -83,6 +84,12 @@ class _Try:
     words: str
     problems: tuple[str, ...]
     faults: tuple[str, ...]
+
+
+def serving_notes(recipe: Recipe, files: Collection[str]) -> Iterator[str]:
+    """What a plan says of engines that the recipe asks for, beside what they compute: `files` go with the result."""
+    if "gguf" in (recipe.output.serves or ()) and VOCABULARIES.isdisjoint(files):
+        yield "output.serves: gguf: no source has a tokenizer, and a GGUF file holds one. Put it into the folder before it is exported."
 
 
 def _instead(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str]) -> str | None:

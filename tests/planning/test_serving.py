@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
+from vocabularies import put, tokenizer_json
 
 from bam_merge.errors import BamMergeError
 from bam_merge.planning.make import plan_file
@@ -80,6 +81,14 @@ def test_the_text_of_a_plan_says_it_once(tmp_path: Path, run: Any) -> None:
 def test_what_an_engine_computes_is_no_problem(layout: str, family: str, text: str, serves: str, tmp_path: Path) -> None:
     plan = planned(tmp_path, layout, family, text, serves=serves)
     assert plan.recipe.resolved()["output"]["serves"] == serves.split(", ")
+
+
+def test_a_gguf_file_needs_a_tokenizer(tmp_path: Path) -> None:
+    said = "output.serves: gguf: no source has a tokenizer, and a GGUF file holds one"
+    assert [note.startswith(said) for note in planned(tmp_path, "mixtral", "llama", RENORMALISED, serves="gguf").notes] == [True]
+    put(tmp_path / "seed", {"tokenizer.json": tokenizer_json()})
+    notes = plan_file(tmp_path / "recipe.yaml").notes
+    assert notes and not [note for note in notes if "output.serves" in note]
 
 
 def test_without_the_key_nothing_is_recorded(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
 
 NAMES = ("seed", "code", "law", "math")
 RAW, RENORMALISED = "ffn: {top_k: 2, gate: softmax_then_topk}", "ffn: {top_k: 2, gate: topk_then_softmax}"
+SIGMOID = "ffn: {top_k: 2, gate: topk_then_sigmoid}"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PRETRAINED = "smollm2"
 
@@ -30,6 +31,8 @@ def scaled(rope_type: str, **more: Any) -> dict[str, Any]:
 
 LLAMA_3 = scaled("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 WINDOW = {"sliding_window": 8}
+GRANITE = {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+COHERE = {"sliding_window_pattern": 2, "logit_scale": 0.5}
 GELU = {"hidden_act": "gelu"}
 
 
@@ -83,6 +86,19 @@ ROWS: dict[str, Row] = {
     "qwen2_moe, windows in some layers": Row("qwen2", "qwen2_moe", RAW, MIXED),
     "qwen2_moe, narrow heads": Row("llama", "qwen2_moe", RAW, HALF_HEADS),
     "qwen2_moe, llama3": Row("llama", "qwen2_moe", RAW, LLAMA_3),
+    "granitemoe": Row("granite", "granitemoe", keys=GRANITE),
+    "granitemoe of llama, tied": Row("llama", "granitemoe", keys=TIED),
+    "granitemoehybrid_moe": Row("granite", "granitemoehybrid_moe", keys=GRANITE),
+    "ernie4_5_moe": Row("ernie4_5", "ernie4_5_moe"),
+    "ernie4_5_moe of llama": Row("llama", "ernie4_5_moe"),
+    "cohere2_moe": Row("cohere2", "cohere2_moe", keys={**COHERE, **WINDOW}),
+    "cohere2_moe, sigmoid": Row("cohere2", "cohere2_moe", SIGMOID, keys={**COHERE, **WINDOW}),
+    "glm4_moe of llama": Row("llama", "glm4_moe", SIGMOID),
+    "glm4_moe of qwen3, shared expert": Row("qwen3", "glm4_moe", f"{SIGMOID[:-1]}, shared_expert: seed}}"),
+    "solar_open": Row("llama", "solar_open", SIGMOID),
+    "dots1": Row("qwen3", "dots1", SIGMOID),
+    "hunyuan_v1_moe": Row("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    "flex_olmo": Row("olmo2", "flex_olmo"),
     "smollm2, mixtral": Row(PRETRAINED, "mixtral"),
     "smollm2, qwen2_moe": Row(PRETRAINED, "qwen2_moe", RAW),
 }  # fmt: skip
