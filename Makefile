@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-faults paper paper-methods paper-smoke clean
+.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-serving test-faults paper paper-methods paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -86,6 +86,20 @@ test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PE
 	.venv-ecosystem/bin/pip install -q -c constraints.txt -e '.[ecosystem]'
 	@touch $@
 
+# Each engine has an environment of its own; where its packages do not install, its rows are skipped with a word.
+test-serving: $(VENV)/ready .venv-serving-vllm/ready .venv-serving-llama/ready checkpoints/seed  ## merges in vLLM and llama.cpp, token by token beside transformers (tens of minutes)
+	BAM_MERGE_CONVERTER=$(or $(BAM_MERGE_CONVERTER),.venv-serving-llama/source) $(BIN)/python -m pytest -m serving -rs tests/serving
+
+.venv-serving-vllm/ready:
+	scripts/serving_environment.sh vllm $(PYTHON) .venv-serving-vllm
+
+.venv-serving-llama/ready: pyproject.toml constraints.txt
+	scripts/serving_environment.sh llama $(PYTHON) .venv-serving-llama
+
+checkpoints/seed: $(VENV)/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
+	$(BIN)/python examples/smollm2/get_seed.py checkpoints/seed
+
 test-families: $(VENV)/ready  ## every family and variant through everything that `make test` tries on a few (minutes)
 	$(BIN)/python -m pytest -n auto -m families
 
@@ -98,4 +112,4 @@ test-faults: .venv-faults/ready $(VENV)/ready  ## killed, starved and lied to at
 	@touch $@
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) .venv-mergekit .venv-ecosystem .venv-faults demo build dist *.egg-info
+	rm -rf $(VENV) .venv-mergekit .venv-ecosystem .venv-serving-* .venv-faults demo build dist *.egg-info

@@ -17,7 +17,7 @@ from bam_merge.arguments import DefaultMerge, UserPath
 from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, routers_told, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
-from bam_merge.serving_commands import chat, push, refresh
+from bam_merge.serving_commands import chat, export, push, refresh
 from bam_merge.text import printable
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help starts at once
@@ -42,7 +42,7 @@ def cli() -> None:
     """
 
 
-for command in (inspect, diff, route, verify, calibrate, convert, push, refresh, chat):
+for command in (inspect, diff, route, verify, calibrate, convert, push, refresh, chat, export):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands about a result that is made: push, refresh, chat."""
+"""The commands about a result that is made: push, refresh, chat, export."""
 
 import click
 
@@ -92,3 +92,35 @@ def chat(folder: str, system: str | None, plain: bool, max_tokens: int, temperat
                     print_piece(piece)
             finally:
                 print_piece("\n")
+
+
+@click.group()
+def export() -> None:
+    """Write a merged folder in another form."""
+
+
+@export.command()
+@click.argument("folder", type=UserPath())
+@click.argument("file", type=UserPath())
+@click.option(
+    "--dtype", type=click.Choice(("source", "float32", "float16", "bfloat16")), default="source", show_default=True,
+    help="Of the matrices; source: as most of FOLDER is stored.",
+)  # fmt: skip
+@click.option(
+    "--converter", type=UserPath(), metavar="PATH", help="llama.cpp's convert_hf_to_gguf.py, or its folder. Default: on the PATH."
+)
+@click.option("--force", is_flag=True, help="Replace an existing FILE.")
+def gguf(folder: str, file: str, dtype: str, converter: str | None, force: bool) -> None:
+    """Write the mixture in FOLDER as the GGUF file FILE, for llama.cpp, by llama.cpp's converter.
+
+    Refused where llama.cpp would compute something else. FILE appears when every tensor, the metadata and the vocabulary in it were
+    read back and compared with FOLDER.
+    """
+    from bam_merge.exporting.gguf import export_gguf
+    from bam_merge.text import human_bytes
+
+    made = export_gguf(folder, file, dtype=dtype, converter=converter, force=force, notify=tell_note)
+    print_result(
+        f"{printable(file, 1000)}: {made.tensors} tensors, {human_bytes(made.nbytes)} in {made.dtype}, "
+        f"equal to {printable(folder, 1000)}; {made.keys} keys of metadata and the vocabulary compared"
+    )

@@ -48,7 +48,7 @@ def command_line() -> str:
         (cli.help or "").partition("\b")[0].strip(),
         "`bam-merge RECIPE.yaml` is short for `bam-merge merge RECIPE.yaml`.",
     ]
-    for name, command in sorted(cli.commands.items()):
+    for name, command in _commands(cli):
         context = click.Context(command, info_name=f"bam-merge {name}")
         parts += [f"## bam-merge {name}", inspect.cleandoc(command.help or ""), f"    {command.get_usage(context).removeprefix('Usage: ')}"]
         options = [record for item in command.params if (record := item.get_help_record(context))]
@@ -57,6 +57,14 @@ def command_line() -> str:
     status = inspect.cleandoc(sys.modules["bam_merge.cli"].__doc__ or "").partition("Exit status: ")[2].replace("\n", " ")
     parts += ["## Exit status", table(("status", "meaning"), _statuses(status))]
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command by its words, behind a group those that are in it."""
+    for name, command in sorted(group.commands.items()):
+        yield f"{before}{name}", command
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{before}{name} ")
 
 
 def _statuses(text: str) -> Iterator[tuple[str, str]]:

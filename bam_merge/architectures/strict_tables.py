@@ -56,8 +56,8 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
 CASE: Kinds = {"where": dict, "facts": dict, "refused": str}
-LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list}
-ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs": bool}
+LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list, "where": dict}
+ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs": bool, "architecture": str, "paired": bool}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,

@@ -62,25 +62,33 @@ class Row:
 @dataclass(frozen=True)
 class Limit:
     """What `engines` cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
-    value than those of `only`, `otherwise` happens."""
+    value than those of `only`, `otherwise` happens; `where` some facts have these values, if it says so. A fact that is a mapping is held
+    to one of its keys as FACT.KEY, "none" where it lacks the key."""
 
     otherwise: str
     engines: tuple[str, ...]
     equal: tuple[str, ...] = ()
     fact: str | None = None
     only: tuple[Any, ...] = ()
+    where: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Engine:
     """An engine beside transformers in which merges in a layout were run: its version, of which families' sources, how it went (`how`), and
-    whether it `runs` them at all. What it computes otherwise than config.json says is a Limit."""
+    whether it `runs` them at all. What it computes otherwise than config.json says is a Limit. `tried` is empty where the engine has the
+    layout and nobody ran it here: `how` then says where that is seen.
+
+    `architecture` is what a GGUF file calls the layout, `paired` whether q and k have the rows that turn together side by side there.
+    """
 
     name: str
     version: str
     tried: tuple[str, ...]
     how: str
     runs: bool = True
+    architecture: str | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,7 +304,7 @@ def _quirks(record: Mapping[str, Any]) -> Quirks:
 
 def _limit(record: Mapping[str, Any]) -> Limit:
     engines, equal, only = (tuple(record.get(key, ())) for key in ("engines", "equal", "only"))
-    return Limit(record["otherwise"], engines, equal, record.get("fact"), only)
+    return Limit(record["otherwise"], engines, equal, record.get("fact"), only, record.get("where", {}))
 
 
 def _row(record: Mapping[str, Any]) -> Row:

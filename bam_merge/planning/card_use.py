@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from bam_merge.checkpoints.folder import VOCABULARIES
-from bam_merge.planning.plan import Plan
+from bam_merge.planning.plan import Plan, Served
 
 TRANSFORMERS_FLOOR = "5.10"
 """The oldest transformers whose interfaces the exported model code uses (the extra `hf` in pyproject.toml)."""
@@ -70,7 +70,7 @@ VLLM = """
 vLLM:
 
 ```console
-vllm serve {folder}
+vllm serve {folder}{flags}
 ```
 """
 
@@ -81,7 +81,13 @@ GGUF, by llama.cpp's converter:
 ```console
 python convert_hf_to_gguf.py {folder} --outfile model.gguf
 ```
+
+`bam-merge export gguf {folder} model.gguf` runs it, and compares what it wrote with this folder, every value.
 """
+
+
+SNIPPETS = {"vllm": VLLM, "gguf": GGUF}
+"""How engines are given the folder, by a recipe's words for them."""
 
 
 def use(plan: Plan, chat: bool) -> str:
@@ -122,15 +128,22 @@ def _engines(plan: Plan) -> Iterator[str]:
     if plan.layout.kind == "dense":
         yield "\nIts tensors have the names and shapes of its sources', and its config.json is theirs: what runs them runs it.\n"
         return
+    yield f"\nServes in: {'; '.join(_known(item) for item in plan.serves if item.serves)}.\n"
     if not plan.engines:
         yield "\nNo engine but transformers computes layout `bam`: its model code is for transformers alone.\n"
         return
-    for engine, template in (("vLLM", VLLM), ("llama.cpp", GGUF)):
-        if reasons := plan.engines.get(engine, ()):
-            yield f"\nNot in {engine}, which does not compute this model as transformers does:\n\n"
-            yield from (f"* {reason}\n" for reason in reasons)
-        elif engine in plan.engines:
-            yield template.format(folder=FOLDER)
+    flags = " --trust-remote-code" if "auto_map" in plan.config else ""
+    for item in plan.serves:
+        if item.reasons:
+            yield f"\nNot in {item.name}, which does not compute this model as transformers does:\n\n"
+            yield from (f"* {reason}\n" for reason in item.reasons)
+        elif item.word in SNIPPETS:
+            yield SNIPPETS[item.word].format(folder=FOLDER, flags=flags)
+
+
+def _known(item: Served) -> str:
+    """An engine, and how it is known that it serves the model."""
+    return item.shown if item.word == "transformers" else f"{item.shown} ({item.how}: {item.about})"
 
 
 def _lora(plan: Plan) -> str:

@@ -48,6 +48,8 @@ def engine_faults(layout: Architecture, values: Mapping[str, Any]) -> dict[str, 
 def _unmet(layout: Architecture, values: Mapping[str, Any]) -> Iterator[tuple[Limit, str]]:
     """The limits that the model does not keep, in words."""
     for limit in layout.limits:
+        if any(values[fact] != value for fact, value in limit.where.items()):
+            continue
         if limit.equal and evaluate(limit.equal[0], values) != evaluate(limit.equal[1], values):
             sizes = " is not ".join(f"{size} = {evaluate(size, values)}" for size in limit.equal)
             yield limit, f"{sizes}: {limit.otherwise}."

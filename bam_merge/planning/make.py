@@ -26,7 +26,7 @@ from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.pairs import in_order_of, order_note
 from bam_merge.planning.plan import BESIDE, Plan, Step
-from bam_merge.planning.serving import served, serving_problems, unserved
+from bam_merge.planning.serving import served, serving_notes, serving_problems, unserved
 from bam_merge.planning.shared_expert import shared_expert, shared_notes
 from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
@@ -94,6 +94,7 @@ def make_plan(recipe: Recipe) -> Plan:
     parts = (((s.role, s.layer, expert), expr.shape, s.dtype) for s in text for expert, expr in s.experts)
     config = config if frame is None else frame.config(config)
     cost = cost_of_tensors(parts, values, values["tie_word_embeddings"])
+    files = found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name)
     texts = calibration(recipe, models, alignment, placed, cost)
     return Plan(
         recipe=recipe,
@@ -107,6 +108,7 @@ def make_plan(recipe: Recipe) -> Plan:
             *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *order_note(layout, as_stored, seed),
             *(frame.notes() if frame is not None else ()),
+            *serving_notes(recipe, files),
             *copied_only_note(placed),
             *calibration_notes(recipe, texts),
             *found.notes,
@@ -116,7 +118,7 @@ def make_plan(recipe: Recipe) -> Plan:
         serves=serves,
         cost=cost,
         fingerprint=_fingerprint(recipe, models, config, alignment, texts),
-        files=found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name),
+        files=files,
         alignment=alignment,
         calibration=texts,
     )

@@ -1,14 +1,16 @@
 """Which engines compute a result as transformers does; and where a recipe asks for one that does not, what it could be instead."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from bam_merge.architectures.tables import Architecture, Engine, mixture_layouts
+from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.planning.assign import Made, assign
 from bam_merge.planning.fill import engine_faults
 from bam_merge.planning.gating import with_gates
 from bam_merge.planning.output_config import merge_values, refusals
+from bam_merge.planning.pairs import in_order_of
 from bam_merge.planning.plan import Served
 from bam_merge.planning.shared_expert import shared_expert
 from bam_merge.planning.steps import make_steps
@@ -84,6 +86,12 @@ class _Try:
     faults: tuple[str, ...]
 
 
+def serving_notes(recipe: Recipe, files: Collection[str]) -> Iterator[str]:
+    """What a plan says of engines that the recipe asks for, beside what they compute: `files` go with the result."""
+    if "gguf" in (recipe.output.serves or ()) and VOCABULARIES.isdisjoint(files):
+        yield "output.serves: gguf: no source has a tokenizer, and a GGUF file holds one. Put it into the folder before it is exported."
+
+
 def _instead(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str]) -> str | None:
     """The layouts and gates in which all of `engines` compute a merge of these sources, with another method where it needs one."""
     for other in _others(recipe):
@@ -111,13 +119,13 @@ def _others(recipe: Recipe) -> Iterator[Recipe]:
 
 def _tries(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str]) -> Iterator[_Try]:
     """Every layout that runs in `engines`, with every gate."""
-    seed = models[recipe.seed_name]
-    made = assign(recipe, models, [])
     for layout in mixture_layouts():
         if any(name not in (engine.name for engine in layout.engines if engine.runs) for name in engines):
             continue
         homeless: list[str] = []
-        there = made | shared_expert(recipe, layout, models, homeless)
+        ordered = in_order_of(layout, models)
+        seed = ordered[recipe.seed_name]
+        there = assign(recipe, ordered, []) | shared_expert(recipe, layout, ordered, homeless)
         make_steps(recipe, layout, seed, there, homeless)
         for gate in gates():
             ffn = (recipe.ffn or Ffn()).model_copy(update={"gate": gate})

@@ -107,8 +107,11 @@ NOT_LOADED = "hidden_act is relu: vLLM does not load the model, llama.cpp comput
 BIASED = "attention_out_bias is True: vLLM skips the biases of o_proj without a word, llama.cpp does not load the model"
 
 
-def scaled(rope_type: str) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_theta": 1e4, "rope_type": rope_type, "factor": 4.0}}
+YARN = "rope_parameters.{} is {}: llama.cpp {}, without a word"
+
+
+def scaled(rope_type: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 1e4, "rope_type": rope_type, "factor": 4.0, **more}}
 
 
 @pytest.mark.parametrize(("layout", "family", "changes", "said"), [
@@ -120,6 +123,12 @@ def scaled(rope_type: str) -> dict[str, Any]:
     ("qwen3_moe", "qwen3", scaled("dynamic"), [DYNAMIC]),
     ("qwen3_moe", "qwen3", scaled("yarn"), []),
     ("mixtral", "llama", {}, []),
+    ("mixtral", "llama", scaled("yarn", attention_factor=0.7), [YARN.format("attention_factor", 0.7, "works yarn's factor out of the scaling")]),
+    ("qwen3_moe", "qwen3", scaled("yarn", mscale=0.5, mscale_all_dim=1.0), [YARN.format("mscale", 0.5, "works yarn's factor out of the scaling")]),
+    ("qwen2_moe", "qwen2", scaled("yarn", beta_fast=16.0, beta_slow=1.0), [YARN.format("beta_fast", 16.0, "takes 32")]),
+    ("mixtral", "llama", scaled("yarn", beta_fast=32.0, beta_slow=2.0), [YARN.format("beta_slow", 2.0, "takes 1")]),
+    ("mixtral", "llama", scaled("yarn", truncate=False), [YARN.format("truncate", False, "rounds where yarn's ramp begins and ends")]),
+    ("mixtral", "llama", scaled("yarn", truncate=True, beta_fast=32, beta_slow=1), []),
     ("mixtral", "llama", {"hidden_act": "swish"}, []),
     ("mixtral", "mistral", {}, [WINDOWS.format("all")]),
     ("mixtral", "mistral", {"sliding_window": None}, []),
