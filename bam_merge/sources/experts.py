@@ -21,7 +21,7 @@ from bam_merge.architectures.quantisation import quantised_refusal
 from bam_merge.architectures.tables import Architecture, at_layer, dense_families, evaluate
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.kinds import staged
-from bam_merge.checkpoints.pieces import Leaf, Shape, numel, stored
+from bam_merge.checkpoints.pieces import Joined, Leaf, Read, Shape, Slice, numel, stored
 from bam_merge.checkpoints.provenance import MANIFEST, key_digests, name_digest, read_manifest, recorded_experts
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError, VerifyError
@@ -88,7 +88,7 @@ class _Fit:
     family: Architecture
     config: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    taken: dict[Site, Leaf] = field(default_factory=dict)
+    taken: dict[Site, Read | Slice] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
@@ -218,6 +218,7 @@ class _Mixture:
                 elif leaf.shape != shape:
                     fit.problems.append(f"{stored(leaf).tensor} is {list(leaf.shape)}, a {fit.family.name} model has {list(shape)} for it.")
                 else:
+                    assert not isinstance(leaf, Joined), f"layout {self.layout.name} has a role in several tensors"
                     fit.taken[role, cell.layer] = leaf
         if missing:
             fit.problems.append(f"a {fit.family.name} model has {some(missing)}, and the mixture has not.")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from bam_merge.architectures.locate import Cell
 from bam_merge.architectures.tables import Row
 from bam_merge.checkpoints.folder import Checkpoint
-from bam_merge.checkpoints.pieces import Leaf, Read, Slice, stored
+from bam_merge.checkpoints.pieces import Joined, Leaf, Read, Slice, stored
 from bam_merge.checkpoints.provenance import MANIFEST, read_manifest, recorded_experts
 from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import StoredModel, parameter_name, stored_model
@@ -59,6 +59,7 @@ def same_experts(plan: Plan, sources: Mapping[str, StoredModel]) -> Iterator[Che
 
 
 def _where(leaf: Leaf) -> tuple[str, list[tuple[int, int]]]:
+    assert not isinstance(leaf, Joined)  # no layout of mixtures has a role in several tensors
     return stored(leaf).tensor, list(leaf_rows(leaf))
 
 
