@@ -731,6 +731,16 @@ class BamPreTrainedModel(PreTrainedModel):
             raise ValueError('attention_softcap is not computed by "sdpa": use attn_implementation="eager" or "flex_attention"')
         return super()._sdpa_can_dispatch(is_init_check)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers does; attention experts that are quantised stay fused, for numbers and scales have no part of one expert.
+
+        Such a folder loads like any other quantised one; bam-merge reads none.
+        """
+        parts = re.compile(r"\.self_attn\.experts\.\w+\.weight\.")  # of one tensor
+        if getattr(self, "hf_quantizer", None) is not None or any(map(parts.search, kwargs.get("state_dict") or self.state_dict())):
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -1027,7 +1037,7 @@ class BamFuseHeads(ConversionOps):
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], config: BamConfig, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, list[Tensor]]:
         tensors, rows, dim = input_dict.pop(source_patterns[0]), self.rows(config, **kwargs), self.dim
         if rows is None:
             fused = torch.stack([tensor[None] for tensor in tensors] if self.of_any_head(config) else tensors, dim)
@@ -1038,7 +1048,7 @@ class BamFuseHeads(ConversionOps):
             )
         else:
             fused = torch.stack([tensor.unflatten(dim, (-1, rows)) for tensor in tensors], dim + 1).flatten(dim, dim + 2)
-        return {target_patterns[0]: fused}
+        return {target_patterns[0]: [fused]}  # a list: of a tensor, quanto would take the first row for the whole
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -1105,8 +1115,8 @@ class BamFuseFfn(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
-        parts = [torch.stack(input_dict.pop(name)) for name in reversed(source_patterns) if name in input_dict]
-        return {target_patterns[0]: torch.cat(parts, 1)}
+        names = sorted(input_dict, key=lambda name: ".up_proj." in name)  # a quantiser's may go on: up_proj.weight_packed
+        return {target_patterns[0]: torch.cat([torch.stack(tuple(input_dict.pop(name))) for name in names], 1)}
 
     @property
     def reverse_op(self) -> ConversionOps:
