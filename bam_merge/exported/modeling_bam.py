@@ -97,7 +97,7 @@ class BamHeadLayerNorm(BamLayerNorm):
         }
         super().__init__(config, *shapes[config.qk_norm_weights], bias=config.qk_norm_bias)
         self.together = config.qk_norm_weights == "all heads"
-        if _in_vllm(config) and self.together:
+        if _in_vllm(config) and config.qk_norm_weights != "head":
             self.no_plain_rms_norm = nn.Identity()  # as above
         of_each = config.qk_norm_weights.startswith("heads")
         self.channels = channels if config.qk_norm_weights == "heads in a row" else None
@@ -296,7 +296,7 @@ class BamAttentionExperts(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copies `{e}.q_proj.weight` and so on, whole tensors, to their places; the names here that are complete by now.
 
-        vLLM calls this, as often as it likes, where transformers uses the converters below; what is no name of ours has another shape,
+        vLLM calls this, as often as it likes, where transformers uses the converters below; what is no name of ours, has another shape,
         or would be quantised meanwhile is a ValueError. Under tensor parallelism parameters are this process's part.
         """
         N = self.config.num_attention_experts

@@ -130,7 +130,7 @@ def _engines(plan: Plan) -> Iterator[str]:
         return
     yield f"\nServes in: {'; '.join(_known(item) for item in plan.serves if item.serves)}.\n"
     if not plan.engines:
-        yield "\nNo engine but transformers computes layout `bam`: its model code is for transformers alone.\n"
+        yield f"\nOf no engine but transformers is it known whether it computes layout `{plan.layout.name}`.\n"
         return
     flags = " --trust-remote-code" if "auto_map" in plan.config else ""
     for item in plan.serves:

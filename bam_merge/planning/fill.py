@@ -6,6 +6,7 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge.architectures.locate import shape_of
 from bam_merge.architectures.tables import Architecture, Limit, Row, at_layer, evaluate
+from bam_merge.architectures.vocabulary import QUIET
 from bam_merge.planning.assign import Made
 from bam_merge.sources.dense import Site
 
@@ -60,5 +61,6 @@ def _unmet(layout: Architecture, values: Mapping[str, Any]) -> Iterator[tuple[Li
 def _fact(values: Mapping[str, Any], name: str) -> Any:
     """A fact by its name, or the entry KEY of one that is a mapping, as FACT.KEY; "none" where there is none."""
     fact, _, key = name.partition(".")
-    found = values[fact].get(key) if key else values[fact]
-    return "none" if found is None and key else found
+    value = values.get(fact, QUIET.get(fact))
+    found = value.get(key) if key else value
+    return "none" if found is None else found

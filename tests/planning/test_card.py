@@ -168,7 +168,8 @@ def test_front_matter_as_huggingface_hub_reads_it(llamas: Path) -> None:
     ("qwen2", "qwen2_moe", "topk_then_softmax", ["vllm serve"], ["Not in llama.cpp", "norm_topk_prob is True"]),
     ("mistral", "mixtral", "topk_then_softmax", ["vllm serve"], ["Not in llama.cpp", "those in the window"]),
     ("qwen3_biased", "qwen3_moe", "topk_then_softmax", [], ["Not in llama.cpp", "Not in vLLM", "attention_out_bias is True"]),
-    ("llama", "bam", "topk_then_softmax", [], ["No engine but transformers"]),
+    ("llama", "bam", "topk_then_softmax", ["vllm serve"], []),
+    ("gpt_neox", "bam", "topk_then_softmax", [], ["Not in vLLM", "hidden_act is gelu", "gated_ffn is False", "mlp_bias is True"]),
 ])  # fmt: skip
 def test_engines_are_named_where_they_compute_the_model(
     family: str, layout: str, gate: str, serves: list[str], refuses: list[str], tmp_path: Path
@@ -179,6 +180,7 @@ def test_engines_are_named_where_they_compute_the_model(
     assert [text for text in ("vllm serve", "convert_hf_to_gguf.py") if text in card] == serves
     assert all(text in card for text in refuses), card
     assert ("Not in" in card) == any("Not in" in text for text in refuses)
+    assert ("--trust-remote-code" in card) == (layout == "bam" and bool(serves))
 
 
 # ---- the recipe, and the same bytes
