@@ -732,11 +732,11 @@ class BamPreTrainedModel(PreTrainedModel):
         return super()._sdpa_can_dispatch(is_init_check)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers does; attention experts that are quantised stay fused, for numbers and scales have no part of one expert.
+        """As transformers does; of a model that is quantised, experts stay as one, for numbers and scales have no part of one expert.
 
         Such a folder loads like any other quantised one; bam-merge reads none.
         """
-        parts = re.compile(r"\.self_attn\.experts\.\w+\.weight\.")  # of one tensor
+        parts = re.compile(r"\.weight[._]\w")  # weight._data, weight_scale, ...: of one tensor
         if getattr(self, "hf_quantizer", None) is not None or any(map(parts.search, kwargs.get("state_dict") or self.state_dict())):
             kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, **kwargs)
