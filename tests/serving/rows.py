@@ -50,6 +50,8 @@ class Row:
 
 TIED = {"tie_word_embeddings": True}
 HALF_HEADS = {"head_dim": 16}
+EXPERT_KV, SHARED_KV = (f"attention: {{kv: {kv}}}\n{RENORMALISED}" for kv in ("expert", "shared"))
+MIXED_KV = "rules: [{roles: [attn.k, attn.v, attn.k_norm], layers: 0-1, make: mean}]"
 MIXED = {"use_sliding_window": True, "max_window_layers": 2, **WINDOW}
 
 ROWS: dict[str, Row] = {
@@ -99,8 +101,34 @@ ROWS: dict[str, Row] = {
     "dots1": Row("qwen3", "dots1", SIGMOID),
     "hunyuan_v1_moe": Row("hunyuan_v1_dense", "hunyuan_v1_moe"),
     "flex_olmo": Row("olmo2", "flex_olmo"),
+    "bam, Expert-KV": Row("llama", "bam", EXPERT_KV, method="bam"),
+    "bam, Shared-KV": Row("llama", "bam", SHARED_KV, method="bam"),
+    "bam, keys shared in some layers": Row("llama", "bam", f"{EXPERT_KV}\n{MIXED_KV}", method="bam"),
+    "bam, the paper's gates": Row("llama", "bam", "ffn: {top_k: 1, gate: softmax_then_topk}", method="bam"),
+    "bam, gate_scale": Row("llama", "bam", "ffn: {top_k: 2, gate: softmax_then_topk, gate_scale: 1.5}", method="bam"),
+    "bam, sigmoid": Row("llama", "bam", f"attention: {{kv: expert}}\n{SIGMOID}", method="bam"),
+    "bam, top-2 attention": Row("llama", "bam", "attention: {routing: top_k, top_k: 2}", method="bam"),
+    "bam without attention experts": Row("llama", "bam"),
+    "bam, tied": Row("llama", "bam", EXPERT_KV, TIED, "bam"),
+    "bam of qwen2": Row("qwen2", "bam", EXPERT_KV, method="bam"),
+    "bam of qwen3": Row("qwen3", "bam", MIXED_KV, method="bam"),
+    "bam of mistral, window": Row("mistral", "bam", EXPERT_KV, WINDOW, "bam"),
+    "bam of cohere": Row("cohere", "bam", MIXED_KV, {"logit_scale": 0.5, "use_qk_norm": True}, "bam"),
+    "bam of granite": Row("granite", "bam", MIXED_KV, {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0, "attention_multiplier": 0.2}, "bam"),
+    "bam of olmo2": Row("olmo2", "bam", MIXED_KV, method="bam"),
+    "bam of glm4": Row("glm4", "bam", MIXED_KV, {"head_dim": 64}, "bam"),
+    "bam of smollm3": Row("smollm3", "bam", MIXED_KV, {"no_rope_layer_interval": 2}, "bam"),
+    "bam of gemma2, silu": Row("gemma2", "bam", MIXED_KV, {"hidden_activation": "silu", "head_dim": 64, "query_pre_attn_scalar": 64, **WINDOW}, "bam"),
+    "bam of gemma2": Row("gemma2", "bam", MIXED_KV, {"head_dim": 64, "query_pre_attn_scalar": 64, **WINDOW}, "bam"),
+    "bam, gelu": Row("llama", "bam", EXPERT_KV, GELU, "bam"),
+    "bam, biases of the FFN": Row("llama", "bam", EXPERT_KV, {"mlp_bias": True}, "bam"),
+    "bam of gpt_neox": Row("gpt_neox", "bam", EXPERT_KV, {"num_key_value_heads": 4}, "bam"),
+    "bam, dynamic": Row("llama", "bam", EXPERT_KV, scaled("dynamic"), "bam"),
+    "bam, llama3": Row("llama", "bam", EXPERT_KV, LLAMA_3, "bam"),
     "smollm2, mixtral": Row(PRETRAINED, "mixtral"),
     "smollm2, qwen2_moe": Row(PRETRAINED, "qwen2_moe", RAW),
+    "smollm2, bam": Row(PRETRAINED, "bam", EXPERT_KV, method="bam"),
+    "smollm2, bam, Shared-KV": Row(PRETRAINED, "bam", SHARED_KV, method="bam"),
 }  # fmt: skip
 """Every row of what is served, by a name."""
 
