@@ -168,7 +168,7 @@ def test_front_matter_as_huggingface_hub_reads_it(llamas: Path) -> None:
     ("qwen2", "qwen2_moe", "topk_then_softmax", ["vllm serve"], ["Not in llama.cpp", "norm_topk_prob is True"]),
     ("mistral", "mixtral", "topk_then_softmax", ["vllm serve"], ["Not in llama.cpp", "those in the window"]),
     ("qwen3_biased", "qwen3_moe", "topk_then_softmax", [], ["Not in llama.cpp", "Not in vLLM", "attention_out_bias is True"]),
-    ("llama", "bam", "topk_then_softmax", ["vllm serve"], []),
+    ("llama", "bam", "topk_then_softmax", ["vllm serve"], ["Not in llama.cpp", "it knows no such architecture"]),
     ("gpt_neox", "bam", "topk_then_softmax", [], ["Not in vLLM", "hidden_act is gelu", "gated_ffn is False", "mlp_bias is True"]),
 ])  # fmt: skip
 def test_engines_are_named_where_they_compute_the_model(

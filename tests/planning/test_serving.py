@@ -154,7 +154,8 @@ def test_a_gate_scale_is_what_keeps_it(tmp_path: Path) -> None:
 def test_a_layout_that_does_not_fit_and_what_would(tmp_path: Path) -> None:
     first, second = refused(tmp_path, "qwen3_moe", "llama", RENORMALISED, serves="vllm")
     assert "qwen3_moe needs qk_norm = true" in first
-    assert "output.serves: vllm: vLLM would compute layout: mixtral with ffn.gate: topk_then_softmax" in second
+    assert "output.serves: vllm: vLLM would compute layout: bam with ffn.gate: " in second
+    assert ", or layout: mixtral with ffn.gate: topk_then_softmax" in second
 
 
 def test_other_problems_are_told_with_it(tmp_path: Path) -> None:
