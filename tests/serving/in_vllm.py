@@ -19,11 +19,13 @@ def answers(folder: str, prompts: list[list[int]], tokens: int, remote_code: boo
     """What vLLM says to each prompt."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    model = LLM(
-        model=folder, dtype="float32", max_model_len=128, enforce_eager=True, max_num_seqs=4, trust_remote_code=remote_code,
-        disable_log_stats=True, distributed_executor_backend="uni", **json.loads(os.environ.get("VLLM_MORE", "{}")),
-    )  # fmt: skip
-    how = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    options: dict[str, Any] = {
+        "dtype": "float32", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 4, "trust_remote_code": remote_code,
+        "disable_log_stats": True, "distributed_executor_backend": "uni", **json.loads(os.environ.get("VLLM_MORE", "{}")),
+    }  # fmt: skip
+    model = LLM(model=folder, **options)
+    # Not by min_tokens, under which the token that ends a text has no probability.
+    how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, prompt_logprobs=1)
     found = []
     for prompt, done in zip(
         prompts, model.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], how, use_tqdm=False), strict=True

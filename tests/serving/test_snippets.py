@@ -31,7 +31,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@pytest.mark.parametrize("name", ["mixtral"])
+@pytest.mark.parametrize("name", ["mixtral", "bam, Expert-KV"])
 def test_vllm_serves_as_shown(name: str, made: Mapping[str, Made], vllm_python: Path, tmp_path: Path) -> None:
     """The server answers with the tokens that transformers gives, and to a chat. (Its script is named by another distribution on CPU.)"""
     item, port = made[name], free_port()
