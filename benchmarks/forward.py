@@ -1,16 +1,18 @@
 """How fast the exported model runs: BAM against BTX and a dense model, and each against a loop over the experts.
 
-    python benchmarks/forward.py [--scale S] [--pairs N] [--dtypes bfloat16,float32] [--json FILE]
+    python benchmarks/forward.py [--scale S] [--pairs N] [--dtypes bfloat16,float32] [--vllm PYTHON] [--json FILE]
 
 Work: the paper's 590M architecture (arXiv 2408.08274, Table 9: d 1024, 6 parallel blocks, 8 heads, FFN 2048, vocabulary 256,000,
 untied, 4 experts; random weights) at --scale 1; a smaller scale takes that share of the layers and of the vocabulary. Batch 1, a
-prompt of 256 tokens. BTX has one expert per token, as in the paper's tables of FLOPs. Two times are taken:
+prompt of 256 tokens. BTX has one expert per token, as in the paper's tables of FLOPs. Three times are taken:
 
     generate  16 new tokens after the prompt, greedily, with a cache: what section 7.3 of the paper measures
+    prompt    the first of these, for which the prompt is read; the others take what is left of generate
     forward   one pass over the prompt, with the logits of every position
 
 "loop" is bam-merge's reference model; its generate computes the logits of the whole prompt, transformers' those of the last
-position only, so `forward` is the fairer comparison of the two. The exported dense model is transformers' own Cohere.
+position only, so `forward` is the fairer comparison of the two. The exported dense model is transformers' own Cohere. With
+--vllm, the Python of an environment that has vLLM, the same folders are run there too; the dense model is then vLLM's own Cohere.
 
 At --scale 1 the parameters of every model that runs are counted, and must be those of the paper's Table 9.
 
@@ -37,7 +39,7 @@ from workload import write_models
 
 LAYERS, VOCABULARY = 6, 256_000
 PROMPT, NEW, REPEATS = 256, 16, 2
-KINDS = ("exported", "loop")
+KINDS = ("exported", "loop", "vllm")
 PAPER = {"BAM Expert-KV": 6.17 / 4.81, "BAM Shared-KV": 5.96 / 4.81}
 """Ratios to BTX of the latencies in section 7.3."""
 
@@ -78,6 +80,7 @@ class Row:
     """One model's measurements by one implementation, a value a round: seconds, and the largest resident set in bytes."""
 
     generate: list[float] = field(default_factory=list)
+    prompt: list[float] = field(default_factory=list)
     forward: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     cache_bytes: int = 0
@@ -88,21 +91,23 @@ Rows = dict[tuple[str, str], Row]
 """By model and implementation."""
 
 
-def measure(folders: Mapping[str, Path], dtype: str, rounds: int) -> Rows:
-    """Every model by every implementation, in turn, `rounds` times, each round starting with another."""
-    rows: Rows = {(name, kind): Row() for kind in KINDS for name in folders}
+def measure(folders: Mapping[str, Path], dtype: str, rounds: int, vllm: Path | None = None) -> Rows:
+    """Every model by every implementation, in turn, `rounds` times, each round starting with another. `vllm`: the Python that has it."""
+    rows: Rows = {(name, kind): Row() for kind in KINDS if kind != "vllm" or vllm for name in folders}
     keys = list(rows)
     script = Path(__file__).with_name("one_forward.py")
     for index in range(rounds):
         first = index % len(keys)
         for name, kind in [*keys[first:], *keys[:first]]:
-            done = run([sys.executable, script, folders[name], kind, dtype, str(PROMPT), str(NEW), str(REPEATS)])
-            result, row = json.loads(done.output.splitlines()[-1]), rows[name, kind]
-            row.generate.append(min(result["generate"]))
-            row.forward.append(min(result["forward"]))
+            python = vllm if kind == "vllm" and vllm else sys.executable
+            done = run([python, script, folders[name], kind, dtype, str(PROMPT), str(NEW), str(REPEATS)])
+            (line,) = [text for text in done.output.splitlines() if text.startswith('{"')][-1:]
+            result, row = json.loads(line), rows[name, kind]
+            for what in ("generate", "prompt", "forward"):
+                getattr(row, what).extend([min(result[what])] if what in result else [])
             row.peak_bytes.append(done.peak_bytes)
-            row.cache_bytes, row.parameters = result.get("cache_bytes", 0), result["parameters"]
-            print(f"  {dtype} {name}, {kind}: generate {row.generate[-1]:.2f} s, forward {row.forward[-1]:.2f} s", file=sys.stderr)
+            row.cache_bytes, row.parameters = result.get("cache_bytes", 0), result.get("parameters", 0)
+            print(f"  {dtype} {name}, {kind}: generate {row.generate[-1]:.2f} s, prompt {row.prompt[-1]:.2f} s", file=sys.stderr)
     return rows
 
 
@@ -111,21 +116,46 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return spread([one / other for one, other in zip(ours, theirs, strict=True)])
 
 
+def further(row: Row) -> list[float]:
+    """Seconds of each new token after the first."""
+    return [(whole - first) / (NEW - 1) for whole, first in zip(row.generate, row.prompt, strict=True)]
+
+
 def table(title: str, rows: Rows) -> str:
     """The exported models; the last columns compare them with the loop."""
     lines = []
-    anchor = rows["BTX", "exported"]
+    anchor, dense = rows["BTX", "exported"], rows["dense", "exported"]
     for name in dict.fromkeys(name for name, _ in rows):
         row, loop = rows[name, "exported"], rows[name, "loop"]
         lines.append([
-            name, f"{row.parameters:,}", spread(row.generate), ratios(row.generate, anchor.generate),
-            f"{PAPER[name]:.2f}" if name in PAPER else "", ratios(row.forward, anchor.forward),
+            name, f"{row.parameters:,}", spread(row.generate), ratios(row.generate, dense.generate), ratios(row.generate, anchor.generate),
+            f"{PAPER[name]:.2f}" if name in PAPER else "", ratios(row.prompt, anchor.prompt), ratios(further(row), further(anchor)),
+            ratios(row.forward, anchor.forward),
             f"{row.cache_bytes / 1e6:.1f}", f"{median(row.peak_bytes) / 1e6:,.0f}",
             ratios(row.generate, loop.generate), ratios(row.forward, loop.forward),
         ])  # fmt: skip
     header = [
-        title, "parameters", "generate, s", "ratio to BTX", "the paper's", "forward, ratio to BTX", "KV cache, MB", "peak memory, MB",
-        "generate, ratio to the loop", "forward, ratio to the loop",
+        title, "parameters", "generate, s", "ratio to dense", "ratio to BTX", "the paper's", "prompt, ratio to BTX",
+        "further token, ratio to BTX", "forward, ratio to BTX", "KV cache, MB", "peak memory, MB", "generate, ratio to the loop",
+        "forward, ratio to the loop",
+    ]  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def table_vllm(title: str, rows: Rows) -> str:
+    """The same models in vLLM."""
+    lines = []
+    anchor, dense = rows["BTX", "vllm"], rows["dense", "vllm"]
+    for name in dict.fromkeys(name for name, _ in rows):
+        row, exported = rows[name, "vllm"], rows[name, "exported"]
+        lines.append([
+            name, spread(row.generate), ratios(row.generate, dense.generate), ratios(row.generate, anchor.generate),
+            f"{PAPER[name]:.2f}" if name in PAPER else "", ratios(row.prompt, anchor.prompt), ratios(further(row), further(anchor)),
+            f"{median(row.peak_bytes) / 1e6:,.0f}", ratios(row.generate, exported.generate),
+        ])  # fmt: skip
+    header = [
+        f"{title} in vLLM", "generate, s", "ratio to dense", "ratio to BTX", "the paper's", "prompt, ratio to BTX",
+        "further token, ratio to BTX", "peak memory, MB", "generate, ratio to transformers",
     ]  # fmt: skip
     return markdown_table(header, lines)
 
@@ -139,6 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="scratch space (6 GB at scale 1) in a folder of its own in DIR; default: here"
     )
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="the Python of an environment that has vLLM, to measure there as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as well")
     options = parser.parse_args()
     options.dtypes = options.dtypes.split(",")
@@ -157,10 +188,13 @@ def measure_all(options: argparse.Namespace, work: Path) -> None:
     folders = models(work, options.scale)
     results: dict[str, Any] = {"machine": facts, "scale": options.scale, "pairs": options.pairs, "dtypes": {}}
     for dtype in options.dtypes:
-        rows = measure(folders, dtype, options.pairs)
-        if options.scale == 1 and (wrong := {name: row.parameters for (name, _), row in rows.items() if row.parameters != TOTALS[name]}):
+        rows = measure(folders, dtype, options.pairs, options.vllm)
+        counted = {name: row.parameters for (name, kind), row in rows.items() if kind != "vllm"}
+        if options.scale == 1 and (wrong := {name: count for name, count in counted.items() if count != TOTALS[name]}):
             raise SystemExit(f"parameters not as in the paper's Table 9: {wrong}")
         print(f"\n{table(dtype, rows)}", flush=True)
+        if options.vllm:
+            print(f"\n{table_vllm(dtype, rows)}", flush=True)
         results["dtypes"][dtype] = {f"{name}, {kind}": asdict(row) for (name, kind), row in rows.items()}
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")

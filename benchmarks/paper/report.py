@@ -238,17 +238,35 @@ def table_forward(forward: dict[str, Any] | None) -> str:
     about = f"scale {forward['scale']}, medians of {forward['pairs']} rounds, smallest and largest in brackets."
     parts = [f"{machine_line(forward['machine'])}; {about}"]
     for dtype, rows in forward["dtypes"].items():
-        found = {name: rows[f"{name}, exported"] for name in ("dense", "BTX", EXPERT_KV, SHARED_KV)}
-        lines = []
-        for name, row in found.items():
-            to_btx, passes = (ranged(ratios(row, found["BTX"], what)) for what in ("generate", "forward"))
-            paper = PAPER_LATENCY.get(name)
-            theirs = [f"{paper:.2f}", f"{paper / PAPER_LATENCY['BTX']:.2f}"] if paper else ["", ""]
-            memory = [f"{median(row['peak_bytes']) / 1e6:,.0f}", f"{row['cache_bytes'] / 1e6:.1f}"]
-            lines.append([name, ranged(row["generate"]), to_btx, *theirs, passes, *memory])
-        header = [dtype, "generate, s", "to BTX", "the paper's, s", "to BTX", "prompt alone, to BTX", "peak memory, MB", "KV cache, MB"]
-        parts.append(markdown_table(header, lines))
+        names = ("dense", "BTX", EXPERT_KV, SHARED_KV)
+        parts.append(_latencies(dtype, {name: rows[f"{name}, exported"] for name in names}))
+        if "BTX, vllm" in rows:
+            parts.append(_latencies(f"{dtype}, in vLLM", {name: rows[f"{name}, vllm"] for name in names}))
     return "\n\n".join(parts)
+
+
+def _latencies(title: str, found: dict[str, dict[str, Any]]) -> str:
+    """A table of one implementation; what a file does not have, of an older measurement or of vLLM, has no column."""
+    lines = []
+    apart, passes, cached = (all(row.get(what) for row in found.values()) for what in ("prompt", "forward", "cache_bytes"))
+    for name, row in found.items():
+        paper = PAPER_LATENCY.get(name)
+        theirs = [f"{paper:.2f}", f"{paper / PAPER_LATENCY['BTX']:.2f}"] if paper else ["", ""]
+        to_btx = {what: ranged(ratios(row, found["BTX"], what)) for what in ("generate", "prompt", "forward") if row.get(what)}
+        cells = [name, ranged(row["generate"]), to_btx["generate"], *theirs]
+        cells += [to_btx["prompt"], ranged(_further(row, found["BTX"])), ranged(ratios(row, found["dense"], "generate"))] if apart else []
+        cells += [to_btx["forward"]] if passes else []
+        lines.append([*cells, f"{median(row['peak_bytes']) / 1e6:,.0f}", *([f"{row['cache_bytes'] / 1e6:.1f}"] if cached else [])])
+    header = [title, "generate, s", "to BTX", "the paper's, s", "to BTX"]
+    header += ["first token, to BTX", "each further one, to BTX", "generate, to dense"] if apart else []
+    header += ["prompt alone, to BTX"] if passes else []
+    return markdown_table([*header, "peak memory, MB", *(["KV cache, MB"] if cached else [])], lines)
+
+
+def _further(row: dict[str, Any], anchor: dict[str, Any]) -> list[float]:
+    """The ratios of what tokens after the first take."""
+    ours, theirs = ([whole - first for whole, first in zip(of["generate"], of["prompt"], strict=True)] for of in (row, anchor))
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
 def table_methods(results: Results | None) -> str:

@@ -85,3 +85,23 @@ def test_inference_is_shown_beside_the_papers_ratios():
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:4] == ["3.60 (2.40 to 4.80)", "1.20 (1.20 to 1.20)", "6.17"]
     assert cells[4] == f"{6.17 / 4.81:.2f}" and cells[-2:] == ["1,000", "1.0"]
+
+
+def test_inference_in_vllm_and_token_by_token_is_shown_where_it_was_measured():
+    """Of a prompt that takes half of the time, the tokens after the first take the other half."""
+    times = {"dense": 1.0, "BTX": 2.0, "BAM Expert-KV": 3.0, "BAM Shared-KV": 2.5}
+    rows = {}
+    for name, t in times.items():
+        both = {"generate": [t, t], "prompt": [0.5, t / 2], "peak_bytes": [10**9, 10**9]}
+        rows |= {
+            f"{name}, exported": {**both, "forward": [t, t], "cache_bytes": 10**6},
+            f"{name}, vllm": {**both, "forward": [], "cache_bytes": 0},
+        }
+    facts = {"cores": 2, "memory_gib": 8, "system": "Linux", "python": "3.11", "torch": "2", "bam_merge": "0"}
+    shown = report.table_forward({"machine": facts, "scale": 1.0, "pairs": 2, "dtypes": {"bfloat16": rows}})
+    ours, theirs = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if line.startswith("| BAM Expert-KV")
+    )
+    assert ours[5:] == ["1.25 (1.00 to 1.50)", "1.58 (1.50 to 1.67)", "3.00 (3.00 to 3.00)", "1.50 (1.50 to 1.50)", "1,000", "1.0"]
+    assert theirs == [*ours[:8], "1,000"]
+    assert "bfloat16, in vLLM" in shown
