@@ -184,8 +184,8 @@ class BamRotaryEmbedding(nn.Module):
             return (stretched_P * freqs_P / factor + (1 - stretched_P) * freqs_P)[None], _yarn_factor(rope, factor)
         if kind == "proportional":  # the first pairs turn as if all did, the others stay
             turning = int((rope.get("partial_rotary_factor") or 1.0) * channels // 2)
-            freqs_P = theta ** (-2.0 * torch.arange(channels // 2).to(pairs_P) / channels) / (rope.get("factor") or 1.0)
-            return (freqs_P * (torch.arange(channels // 2, device=freqs_P.device) < turning))[None], 1.0
+            freqs_P = 1.0 / theta ** (torch.arange(0, 2 * turning, 2).to(pairs_P) / channels) / (rope.get("factor") or 1.0)
+            return nn.functional.pad(freqs_P, (0, channels // 2 - turning))[None], 1.0
         if kind == "longrope":
             short_P, long_P = (torch.tensor(rope[key]).to(pairs_P) for key in ("short_factor", "long_factor"))
             scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
