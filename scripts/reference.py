@@ -208,6 +208,7 @@ def families() -> str:
     for item in dense_families():
         parts += [f"### {item.name}", _facts(item), _tensors(item)]
     parts += ["## Layouts", "What a mixture may be written as. A merge that a layout cannot express is refused in the plan, in words."]
+    parts += [_layouts_overview()]
     for item in mixture_layouts():
         accepts = [
             (code(key), ", ".join(map(code, value)) if isinstance(value, list) else code(value)) for key, value in item.accepts.items()
@@ -291,6 +292,31 @@ def _tried(family: Architecture, layouts: Iterable[Architecture]) -> str:
         if (names := [engine.name for engine in layout.engines if engine.runs and family.name in engine.tried])
     ]
     return ", ".join(found) or "not tried"
+
+
+def _layouts_overview() -> str:
+    """Every layout: which families it takes, its gates, its shared expert, and the engines in which merges were run."""
+    rows = []
+    for item in mixture_layouts():
+        taken = [family.name for family in dense_families() if not ruled_out(family, item)]
+        roles = {role: row for row in item.rows for role in row.roles}
+        up = roles.get("ffn.shared.up")
+        shared = "" if up is None else "weighted by a router" if "ffn.shared.router" in roles else "added" if up.make else "averaged with"
+        shared += (
+            ", zeros unless a recipe names a source" if up is not None and up.make else ", where a recipe names a source" if up else ""
+        )
+        engines = [f"{engine.name} ({engine.version})" for engine in item.engines if engine.runs]
+        takes = "all" if len(taken) == len(dense_families()) else ", ".join(taken)
+        rows.append(
+            (
+                f"[{item.name}](#{item.name})",
+                takes,
+                ", ".join(map(code, gates_of(item))),
+                shared,
+                ", ".join(engines) or ("none" if item.engines else "not tried"),
+            )
+        )
+    return table(("layout", "takes", "FFN gates", "shared expert", "tried beside transformers, and runs"), rows)
 
 
 def _overview() -> str:

@@ -129,6 +129,12 @@ def _engines(plan: Plan) -> Iterator[str]:
         yield "\nIts tensors have the names and shapes of its sources', and its config.json is theirs: what runs them runs it.\n"
         return
     yield f"\nServes in: {'; '.join(_known(item) for item in plan.serves if item.serves)}.\n"
+    if not plan.engines and "auto_map" not in plan.config:
+        yield (
+            f"\nvLLM and others know model_type `{plan.layout.model_types[0]}`; what they compute of this model was not tried. Compare "
+            "a few replies with transformers'.\n"
+        )
+        return
     if not plan.engines:
         yield f"\nOf no engine but transformers is it known whether it computes layout `{plan.layout.name}`.\n"
         return

@@ -55,6 +55,7 @@ SABOTAGE: dict[str, tuple[Callable[[Forger], Any], dict[str, str]]] = {
     "wrong norm_topk_prob": (lambda f: f.config(norm_topk_prob=True), {"config": "norm_topk_prob is True", "identity": "layer 0"}),
     "wrong num_experts_per_tok": (lambda f: f.config(num_experts_per_tok=2), {"config": "num_experts_per_tok is 2", "identity": "layer 0"}),
     "wrong gate_scale": (lambda f: f.config(gate_scale=2.0), {"config": "gate_scale is 2.0", "identity": "layer 0"}),
+    "wrong scoring_func": (lambda f: f.config(scoring_func="sigmoid"), {"config": "scoring_func", "identity": "layer 0"}),
     "sequential block declared parallel": (lambda f: f.config(parallel_block=True), {"config": "parallel_block is True", "expert isolation": "the block's configuration or wiring"}),
     "tied heads declared": (lambda f: f.config(tie_word_embeddings=True), {"layout": "config.json has no place for lm_head.weight", "config": "tie_word_embeddings is True"}),
     "another model card": (lambda f: f.file("README.md", "# Llama"), {"card": "README.md, line 1: found '# Llama'"}),
