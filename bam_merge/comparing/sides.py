@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bam_merge.architectures import locate
 from bam_merge.architectures.anatomy import Anatomy
+from bam_merge.architectures.vocabulary import SHARED_ROLES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, every_stored, stored
 from bam_merge.checkpoints.reading import read_piece
@@ -60,6 +61,8 @@ def open_side(address: str | os.PathLike[str]) -> Side:
     for (role, layer, of), leaf in _placed(found).items():
         if role.startswith("router."):
             left_out[stored(leaf).tensor] = "a router: one expert has none"
+        elif role in SHARED_ROLES:
+            left_out[stored(leaf).tensor] = "the shared expert's"
         elif of is None or of == expert:
             leaves[role, layer, None] = leaf
         else:

@@ -36,6 +36,12 @@ def shared_expert(recipe: Recipe, layout: Architecture, models: Mapping[str, Den
     source = recipe.shared_source
     if source is None:
         return {}
+    if recipe.shards > 1 and not {"$shared_experts", "$shared_expert_intermediate_size"} & set(map(str, layout.config.values())):
+        problems.append(
+            f"{recipe.file}: ffn.shared_expert: layout {layout.name} has one as wide as an expert, and experts are here shards, of which "
+            f"the FFN of {source} has {recipe.shards}. Use shared_expert: zeros, or experts that are whole FFNs."
+        )
+        return {}
     model, by = models[source], "ffn.shared_expert"
     made = {
         (f"{SHARED}{role.removeprefix('ffn.')}", layer): Made(by, (expr,))

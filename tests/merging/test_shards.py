@@ -28,11 +28,13 @@ IDS = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize(("family", "layout"), [
     ("llama", "bam"), ("llama_biased", "bam"), ("phi3", "bam"), ("gpt_neox", "bam"), ("starcoder2", "bam"), ("cohere", "bam"),
-    ("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"),
+    ("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("llama", "solar_open"), ("qwen3", "dots1"), ("olmo2", "flex_olmo"),
+    ("cohere2", "cohere2_moe"), ("hunyuan_v1_dense", "hunyuan_v1_moe"),
 ])  # fmt: skip
 def test_virtual_groups_compute_the_dense_model(family: str, layout: str, tmp_path: Path) -> None:
     """Whatever the router says: a token gets one copy of each shard. The weights of the last matrix are times the shards, biases are not."""
-    path = grouped(tmp_path, CONFIGS[family], layout=layout, verify="full")
+    text = f"{GROUP}\nffn: {{gate: topk_then_sigmoid}}" if layout in ("solar_open", "dots1") else GROUP
+    path = grouped(tmp_path, CONFIGS[family], text, layout, verify="full")
     with torch.no_grad():
         torch.testing.assert_close(load_model(path)(IDS), load_model(tmp_path / "seed")(IDS), rtol=1e-4, atol=1e-5)
     (identity,) = [check for check in verify(path).checks if check.name == "identity"]

@@ -214,3 +214,23 @@ def test_refused(text: str, method: str, layout: str, said: str, tmp_path: Path)
     with pytest.raises(RecipeError) as error:
         plan_file(write_recipe(tmp_path, text, method, output=f"{{path: out, layout: {layout}}}"))
     assert said in str(error.value)
+
+
+def test_shards_beside_one_whole_ffn(tmp_path: Path) -> None:
+    """Of as many shards' width where a key says how many experts wide it is; where none does, it is refused."""
+    shards = "experts: {count: 8, make: virtual_group, shards: 4}\nffn: {shared_expert: seed, gate: GATE}"
+    write_sources(tmp_path, CONFIGS["llama"])
+    text = shards.replace("GATE", "topk_then_sigmoid")
+    plan = plan_file(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: glm4_moe}"))
+    assert (plan.config["n_shared_experts"], plan.config["moe_intermediate_size"]) == (4, 10)
+    assert verify(publish(plan, None, MergeOptions())).ok
+    write_sources(tmp_path, CONFIGS["hunyuan_v1_dense"])
+    text = shards.replace("GATE", "topk_then_softmax")
+    with pytest.raises(
+        RecipeError, match=r"ffn\.shared_expert: layout hunyuan_v1_moe has one as wide as an expert, and experts are here shards"
+    ):
+        plan_file(write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), "{path: out, layout: hunyuan_v1_moe}"))
+    plan = plan_file(
+        write_recipe(tmp_path, text.replace("seed,", "zeros,"), "sparse_upcycling", ("seed",), "{path: out, layout: hunyuan_v1_moe}")
+    )
+    assert {step.shape for step in plan.steps if step.role == "ffn.shared.up"} == {(10, 32)}
