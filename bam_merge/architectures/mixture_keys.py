@@ -12,6 +12,8 @@ def odd_keys(keys: Mapping[str, str], spelled: Mapping[str, Any]) -> Iterator[st
     slides = isinstance(types, list) and "sliding_attention" in types
     if slides and not window and "sliding_window" in keys and "use_sliding_window" not in keys:
         yield f"config.json: layer_types names layers that slide, and {keys['sliding_window']} is {shown(window)}. Write the window."
+    if window and types is None and {"sliding_window", "layer_types"} <= keys.keys() and "use_sliding_window" not in keys:
+        yield f"config.json: {keys['layer_types']} is missing, and {keys['sliding_window']} is {shown(window)}: which layers slide? Add it."
     shared = spelled.get("shared_experts", 0)
     if type(shared) is not int or shared < 0:
         yield f"config.json: {keys['shared_experts']} must be an integer, 0 or more, found {shown(shared)}."

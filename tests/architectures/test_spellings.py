@@ -444,6 +444,8 @@ def sees_far(config: dict[str, Any]) -> bool:
 # ---- whole files -----------------------------------------------------------------------------------------------------------------
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "dots.llm1": {"model_type": "dots1", "n_routed_experts": 128, "n_shared_experts": 2, "num_hidden_layers": 62, "max_window_layers": 62, "sliding_window": None, "use_sliding_window": False, "rope_theta": 10000000, "rope_scaling": None, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc"},
+    "GLM-4.5-Air": {"model_type": "glm4_moe", "n_routed_experts": 128, "n_shared_experts": 1, "num_hidden_layers": 46, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rope_theta": 1000000, "rope_scaling": None, "use_qk_norm": False, "attention_bias": True},
     "Qwen2.5-7B": {"model_type": "qwen2", "hidden_size": 3584, "max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0, "sliding_window": 131072, "torch_dtype": "bfloat16", "use_mrope": False, "use_sliding_window": False},
     "Qwen3-8B": {"model_type": "qwen3", "head_dim": 128, "hidden_size": 4096, "max_window_layers": 36, "num_attention_heads": 32, "num_hidden_layers": 36, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False, "torch_dtype": "bfloat16"},
     "Qwen3-30B-A3B": {"model_type": "qwen3_moe", "max_window_layers": 48, "num_experts": 128, "num_hidden_layers": 48, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False},
@@ -460,6 +462,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_do_not_contradict_themselves(name: str) -> None:
     assert conflicts(load_architecture(PUBLISHED[name]["model_type"]), PUBLISHED[name]) == []
+
+
+def test_windows_that_no_key_gives_to_layers_are_asked_for() -> None:
+    """Published files of dots1 have no layer_types, and no window."""
+    table, plain, sizes = load_architecture("dots1"), base("dots1"), {"num_experts_per_tok": 2}
+    del plain["layer_types"]
+    for keys, said in (
+        ({"sliding_window": None}, ""),
+        ({}, "sliding_window is 4096: which layers slide"),
+        ({"sliding_window": 8}, "is 8: which"),
+    ):
+        problems: list[str] = []
+        facts = mixture_values(table, plain | sizes | keys, problems)
+        assert said in "".join(problems) and bool(problems) == bool(said)
+        if not said:
+            assert facts["sliding"] == "none" and facts["layer_types"] == [FULL, FULL]
+            assert model_config(plain | sizes | keys).sliding_window is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

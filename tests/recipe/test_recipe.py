@@ -121,6 +121,10 @@ def test_numbers_like_1e_2_are_numbers(tmp_path: Path) -> None:
 def test_gating_defaults_by_method(method: str, expected: tuple[int, bool]) -> None:
     document = {"method": method, "sources": {"a": "x", "b": "y"}, "output": {"path": "o"}}
     assert parse_recipe(document).gates == expected
+    sigmoid = parse_recipe({**document, "ffn": {"gate": "topk_then_sigmoid"}})
+    assert sigmoid.gates == (2, True) and sigmoid.sigmoid  # one sigmoid over itself would be the constant 1
+    assert sigmoid.resolved()["ffn"] == {"top_k": 2, "gate": "topk_then_sigmoid", "gate_scale": 1.0}
+    assert parse_recipe(sigmoid.resolved()).gates == (2, True)
 
 
 def test_seed_is_the_source_of_that_name_or_the_first_expert() -> None:
