@@ -96,7 +96,8 @@ def _plain(family: Architecture, facts: Mapping[str, Any]) -> dict[str, Any]:
     act = facts.get("hidden_act")
     config[quirks.activation] = next((old for old, new in quirks.activations.items() if new == act), act)
     eps = "layer_norm_eps" if family.traits.get("norm_type") == "layer_norm" else "rms_norm_eps"
-    config[quirks.norm_eps or eps] = facts.get(eps)
+    config |= {quirks.norm_eps or eps: facts[eps]} if facts.get(eps) is not None else {}
+    config |= {"max_position_embeddings": facts["max_position_embeddings"]} if facts.get("max_position_embeddings") is not None else {}
     window = facts.get("sliding_window")
     stated = {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": facts.get("layer_types")}
     config |= {key: value for key, value in stated.items() if _knows(family, key)}

@@ -177,6 +177,8 @@ def base_problems(sources: Sources) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, source in sources.items():
         if isinstance(source, Folder) and source.expert is None and source.family is not None:
             yield ("sources", name, "family"), "it is for an expert of a mixture: add expert, or remove this key."
+        if isinstance(source, Folder) and source.expert is None and (inside := folder_of(source.path)).expert is not None:
+            yield ("sources", name, "path"), f"found {source.path!r}: write path: {inside.path} and expert: {inside.expert}."
         if isinstance(source, Folder) and source.expert is not None and source.dequantise:
             yield ("sources", name, "dequantise"), "mixtures are not dequantised. Remove the key, or take a mixture in 16 bits."
         if not isinstance(source, Adapted):

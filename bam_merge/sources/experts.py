@@ -292,7 +292,7 @@ def look_at_expert(address: str | os.PathLike[str], values: bool = False, manife
     path, expert = split_expert(os.fsdecode(address))
     if expert is None:
         return look(address, values, manifest)
-    mixture, label = look(path, values, manifest)
+    mixture, label = look(path, values, manifest=True)
     try:
         model = _expert_of("model", anatomy(mixture.checkpoint), expert, None)
     except VerifyError as error:

@@ -18,7 +18,7 @@ from bam_merge.sources.adapters.reading import with_adapters
 from bam_merge.sources.dense import DenseModel, read_dense
 from bam_merge.sources.dequantised import read_dequantised
 from bam_merge.sources.experts import read_expert
-from bam_merge.sources.places import Found, opened
+from bam_merge.sources.places import Found, bring_manifest, opened
 from bam_merge.sources.recipe_places import find_in, notes_of, pinned
 from bam_merge.sources.tied_heads import settle_copies
 from bam_merge.text import nearest
@@ -74,6 +74,8 @@ def _open_store(recipe: Recipe, name: str, store: Store, places: dict[str, Found
     """What tensors are read from, by its headers; where it is, is entered in `places`."""
     try:
         place = places[name] = find_in(recipe, store)
+        if store.expert is not None:
+            bring_manifest(place)
         checkpoint = opened(place, recipe.needs_tokenizers) if place.snapshot is not None else None
         if store.adapter:
             return checkpoint if isinstance(checkpoint, AdapterFolder) else open_adapter(place.path)

@@ -117,15 +117,21 @@ def look(path: str | os.PathLike[str], values: bool = False, manifest: bool = Fa
         return open_anatomy(path), str(path)
     if values:
         bring([found])
-    elif manifest and snapshot.has(MANIFEST):
-        from bam_merge.sources.hub.download import download
-
-        download([(snapshot, MANIFEST)])
+    elif manifest:
+        bring_manifest(found)
     checkpoint = opened(found)
     if checkpoint.remote is not None and snapshot.has(MANIFEST) and not snapshot.is_here(MANIFEST):
         left = f"{MANIFEST} was not read, for it is large: how the tensors were made is not known. --where and --stats read it."
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, left))
     return anatomy(checkpoint), str(found.recorded)
+
+
+def bring_manifest(found: Found) -> None:
+    """Download the record of the merge that made a model of the hub, if there is one. Raises CheckpointError."""
+    if found.snapshot is not None and found.snapshot.has(MANIFEST):
+        from bam_merge.sources.hub.download import download
+
+        download([(found.snapshot, MANIFEST)])
 
 
 def local(path: str | os.PathLike[str], error: type[BamMergeError], needs: str) -> "tuple[Path, Snapshot | None]":

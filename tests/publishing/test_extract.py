@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, Result, stand_in, write_recipe, write_sources
+from hub_models import hub as hub  # a fixture
+from hub_server import FakeHub
 from safetensors.torch import load_file, save_file
 
 import bam_merge
@@ -390,11 +392,30 @@ def test_one_expert_twice_is_one_source_twice(tmp_path: Path) -> None:
 
 def test_keys_of_experts_are_for_experts(tmp_path: Path) -> None:
     recipe = tmp_path / "wrong.yaml"
-    recipe.write_text("method: bam\nsources: {a: {path: a, family: llama}, b: {path: b, expert: x, dequantise: true}}\noutput: {path: c}\n")
+    recipe.write_text(
+        "method: bam\nsources: {a: {path: a, family: llama}, b: {path: b, expert: x, dequantise: true}, d: {path: 'd#experts.x', family: llama}}\n"
+        "output: {path: c}\n"
+    )
     with pytest.raises(BamMergeError) as caught:
         load_recipe(recipe)
     assert "add expert, or remove this key" in str(caught.value)
     assert "mixtures are not dequantised" in str(caught.value)
+    assert "sources.d.path: found 'd#experts.x': write path: d and expert: x." in str(caught.value)
+
+
+def test_a_mixture_of_the_hub_is_one_too(hub: FakeHub, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record, which says of which family it is, is read before its weights are there; documents name it with its commit."""
+    out = mixture(tmp_path, "mistral", COPIES, "btx", "{path: out, layout: mixtral}")
+    hub.add("acme/mixture", out)
+    monkeypatch.setattr("bam_merge.sources.hub.headers.MOST_SMALL", 10)  # so that the record is no small file
+    monkeypatch.chdir(tmp_path)
+    result: Result = run("extract", "acme/mixture#experts.code", "back")
+    assert result.status == 0, result.err
+    assert same(tensors(tmp_path / "back"), tensors(tmp_path / "code"))
+    source = json.loads((tmp_path / "back" / "bam_merge.json").read_text())["recipe"]["sources"]["code"]
+    assert source["expert"] == "code"
+    assert source["path"].startswith("acme/mixture@")
+    assert verify(tmp_path / "back").ok
 
 
 # ---- looked at -------------------------------------------------------------------------------------------------------------------------
