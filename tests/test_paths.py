@@ -39,6 +39,8 @@ READERS: dict[str, tuple[Callable[[str], Any], type[BamMergeError]]] = {
     "load_model": (bam_merge.load_model, CheckpointError),
     "verify": (bam_merge.verify, VerifyError),
     "diff": (lambda path: bam_merge.diff(path, path), CheckpointError),
+    "inspect of an expert": (lambda path: bam_merge.inspect(f"{path}#experts.0"), CheckpointError),
+    "extract": (lambda path: bam_merge.extract(f"{path}#experts.0", "never"), CheckpointError),
     "diff of an expert": (lambda path: bam_merge.diff(f"{path}#0", f"{path}#1"), CheckpointError),
 }
 

@@ -267,7 +267,7 @@ class _Mixture:
 def split_expert(address: str) -> tuple[str, str | None]:
     """PATH and EXPERT of PATH#experts.EXPERT or PATH#EXPERT; None for a place that is no expert's, or that is called so as it stands."""
     path, mark, name = address.rpartition("#")
-    if not mark or not path or os.path.exists(located(address)):
+    if not mark or os.path.exists(located(address)):
         return address, None
     return path, name.removeprefix("experts.")
 
