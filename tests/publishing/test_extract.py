@@ -201,6 +201,30 @@ def test_a_layout_says_its_own_family(tmp_path: Path) -> None:
     assert same(tensors(back), tensors(tmp_path / "code"))
 
 
+@pytest.mark.parametrize(("layout", "family"), [("bam", None), ("mixtral", "mistral"), ("qwen3_moe", None)])
+def test_what_was_trained_and_saved_by_transformers_is_taken_out(layout: str, family: str | None, tmp_path: Path) -> None:
+    """No record is there then, and expert 1 is no source again, but what is saved of it."""
+    transformers = pytest.importorskip("transformers")
+    name = {"bam": "qwen3", "mixtral": "mistral", "qwen3_moe": "qwen3"}[layout]
+    out = mixture(tmp_path, name, "", "bam" if layout == "bam" else "btx", f"{{path: out, layout: {layout}}}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) / 100)
+    model.save_pretrained(tmp_path / "trained")
+    back = extract(f"{tmp_path}/trained#experts.{'code' if layout == 'bam' else '1'}", tmp_path / "back", family)
+    saved, made = tensors(tmp_path / "trained"), tensors(back)
+    plain = {"block_sparse_moe": "mlp", "experts.1.": "", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for key, tensor in saved.items():
+        own = key
+        for word, instead in plain.items():
+            own = own.replace(word, instead)
+        if ".experts." not in own and own in made:
+            assert torch.equal(made.pop(own), tensor), own
+    assert not made
+    assert not torch.equal(logits(back), logits(tmp_path / "code"))
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------------------------
 
 
