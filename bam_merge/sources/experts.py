@@ -18,7 +18,7 @@ from bam_merge.architectures.locate import Place, applies, in_order
 from bam_merge.architectures.naming import Naming
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
-from bam_merge.architectures.tables import Architecture, at_layer, dense_families, evaluate
+from bam_merge.architectures.tables import Architecture, at_layer, dense_families, evaluate, head_names
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.kinds import staged
 from bam_merge.checkpoints.pieces import Joined, Leaf, Read, Shape, Slice, numel, stored
@@ -73,10 +73,11 @@ def _expert_of(name: str, found: Anatomy, expert: str, family: str | None) -> De
     manifest = read_manifest(found.checkpoint.path) if (found.checkpoint.path / MANIFEST).exists() else None
     mixture = _Mixture(where, found, layout, facts, manifest)
     fit = mixture.as_dense(mixture.number(expert), mixture.families(family), family)
+    heads = [tensor for tensor in found.dropped if tensor.endswith(head_names(layout))]  # tied: to be compared with the embeddings
     note = f"expert {printable(expert, 60)} of a mixture of layout {layout.name}, as a {fit.family.name} model"
     return DenseModel(
-        name, found.checkpoint, fit.family, fit.config, fit.facts, fit.taken, {**found.dropped, **fit.dropped}, {}, copies=fit.copies,
-        naming=Naming({}), wrapper=None, notes=(note,), expert=fit.number,
+        name, found.checkpoint, fit.family, fit.config, fit.facts, fit.taken, {**found.dropped, **fit.dropped}, {},
+        copies=(*fit.copies, *heads), naming=Naming({}), notes=(note,), expert=fit.number,
     )  # fmt: skip
 
 
@@ -96,6 +97,8 @@ class _Fit:
 
 @dataclass(frozen=True)
 class _Mixture:
+    """A mixture in which one expert is looked for, called `where` in messages; `manifest` is the record of its merge, if there is one."""
+
     where: str
     found: Anatomy
     layout: Architecture

@@ -284,6 +284,20 @@ def test_what_a_layout_filled_in_must_still_be_that(tensor: str, said: str, tmp_
     assert tensor in str(caught.value) or "shared_expert" in str(caught.value)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_stored_head_of_a_tied_mixture_is_compared(equal: bool, tmp_path: Path) -> None:
+    """As that of a dense source is: transformers computes with one that differs."""
+    out = mixture(tmp_path, "llama_tied")
+    stored = tensors(out)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone() + (0 if equal else 1)
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    if equal:
+        assert same(tensors(extract(f"{out}#experts.code", tmp_path / "back")), tensors(tmp_path / "code"))
+    else:
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight, which differs from model\.embed_tokens\.weight"):
+            extract(f"{out}#experts.code", tmp_path / "back")
+
+
 def test_incomplete_mixtures_are_refused(tmp_path: Path) -> None:
     out = mixture(tmp_path)
     stored = tensors(out)
