@@ -116,10 +116,14 @@ def gguf(folder: str, file: str, dtype: str, converter: str | None, force: bool)
     Refused where llama.cpp would compute something else. FILE appears when every tensor, the metadata and the vocabulary in it were
     read back and compared with FOLDER.
     """
+    from bam_merge.errors import CheckpointError
     from bam_merge.exporting.gguf import export_gguf
+    from bam_merge.sources.places import local
     from bam_merge.text import human_bytes
 
-    made = export_gguf(folder, file, dtype=dtype, converter=converter, force=force, notify=tell_note)
+    with downloads():
+        path, _ = local(folder, CheckpointError, "config.json")
+    made = export_gguf(path, file, dtype=dtype, converter=converter, force=force, notify=tell_note)
     print_result(
         f"{printable(file, 1000)}: {made.tensors} tensors, {human_bytes(made.nbytes)} in {made.dtype}, "
         f"equal to {printable(folder, 1000)}; {made.keys} keys of metadata and the vocabulary compared"

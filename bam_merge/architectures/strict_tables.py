@@ -57,7 +57,16 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
 """The words that a key of [quirks] can hold."""
 CASE: Kinds = {"where": dict, "facts": dict, "refused": str}
 LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list, "where": dict}
-ENGINE: Kinds = {"name": str, "version": str, "tried": list, "how": str, "runs": bool, "architecture": str, "paired": bool}
+ENGINE: Kinds = {
+    "name": str,
+    "version": str,
+    "tried": list,
+    "how": str,
+    "runs": bool,
+    "architecture": str,
+    "paired": bool,
+    "divided_logits": bool,
+}
 KINDS = ("dense", "mixture", "foreign")
 WRAPPER: Kinds = {
     "name": str, "model_types": list, "class": str, "config": list, "flat": list, "text": str, "tied": bool, "spellings": list,

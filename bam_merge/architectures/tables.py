@@ -79,7 +79,8 @@ class Engine:
     whether it `runs` them at all. What it computes otherwise than config.json says is a Limit. `tried` is empty where the engine has the
     layout and nobody ran it here: `how` then says where that is seen.
 
-    `architecture` is what a GGUF file calls the layout, `paired` whether q and k have the rows that turn together side by side there.
+    `architecture` is what a GGUF file calls the layout, `paired` whether q and k have the rows that turn together side by side there,
+    `divided_logits` whether its logit_scale is what logits are divided by.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Engine:
     runs: bool = True
     architecture: str | None = None
     paired: bool = False
+    divided_logits: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ def export_gguf(
     problems = [*_target_problems(target, force), *missing_packages()]
     script, reason = find_converter(converter)
     problems += [] if script else [reason]
-    checkpoint = open_folder(folder)
+    try:
+        checkpoint = open_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(*problems, *error.problems) from error
     layout = find_by_model_type(checkpoint.config.get("model_type"))
     facts = _facts(checkpoint, layout, problems)
     if problems or script is None or layout is None:

@@ -48,7 +48,7 @@ def compare(file: Path, checkpoint: Checkpoint, layout: Architecture, facts: Map
     stored = {tensor.name: tensor for tensor in reader.tensors}
     problems = list(_tensor_problems(stored, checkpoint, layout, engine, facts, dtype))
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    keys, wrong = metadata_problems(fields, str(engine.architecture), facts)
+    keys, wrong = metadata_problems(fields, engine, facts)
     problems += [*wrong, *vocabulary_problems(fields, checkpoint, facts["vocab_size"])]
     if problems:
         raise OutputError(*(f"what the converter wrote is not what {printable(str(checkpoint.path))} has: {text}" for text in problems))

@@ -68,6 +68,8 @@ def main() -> None:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     if fault != "no top_k":
         writer.add_expert_used_count(config["num_experts_per_tok"])
+    if fault == "a key":
+        writer.add_uint32(f"{arch}.of_tomorrow", 3)
     if fault == "a scale":
         writer.add_logit_scale(2.0)
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
