@@ -31,8 +31,9 @@ FOLLOWED = {
     "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md", "docs/how-to/other-forms.md",
     "docs/how-to/from-mergekit.md", "docs/how-to/models-from-the-hub.md", "docs/how-to/use-without-training.md", "docs/how-to/serve.md",
     "docs/how-to/take-an-expert-out.md",
+    "docs/how-to/quantise.md",
 }  # fmt: skip
-"""Pages that a test carries out, here, in test_howto.py, in test_hub_page.py or in test_serve_page.py."""
+"""Pages that a test carries out, here, in test_howto.py, in test_hub_page.py, in test_serve_page.py or in tests/ecosystem."""
 
 FOUR = ("seed", "code", "law", "math")
 

@@ -5,6 +5,7 @@ torchao leave them as they are, as they do in other mixtures; llm-compressor tak
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,22 @@ def tokenizer(folder: Path) -> None:
 
     words = {"<pad>": 0, **{f"w{i}": i for i in range(1, 64)}}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>"))).save_pretrained(folder)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "quantise.md"
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "optimum.quanto", "llmcompressor"])
+def test_what_the_page_shows_runs(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(package)
+    (code,) = [text for text in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL) if _uses(text, package)]
+    for seed, name in enumerate(("seed", "code", "law")):
+        write_checkpoint(tmp_path / name, {**CONFIGS["llama"], **WIDE}, random_values(seed, 0.07))
+    tokenizer(build(tmp_path, SOFT).rename(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(PAGE), "exec"), {})
+    assert (tmp_path / "quantised" / "model.safetensors").stat().st_size < 0.9 * (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def _uses(text: str, package: str) -> bool:
+    return {"bitsandbytes": "BitsAndBytesConfig"}.get(package, package) in text
