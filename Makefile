@@ -77,13 +77,17 @@ test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods 
 	.venv-mergekit/bin/pip install -q mergekit==0.1.5
 	@touch $@
 
-test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2, lm-eval and transformers' own model tests, in a venv of its own
+# Without what they ask for: it is there, or another torch.
+QUANTISERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 ninja llmcompressor==0.14.0.1 compressed-tensors==0.20.0 loguru==0.7.3
+
+test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2, lm-eval, quantisers and transformers' own model tests, in a venv of its own
 	.venv-ecosystem/bin/python -m pytest -m ecosystem tests/ecosystem
 
 .venv-ecosystem/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ecosystem
 	.venv-ecosystem/bin/pip install -q -c constraints.txt torch
 	.venv-ecosystem/bin/pip install -q -c constraints.txt -e '.[ecosystem]'
+	.venv-ecosystem/bin/pip install -q --no-deps $(QUANTISERS) || echo "quantisers do not install here: their tests are skipped"
 	@touch $@
 
 # Each engine has an environment of its own; where its packages do not install, its rows are skipped with a word.
