@@ -21,6 +21,9 @@ from bam_merge.serving_commands import chat, push, refresh
 from bam_merge.text import printable
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help starts at once
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
     from bam_merge.planning.plan import Plan
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.verifying.report import Report
@@ -91,19 +94,22 @@ def merge(
 @cli.command()
 @click.argument("recipe", type=UserPath())
 @click.option("--tensors", metavar="GLOB", help="List every tensor whose name matches, layer by layer.")
+@click.option("--parts", type=click.IntRange(1), metavar="N", help="Also list the N parts that as many processes would make, by --part.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
-def plan(recipe: str, tensors: str | None, as_json: bool) -> None:
+def plan(recipe: str, tensors: str | None, parts: int | None, as_json: bool) -> None:
     """Show what RECIPE would make from what, its sizes, and the memory and disk it needs. Reads headers only."""
     from bam_merge.planning.make import plan_file
+    from bam_merge.planning.parts import parts_document
     from bam_merge.values.threads import default_workers
 
     with downloads():
         plan = plan_file(recipe)
+    divided = parts_document(plan, parts) if parts is not None else []
     if as_json:
-        print_result(json.dumps(plan.document(default_workers()), indent=2))
+        print_result(json.dumps({**plan.document(default_workers()), **({"parts": divided} if divided else {})}, indent=2))
         _check_place(plan, None)
     else:
-        _show_plan(plan, default_workers(), tensors)
+        _show_plan(plan, default_workers(), tensors, parts=divided)
 
 
 @cli.command()
@@ -166,11 +172,13 @@ def _execute(plan: "Plan", output: str | None, options: "MergeOptions") -> Path:
     return target
 
 
-def _show_plan(plan: "Plan", workers: int, tensors: str | None = None, output: str | None = None) -> None:
+def _show_plan(
+    plan: "Plan", workers: int, tensors: str | None = None, output: str | None = None, parts: "Sequence[Mapping[str, Any]]" = ()
+) -> None:
     from bam_merge.publishing.destination import target_path
-    from bam_merge.showing.plan import plan_text
+    from bam_merge.showing.plan import parts_text, plan_text
 
-    print_result(plan_text(plan, target_path(plan, output), workers, tensors))
+    print_result("\n".join([plan_text(plan, target_path(plan, output), workers, tensors), *parts_text(parts)]))
     _check_place(plan, output)
 
 

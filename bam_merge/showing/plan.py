@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -93,6 +93,15 @@ def _tokens(plan: Plan) -> Iterator[str]:
             counts = {"moved": mine.moved, "left out": len(mine.lost), "made": mine.made}
             parts = [f"{number:,} {what}" for what, number in counts.items() if number]
             yield f"{'tokens':12} {name}: {', '.join([f'{mine.tokens:,}', *parts])}"
+
+
+def parts_text(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each part of a plan, as `planning.parts.parts_document` has them."""
+    for part in parts:
+        files = part["files"]
+        names = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        read, written = human_bytes(part["bytes_read"]), human_bytes(part["bytes"])
+        yield f"{'part' if part is parts[0] else '':12} {part['part']}/{len(parts)}: {read} read, {written} written: {names}"
 
 
 def result_text(plan: Plan, target: Path) -> str:
