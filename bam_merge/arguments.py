@@ -56,6 +56,20 @@ class Tolerance(click.FloatRange):
         return found
 
 
+class PartOf(click.ParamType[tuple[int, int]]):
+    """i/n: part i, from 1, of n."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        number, slash, of = str(value).partition("/")
+        if not (slash and number.isascii() and of.isascii() and number.isdigit() and of.isdigit()):
+            self.fail(f"{printable(repr(value))}: write i/n, as in 3/8 for the third part of eight.", param, ctx)
+        if not 1 <= int(number) <= int(of):
+            self.fail(f"{value}: parts are numbered from 1, so this is none of {int(of)}.", param, ctx)
+        return int(number), int(of)
+
+
 def named_texts(words: Iterable[str]) -> dict[str, list[str]]:
     """The texts of each expert, given as NAME=FILE, where FILE may be a folder or a glob."""
     found: dict[str, list[str]] = {}

@@ -71,7 +71,8 @@ def parts_document(plan: Plan, number: int) -> list[dict[str, Any]]:
 def _too_many(plan: Plan, number: int) -> str:
     """What is said of more parts than files, with the largest plain max_shard_size that gives enough of them."""
     files = len(plan.shards)
-    said = f"{number} parts were asked for, and the result has {count(files, 'file')}; a part is whole files. Use {files}{' or fewer' if files > 1 else ''}"
+    fewer = f"Use {files}{' or fewer' if files > 1 else ''}"
+    said = f"{number} parts were asked for, and the result has {count(files, 'file')}; a part is whole files. {fewer}"
     if number > len(plan.steps):
         return f"{said}: there are {count(len(plan.steps), 'tensor')}, and a tensor is in one file."
     for size, text in _plain_sizes():
