@@ -1,5 +1,6 @@
 """Who has a staging folder: its lock, and the number of the process in it."""
 
+import errno
 import os
 import time
 from contextlib import suppress
@@ -31,12 +32,17 @@ def take(lock: int, folder: Path, target: Path, made: bool, shared: bool = False
         )
 
 
-def holds_parts(folder: Path) -> str:
-    """What a run in one process says of a staging folder in which there are parts."""
-    return (
-        f"{printable(str(folder))} holds parts that were made by --part: bam-merge finish RECIPE makes the result of them. Or delete that "
-        "folder, and run again."
-    )
+def check_no_parts(name: str, lock: int, folder: Path) -> None:
+    """Remove the folder of parts `name` from a staging folder where nothing is in it, else raise OutputError."""
+    try:
+        os.rmdir(name, dir_fd=lock)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise OutputError(
+            f"{printable(str(folder))} holds parts that were made by --part: bam-merge finish RECIPE makes the result of them. Or delete "
+            "that folder, and run again."
+        ) from None
 
 
 def write_pid(lock: int) -> None:
@@ -57,4 +63,3 @@ def _holder(lock: int) -> str:
                 return f" (process {process})"
         time.sleep(0.01)
     return ""
-

@@ -137,7 +137,7 @@ def _write(descriptor: int, token: str) -> None:
     record = {"host": host, "machine": machine, "process": process, "started": system.started(process), "token": token}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(record).encode() + b"\n", 0)
-    os.fsync(descriptor)
+    system.sync(descriptor)
 
 
 def _read(name: str, folder: int) -> dict[str, Any]:

@@ -84,4 +84,3 @@ def _is_there(plan: Plan, target: Path, options: MergeOptions) -> bool:
         return False
     options.notify(f"{printable(str(target))} is already finished, from the same recipe, version and sources.")
     return True
-

@@ -31,7 +31,7 @@ from bam_merge.own_folder import (
 from bam_merge.paths import beside
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.durable import make_durably
-from bam_merge.publishing.holder import PID, holds_parts, take, write_pid
+from bam_merge.publishing.holder import PID, check_no_parts, take, write_pid
 from bam_merge.publishing.journal import line, read_journal
 from bam_merge.publishing.renaming import Entry, give_name
 from bam_merge.publishing.replacing import Which, delete_saved
@@ -111,7 +111,7 @@ class Staging:
                     pass
                 try:
                     if not parts and PARTS in os.listdir(lock):
-                        raise OutputError(holds_parts(folder))
+                        check_no_parts(PARTS, lock, folder)
                     if not shared:
                         write_pid(lock)
                 except BaseException:
