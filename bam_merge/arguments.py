@@ -70,6 +70,16 @@ class PartOf(click.ParamType[tuple[int, int]]):
         return int(number), int(of)
 
 
+def check_division(part: tuple[int, int] | None, ray: str | None, parts: int | None) -> None:
+    """Raise UsageError for ways to divide a merge that do not go together."""
+    if part is not None and ray is not None:
+        raise click.UsageError("--part makes one part, and --ray all of them: give one of the two.")
+    if parts is not None and ray is None:
+        raise click.UsageError("--parts is how many parts --ray makes; bam-merge plan --parts N lists them, and --part I/N makes one.")
+    if ray is not None and ray.endswith((".yaml", ".yml")):
+        raise click.UsageError(f"--ray {printable(ray)}: that is a recipe, and no address of a cluster. Give RECIPE first, then --ray.")
+
+
 def named_texts(words: Iterable[str]) -> dict[str, list[str]]:
     """The texts of each expert, given as NAME=FILE, where FILE may be a folder or a glob."""
     found: dict[str, list[str]] = {}

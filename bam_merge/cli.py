@@ -8,13 +8,14 @@ Exit status: 0 all well, 1 the answer is no (diff: different; verify: a check fa
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from bam_merge import __version__
-from bam_merge.arguments import DefaultMerge, PartOf, UserPath
+from bam_merge.arguments import DefaultMerge, PartOf, UserPath, check_division
 from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, routers_told, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
@@ -84,23 +85,41 @@ def merge_options(command: "Callable[..., None]") -> "Callable[..., None]":
 @click.option(
     "--part", type=PartOf(), metavar="I/N", help="Make part I of N only, of whole files, or go on with it. bam-merge finish publishes them."
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Make the parts as tasks of the Ray cluster at ADDRESS, or of one of this machine, then finish. After RECIPE.",
+)
+@click.option("--parts", type=click.IntRange(1), metavar="N", help="How many parts --ray makes. Default: by the cluster.")
 @merge_options
-def merge(recipe: str, output: str | None, resume: bool, dry_run: bool, part: tuple[int, int] | None, **settings: "Any") -> None:
+def merge(
+    recipe: str, output: str | None, resume: bool, dry_run: bool, part: tuple[int, int] | None, ray: str | None, parts: int | None,
+    **settings: "Any",
+) -> None:  # fmt: skip
     """Carry out RECIPE and publish the merged checkpoint."""
     from bam_merge.planning.make import make_plan
     from bam_merge.publishing.earlier import as_before
     from bam_merge.recipe.load import load_recipe
     from bam_merge.values.threads import default_workers
 
+    check_division(part, ray, parts)
+    goes_on = resume or part is not None or ray is not None
     with downloads():
         wanted = load_recipe(recipe)
-        plan = make_plan(as_before(wanted, output, tell_note) if (resume or part) and not dry_run else wanted)
+        plan = make_plan(as_before(wanted, output, tell_note) if goes_on and not dry_run else wanted)
     if dry_run:
-        _show_plan(plan, settings["workers"] or default_workers(), output=output, parts=_divided(plan, part and part[1]))
+        _show_plan(plan, settings["workers"] or default_workers(), output=output, parts=_divided(plan, part[1] if part else parts))
         return
     _tell_notes(plan)
     options = _options(resume=resume, **settings)
-    if part is not None:
+    if ray is not None:
+        from bam_merge.publishing.on_ray import OnRay, merge_on_ray
+
+        where = OnRay(ray or None, parts, settings["workers"])
+        _execute(plan, output, options, settings["progress"], partial(merge_on_ray, where=where))
+    elif part is not None:
         _execute_part(plan, output, part, options, settings["progress"])
     else:
         _execute(plan, output, options, settings["progress"])

@@ -3,10 +3,11 @@
 import os
 import shlex
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from bam_merge.checkpoints.positional import beginning
-from bam_merge.errors import NotYet, OutputError, SyncFailed
+from bam_merge.errors import Busy, NotYet, OutputError, SyncFailed
 from bam_merge.expressions import Calibrated
 from bam_merge.files import writing
 from bam_merge.merging.tensor import Finished
@@ -38,7 +39,8 @@ def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpti
     if plan.calibration is not None:
         check_texts(plan.calibration, options.device)
     if os.path.lexists(target) and is_result(plan, target, options.allow_nonfinite):
-        settle(target, options.notify)
+        with suppress(Busy):  # it is cleared up by who published it
+            settle(target, options.notify)
         options.notify(f"{printable(str(target))} is already finished, from the same recipe, version and sources.")
         return target
     _check(plan, target, options)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bam_merge import system
-from bam_merge.errors import NotYet, OutputError
+from bam_merge.errors import Busy, NotYet, OutputError
 from bam_merge.own_folder import open_file, read_file
 from bam_merge.text import printable
 
@@ -23,7 +23,7 @@ def take(lock: int, folder: Path, target: Path, made: bool, shared: bool = False
     try:
         locked = system.lock(lock, shared)
     except BlockingIOError:
-        kind = NotYet if shared else OutputError
+        kind = NotYet if shared else Busy
         raise kind(f"{printable(str(target))} is being written by another run{_holder(lock)}. Wait for it.") from None
     if not locked and not made and not shared:
         raise OutputError(
