@@ -11,7 +11,7 @@ from typing import Any
 
 from bam_merge._version import __version__
 from bam_merge.merging.tensor import Finished
-from bam_merge.own_folder import read_file
+from bam_merge.own_folder import open_file, read_file
 from bam_merge.planning.parts import Part
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.journal import begun, read_journal
@@ -70,7 +70,11 @@ def numbers(folder: int, kind: str) -> list[tuple[int, int]]:
 def headers(folder: int) -> Iterator[PartJournal]:
     """What the journals in the folder are of, without their tensors; not one that has not got so far as to say."""
     for number, of in numbers(folder, "journal"):
-        header = begun(read_file(file_name(number, of, "journal"), folder).partition(b"\n")[0] + b"\n")
+        try:
+            with os.fdopen(open_file(file_name(number, of, "journal"), folder, os.O_RDONLY), "rb") as stream:
+                header = begun(stream.readline())
+        except FileNotFoundError:  # of a process that begins, and was refused
+            continue
         if isinstance(header, dict):
             yield PartJournal(number, of, header)
 

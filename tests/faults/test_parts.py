@@ -1,12 +1,15 @@
 """Parts and finish, killed at every system call and at any time, and run twice at once: the bytes of one process in the end."""
 
+import errno
+import os
 import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from faults.harness import CALLS, EXTENT, Child, Merge, Point, Points, calls_of, contents, digests, needs_strace, thin, traced
+from faults.harness import CALLS, EXTENT, Child, Merge, Point, Points, Result, calls_of, contents, digests, needs_strace, thin, traced
+from faults.test_errors import ERRORS
 
 OF = 3
 """Parts of the merge that faults are tried on."""
@@ -183,4 +186,52 @@ def test_journals_of_parts_cut_or_flipped(merge: Merge, every: int) -> None:
                 (work / ".out.bam-merge" / "parts" / "00002-of-00003.journal").write_bytes(data)
                 result = finish(merge, work).wait()
                 assert result.status == 4 and "part 2/3" in result.err, f"status {result.status}: {result.err}"
+                check(merge, work)
+
+
+def lied_to(child: Child, point: Point, error: str) -> Result:
+    with traced(
+        child,
+        "-o",
+        "/dev/null",
+        "-e",
+        f"trace={point.name}",
+        "-e",
+        f"inject={point.name}:error={error}:when={point.number}",
+        "-e",
+        "signal=none",
+    ):
+        return child.wait()
+
+
+@needs_strace
+@EXTENT
+def test_errors_at_every_call_of_a_part_and_of_finish(merge: Merge, every: int) -> None:
+    """A part that says it is made is; one that is not says why, and is made by a later process."""
+    begun, made = with_parts(merge, 1), with_parts(merge, 1, 2, 3)
+    found = [
+        (kind, point, error)
+        for kind, start, words, threads in (
+            ("part", begun, ["--part", f"2/{OF}"], THREADS),
+            ("finish", made, [], ("main",)),
+        )
+        for point in points_of(
+            merge,
+            start,
+            lambda work, kind=kind, words=words: [*(["finish"] if kind == "finish" else []), *merge.arguments(work, *words)],
+            threads,
+        )
+        for error in ERRORS.get(point.name, ("EIO",))
+    ]
+    with Points("EIO, ENOSPC, ... at a system call, --part and finish") as points:
+        for kind, point, error in thin(found, every):
+            with points.one(f"{kind}: {error} at {point}"):
+                work = merge.work(begun if kind == "part" else made)
+                child = part(merge, work, 2, thread=point.thread) if kind == "part" else finish(merge, work, thread="main")
+                result = lied_to(child, point, error)
+                result.is_orderly()
+                if kind == "finish":
+                    assert (result.status != 2) == (work / "out").exists(), f"status {result.status}: {result.err}"
+                if result.status and error != "EACCES":
+                    assert os.strerror(getattr(errno, error)) in result.err, result.err
                 check(merge, work)

@@ -411,6 +411,26 @@ def test_a_part_while_another_process_finishes(plan: Plan) -> None:
     assert "out is being finished by process" in found[0] and "out is being written by process" in found[1]
 
 
+def test_on_a_file_system_without_locks(plan: Plan, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that say who is at work are enough."""
+    from bam_merge import system
+
+    whole = folder_bytes(publish(plan, llamas / "whole", options()[0]))
+    monkeypatch.setattr(system, "lock", lambda descriptor, shared=False: False)
+    refused: list[NotYet] = []
+
+    def meanwhile(count: int) -> None:
+        if count and not refused:
+            with pytest.raises(NotYet, match=r"part 2/3 of .* is being written by process \d+ on ") as error:
+                make_part(plan, None, 2, 3, options()[0])
+            refused.append(error.value)
+
+    for number in (2, 3, 1):
+        make_part(plan, None, number, 3, MergeOptions(workers=1, progress=meanwhile))
+    assert refused
+    assert folder_bytes(finish(plan, None, options(verify=True)[0])) == whole
+
+
 def test_nan_is_finished_only_where_it_is_allowed(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
