@@ -263,7 +263,7 @@ def _check_address(address: str | None) -> None:
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
     """In a cluster: that at `address`, or one of this machine that ends with this. Raises OutputError."""
     here = {"include_dashboard": False, "object_store_memory": 100 * 2**20} if address is None else {}  # digests are small
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **here)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -271,12 +271,31 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         where = "no cluster could be started here" if address is None else f"no cluster could be reached at {printable(address, 200)}"
         raise OutputError(f"--ray: {where}: {printable(said, 300)}") from None
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray takes SIGTERM for itself
-                signal.signal(number, handler)
-        yield
+        with _signals_kept(handlers):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signals_kept(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Signals end the run as they did before Ray came, which takes SIGTERM for itself, and makes a plain KeyboardInterrupt of whatever a
+    handler raises while it waits."""
+    caught: list[tuple[int, Any]] = []
+
+    def noted(number: int, frame: Any) -> None:
+        caught.append((number, frame))
+        handlers[signal.Signals(number)](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, noted if callable(handler) else handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        for last, frame in caught:
+            handlers[signal.Signals(last)](last, frame)
+        raise
 
 
 def _room(ray: Any, plan: Plan, where: OnRay) -> tuple[int, int]:
