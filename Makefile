@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-serving test-faults paper paper-methods paper-smoke clean
+.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-serving test-faults test-scale paper paper-methods paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -104,6 +104,15 @@ checkpoints/seed: $(VENV)/ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
 	$(BIN)/python examples/smollm2/get_seed.py checkpoints/seed
 
+test-scale: .venv-scale/ready  ## parts on two Ray nodes of this machine, killed and resumed, in a venv of its own (minutes)
+	.venv-scale/bin/python -m pytest -m scale -rs tests/scale tests/docs/test_machines_page.py
+
+.venv-scale/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-scale
+	.venv-scale/bin/pip install -q -c constraints.txt torch
+	.venv-scale/bin/pip install -q -c constraints.txt -e '.[dev,ray]'
+	@touch $@
+
 test-families: $(VENV)/ready  ## every family and variant through everything that `make test` tries on a few (minutes)
 	$(BIN)/python -m pytest -n auto -m families
 
@@ -116,4 +125,4 @@ test-faults: .venv-faults/ready $(VENV)/ready  ## killed, starved and lied to at
 	@touch $@
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) .venv-mergekit .venv-ecosystem .venv-serving-* .venv-faults demo build dist *.egg-info
+	rm -rf $(VENV) .venv-mergekit .venv-ecosystem .venv-serving-* .venv-scale .venv-faults demo build dist *.egg-info

@@ -56,6 +56,30 @@ class Tolerance(click.FloatRange):
         return found
 
 
+class PartOf(click.ParamType[tuple[int, int]]):
+    """i/n: part i, from 1, of n."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        number, slash, of = str(value).partition("/")
+        if not (slash and number.isascii() and of.isascii() and number.isdigit() and of.isdigit()):
+            self.fail(f"{printable(repr(value))}: write i/n, as in 3/8 for the third part of eight.", param, ctx)
+        if not 1 <= int(number) <= int(of):
+            self.fail(f"{value}: parts are numbered from 1, so this is none of {int(of)}.", param, ctx)
+        return int(number), int(of)
+
+
+def check_division(part: tuple[int, int] | None, ray: str | None, parts: int | None) -> None:
+    """Raise UsageError for ways to divide a merge that do not go together."""
+    if part is not None and ray is not None:
+        raise click.UsageError("--part makes one part, and --ray all of them: give one of the two.")
+    if parts is not None and ray is None:
+        raise click.UsageError("--parts is how many parts --ray makes; bam-merge plan --parts N lists them, and --part I/N makes one.")
+    if ray is not None and ray.endswith((".yaml", ".yml")):
+        raise click.UsageError(f"--ray {printable(ray)}: that is a recipe, and no address of a cluster. Give RECIPE first, then --ray.")
+
+
 def named_texts(words: Iterable[str]) -> dict[str, list[str]]:
     """The texts of each expert, given as NAME=FILE, where FILE may be a folder or a glob."""
     found: dict[str, list[str]] = {}

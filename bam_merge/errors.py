@@ -42,6 +42,14 @@ class DurabilityUncertain(OutputError):
     """The result is published and complete, but the system could not say that it would survive a power cut."""
 
 
+class Busy(OutputError):
+    """Another run in one process writes there."""
+
+
+class NotYet(OutputError):
+    """Nothing is wrong with the input: another process is at work there, or parts that others make are not there yet."""
+
+
 class NonFiniteError(BamMergeError):
     """A merge produced NaN or infinity."""
 

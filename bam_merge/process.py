@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bam_merge.errors import BamMergeError, DurabilityUncertain, ForeignRecipe, OutputError, VerificationFailed
+from bam_merge.errors import BamMergeError, DurabilityUncertain, ForeignRecipe, NotYet, OutputError, VerificationFailed
 from bam_merge.text import printable
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def run_command(command: click.Command, prog_name: str | None = None, reads_only
         failed = isinstance(error, VerificationFailed)
         if len(error.problems) > 1 and not failed:
             tell(f"{len(error.problems)} problems{'' if reads_only else '; nothing was written'}.")
-        sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 2)
+        sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 4 if isinstance(error, NotYet) else 2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         tell(f"bam-merge: {'stopped' if isinstance(cause, Stopped) else 'interrupted'}.")

@@ -54,15 +54,15 @@ def reserve(descriptor: int, nbytes: int) -> None:
 # ---- locks and names -------------------------------------------------------------------------------------------------------
 
 
-def lock(descriptor: int) -> bool:
+def lock(descriptor: int, shared: bool = False) -> bool:
     """Lock the open file or folder against others until it is closed. False where there are no locks.
 
-    Raises BlockingIOError when another has it.
+    `shared`: against those alone that want it for themselves. Raises BlockingIOError when another has it.
     """
     if not hasattr(fcntl, "flock"):
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _CANNOT:
             raise
@@ -114,6 +114,38 @@ def name_of(descriptor: int) -> str:
     """A path that opens the open file again, for libraries that take nothing but a name."""
     linux = f"/proc/self/fd/{descriptor}"
     return linux if os.path.lexists(linux) else f"/dev/fd/{descriptor}"
+
+
+# ---- which process ---------------------------------------------------------------------------------------------------------
+
+
+def machine() -> tuple[str, str]:
+    """This host's name, and what tells its processes from all others': the boot of its kernel with the namespace of process ids.
+
+    The second is empty where the system does not tell.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            return os.uname().nodename, f"{stream.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except (OSError, ValueError):
+        return os.uname().nodename, ""
+
+
+def started(process: int) -> str | None:
+    """When a process of this machine began, in ticks since the boot, for numbers are given out again. None: there is none, or it is dead
+    and not yet taken note of. Empty where the system does not tell."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # somebody else's
+        pass
+    try:
+        with open(f"/proc/{process}/stat", encoding="ascii", errors="replace") as stream:
+            state, *fields = stream.read().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return ""
+    return None if state in ("Z", "X") else fields[18]
 
 
 # ---- processors ------------------------------------------------------------------------------------------------------------

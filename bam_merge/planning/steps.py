@@ -1,6 +1,6 @@
 """The output tensors in file order, their dtypes, and their places in the files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from bam_merge import expressions
@@ -112,8 +112,8 @@ def _dtype_advice(dtypes: tuple[str, ...]) -> str:
     return f"{some(fixed)} cannot be converted here: convert those sources to bfloat16 first, or use their full-precision models."
 
 
-def place(steps: list[Step], limit: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
-    """Distribute tensors over files of at most `limit` bytes (a larger tensor has a file to itself), and fix every offset."""
+def grouped(steps: Iterable[Step], limit: int) -> list[list[Step]]:
+    """Tensors file by file: at most `limit` bytes in each, but for a larger tensor, which has a file to itself."""
     groups: list[list[Step]] = [[]]
     size = 0
     for step in steps:
@@ -122,6 +122,12 @@ def place(steps: list[Step], limit: int) -> tuple[tuple[Step, ...], tuple[Shard,
             size = 0
         groups[-1].append(step)
         size += step.nbytes
+    return groups
+
+
+def place(steps: list[Step], limit: int) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Distribute tensors over files of at most `limit` bytes (a larger tensor has a file to itself), and fix every offset."""
+    groups = grouped(steps, limit)
     placed: list[Step] = []
     shards: list[Shard] = []
     for index, group in enumerate(groups):

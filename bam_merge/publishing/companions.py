@@ -21,10 +21,14 @@ from bam_merge.sources.companions import companion
 from bam_merge.sources.licenses import source_licenses
 from bam_merge.sources.tokenizers.writing import companion_documents
 
+CompanionFile = tuple[str, Path, FileIdentity | None]
+"""A file of a source, and its state; None: it is not there."""
+
+
 # ---- the files beside the tensors ------------------------------------------------------------------------------------------
 
 
-def companion_files(plan: Plan) -> set[tuple[str, Path, FileIdentity | None]]:
+def companion_files(plan: Plan) -> set[CompanionFile]:
     """The files that the output's tokenizer and generation files are made of, as they are now: (source, path, identity)."""
     readers = {plan.recipe.seed_name, *plan.files.values(), *(plan.models if plan.alignment is not None else ())}
     names = {(source, name) for name, source in plan.files.items()}

@@ -98,10 +98,10 @@ def space_problem(plan: Plan, target: Path) -> str | None:
     return lack_of_space(plan.bytes_written + kept, target, "the merge writes")
 
 
-def lack_of_space(nbytes: int, target: Path, who_writes: str) -> str | None:
-    """A message when the file system lacks room for `nbytes` at `target`; what an unfinished run holds counts as room."""
+def lack_of_space(nbytes: int, target: Path, who_writes: str, held: int | None = None) -> str | None:
+    """A message when the file system lacks room for `nbytes` at `target`; what an unfinished run holds (None: all of it) counts as room."""
     parent = _existing_parent(target)
-    needed, free = nbytes + SMALL_FILES, shutil.disk_usage(parent).free + staged_bytes(target)
+    needed, free = nbytes + SMALL_FILES, shutil.disk_usage(parent).free + (staged_bytes(target) if held is None else held)
     if needed <= free:
         return None
     return (

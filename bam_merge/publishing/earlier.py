@@ -8,7 +8,7 @@ from bam_merge.errors import BamMergeError
 from bam_merge.hub_id import hub_id
 from bam_merge.publishing.destination import target_of
 from bam_merge.publishing.journal import begun
-from bam_merge.publishing.staging import JOURNAL, staging_folder
+from bam_merge.publishing.staging import JOURNAL, PARTS, staging_folder
 from bam_merge.recipe.places import Known
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
@@ -20,7 +20,9 @@ MOST_HEADER = 10**6
 def as_before(recipe: Recipe, output: str | os.PathLike[str] | None, notify: Callable[[str], None]) -> Recipe:
     """The recipe as the unfinished run of it took it, so that it can go on though a branch on the hub has moved."""
     known: dict[str, Known] = {}
-    for text, recorded in _commits(staging_folder(target_of(recipe, output)) / JOURNAL).items():
+    staging = staging_folder(target_of(recipe, output))
+    journals = [staging / JOURNAL, *sorted((staging / PARTS).glob(f"*.{JOURNAL}"))[:1]]  # all parts are of the same commits
+    for text, recorded in (pair for journal in journals for pair in _commits(journal).items()):
         if text in {store.path for store in recipe.stores.values()} and _is_commit_of(text, recorded):
             known[text] = Known(recorded, Path())
             notify(f"{printable(text)} is taken as the unfinished run took it: {recorded}.")

@@ -20,7 +20,7 @@ from bam_merge.merging.execute import execute
 from bam_merge.merging.tensor import Finished, Settings
 from bam_merge.planning.make import make_plan
 from bam_merge.planning.plan import Plan, Step
-from bam_merge.publishing.companions import companion_files, write_companions
+from bam_merge.publishing.companions import CompanionFile, companion_files, write_companions
 from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.durable import sync_descriptor
 from bam_merge.publishing.earlier import as_before
@@ -47,11 +47,11 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
     plan = fetched(plan, output, options)
     target = target_path(plan, output)
     if options.level is not None:  # a level or a device that there is not would be found after everything is written
-        _check_proof(options.level, options.device)
+        check_proof(options.level, options.device)
     if plan.calibration is not None:
-        _check_texts(plan.calibration, options.device)
-    if options.resume and _is_result(plan, target, options.allow_nonfinite):
-        _settle(target, options.notify)
+        check_texts(plan.calibration, options.device)
+    if options.resume and is_result(plan, target, options.allow_nonfinite):
+        settle(target, options.notify)
         options.notify(
             f"{printable(str(target))} is already finished, from the same recipe, version and sources. bam-merge verify checks it."
         )
@@ -65,7 +65,7 @@ def publish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpt
         except OutputError as error:
             if staging.is_ours():
                 raise
-            raise _deleted(staging) from error  # and that is why
+            raise deleted(staging) from error  # and that is why
         put_in_place(staging, target, options.force)
     except SyncFailed:
         staging.forget()
@@ -79,7 +79,14 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     """Write everything into the staging folder, synced, and prove it."""
     done = staging.begin(plan, options.resume, options.allow_nonfinite, options.notify)
     companions = companion_files(plan)
-    finished = _run(plan, staging, options, done)
+    complete(plan, staging, target, options, _run(plan, staging, options, done), companions)
+
+
+def complete(
+    plan: Plan, staging: Staging, target: Path, options: MergeOptions, finished: dict[str, Finished], companions: set[CompanionFile]
+) -> None:
+    """Write what stands beside the tensors `finished`, routers from texts before it, all synced, and prove it. `companions` are the files
+    that were there at the beginning."""
     record: dict[str, Any] = {}
     if plan.calibration is not None:
         from bam_merge.publishing.calibrated import calibration_record, make_routers  # with torch, which copies do without
@@ -94,10 +101,10 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
     if options.level is not None and staging.is_ours():  # verification looks where the name leads
         _prove(plan, staging, target, options, options.level)
     if not staging.is_ours():
-        raise _deleted(staging)
+        raise deleted(staging)
 
 
-def _deleted(staging: Staging) -> OutputError:
+def deleted(staging: Staging) -> OutputError:
     return OutputError(f"{printable(str(staging.folder))} was deleted while the merge ran. Nothing was published; run again.")
 
 
@@ -147,7 +154,7 @@ def refuse(staging: Staging, target: Path, failures: list[str]) -> NoReturn:
     raise VerificationFailed(*failures, f"{printable(str(target))} was not published; {kept}.")
 
 
-def _check_proof(level: str, device: str) -> None:
+def check_proof(level: str, device: str) -> None:
     """Raises VerifyError. torch is imported only for a device that must be looked for."""
     from bam_merge.verifying.options import check_level
 
@@ -158,7 +165,7 @@ def _check_proof(level: str, device: str) -> None:
         open_device(device)
 
 
-def _check_texts(found: Calibration, device: str) -> None:
+def check_texts(found: Calibration, device: str) -> None:
     """Raises VerifyError for a device that there is not, CheckpointError for texts that are gone, as a recorded merge's may."""
     if found.absent:
         raise CheckpointError(*found.absent)
@@ -181,7 +188,7 @@ def _make_durable(staging: Staging, target: Path) -> None:
         ) from error
 
 
-def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
+def is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
     """Whether `target` is complete and was made by this version from the plan's recipe and its sources as they are now.
 
     As for a resumed tensor, a source is the same when its size, header and config.json are, and it did not change since; and its
@@ -211,9 +218,9 @@ def _is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
     return complete and finite and made_by == (MANIFEST_FORMAT, __version__, plan.recipe.resolved())
 
 
-def _settle(target: Path, notify: Callable[[str], None]) -> None:
+def settle(target: Path, notify: Callable[[str], None]) -> None:
     """What a run that was killed after its rename had yet to do."""
-    staging = Staging.open(target, notify)
+    staging = Staging.open(target, notify, parts=True)
     try:
         _make_durable(staging, target)
         staging.remove()

@@ -5,12 +5,12 @@ The folder is ours alone and is reached by its descriptor (own_folder.py); what 
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from bam_merge._version import __version__
 from bam_merge.checkpoints.reading import digest_range
@@ -31,7 +31,7 @@ from bam_merge.own_folder import (
 from bam_merge.paths import beside
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.durable import make_durably
-from bam_merge.publishing.holder import PID, take, write_pid
+from bam_merge.publishing.holder import PID, check_no_parts, take, write_pid
 from bam_merge.publishing.journal import line, read_journal
 from bam_merge.publishing.renaming import Entry, give_name
 from bam_merge.publishing.replacing import Which, delete_saved
@@ -40,7 +40,18 @@ from bam_merge.text import printable, some
 OUTPUT, REPLACED, JOURNAL, STATES, NEW_STATES = "output", "replaced", "journal", "states", "states.new"
 
 
-EXPECTED = {OUTPUT: stat.S_IFDIR, REPLACED: stat.S_IFDIR, **dict.fromkeys((JOURNAL, STATES, NEW_STATES, PID, PROBE), stat.S_IFREG)}
+PARTS = "parts"
+"""The folder of the journals and locks of parts, where several processes make a result."""
+
+
+PART_FILES = (".journal", ".lock")
+"""How the names in it end."""
+
+
+EXPECTED = {
+    **dict.fromkeys((OUTPUT, REPLACED, PARTS), stat.S_IFDIR),
+    **dict.fromkeys((JOURNAL, STATES, NEW_STATES, PID, PROBE), stat.S_IFREG),
+}
 """What a staging folder may hold. `replaced` is the old target where the file system cannot exchange two folders."""
 
 
@@ -52,11 +63,11 @@ def staging_folder(target: Path) -> Path:
     return target.parent / beside(target.name, ".", ".bam-merge")
 
 
-def staged_bytes(target: Path) -> int:
-    """Disk space that an unfinished run of `target` holds, which the next run uses or frees."""
+def staged_bytes(target: Path, names: Collection[str] | None = None) -> int:
+    """Disk space that an unfinished run of `target` holds, which the next run uses or frees; of the files `names` alone, if given."""
     held = 0
     with suppress(OSError), os.scandir(staging_folder(target) / OUTPUT) as entries:
-        for entry in entries:
+        for entry in (entry for entry in entries if names is None or entry.name in names):
             with suppress(OSError):  # the run that is about to end moves its files away, one by one or all at once
                 status = entry.stat(follow_symlinks=False)
                 held += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
@@ -84,8 +95,11 @@ class Staging:
         return self.folder / OUTPUT
 
     @classmethod
-    def open(cls, target: Path, notify: Notify = lambda text: None) -> "Staging":
-        """Make and lock the staging folder of `target`. Raises OutputError when another run has it, or it is not ours alone."""
+    def open(cls, target: Path, notify: Notify = lambda text: None, shared: bool = False, parts: bool = False) -> Self:
+        """Make and lock the staging folder of `target`. Raises OutputError when another run has it, or it is not ours alone.
+
+        `shared`: with those that make other parts of the same result. `parts`: what parts left there is expected, else an error.
+        """
         folder = staging_folder(target)
         with writing(folder):
             make_durably(target.parent)
@@ -93,10 +107,13 @@ class Staging:
             try:
                 with suppress(FileNotFoundError):
                     os.stat(target.name, dir_fd=parent, follow_symlinks=False)  # a name that is too long is told now, not at the end
-                while (lock := _lock(parent, folder, target, notify)) is None:
+                while (lock := _lock(parent, folder, target, notify, shared)) is None:
                     pass
                 try:
-                    write_pid(lock)
+                    if not parts and PARTS in os.listdir(lock):
+                        check_no_parts(PARTS, lock, folder)
+                    if not shared:
+                        write_pid(lock)
                 except BaseException:
                     os.close(lock)
                     raise
@@ -118,7 +135,7 @@ class Staging:
         if resume:
             with writing(path):
                 journal, kept = read_journal(read_file(JOURNAL, self.lock), header, notify)
-                sound = self._sound({shard.file for shard in plan.shards})
+                sound = self.sound({shard.file for shard in plan.shards})
             done = self._trusted(
                 plan, {name: item for name, item in journal.items() if allow_nonfinite or not item.nonfinite}, sound, notify
             )
@@ -154,9 +171,10 @@ class Staging:
         os.mkdir(OUTPUT, dir_fd=self.lock)
         self.files = open_folder(OUTPUT, self.lock)
 
-    def _sound(self, names: set[str]) -> frozenset[str]:
+    def sound(self, names: set[str]) -> frozenset[str]:
         """Those of the files in the output folder that this user made and that have no other name. Opens the folder."""
         owner = os.fstat(self.lock).st_uid
+        self._close_files()
         try:
             self.files = open_folder(OUTPUT, self.lock)
         except FileNotFoundError:
@@ -246,6 +264,7 @@ class Staging:
         self._close_journal()
         try:
             self.forget()
+            self._discard_parts()
             for name in (OUTPUT, REPLACED):
                 self.discard(name, checked)
             for name in os.listdir(self.lock):
@@ -256,6 +275,14 @@ class Staging:
         except (OSError, OutputError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             self.notify(f"{printable(str(self.folder))} could not be deleted whole ({why}). Nothing uses what is left of it.")
+
+    def _discard_parts(self) -> None:
+        """Delete the journals and locks of parts, and their folder. Raises OSError where something else is in it."""
+        with suppress(FileNotFoundError), opened_folder(PARTS, self.lock) as folder:
+            for name in os.listdir(folder):
+                if name.endswith(PART_FILES):
+                    os.unlink(name, dir_fd=folder)
+            os.rmdir(PARTS, dir_fd=self.lock)
 
     def close(self) -> None:
         """Give the lock back. A folder without anything worth keeping goes too."""
@@ -291,7 +318,7 @@ def _make(name: str, parent: int) -> bool:
     return True
 
 
-def _lock(parent: int, folder: Path, target: Path, notify: Notify) -> int | None:
+def _lock(parent: int, folder: Path, target: Path, notify: Notify, shared: bool = False) -> int | None:
     """A descriptor of `folder`, made if it was not there, that holds its lock; None when the run that had it removed it meanwhile."""
     shown, made = printable(str(folder)), True
     try:
@@ -308,7 +335,7 @@ def _lock(parent: int, folder: Path, target: Path, notify: Notify) -> int | None
         raise
     try:
         remark = check_own(lock, shown, made)
-        take(lock, folder, target, made)
+        take(lock, folder, target, made, shared)
         if not _stands_there(folder.name, parent, lock):
             os.close(lock)
             return None

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.expressions import Calibrated
 from bam_merge.hub_id import hub_id
+from bam_merge.planning.parts import Part
 from bam_merge.planning.plan import Plan, Served, Step
 from bam_merge.process import progress_console
 from bam_merge.text import count, duration, human_bytes, listed, printable, ranges
@@ -112,6 +113,21 @@ def _tokens(plan: Plan) -> Iterator[str]:
             counts = {"moved": mine.moved, "left out": len(mine.lost), "made": mine.made}
             parts = [f"{number:,} {what}" for what, number in counts.items() if number]
             yield f"{'tokens':12} {name}: {', '.join([f'{mine.tokens:,}', *parts])}"
+
+
+def parts_text(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each part of a plan, as `planning.parts.parts_document` has them."""
+    for part in parts:
+        files = part["files"]
+        names = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+        read, written = human_bytes(part["bytes_read"]), human_bytes(part["bytes"])
+        yield f"{'part' if part is parts[0] else '':12} {part['part']}/{len(parts)}: {read} read, {written} written: {names}"
+
+
+def part_text(part: Part, tensors: int, at_once: bool, finish: str) -> str:
+    """The line that a finished part prints, with what is to be done when all are. `at_once`: it was there already."""
+    made = f"{count(tensors, 'tensor')}, {human_bytes(part.nbytes)} in {count(len(part.files), 'file')}"
+    return f"part {part}{' was finished already' if at_once else ''}: {made}. When all parts are made: {finish}"
 
 
 def result_text(plan: Plan, target: Path) -> str:

@@ -32,8 +32,9 @@ FOLLOWED = {
     "docs/how-to/from-mergekit.md", "docs/how-to/models-from-the-hub.md", "docs/how-to/use-without-training.md", "docs/how-to/serve.md",
     "docs/how-to/take-an-expert-out.md",
     "docs/how-to/quantise.md",
+    "docs/how-to/several-machines.md",
 }  # fmt: skip
-"""Pages that a test carries out, here, in test_howto.py, in test_hub_page.py, in test_serve_page.py or in tests/ecosystem."""
+"""Pages that a test carries out, here, in test_howto.py, in test_hub_page.py, in test_serve_page.py, in test_machines_page.py or in tests/ecosystem."""
 
 FOUR = ("seed", "code", "law", "math")
 

@@ -27,7 +27,10 @@ FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "faults.harness",
     "bam_merge.cli",
+    "bam_merge.publishing.finishing",
+    "bam_merge.publishing.parts",
     "bam_merge.publishing.publish",
+    "bam_merge.showing.progress",
     "bam_merge.verifying.verification",
     "bam_merge.showing.plan",
     "rich.progress",
@@ -244,7 +247,7 @@ def calls_of(arguments: list[Any], thread: str, scratch: Path, calls: str, withi
     assert result.status == 0, result.err
     numbers: dict[str, int] = {}
     points = []
-    shutil.rmtree(arguments[arguments.index("--output") + 1])
+    shutil.rmtree(arguments[arguments.index("--output") + 1], ignore_errors=True)  # a part alone makes none
     for line in (scratch / "trace").read_text().splitlines():
         if (match := re.match(r"(\w+)\((.*)\) += ", line)) is None:
             continue

@@ -134,15 +134,15 @@ def test_a_forged_record_is_found(merged: Path, forgery: Callable[[dict[str, Any
 
 def test_a_resumed_run_notices_an_adapter(merged: Path) -> None:
     """A finished result is left as it is only while its adapters are those that were merged; other ones make another run."""
-    from bam_merge.publishing.publish import _is_result
+    from bam_merge.publishing.publish import is_result
 
     plan = plan_file(merged.parent / "recipe.yaml")
-    assert _is_result(plan, merged, allow_nonfinite=False)
+    assert is_result(plan, merged, allow_nonfinite=False)
     file = merged.parent / "law/adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 99}))
     other = plan_file(merged.parent / "recipe.yaml")
     assert other.fingerprint != plan.fingerprint
-    assert not _is_result(other, merged, allow_nonfinite=False)
+    assert not is_result(other, merged, allow_nonfinite=False)
 
 
 MISREADINGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
