@@ -257,7 +257,14 @@ def filled(config: dict[str, Any], seed: int) -> Model:
 
 def mixed(dense: list[Model], shared: int = 0, **changes: Any) -> Model:
     """The mixture of three dense models, put together by hand: expert j from model j, what is shared from model `shared`."""
-    settings = {"num_experts": 3, "num_attention_experts": 3, "attention_kv": "expert", "attention_routing": "soft", **changes}
+    settings = {
+        "num_experts": 3,
+        "num_attention_experts": 3,
+        "attention_kv": "expert",
+        "attention_routing": "soft",
+        "attention_linear": "expert",
+        **changes,
+    }
     model, state, draw = Model(replace(dense[0].config, **settings)), {}, torch.Generator().manual_seed(5)
     for name, old in model.state_dict().items():
         expert = re.search(r"experts\.(\d)\.", name)
