@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from conftest import CONFIGS, DELTA, FULL, LINEAR, SOURCES, write_recipe, write_sources
 from damage import edit_config
 from proofs import UNPROVED, Forger, failed
+from scenes import recipe, router, write_scene
 from test_exported import assert_equals_reference, assert_same_tensors, exact, load
 from test_model import build, distance, ids, stepwise, theirs, write_dense, write_three
+from toys import as_toy, toy_family
 
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.tables import load_architecture
@@ -24,6 +27,8 @@ from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
 from bam_merge.sources import dense
 from bam_merge.verifying.verification import verify
+
+__all__ = ["toy_family"]
 
 HYBRID = CONFIGS["qwen3_5_text"]
 SMALL_EPS = {**HYBRID, "rms_norm_eps": 1e-6, "num_hidden_layers": 4, "layer_types": [LINEAR, LINEAR, FULL, LINEAR]}
@@ -267,3 +272,53 @@ def test_dtypes_that_differ_are_kept(tmp_path: Path) -> None:
         plan_file(write_recipe(tmp_path, "attention: {linear: mean}"))
     except BamMergeError as error:  # pragma: no cover
         raise AssertionError(error) from error
+
+
+NEXT = as_toy(
+    "qwen3_5_text", "nexter",
+    ('{ roles = ["linear.q", "linear.k", "linear.v"], name = "model.layers.{layer}.linear_attn.in_proj_qkv.weight", shape = ["2*Hk*Dk+Hv*Dv", "d"], parts = ["Hk*Dk", "Hk*Dk", "Hv*Dv"]',
+     '{ roles = ["linear.q", "linear.k", "linear.v", "linear.z"], name = "model.layers.{layer}.linear_attn.in_proj_qkvz.weight", shape = ["2*Hk*Dk+2*Hv*Dv", "d"], groups = "Hk", parts = ["Dk", "Dk", "Hv/Hk*Dv", "Hv/Hk*Dv"]'),
+    ('    { role = "linear.z", name = "model.layers.{layer}.linear_attn.in_proj_z.weight", shape = ["Hv*Dv", "d"], kinds = ["linear_attention"] },\n', ""),
+    ('{ role = "linear.b", name = "model.layers.{layer}.linear_attn.in_proj_b.weight", shape = ["Hv", "d"]',
+     '{ roles = ["linear.b", "linear.a"], name = "model.layers.{layer}.linear_attn.in_proj_ba.weight", shape = ["2*Hv", "d"], groups = "Hk", parts = ["Hv/Hk", "Hv/Hk"]'),
+    ('    { role = "linear.a", name = "model.layers.{layer}.linear_attn.in_proj_a.weight", shape = ["Hv", "d"], kinds = ["linear_attention"] },\n', ""),
+)  # fmt: skip
+"""Qwen3-Next with an FFN in every layer: q, k, v and z of a key head after one another, in one tensor, and b and a so in another."""
+
+
+@torch.no_grad()
+def test_another_hybrid_is_a_table(tmp_path: Path, toy_family: Callable[[str], None]) -> None:
+    """Read from files of transformers' Qwen3-Next, merged to what its class loads again, and as a mixture proved and exported."""
+    transformers = pytest.importorskip("transformers")
+    toy_family(NEXT)
+    settings = {key: value for key, value in HYBRID.items() if key != "model_type"} | {"mlp_only_layers": [0, 1], "initializer_range": 0.2}
+    models = []
+    for seed, source in enumerate(SOURCES):
+        torch.manual_seed(seed)
+        models.append(transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**json.loads(json.dumps(settings)))).eval())
+        models[-1].save_pretrained(tmp_path / source)
+        config = {**HYBRID, "model_type": "nexter", "tie_word_embeddings": False}
+        (tmp_path / source / "config.json").write_text(json.dumps(config))
+        assert distance(load_model(tmp_path / source)(ids()), models[-1](input_ids=ids()).logits) < 1e-5
+    assert failed(verify(publish(plan_file(write_recipe(tmp_path)), None, UNPROVED))) == {}
+    assert_equals_reference(tmp_path / "out", ids())
+    folder = publish(plan_file(write_recipe(tmp_path, method="merge", output="{path: dense}")), None, UNPROVED)
+    config = {**json.loads((tmp_path / "seed" / "config.json").read_text()), **settings, "model_type": "qwen3_next"}
+    expected = load_model(folder)(ids())
+    (folder / "config.json").write_text(json.dumps(config))
+    again, info = transformers.Qwen3NextForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert distance(again.eval()(input_ids=ids()).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", ["seed", "mixture"])
+def test_routers_of_hybrids_are_made_of_texts(inputs: str, tmp_path: Path) -> None:
+    """What a router of linear attention sees is what its norm gives, as in the other layers; verification works the routers out again."""
+    write_scene(tmp_path, HYBRID)
+    plan = plan_file(recipe(tmp_path, router(inputs=inputs)))
+    folder = publish(plan, None, UNPROVED)
+    assert failed(verify(folder, plan)) == {}
+    forger, name = Forger(folder), "model.layers.1.self_attn.router.weight"
+    assert float(forger.read(name).std()) > 0
+    forger.write(name, forger.read(name).flip(0))
+    assert failed(verify(folder, plan))
