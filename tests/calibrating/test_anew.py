@@ -19,7 +19,13 @@ from bam_merge.errors import BamMergeError, VerificationFailed
 from bam_merge.publishing import states
 from bam_merge.recipe.load import load_recipe
 
-LAYOUTS = {"bam": ("bam", "llama"), "mixtral": ("btx", "llama"), "qwen2_moe": ("btx", "qwen2"), "qwen3_moe": ("btx", "qwen3")}
+LAYOUTS = {
+    "bam": ("bam", "llama"),
+    "mixtral": ("btx", "llama"),
+    "qwen2_moe": ("btx", "qwen2"),
+    "qwen3_moe": ("btx", "qwen3"),
+    "granitemoe": ("btx", "granite"),
+}
 SETTINGS = {"tokens": 300}
 
 

@@ -98,6 +98,8 @@ LAYOUTS = {
     "mixtral": ("btx", "llama"),
     "qwen2_moe": ("btx", "qwen2"),
     "qwen3_moe": ("btx", "qwen3"),
+    "granitemoe": ("btx", "granite"),
+    "ernie4_5_moe": ("btx", "llama"),
 }
 
 

@@ -70,6 +70,8 @@ LAYOUTS = {
     "mixtral": ("btx", "llama", "{path: out, layout: mixtral}", ""),
     "qwen2_moe": ("btx", "qwen2", "{path: out, layout: qwen2_moe}", ""),
     "qwen3_moe": ("btx", "qwen3", "{path: out, layout: qwen3_moe}", ""),
+    "granitemoe": ("btx", "granite", "{path: out, layout: granitemoe}", ""),
+    "ernie4_5_moe": ("btx", "llama", "{path: out, layout: ernie4_5_moe}", ""),
 }
 
 
