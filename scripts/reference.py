@@ -318,7 +318,6 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
         **{trait: value for trait, value in family.traits.items() if trait != "rope_interleaved"},  # rows are put in either order
         "rope_layers": {"listed": [0], "where windows are": "where windows are"}.get(family.quirks.turning),
         "query_growth": family.quirks.query_growth or None,
-        "sliding_rope_parameters": family.quirks.rotary_by_kind or None,
         "sizes_by_kind": family.sizes or None,
     }
     wanted = {**UNSAID, "gated_ffn": True, **layout.accepts, "rope_interleaved": [True, False]}

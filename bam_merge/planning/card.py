@@ -17,7 +17,7 @@ from bam_merge.hub_id import hub_id
 from bam_merge.planning.card_use import use
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted
-from bam_merge.recipe.schema import Recipe
+from bam_merge.recipe.schema import ROUTER_PLACES, Recipe
 from bam_merge.sources.licenses import License
 from bam_merge.sources.tokenizers.alignment import Alignment
 from bam_merge.text import printable
@@ -164,7 +164,7 @@ def _yaml(document: Mapping[str, Any]) -> str:
 
 def _routers(plan: Plan) -> str:
     """How the routers start."""
-    made = [isinstance(step.expr, Calibrated) for step in plan.steps if step.role.startswith("router.")]
+    made = [isinstance(step.expr, Calibrated) for step in plan.steps if step.role in ROUTER_PLACES]
     return FROM_TEXTS if all(made) else FRESH
 
 

@@ -72,6 +72,9 @@ LAYOUTS = {
     "qwen3_moe": ("btx", "qwen3", "{path: out, layout: qwen3_moe}", ""),
     "granitemoe": ("btx", "granite", "{path: out, layout: granitemoe}", ""),
     "ernie4_5_moe": ("btx", "llama", "{path: out, layout: ernie4_5_moe}", ""),
+    "dots1": ("btx", "qwen3", "{path: out, layout: dots1}", "ffn: {gate: topk_then_sigmoid}"),
+    "cohere2_moe": ("btx", "cohere2", "{path: out, layout: cohere2_moe}", "ffn: {gate: topk_then_sigmoid}"),
+    "flex_olmo": ("btx", "olmo2", "{path: out, layout: flex_olmo}", ""),
 }
 
 
