@@ -136,6 +136,55 @@ class Columns(Formula):
         return 24 * rows * shapes[0][1]
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs(Formula):
+    """W [R, ...] with the rows of each head in the other order of rotary pairs (RoFormer, arXiv 2104.09864, section 3.4.2).
+
+    Of the first `turning` rows of a head, pair p is rows 2p and 2p + 1 where neighbours turn together, rows p and turning / 2 + p where
+    halves do: `to_halves` brings the first to the second, else the second to the first. The other rows of a head stay where they are. A
+    product of a query and a key, both in one order, is the same in either.
+
+    Of every `block` rows of W, those in [first, first + rows) are of heads of `head` rows each; a fused tensor has others beside them.
+    """
+
+    head: int
+    turning: int
+    to_halves: bool
+    block: int
+    first: int
+    rows: int
+    name: ClassVar = "pairs"
+
+    def shown(self, inputs: Sequence[str]) -> str:
+        of = inputs[0] if " " not in inputs[0] else f"({inputs[0]})"
+        return f"{of}[{'pairs to halves' if self.to_halves else 'halves to pairs'}]"
+
+    def held(self, shapes: Sequence[Shape], rows: int) -> int:
+        return 24 * (rows + 2 * self.head) * prod(shapes[0][1:])
+
+    def source(self, row: int) -> int:
+        """The row of W that is row `row` of the result."""
+        inside = row % self.block - self.first
+        place, half = inside % self.head, self.turning // 2
+        if not 0 <= inside < self.rows or place >= self.turning:
+            return row
+        if self.to_halves:
+            return row - place + (2 * place if place < half else 2 * (place - half) + 1)
+        return row - place + place // 2 + half * (place % 2)
+
+    @property
+    def moves(self) -> bool:
+        return True
+
+    def moved(self, start: int, stop: int) -> Iterator[tuple[int | None, int, int]]:
+        while start < stop:
+            first, count = self.source(start), 1
+            while start + count < stop and self.source(start + count) == first + count:
+                count += 1
+            yield 0, first, count
+            start += count
+
+
 class RowRun(NamedTuple):
     """Rows [first, first + rows) of the result, each the mean of one row of every input in `of` (input, its first row); zeros of none."""
 

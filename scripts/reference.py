@@ -232,16 +232,25 @@ def _wrappers() -> str:
     return table(("model_type", "the text model's names begin with", "not read"), rows)
 
 
-GATES = {"softmax_then_topk": False, "topk_then_softmax": True}
-"""The gates of an FFN's router, as a recipe names them, and whether they are renormalised."""
+GATES = {"softmax_then_topk": ("softmax", False), "topk_then_softmax": ("softmax", True), "topk_then_sigmoid": ("sigmoid", True)}
+"""The gates of an FFN's router, as a recipe names them: what they are made of, and whether they are renormalised."""
 
 
 def gates_of(layout: Architecture, engine: str | None = None) -> list[str]:
     """The gates that a layout can say, and with `engine` those of them that this engine computes."""
-    stated = layout.accepts.get("norm_topk_prob", list(GATES.values()))
     limits = [limit.only for limit in layout.limits if limit.fact == "norm_topk_prob" and engine in limit.engines]
-    possible = stated if isinstance(stated, list) else [stated]
-    return [gate for gate, value in GATES.items() if value in possible and all(value in only for only in limits)]
+    sums = _possible(layout, "norm_topk_prob", [False, True])
+    made_of = _possible(layout, "scoring_func", ["softmax", "sigmoid"] if not layout.accepts else ["softmax"])
+    return [
+        gate
+        for gate, (of, renormalised) in GATES.items()
+        if of in made_of and renormalised in sums and all(renormalised in only for only in limits)
+    ]
+
+
+def _possible(layout: Architecture, fact: str, every: list[object]) -> list[object]:
+    stated = layout.accepts.get(fact, every)
+    return stated if isinstance(stated, list) else [stated]
 
 
 def _served(layout: Architecture) -> Iterator[str]:
@@ -307,19 +316,19 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
         return False
     has = {
         **UNSAID,
-        **family.traits,
-        "rope_layers": [0] if family.quirks.turning in ("listed", "where windows are") else None,
+        **{trait: value for trait, value in family.traits.items() if trait != "rope_interleaved"},  # rows are put in either order
+        "rope_layers": {"listed": [0], "where windows are": "where windows are"}.get(family.quirks.turning),
         "query_growth": family.quirks.query_growth or None,
-        "sliding_rope_parameters": family.quirks.rotary_by_kind or None,
         "sizes_by_kind": family.sizes or None,
     }
-    wanted = {**UNSAID, "gated_ffn": True, **layout.accepts}
+    wanted = {**UNSAID, "gated_ffn": True, **layout.accepts, "rope_interleaved": [True, False]}
     one_key = "$attention_bias" in layout.config.values() and "attention_out_bias" not in (*layout.accepts, *layout.implies)
     if one_key and not str(has["attention_bias"]).startswith("config:"):  # for the biases of q, k, v and o
         wanted["attention_out_bias"] = has["attention_bias"]
     for key, value in has.items():
         options = wanted[key] if isinstance(wanted[key], list) else [wanted[key]]
-        written = key in (*layout.implies, *layout.traits) or f"${key}" in layout.config.values()
+        by_kind = key == "sliding_rope_parameters" and "$rope_parameters_by_kind" in layout.config.values()
+        written = by_kind or key in (*layout.implies, *layout.traits) or f"${key}" in layout.config.values()
         if (
             not written
             and not str(value).startswith("config:")

@@ -317,6 +317,7 @@ class _Described:
                 if dense and not any(not row.per_expert and row in self.architecture.others for row in rows[role]):
                     continue
                 self.missing += self.absent(rows[role], layer, have.get(role, {}), 0 if dense else self.facts.get(key) or 0)
+        self.missing = list(dict.fromkeys(self.missing))  # a tensor may hold several roles
 
     def absent(self, rows: list[Row], layer: int, have: Mapping[int | None, set[int | None]], experts: int) -> Iterator[str]:
         """Names of what one role lacks in one layer, which holds `experts` of it unless it shares one."""

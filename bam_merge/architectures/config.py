@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+from bam_merge.architectures.mixture_keys import odd_keys
 from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.quantisation import quantisation
 from bam_merge.architectures.rotary_sets import SETS, set_problems, settled, with_one_set
@@ -121,18 +122,22 @@ def facts_of(architecture: Architecture, config: Mapping[str, Any], problems: li
 
 def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Config values of a public mixture, in bam's words: the layout's [config] read backwards, and what [accepts] implies."""
-    keys: dict[str, str] = {}
+    config, keys = renamed(layout, config, problems), dict[str, str]()
     for key, value in layout.config.items():
-        keys.setdefault(value.removeprefix("$") if isinstance(value, str) else key, key)
+        keys.setdefault(value[1:] if isinstance(value, str) and value.startswith("$") else key, key)
     defaults = {word: layout.defaults[key] for word, key in keys.items() if key in layout.defaults}
     aliased = {word: config[alias] for alias, word in ALIASES.items() if alias in config and keys.get(word) not in config}
     spelled = {**defaults, **aliased, **{word: config[key] for word, key in keys.items() if key in config}}
-    needed = ("hidden_act", "rms_norm_eps", "num_experts", "num_experts_per_tok", "norm_topk_prob", "attention_bias", "use_sliding_window")
+    needed = (
+        "hidden_act", "rms_norm_eps", "num_experts", "num_experts_per_tok", "norm_topk_prob", "attention_bias", "use_sliding_window",
+        "shared_experts",
+    )  # fmt: skip
     missing = [keys[word] for word in needed if word in keys and word not in spelled]
     if missing:
         problems.append(f"config.json: {some(missing)} missing; {layout.name} needs it, or its meaning would be a guess. Add it.")
     if spelled.get("use_sliding_window") and "layer_types" in keys and "layer_types" not in spelled:
         problems.append("config.json: use_sliding_window is true, and layer_types does not say which layers slide. Add layer_types.")
+    problems += odd_keys(keys, spelled)
     implied = {word: None if value == "none" else value for word, value in layout.accepts.items() if not isinstance(value, list)}
     traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
     traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other
@@ -149,7 +154,9 @@ def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
     """The layers of a public mixture that have one FFN and no experts.
 
     Qwen: those in mlp_only_layers, and those not at a multiple of decoder_sparse_step. DeepSeek: the first first_k_dense_replace, and
-    those not at a multiple of moe_layer_freq. (transformers' configuration classes; the latter in DeepSeek's own modeling code.)
+    those not at a multiple of moe_layer_freq. Command A+ and others: those that mlp_layer_types calls dense. ERNIE: those outside
+    of moe_layer_start_index to moe_layer_end_index, and those not at a multiple of moe_layer_interval. (transformers' configuration
+    classes; moe_layer_freq in DeepSeek's own modeling code.)
     """
 
     def number(key: str, default: int) -> int:
@@ -158,7 +165,11 @@ def dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
 
     listed = config.get("mlp_only_layers")
     only = set(filter(lambda item: type(item) is int, listed)) if isinstance(listed, list) else set()
+    kinds = config.get("mlp_layer_types")
+    only |= {layer for layer, kind in enumerate(kinds) if kind == "dense"} if isinstance(kinds, list) else set()
     step, first, every = number("decoder_sparse_step", 1), number("first_k_dense_replace", 0), number("moe_layer_freq", 1)
+    start, last, stride = number("moe_layer_start_index", 0), number("moe_layer_end_index", -1), number("moe_layer_interval", 1)
+    only |= {layer for layer in range(layers) if layer < start or -1 < last < layer or (layer + 1) % stride}
     return frozenset(layer for layer in range(layers) if layer in only or (layer + 1) % step or layer < first or layer % every)
 
 

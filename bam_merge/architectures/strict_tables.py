@@ -18,6 +18,7 @@ from bam_merge.architectures.vocabulary import (
     ROLES,
     ROTARY_BASES,
     ROTARY_SHARES,
+    SHARED_ROLES,
     SLIDING_BASES,
     SYMBOLS,
     TRAIT_WORDS,
@@ -33,7 +34,7 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
     "quirks": dict, "cases": list, "sizes": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list,
-    "engines": list, "told_by": str, "tensors": dict,
+    "engines": list, "told_by": str, "tensors": dict, "nulls": list,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
@@ -216,7 +217,7 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
         yield f"{place}: needs role (one) or roles (several in one tensor), and not both."
     roles = row.get("roles", [row.get("role")])
     for role in roles if own_roles else ():
-        if role not in ROLES and "make" not in row:  # what a layout fills in by itself may have a name of its own
+        if role not in (*ROLES, *SHARED_ROLES) and "make" not in row:  # what a layout fills in by itself may have a name of its own
             yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
     if row.get("when", "untied").removeprefix("not ") not in (*TRAITS, *DERIVED):
         yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"

@@ -166,7 +166,8 @@ class Architecture:
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
     need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same
-    model type has not, or has as 0 or false.
+    model type has not, or has as 0 or false. `nulls` are keys of config.json that are written as null where a merge has no value for
+    them, because the configuration class fills in another one.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Architecture:
     limits: tuple[Limit, ...]
     engines: tuple[Engine, ...] = ()
     told_by: str | None = None
+    nulls: tuple[str, ...] = ()
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -279,6 +281,7 @@ def read_table(text: str, file: str) -> Architecture:
         limits=tuple(_limit(record) for record in table.get("limits", ())),
         engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
         told_by=table.get("told_by"),
+        nulls=tuple(table.get("nulls", ())),
     )
 
 

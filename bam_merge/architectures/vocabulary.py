@@ -14,11 +14,15 @@ ROLES = (
 )  # fmt: skip
 """Every role a recipe can name."""
 
+SHARED_ROLES = tuple(f"ffn.shared.{part}" for part in ("gate", "up", "down", "router"))
+"""Roles of an expert of every token, in layouts that have one: `ffn.shared_expert` of a recipe makes them."""
+
 ROLE_GLOBS = tuple(f"{group}.*" for group in dict.fromkeys(role.partition(".")[0] for role in ROLES if "." in role))
 
 SYMBOLS = {
     "V": "vocab_size", "d": "hidden_size", "f": "intermediate_size",
-    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim",
+    "H": "num_attention_heads", "K": "num_key_value_heads", "D": "head_dim", "N": "num_experts",
+    "S": "shared_expert_intermediate_size",
     "Hk": "linear_num_key_heads", "Hv": "linear_num_value_heads", "Dk": "linear_key_head_dim", "Dv": "linear_value_head_dim",
     "c": "linear_conv_kernel_dim",
 }  # fmt: skip
@@ -95,6 +99,10 @@ UNSAID: dict[str, Any] = {
 }  # fmt: skip
 """What a layout that has no word for a fact takes it for: models of which it is something else cannot be written in it."""
 
+GATING: dict[str, Any] = {"scoring_func": "softmax"}
+"""Facts of a recipe's gates, and what a layout that has no word for one takes it for; a config.json has them only where they are something
+else."""
+
 DERIVED = ("untied", "second_norm", "twin_norms")
 """Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's; both
 norms of a parallel block."""
@@ -118,7 +126,7 @@ sources/harmless_keys.toml says."""
 MROPE = ("mrope_section", "mrope_interleaved")
 """Keys of rope_parameters that share out the channels among time, height and width of images; of text all three are the position."""
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys for the number of experts."""
 
 CONTEXTS = ("inner", "outer")

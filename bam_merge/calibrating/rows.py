@@ -22,14 +22,14 @@ def rows(method: expressions.Calibrator, sums: Sums, negative_KD: Tensor | None)
 
 @rows.register
 def ridge(method: expressions.Ridge, sums: Sums, negative_KD: None) -> Tensor:
-    """scale (S + penalty tr(S)/D I)^-1 (mu_j - mean of mu) / N.
+    """scale (S + penalty tr(S)/D I)^-1 (mu_j - mean of mu) / N; for sigmoids (mu_j / N - mean of mu).
 
     With n < D inputs z_i, weighted so that S = Z^T Z, that is Z^T (Z Z^T + c I)^-1 a_j, where B_j = Z^T a_j: an n x n system.
     """
     count, width = sums.total_KD.shape
     if sums.inputs_nD is None:
         assert sums.second_DD is not None
-        b_KD = (sums.means - sums.means.mean(0)) / count
+        b_KD = (sums.means - sums.means.mean(0) * (count if method.sigmoid else 1)) / count
         return method.scale * _solved(sums.second_DD, method.penalty * _trace(sums.second_DD) / width, b_KD.T).T
     z_nD = sums.inputs_nD
     added = method.penalty * float(z_nD.square().sum()) / width
@@ -38,7 +38,7 @@ def ridge(method: expressions.Ridge, sums: Sums, negative_KD: None) -> Tensor:
     for text, tokens in enumerate(sums.tokens):  # mu_j = sum of x_i / n_j, and x_i = z_i / sqrt(weight)
         share_nK[first : first + tokens, text] = 1 / (tokens * sums.weight(text) ** 0.5)
         first += tokens
-    a_nK = (share_nK - share_nK.mean(1, keepdim=True)) / count
+    a_nK = (share_nK - share_nK.mean(1, keepdim=True) * (count if method.sigmoid else 1)) / count
     gram_nn = torch.empty(len(z_nD), len(z_nD), dtype=torch.float64, device=z_nD.device)
     by_rows(sums.pool, len(z_nD), lambda r: torch.mm(z_nD[r.start : r.stop], z_nD.T, out=gram_nn[r.start : r.stop]))
     rows_KD: Tensor = method.scale * (_solved(gram_nn, added, a_nK).T @ z_nD)
@@ -58,6 +58,9 @@ def hidden_mean(method: expressions.HiddenMean, sums: Sums, negative_KD: Tensor 
             "the means of the texts have one direction, so that no router follows from them. Give texts that differ, or init: ridge."
         )
     rows_KD: Tensor = method.scale / margin * e_KD
+    if method.sigmoid:
+        mean_D = mean_KD.mean(0)
+        rows_KD = rows_KD - (1 - 1 / count) * method.scale * mean_D / mean_D.square().sum()
     return rows_KD
 
 

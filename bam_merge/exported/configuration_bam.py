@@ -16,7 +16,8 @@ class BamConfig(PreTrainedConfig):
     Sizes are those of a dense model, but for `num_attention_heads` and `num_key_value_heads`: the totals over all attention
     experts, which caches and serving engines read. `..._per_expert` are one expert's.
 
-    Training. Per router and layer, over the tokens that are no padding, with p = softmax of the router's logits:
+    Training. Per router and layer, over the tokens that are no padding, with p = softmax of the router's logits
+    (of sigmoid gates: each expert's share of all sigmoids, as in DeepSeek-V3):
 
         balance  N * sum_i f_i P_i   f_i: share of the tokens sent to expert i, divided by k; P_i: mean of p_i. 1 at best
                                      (under soft routing f_i = P_i: what expert i is sent is its share of the gates)
@@ -33,7 +34,8 @@ class BamConfig(PreTrainedConfig):
     aux_loss is the total then.) `output_router_logits`: None adds the losses where labels are given, True computes them
     always, False never: pass it with the labels to measure plain NLL.
 
-    `gate_scale` multiplies the FFN gates. `norm_topk_prob`: gates of the chosen FFN experts sum to one (BTX, Mixtral).
+    `gate_scale` multiplies the FFN gates. `norm_topk_prob`: gates of the chosen FFN experts sum to one (BTX, Mixtral). `scoring_func`: they
+    are of the router's softmax, or of sigmoids, each expert's by itself (DeepSeek-V3).
     `attention_routing` "soft" mixes all attention experts; "top_k" the best `num_attention_experts_per_tok`, whose gates
     p_i / sum of the chosen p sum to one, the sum being held constant for the gradient.
 
@@ -117,6 +119,7 @@ class BamConfig(PreTrainedConfig):
     expert_names: list[str] | None = None
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     gate_scale: float | int = 1.0
     num_attention_experts: int = 4
     attention_kv: Literal["expert", "shared"] | None = "expert"

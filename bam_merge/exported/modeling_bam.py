@@ -217,19 +217,24 @@ def attention_gates(config: BamConfig, logits_BTN: Tensor) -> Tensor:
 
 
 def ffn_gates(config: BamConfig, logits_BTN: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen experts [B, T, k] and their gates, in float32 or wider: p_i, or softmax over the chosen (norm_topk_prob)."""
+    """The chosen experts [B, T, k] and their gates, in float32 or wider: p_i, or softmax over the chosen (norm_topk_prob); of sigmoids
+    s_i, or their shares of the chosen ones' sum."""
     logits_BTN = wide(logits_BTN)
+    if config.scoring_func == "sigmoid":
+        s_BTk, chosen_BTk = logits_BTN.sigmoid().topk(config.num_experts_per_tok, -1)
+        gates_BTk = s_BTk / (s_BTk.sum(-1, keepdim=True) + 1e-20) if config.norm_topk_prob else s_BTk
+        return chosen_BTk, gates_BTk * config.gate_scale
     p_BTk, chosen_BTk = logits_BTN.softmax(-1).topk(config.num_experts_per_tok, -1)
     gates_BTk = logits_BTN.gather(-1, chosen_BTk).softmax(-1) if config.norm_topk_prob else p_BTk
     return chosen_BTk, gates_BTk * config.gate_scale
 
 
-def router_losses(logits_XN: Tensor, k: int | None, counts_X: Tensor | None) -> tuple[Tensor, Tensor]:
+def router_losses(logits_XN: Tensor, k: int | None, counts_X: Tensor | None, sigmoid: bool = False) -> tuple[Tensor, Tensor]:
     """(balance, z) of one router over X tokens, of which those with `counts_X` = 0 are padding. `k` None: soft routing. See BamConfig."""
     logits_XN = wide(logits_XN)
     weights_X = torch.ones_like(logits_XN[:, 0]) if counts_X is None else counts_X.to(logits_XN)
     weights_X = weights_X / weights_X.sum().clamp(min=1)
-    p_XN = logits_XN.softmax(-1)
+    p_XN = logits_XN.sigmoid() / (logits_XN.sigmoid().sum(-1, keepdim=True) + 1e-20) if sigmoid else logits_XN.softmax(-1)
     sent_XN = p_XN if k is None else torch.zeros_like(p_XN).scatter(-1, p_XN.topk(k, -1).indices, 1.0 / k)
     balance = logits_XN.shape[-1] * ((weights_X @ sent_XN) * (weights_X @ p_XN)).sum()
     return balance, weights_X @ logits_XN.logsumexp(-1).square()
@@ -849,13 +854,13 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         soft = config.attention_routing != "top_k"
         attention_k = None if soft else config.num_attention_experts_per_tok or config.num_attention_experts
         total = wide(hidden_states.new_zeros(()))
-        for layers, k, coefficient in (
-            (outputs.router_logits, config.num_experts_per_tok, config.router_aux_loss_coef),
-            (outputs.attention_router_logits, attention_k, config.attention_router_aux_loss_coef),
+        for layers, k, coefficient, sigmoid in (
+            (outputs.router_logits, config.num_experts_per_tok, config.router_aux_loss_coef, config.scoring_func == "sigmoid"),
+            (outputs.attention_router_logits, attention_k, config.attention_router_aux_loss_coef, False),
         ):
             for logits_XN in layers:
                 counts = None if counts_X is None else counts_X.to(logits_XN.device)
-                balance, z = router_losses(logits_XN, k, counts)
+                balance, z = router_losses(logits_XN, k, counts, sigmoid)
                 total = total + (coefficient * balance + config.router_z_loss_coef * z).to(total.device)
         return total / config.num_hidden_layers if config.router_loss_reduction == "mean" else total
 

@@ -17,15 +17,22 @@ class Ridge(Calibrator):
 
     x [D] is the router's true input, E_j the mean over the tokens of text j, mu_j = E_j[x]. S is not centred: the constant direction of
     normed inputs does what a bias would.
+
+    With `sigmoid`, B_j = mu_j / N - mean over k of mu_k: what is regressed is 0 for the right expert and -1 for the others, not 1 - 1/N
+    and -1/N. The difference is one vector for all rows, which changes no softmax; a sigmoid of low logits is about their exponential, so
+    that its shares are about those of the softmax, and none of them is at 1, where sigmoids tell nothing apart.
     """
 
     scale: float
     penalty: float
+    sigmoid: bool = False
     name: ClassVar = "ridge"
 
     def arguments(self) -> Iterator[str]:
         yield f"scale={self.scale:g}"
         yield f"lambda={self.penalty:g}"
+        if self.sigmoid:
+            yield "sigmoid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +43,20 @@ class HiddenMean(Calibrator):
     d_j = mu_j / |mu_j|,  e_j = d_j - mean over k of d_k,  W_j = scale e_j / (N / (N - 1) mean over k of e_k . mu_k)
 
     so that the mean token of a text is `scale` nearer to its expert than to the others. Negative prompts' means are subtracted from mu_j
-    in d_j. (Subtracting the same from every row changes no gate.)
+    in d_j. (Subtracting the same from every row changes no softmax.)
+
+    With `sigmoid`, (1 - 1/N) scale m / |m|^2 is subtracted from every row, m being the mean over k of mu_k: of an expert's own text the
+    logit is then about 0, of the others about -scale, as ridge's are.
     """
 
     scale: float
+    sigmoid: bool = False
     name: ClassVar = "mean"
 
     def arguments(self) -> Iterator[str]:
         yield f"scale={self.scale:g}"
+        if self.sigmoid:
+            yield "sigmoid"
 
 
 # ---- the expression -----------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def is_copy(expr: Expr) -> bool:
         return all(map(is_copy, expr.parts))
     if isinstance(expr, Computed):
         return expr.formula.moves and all(isinstance(part, Read) and part.dtype == expr.dtype for part in expr.inputs)
-    return isinstance(expr, Read | Slice) and isinstance(whole(expr), Read)
+    return is_copy(expr.of) if isinstance(expr, Slice) else isinstance(expr, Read)
 
 
 def in_float64(expr: Expr) -> bool:
@@ -171,6 +171,9 @@ def copy_runs(expr: Expr, start: int, stop: int) -> Iterator[tuple[Read | None, 
             read = None if place is None else expr.inputs[place]
             assert not isinstance(read, Computed), "rows that are computed are not copied"
             yield read, of * row, rows * row
+    elif isinstance(expr, Slice) and isinstance(expr.of, Computed):
+        for first, count in leaf_runs(expr, start, stop):
+            yield from copy_runs(expr.of, first, first + count)
     elif isinstance(expr, Read | Slice):
         for first, count in leaf_runs(expr, start, stop):
             yield stored(expr), first, count

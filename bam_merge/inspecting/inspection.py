@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bam_merge.architectures.anatomy import Anatomy
 from bam_merge.architectures.cost import CONTEXT, Cost, Kind, as_mixture, cost_of
-from bam_merge.architectures.vocabulary import QUIET
+from bam_merge.architectures.vocabulary import GATING, QUIET
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, format_note, origins, read_manifest
@@ -158,7 +158,7 @@ FACTS = (
     "hidden_act", "norm_type", "qk_norm", "parallel_block", "parallel_norms", "gated_ffn", "attention_bias", "mlp_bias",
     "tie_word_embeddings", "sliding_window", "max_position_embeddings", "rope_parameters", "num_experts", "num_experts_per_tok",
     "norm_topk_prob", "gate_scale", "num_attention_experts", "attention_kv", "shared_kv_layers", "attention_routing",
-    "num_attention_experts_per_tok", "attention_linear", *QUIET, "logit_scale",
+    "num_attention_experts_per_tok", "attention_linear", *QUIET, *GATING, "logit_scale",
 )  # fmt: skip
 """What the JSON repeats of config.json, in bam's words (head counts are those of one attention expert)."""
 

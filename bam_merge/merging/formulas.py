@@ -103,6 +103,14 @@ def columns(formula: formulas.Columns, inputs: Sequence[Input], start: int, stop
 
 
 @compute.register
+def pairs(formula: formulas.Pairs, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
+    """Rows of the same heads, in another order."""
+    order = [formula.source(row) for row in range(start, stop)]
+    first = min(order)
+    return inputs[0].rows(first, max(order) + 1)[[row - first for row in order]].double()
+
+
+@compute.register
 def by_token(formula: formulas.ByToken, inputs: Sequence[Input], start: int, stop: int) -> Tensor:
     """Rows of the inputs by the table; where it names several, their mean."""
     parts = []

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -85,7 +85,8 @@ def planned_model(plan: Plan, name: str) -> Iterator[PlannedModel]:
         for role in cell.row.roles:
             if (expr := source.tensors.get((role, cell.layer))) is not None:
                 found[parameter_name(role, cell)] = expr
-    model = PlannedModel(source.checkpoint, model_config(dict(source.config)), {}, plan, found)
+    config = replace(model_config(dict(source.config)), rope_interleaved=source.facts["rope_interleaved"])  # as its rows are put (pairs.py)
+    model = PlannedModel(source.checkpoint, config, {}, plan, found)
     try:
         yield model
     finally:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
@@ -18,3 +19,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": gelu_tanh, "gelu_tanh": gelu_tanh, "gelu_python_tanh": gelu_tanh, "relu2": relu_squared,
 }  # fmt: skip
 """What `hidden_act` names."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 where it is: what norms and softmaxes are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from bam_merge.model.activations import ACTIVATIONS
+from bam_merge.model.activations import ACTIVATIONS, wide
 from bam_merge.model.model_config import ModelConfig
-from bam_merge.model.norms import Linear, wide
+from bam_merge.model.norms import Linear
 from bam_merge.model.positions import Cache
 
 L2_EPS = 1e-6

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, of_its_kind, parts_of, rows_of
+from bam_merge.architectures.locate import Cell, cells, gathered, is_named_here, joined, locate, of_its_kind, parts_of, rows_of, shape_of
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import Architecture, Row, find_by_model_type, load_architecture, names_of_the_head
 from bam_merge.architectures.vocabulary import SYMBOLS
@@ -190,8 +190,18 @@ def _bam_row(role: str) -> Row | None:
     return next((row for row in rows if row.per_expert), rows[0] if rows else None)
 
 
+BESIDES = {
+    "router.ffn.bias": "choice_bias",
+    "ffn.shared.router": "shared_expert_gate.weight",
+    **{f"ffn.shared.{part}": f"shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+}
+"""The reference model's names, under `mlp.`, for what layouts have beside the experts that bam has."""
+
+
 def parameter_name(role: str, cell: Cell) -> str:
-    """The reference model's name for `role`: bam's, less the experts' part where there is one for all. What bam has not keeps its row's."""
+    """The reference model's name for `role`: bam's, less the experts' part where there is one for all; what bam has not, by `BESIDES`."""
+    if role in BESIDES:
+        return f"model.layers.{cell.layer}.mlp.{BESIDES[role]}"
     template = _bam_row(role) or cell.row
     return template.name(cell.layer, cell.expert) if cell.expert is not None else template.name(cell.layer).replace("experts.None.", "")
 
@@ -268,12 +278,15 @@ class _Parameters:
         expected = first if len(row.roles) == 1 else (rows_of(row, facts), *first[1:])
         if row.stacked:
             expected = (self.config.num_experts, *expected)
+        flat = len(row.roles) == 1 and not row.stacked and len(row.shape) > len(first)  # a vector that is stored as a matrix of one row
+        if flat:
+            expected = shape_of(row, facts)
         if entry.shape != expected:
             self.problems.append(f"{entry.name} is {list(entry.shape)}, config.json implies {list(expected)}.")
             return
         if entry.dtype not in TORCH_DTYPES and self.computes:
             self.unreadable.append(entry)
-        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, entry.shape), facts)
+        pieces = parts_of(cell, Read("model", entry.name, entry.dtype, first if flat else entry.shape), facts)
         assert pieces is not None  # its rows are those of the table
         for (parameter, shape), ((role, _), leaf) in zip(shapes.items(), pieces.items(), strict=True):
             if leaf.shape != shape:

@@ -15,12 +15,13 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import linear
 
-from bam_merge.model.activations import ACTIVATIONS
+from bam_merge.model.activations import ACTIVATIONS, wide
 from bam_merge.model.delta_net import DeltaNet
+from bam_merge.model.gates import SIGMOIDS, route
 from bam_merge.model.model_config import ModelConfig
-from bam_merge.model.norms import Linear, Norm, capped, wide
+from bam_merge.model.norms import Linear, Norm, capped
 from bam_merge.model.positions import Cache, grown, rotate, turns, visible
 
 
@@ -38,28 +39,6 @@ class HeadNorm(Norm):
 
     def forward(self, x_BTHC: Tensor) -> Tensor:
         return super().forward(x_BTHC.flatten(-2)).view_as(x_BTHC) if self.together else super().forward(x_BTHC)
-
-
-def route(router: nn.Module, x_BTD: Tensor, k: int, how: str, force_expert: int | None) -> Tensor:
-    """Gates [B, T, N] of the experts, in float32 or wider, zero outside T, the k largest of p = softmax(W x):
-
-    softmax_then_topk   p_i                            BAM's FFN, and with k = N the soft routing of its attention
-    topk_then_softmax   softmax over T of (W x)_i      BTX and Mixtral: the gates sum to one
-    renormalised        p_i / detach(sum over T of p)  top-k attention: they sum to one, and the router has a gradient at k = 1
-
-    The paper's ablation of top-k attention (Table 6) leaves its gates open. The last row is how MoA normalises them (arXiv
-    2210.05144, section 3): at k = N it is the paper's soft routing, and N equal attention experts stay the dense attention.
-    `force_expert` gives gate 1 to that expert and 0 to the others.
-    """
-    logits_BTN = wide(router(x_BTD))
-    if force_expert is not None:
-        return one_hot(torch.tensor(force_expert), logits_BTN.shape[-1]).to(logits_BTN).expand_as(logits_BTN)
-    p_BTN = logits_BTN.softmax(-1)
-    chosen_BTN = torch.zeros_like(p_BTN, dtype=torch.bool).scatter(-1, p_BTN.topk(k).indices, True)
-    if how == "topk_then_softmax":
-        return logits_BTN.masked_fill(~chosen_BTN, -torch.inf).softmax(-1)
-    kept_BTN = p_BTN * chosen_BTN
-    return kept_BTN / kept_BTN.sum(-1, keepdim=True).detach() if how == "renormalised" else kept_BTN
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------------
@@ -209,29 +188,39 @@ class Ffn(nn.Module):
 
 
 class FfnMixture(nn.Module):
-    """gate_scale * sum over i in T of g_i(x) FFN_i(x); in qwen2_moe, plus sigmoid(w x) times the shared expert."""
+    """gate_scale * sum over i in T of g_i(x) FFN_i(x), and with a shared expert its output besides: weighted by sigmoid(w x) (gated), as
+    it is (sum), or as it is and half of both taken (average)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         N, D, shared = config.num_experts, config.hidden_size, config.shared_expert_intermediate_size
-        self.gates = (config.num_experts_per_tok, "topk_then_softmax" if config.norm_topk_prob else "softmax_then_topk")
-        self.gate_scale = config.gate_scale
+        kinds = SIGMOIDS if config.scoring_func == "sigmoid" else ("softmax_then_topk", "topk_then_softmax")
+        self.gates = (config.num_experts_per_tok, kinds[config.norm_topk_prob])
+        self.gate_scale, self.shared_mix = config.gate_scale, config.shared_expert_mix
         self.router = Linear(D, N, bias=False)
+        self.choice_bias = nn.Parameter(torch.zeros(N)) if config.choice_bias else None
         self.experts = nn.ModuleList(Ffn(config, config.intermediate_size) for _ in range(N))
         self.shared_expert = Ffn(config, shared) if shared else None
-        self.shared_expert_gate = Linear(D, 1, bias=False) if shared else None
+        self.shared_expert_gate = Linear(D, 1, bias=False) if shared and self.shared_mix == "gated" else None
 
     def forward(self, x_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
         """y [B, T, D] and the gates [B, T, N], before gate_scale. A forced expert is not scaled: it stands for its dense model."""
-        gates_BTN = route(self.router, x_BTD, *self.gates, force_expert)
+        gates_BTN = route(self.router, x_BTD, *self.gates, force_expert, self.choice_bias)
         y_BTD = wide(torch.zeros_like(x_BTD))
         for i, expert in enumerate(self.experts):
             sent_BT = gates_BTN[..., i] != 0
             y_BTD[sent_BT] += gates_BTN[..., i][sent_BT][:, None] * expert(x_BTD[sent_BT])
         y_BTD = y_BTD if force_expert is not None else self.gate_scale * y_BTD
-        if self.shared_expert is not None and self.shared_expert_gate is not None:
-            y_BTD = y_BTD + self.shared_expert_gate(x_BTD).sigmoid() * self.shared_expert(x_BTD)
+        if self.shared_expert is not None:
+            y_BTD = self.beside(x_BTD, y_BTD, self.shared_expert(x_BTD))
         return y_BTD.to(x_BTD.dtype), gates_BTN
+
+    def beside(self, x_BTD: Tensor, y_BTD: Tensor, shared_BTD: Tensor) -> Tensor:
+        """What the chosen experts give, `y_BTD`, with what the shared one gives."""
+        if self.shared_expert_gate is not None:
+            gate_BT1: Tensor = self.shared_expert_gate(x_BTD).sigmoid()
+            return y_BTD + gate_BT1 * shared_BTD
+        return (y_BTD + shared_BTD) / (2 if self.shared_mix == "average" else 1)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,11 @@ class ModelConfig:
     num_experts: int = 0  # 0: one FFN
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"  # what makes gates of the FFN router's logits
+    choice_bias: bool = False  # a number for each expert is added to its score where experts are chosen; bam has none
     gate_scale: float = 1.0
-    shared_expert_intermediate_size: int = 0  # of qwen2_moe's shared expert, which bam has not
+    shared_expert_intermediate_size: int = 0  # of an FFN that every token goes through; bam has none
+    shared_expert_mix: Literal["gated", "sum", "average"] = "gated"  # it is weighted by a gate of its own; added; added, and both halved
 
     @property
     def qk_norm_weights(self) -> QkNormShape:

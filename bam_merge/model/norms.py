@@ -3,12 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from bam_merge.model.activations import wide
 from bam_merge.model.model_config import ModelConfig
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 where it is: what norms and softmaxes are computed in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:

@@ -114,7 +114,10 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         return bool(get(value.partition(":")[2])) if isinstance(value, str) and value.startswith("config:") else value
 
     def number(name: str) -> float | None:
-        """A factor: of a model type, of a key, or of a power of a key's value."""
+        """A factor: of a model type, of a key, or of a power of a key's value; of a mixture, of a key or none."""
+        if table.kind == "mixture" and name in _keys(table):
+            own: float | None = get(name)
+            return own
         value = table.traits.get(name)
         if not isinstance(value, str):
             return value
@@ -276,6 +279,22 @@ def _experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[s
         "num_experts": next((config[key] for key in (*order, keys.get("num_experts", "")) if config.get(key) is not None), None),
         "num_experts_per_tok": get("num_experts_per_tok"),
         "norm_topk_prob": get("norm_topk_prob") if "norm_topk_prob" in keys else table.accepts.get("norm_topk_prob") is True,
+        "scoring_func": get("scoring_func") if "scoring_func" in keys else table.accepts.get("scoring_func", "softmax"),
+        "gate_scale": get("gate_scale") if "gate_scale" in keys else 1.0,
     }
-    shared = "shared_expert_intermediate_size"
-    return result | ({shared: get(shared)} if shared in table.config else {})
+    return result | _beside_experts(table, config, get)
+
+
+def _beside_experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[str, Any]:
+    """The shared expert, and the bias of the choice of experts, where a table has rows for them.
+
+    A shared expert has a width of its own (qwen2_moe), or that of as many experts as a key says, or that of one.
+    """
+    roles, keys = {role for row in table.rows for role in row.roles}, _keys(table)
+    values: dict[str, Any] = {"choice_bias": "router.ffn.bias" in roles}
+    if "ffn.shared.up" not in roles:
+        return values
+    own = "shared_expert_intermediate_size"
+    count = get("shared_experts") if "shared_experts" in keys else 1
+    mix = "gated" if "ffn.shared.router" in roles else get("shared_expert_mix") if "shared_expert_mix" in keys else "sum"
+    return {**values, own: get(own) if own in keys else count * get("intermediate_size"), "shared_expert_mix": mix}

@@ -135,7 +135,12 @@ def calibration_notes(recipe: Recipe, found: Calibration | None) -> Iterator[str
                 yield f"{place}.texts.{name}: {short} ({place}.tokens). The router is made of what there is."
     top_k, renormalised = recipe.gates
     ffn = recipe.ffn
-    if recipe.method == "bam" and (ffn is None or ffn.top_k is None or ffn.gate is None) and (top_k, renormalised) != (1, False):
+    if (
+        recipe.method == "bam"
+        and not recipe.sigmoid
+        and (ffn is None or ffn.top_k is None or ffn.gate is None)
+        and (top_k, renormalised) != (1, False)
+    ):
         yield (
             f"ffn: routers from texts, so top_k {top_k}, gate topk_then_softmax unless the recipe says otherwise (the paper's are 1 and "
             "softmax_then_topk)."

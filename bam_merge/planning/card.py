@@ -17,7 +17,7 @@ from bam_merge.hub_id import hub_id
 from bam_merge.planning.card_use import use
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.places import Adapted
-from bam_merge.recipe.schema import Recipe
+from bam_merge.recipe.schema import ROUTER_PLACES, Recipe
 from bam_merge.sources.licenses import License
 from bam_merge.sources.tokenizers.alignment import Alignment
 from bam_merge.text import printable
@@ -164,7 +164,7 @@ def _yaml(document: Mapping[str, Any]) -> str:
 
 def _routers(plan: Plan) -> str:
     """How the routers start."""
-    made = [isinstance(step.expr, Calibrated) for step in plan.steps if step.role.startswith("router.")]
+    made = [isinstance(step.expr, Calibrated) for step in plan.steps if step.role in ROUTER_PLACES]
     return FROM_TEXTS if all(made) else FRESH
 
 
@@ -196,6 +196,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "KV cache", f"{cache:,} bytes per token in {_cached_in(plan)}, {times}"
     top_k, renormalised = recipe.gates
     gates = "softmax over the chosen experts" if renormalised else "softmax over all experts, not renormalised"
+    gates = "sigmoids of the chosen experts, divided by their sum" if recipe.sigmoid else gates
     yield "FFN experts", f"{recipe.experts_shown} (expert 0 to {len(names) - 1}); {top_k} per token; {gates}"
     if recipe.shards > 1:
         width = config.get("moe_intermediate_size", config["intermediate_size"])

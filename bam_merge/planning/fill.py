@@ -7,19 +7,20 @@ from bam_merge import expressions
 from bam_merge.architectures.locate import shape_of
 from bam_merge.architectures.tables import Architecture, Limit, Row, at_layer, evaluate
 from bam_merge.planning.assign import Made
-from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.sources.dense import Site
 
 CONSTANTS: dict[str, expressions.Initialiser] = {"zeros": expressions.Zeros(), "ones": expressions.Ones()}
 
 
-def filling(row: Row, layer: int | None, seed: DenseModel, made: Mapping[Site, Made], random_seed: int) -> expressions.Expr | None:
-    """What `row` of a layout is filled with at `layer`; None where it has no filling, or the sources have its role."""
+def filling(row: Row, layer: int | None, sizes: Mapping[str, Any], made: Mapping[Site, Made], random_seed: int) -> expressions.Expr | None:
+    """What `row` of a layout is filled with at `layer`; None where it has no filling, or the sources have its role. `sizes` are what the
+    letters of its shape stand for."""
     if row.make is None or (row.roles[0], layer) in made:
         return None
     if row.make in CONSTANTS:
         like = next(item for (role, _), item in made.items() if role == "router.ffn")  # new as this is, and of one dtype with it
         return expressions.Init(
-            CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, at_layer(seed.facts, layer))
+            CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, at_layer(sizes, layer))
         )
     (once_more,) = made[row.make, layer].exprs
     return once_more

@@ -24,8 +24,9 @@ from bam_merge.planning.dtype_check import copied_only_note, copied_only_problem
 from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
+from bam_merge.planning.pairs import in_order_of, order_note
 from bam_merge.planning.plan import BESIDE, Plan, Step
-from bam_merge.planning.shared_expert import shared_expert
+from bam_merge.planning.shared_expert import shared_expert, shared_notes
 from bam_merge.planning.stacking import stacked
 from bam_merge.planning.steps import dtype_problems, make_steps, place
 from bam_merge.planning.wrapping import frame_of
@@ -61,12 +62,16 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.file}: output.layout: method merge of {seed.family.name} models gives layout {seed.family.name}, "
             f"not {printable(str(recipe.output.layout), 60)}."
         )
+    as_stored = seed
+    if layout is not None:
+        models = in_order_of(layout, models)
+        seed = models[recipe.seed_name]
     recipe = with_gates(recipe, seed.facts)
     made = assign(recipe, models, problems)
     if layout is None or problems:
         raise RecipeError(*problems)
     made |= shared_expert(recipe, layout, models, problems) if layout.kind == "mixture" else {}
-    values = merge_values(recipe, seed, made) if layout.kind == "mixture" else dict(seed.facts)
+    values = merge_values(recipe, layout, seed, made) if layout.kind == "mixture" else dict(seed.facts)
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies
     if layout.kind == "mixture":
@@ -98,6 +103,7 @@ def make_plan(recipe: Recipe) -> Plan:
         notes=(
             *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *(frame.notes() if frame is not None else ()),
+            *order_note(layout, as_stored, seed),
             *copied_only_note(placed),
             *calibration_notes(recipe, texts),
             *found.notes,
@@ -222,6 +228,7 @@ def _notes(
     yield from engine_notes(layout, values, made)
     if layout.kind == "mixture":
         yield from gating_notes(recipe, models[0].facts)
+        yield from shared_notes(recipe, layout)
 
 
 def _fingerprint(

@@ -6,7 +6,7 @@ from typing import Any
 from bam_merge.architectures.config import COMMON_FUNCTION, NEUTRAL, ROPE_KEYS
 from bam_merge.architectures.nulls import KEPT
 from bam_merge.architectures.tables import Architecture
-from bam_merge.architectures.vocabulary import QUIET, UNSAID
+from bam_merge.architectures.vocabulary import GATING, QUIET, SHARED_ROLES, UNSAID
 from bam_merge.checkpoints.dtypes import config_name
 from bam_merge.planning.assign import Made
 from bam_merge.recipe.schema import Attention, Ffn, Recipe
@@ -15,14 +15,20 @@ from bam_merge.sources.dense import DenseModel, Site
 REMEDIES = {
     "norm_topk_prob": "ffn.gate: topk_then_softmax sums to one",
     "gate_scale": "leave ffn.gate_scale at 1",
+    "scoring_func": "ffn.gate: topk_then_sigmoid makes gates of sigmoids, the others make them of a softmax",
+    "several_experts": "or two experts and more",
 }
+
+
+WHERE_WINDOWS_ARE = "where windows are"
+"""What a layout says of rope_layers where its layers with a sliding window rotate, and no others."""
 
 
 NO_SHARED_EXPERT = 64
 """Units of a shared expert that must be there and adds nothing: of zeros."""
 
 
-def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -> dict[str, Any]:
+def merge_values(recipe: Recipe, layout: Architecture, model: DenseModel, made: Mapping[Site, Made]) -> dict[str, Any]:
     """Everything a layout's config table can ask for by "$NAME", and its `accepts` can test."""
     facts = {key: value for key, value in model.facts.items() if key not in QUIET or value != QUIET[key]}
     rope = facts["rope_parameters"]
@@ -36,11 +42,13 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
     all_shared = per_expert and bool(attending) and len(shared_kv) == len(attending)
     linear = [item.per_expert for (role, _), item in made.items() if role == "linear.o"]
     heads, kv_heads = facts["num_attention_heads"], facts["num_key_value_heads"]
+    filled = any(row.make and row.roles[0] in SHARED_ROLES for row in layout.rows)  # a layout that has a shared expert in any case
     return {
         **facts,
         "intermediate_size": facts["intermediate_size"] // recipe.shards,
         "base_model_type": model.family.name,
         "rope_theta": rope["rope_theta"],
+        "rope_parameters_by_kind": {"full_attention": rope, "sliding_attention": facts.get("sliding_rope_parameters") or rope},
         "rope_type": rope["rope_type"],
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if rope["rope_type"] != "default" else None,
         "partial_rotary_factor": rope["partial_rotary_factor"],
@@ -53,7 +61,13 @@ def merge_values(recipe: Recipe, model: DenseModel, made: Mapping[Site, Made]) -
         "num_experts_per_tok": top_k,
         "norm_topk_prob": renormalised,
         "shared_expert_intermediate_size": facts["intermediate_size"] if recipe.shared_source else NO_SHARED_EXPERT,
+        "shared_experts": recipe.shards if recipe.shared_source else int(filled),
+        "shared_expert_mix": "average",
         "gate_scale": (recipe.ffn or Ffn()).gate_scale,
+        **({"scoring_func": "sigmoid"} if recipe.sigmoid else {}),
+        "several_experts": count > 1,
+        "mlp_layer_types": ["sparse" for _ in layers],
+        "position_embedding_type": "rope" if facts.get("rope_layers") is None else None,
         "num_attention_experts": count if per_expert else 0,
         "attention_kv": "shared" if all_shared else "expert" if per_expert else None,
         "shared_kv_layers": shared_kv if shared_kv and not all_shared else None,
@@ -68,14 +82,16 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
     problems = []
     kept = layout.kind == "dense"  # its sources' own keys
     said = {*layout.accepts, *layout.implies, *_words(layout), *layout.traits}
-    unsaid = {} if kept else {key: value for key, value in UNSAID.items() if key not in said}
+    unsaid = {} if kept else {key: value for key, value in {**UNSAID, **GATING}.items() if key not in said}
     if "parallel_block" in said:
         unsaid.pop("parallel_norms", None)  # of a parallel block alone
     if "attention_out_bias" in unsaid:  # a layout with one word for the biases of q, k, v and o
         unsaid["attention_out_bias"] = values.get("attention_bias")
     for key, accepted in (*layout.accepts.items(), *unsaid.items()):
         options = accepted if isinstance(accepted, list) else ["none" if accepted is None else accepted]
-        value = values.get(key, QUIET.get(key))
+        value = values.get(key, {**QUIET, **GATING}.get(key))
+        if accepted == WHERE_WINDOWS_ARE and value == _windowed(values):
+            value = WHERE_WINDOWS_ARE
         if ("none" if value is None else value) not in options:
             remedy = f" ({REMEDIES[key]})" if key in REMEDIES else ""
             problems.append(
@@ -85,9 +101,17 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
     return problems
 
 
+def _windowed(values: Mapping[str, Any]) -> list[int] | None:
+    """The layers with a sliding window; None for all of them."""
+    types = values.get("layer_types") or () if values.get("sliding_window") else ()
+    found = [layer for layer, kind in enumerate(types) if kind == "sliding_attention"]
+    return None if types and len(found) == len(types) else found
+
+
 def _words(layout: Architecture) -> set[str]:
     """The facts that a layout's config.json has."""
-    return {value.removeprefix("$") for value in layout.config.values() if isinstance(value, str)}
+    words = {value.removeprefix("$") for value in layout.config.values() if isinstance(value, str)}
+    return words | ({"sliding_rope_parameters"} if "rope_parameters_by_kind" in words else set())
 
 
 def _of_traits(layout: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,4 +163,6 @@ def output_config(layout: Architecture, seed: DenseModel, values: Mapping[str, A
             value = values.get(value[1:])
         if value is not None:
             config[key] = value
+    for key in layout.nulls:
+        config.setdefault(key, None)
     return dict(sorted(config.items()))

@@ -12,6 +12,7 @@ from bam_merge.checkpoints.pieces import whole
 from bam_merge.planning.assign import Made
 from bam_merge.planning.fill import filling
 from bam_merge.planning.fuse import apart, fuse, stack
+from bam_merge.planning.output_config import NO_SHARED_EXPERT
 from bam_merge.planning.plan import Shard, Step
 from bam_merge.recipe.schema import Recipe
 from bam_merge.sources.dense import DenseModel, Site
@@ -22,10 +23,14 @@ def make_steps(recipe: Recipe, layout: Architecture, seed: DenseModel, made: Map
     """The output tensors in file order, by the layout's rows; whatever is made and stored nowhere is a problem."""
     steps: list[Step] = []
     stored: set[Site] = set()
+    sizes = {
+        **seed.facts, "num_experts": len(recipe.expert_names), "intermediate_size": seed.facts["intermediate_size"] // recipe.shards,
+        "shared_expert_intermediate_size": NO_SHARED_EXPERT,
+    }  # fmt: skip
     for row, layer in natural_order(layout, seed.facts["num_hidden_layers"]):
         if not is_named_here(row, layout, seed.facts):
             continue
-        filled = filling(row, layer, seed, made, recipe.random_seed)
+        filled = filling(row, layer, sizes, made, recipe.random_seed)
         if filled is not None:
             steps.append(Step(row.name(layer), row.roles[0], layer, None, filled.dtype, filled.shape, filled, f"layout {layout.name}"))
             continue

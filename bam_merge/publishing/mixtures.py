@@ -224,7 +224,10 @@ def _alone(mixture: Mixture, section: Mapping[str, Any]) -> Order:
     recipe = parse_recipe({**document, "router": {**section, "inputs": "mixture"}}, Path(os.sep), "routers")
     make = recipe.router_make("router.ffn")
     assert isinstance(make, FromTexts)
-    records = {role: make.calibrator(make.scale or default_scale(role, mixture.gates)) for role in ROUTER_PLACES}
+    sigmoid = mixture.stored.config.scoring_func == "sigmoid"
+    records = {
+        role: make.calibrator(make.scale or default_scale(role, mixture.gates), sigmoid and role == "router.ffn") for role in ROUTER_PLACES
+    }
     return _made(mixture, make, records, _read(mixture, make, Path(os.sep), "router"), None, [])
 
 

@@ -41,14 +41,14 @@ ZEROS = "zeros"
 class Ffn(Strict):
     top_k: Count | None = Field(
         default=None,
-        description="experts per token; default 1 for bam; 2 for btx, sparse_upcycling, routers from texts, and where a norm stands after "
-        "the FFN; two of each shard for a virtual_group",
+        description="experts per token; default 1 for bam; 2 for btx, sparse_upcycling, sigmoid gates, routers from texts, and where a "
+        "norm stands after the FFN; two of each shard for a virtual_group",
     )
-    gate: Literal["softmax_then_topk", "topk_then_softmax"] | None = Field(
+    gate: Literal["softmax_then_topk", "topk_then_softmax", "topk_then_sigmoid"] | None = Field(
         default=None,
         description="gates of the softmax over all experts, not renormalised (default for bam); or over the chosen ones, "
         "so that they sum to one (default for btx, sparse_upcycling, routers from texts, and where a norm stands after the FFN; "
-        "what Mixtral computes)",
+        "what Mixtral computes); or the sigmoids of the chosen ones, divided by their sum (what DeepSeek-V3 and layouts after it compute)",
     )
     shared_expert: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
@@ -217,9 +217,14 @@ class Recipe(Strict):
         ffn = self.ffn or Ffn()
         asks = ffn.gate == "softmax_then_topk" or (ffn.gate is None and ffn.top_k == 1)
         paper = self.method == "bam" and (asks or not self._routes_ffn_by_texts)  # routers that are right at once can do with sure gates
-        top_k = ffn.top_k or (1 if paper else 2 * self.shards)
+        top_k = ffn.top_k or (1 if paper and not self.sigmoid else 2 * self.shards)
         gate = ffn.gate or ("softmax_then_topk" if paper else "topk_then_softmax")
-        return top_k, gate == "topk_then_softmax"
+        return top_k, gate != "softmax_then_topk"
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether the FFN's gates are shares of the chosen experts' sigmoids, and not of their softmax."""
+        return self.ffn is not None and self.ffn.gate == "topk_then_sigmoid"
 
     def router_make(self, role: str) -> Initialising | FromTexts:
         """How `router.attn` or `router.ffn` is made where no rule says otherwise."""
@@ -235,7 +240,7 @@ class Recipe(Strict):
 
     def calibrator(self, make: FromTexts, role: str) -> expressions.Calibrator:
         """The record of a router of `role` that is made of texts."""
-        return make.calibrator(make.scale or default_scale(role, self.gates))
+        return make.calibrator(make.scale or default_scale(role, self.gates), self.sigmoid and role == "router.ffn")
 
     @property
     def from_texts(self) -> dict[str, FromTexts]:
@@ -319,7 +324,7 @@ class Recipe(Strict):
             del document["shared"]  # what stands outside the layers is of the first source and the last one then
         if self.method != "merge":
             top_k, renormalised = self.gates
-            gate = "topk_then_softmax" if renormalised else "softmax_then_topk"
+            gate = "topk_then_sigmoid" if self.sigmoid else "topk_then_softmax" if renormalised else "softmax_then_topk"
             document["ffn"] = {"top_k": top_k, "gate": gate, "gate_scale": (self.ffn or Ffn()).gate_scale}
             document["ffn"] |= {} if self.shared_expert is None else {"shared_expert": self.shared_expert}
             if not isinstance(self.router, Routers):

@@ -181,7 +181,10 @@ def _experts(found: Inspection) -> str:
         alike = len(names) > MANY and len(set(names)) == 1
         lines.append(f"{len(names)} of {printable(names[0])}" if alike else ", ".join(map(printable, names)))
     if ffn:
-        gate = {True: ", gates sum to one", False: ", gates of the softmax over all"}.get(facts.get("norm_topk_prob", ""), "")
+        sums = facts.get("norm_topk_prob")
+        gate = {True: ", gates sum to one", False: ", gates of the softmax over all"}.get(sums, "") if isinstance(sums, bool) else ""
+        if facts.get("scoring_func") == "sigmoid":
+            gate = ", gates of sigmoids" + (" that sum to one" if sums else "")
         scale = f" x {facts['gate_scale']:g}" if isinstance(facts.get("gate_scale"), float) and facts["gate_scale"] != 1 else ""
         top_k = f", top {facts['num_experts_per_tok']}" if facts.get("num_experts_per_tok") else ""
         lines.append(f"FFN: {ffn}{top_k}{gate}{scale}")

@@ -139,7 +139,8 @@ def derived(method: expressions.Calibrator, inputs: _Inputs, negative: _Inputs, 
 def _ridge(method: expressions.Ridge, inputs: _Inputs, negative: _Inputs, names: tuple[str, ...]) -> Matrix:
     second = numpy.mean([inputs.seconds[name] / inputs.counts[name] for name in names], axis=0)
     means = numpy.stack([inputs.mean(name) for name in names])
-    right = (means - means.mean(0)) / len(names)
+    wanted = numpy.eye(len(names)) - (1.0 if method.sigmoid else 1 / len(names))  # for row j, of text k's tokens
+    right = wanted @ means / len(names)
     regular = second + method.penalty * numpy.trace(second) / len(second) * numpy.eye(len(second))
     return numpy.asarray(method.scale * numpy.linalg.solve(regular, right.T).T)
 
@@ -152,7 +153,11 @@ def _hidden_mean(method: expressions.HiddenMean, inputs: _Inputs, negative: _Inp
     rows = rows - rows.mean(0)
     own = rows @ means.T
     margins = [own[j, j] - (own[:, j].sum() - own[j, j]) / (len(names) - 1) for j in range(len(names))]
-    return numpy.asarray(method.scale / numpy.mean(margins) * rows)
+    rows = method.scale / numpy.mean(margins) * rows
+    if method.sigmoid:  # lowered by what gives the mean of all texts, each weighing the same, -(1 - 1/N) scale
+        whole = means.sum(0)
+        rows = rows - method.scale * (len(names) - 1) * whole / (whole @ whole)
+    return numpy.asarray(rows)
 
 
 @dataclass(frozen=True)

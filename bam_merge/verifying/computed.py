@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.model import Block, FfnMixture
 from bam_merge.model.positions import Cache
+from bam_merge.model.routes import router_logits
 from bam_merge.model.streaming import Computing, streamed_block, streamed_embeddings
 from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Ffn, Recipe
@@ -223,8 +225,8 @@ def _shared_apart(mixture: Block, dense: Block, x_BTD: Tensor) -> float:
 
 def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe, beside: Block | None = None) -> tuple[float, float]:
     """With every expert the seed's, attention must be the seed's, the FFN (before a norm that stands after it) times the
-    sum of the gates that `recipe` asks for; and the FFN of `beside`, whose the shared expert is, times its own gate. (error, the first
-    factor's mean)"""
+    sum of the gates that `recipe` asks for; and the FFN of `beside`, whose the shared expert is, besides, weighted as the layout does.
+    The gates must be those, too. (error, the first factor's mean)"""
     block = with_expert(mixture, dense, 0)
     for j in range(len(mixture.self_attn.experts)):
         block.self_attn = _as_expert(block.self_attn, dense.self_attn, j)
@@ -237,12 +239,42 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe, besid
     if dense.post_attention_layernorm is not None:
         normed = dense.post_attention_layernorm(x_BTD if dense.parallel else x_BTD + attention)
     factor_BT1 = _gate_sum(mixture.mlp.router(normed), recipe)
-    out = block(x_BTD, positions).hidden
+    with router_logits(block) as logits:
+        out, _, gates_BTN = block(x_BTD, positions)
     ffn = factor_BT1 * dense.mlp(normed)
-    if beside is not None and mixture.mlp.shared_expert_gate is not None:
-        ffn = ffn + mixture.mlp.shared_expert_gate(normed).sigmoid() * beside.mlp(normed)
+    if beside is not None:
+        ffn = _with_shared(mixture.mlp, normed, ffn, beside.mlp(normed))
     ffn = dense.scale * dense.post_mlp_layernorm(ffn)
-    return difference(out - x_BTD, attention + ffn, out), float(factor_BT1.mean())
+    error = difference(out - x_BTD, attention + ffn, out)
+    return max(error, _gates_apart(gates_BTN, logits["ffn"], recipe)), float(factor_BT1.mean())
+
+
+def _with_shared(mixture: FfnMixture, normed_BTD: Tensor, ffn_BTD: Tensor, shared_BTD: Tensor) -> Tensor:
+    """The FFN with a shared expert's output: times its gate where it has one; half of both where the layout averages them; else the sum."""
+    if mixture.shared_expert_gate is not None:
+        gate_BT1: Tensor = mixture.shared_expert_gate(normed_BTD).sigmoid()
+        return ffn_BTD + gate_BT1 * shared_BTD
+    return 0.5 * ffn_BTD + 0.5 * shared_BTD if mixture.shared_mix == "average" else ffn_BTD + shared_BTD
+
+
+def _gates_apart(gates_BTN: Tensor | None, logits_BTN: Tensor, recipe: Recipe) -> float:
+    """How far the gates are that a block gave its experts for these logits from what `recipe` asks for, each token's in order of size.
+
+    Equal experts show what gates sum to. That they are shares of sigmoids and not of a softmax, only the gates themselves show.
+    """
+    assert gates_BTN is not None
+    top_k, renormalised = recipe.gates
+    logits_BTN, gates_BTN = (z.cpu().double() for z in (logits_BTN, gates_BTN))
+    best_BTk = logits_BTN.sort(dim=-1, descending=True).values[..., :top_k]
+    if recipe.sigmoid:
+        wanted_BTk = 1 / (1 + (-best_BTk).exp())
+        wanted_BTk = wanted_BTk / wanted_BTk.sum(-1, keepdim=True)
+    else:
+        of_BT1 = (best_BTk if renormalised else logits_BTN).logsumexp(-1, keepdim=True)
+        wanted_BTk = (best_BTk - of_BT1).exp()
+    sorted_BTN = gates_BTN.sort(dim=-1, descending=True).values
+    wanted_BTN = pad(wanted_BTk, (0, gates_BTN.shape[-1] - top_k))
+    return float((sorted_BTN - wanted_BTN).abs().max())
 
 
 def _gate_sum(logits_BTN: Tensor, recipe: Recipe) -> Tensor:

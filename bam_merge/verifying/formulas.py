@@ -132,11 +132,35 @@ def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, 
     return Derived(torch.cat(values[::-1]), torch.cat(slacks[::-1]))
 
 
-def moved_rows(formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Tensor], Tensor]], start: int, stop: int) -> Tensor:
-    """Rows [start, stop), as stored, of a tensor whose rows are rows of its inputs, or zeros: what a copy must hold bit by bit.
+def _order(formula: formulas.Pairs, rows: int) -> Tensor:
+    """The row that each row of the result is: of every block its heads' turning rows, as a table of pairs that is turned on its side."""
+    order = torch.arange(rows).view(-1, formula.block)
+    heads = order[:, formula.first : formula.first + formula.rows].reshape(len(order), -1, formula.head)
+    turning = heads[:, :, : formula.turning]
+    table = turning.reshape(*turning.shape[:2], *((-1, 2) if formula.to_halves else (2, -1))).transpose(2, 3).flatten(2)
+    heads = torch.cat((table, heads[:, :, formula.turning :]), 2).flatten(1)
+    return torch.cat((order[:, : formula.first], heads, order[:, formula.first + formula.rows :]), 1).flatten()
+
+
+@computed_rows.register
+def _pairs(formula: formulas.Pairs, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
+    order = _order(formula, inputs[0].shape[0])[start:stop]
+    first = int(order.min())
+    rows = inputs[0].rows(first, int(order.max()) + 1)
+    return Derived(rows.value[order - first], None if rows.slack is None else rows.slack[order - first])
+
+
+def moved_rows(
+    formula: Formula, inputs: Sequence[tuple[Callable[[int, int], Tensor], Tensor]], start: int, stop: int, total: int
+) -> Tensor:
+    """Rows [start, stop) of `total`, as stored, of a tensor whose rows are rows of its inputs, or zeros: what a copy must hold bit by bit.
 
     An input is what reads its rows, and one row of zeros.
     """
+    if isinstance(formula, formulas.Pairs):
+        order, (read, _) = _order(formula, total)[start:stop], inputs[0]
+        first, last = int(order.min()), int(order.max())
+        return read(first, last + 1)[order - first]
     assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"
     parts, index = [], bisect_left(formula.runs, start + 1, key=lambda run: run.first) - 1
     while index < len(formula.runs) and formula.runs[index].first < stop:

@@ -21,6 +21,7 @@ from bam_merge.verifying.config import same_function, same_head
 from bam_merge.verifying.conversion import as_written, open_dense
 from bam_merge.verifying.levels import Level, layers_asked
 from bam_merge.verifying.measuring import Way
+from bam_merge.verifying.pairs import in_order, same_in_either_order
 from bam_merge.verifying.probes import as_it_is
 from bam_merge.verifying.report import Check, Report
 from bam_merge.verifying.stack import as_stacked, same_layers
@@ -44,13 +45,16 @@ def function_checks(
         yield from accepted_check(mixture, own, plan.recipe)
         written = as_accepted(as_written(own, plan), plan.recipe)
         aligned = token_checks(checkpoint.path, plan, written, mixture.config.vocab_size)
-        dense, sample_BT = aligned.models, aligned.sample(ids_BT if level.thorough else ids_BT[:1])
+        dense = in_order(aligned.models, mixture.config, plan)
+        sample_BT = aligned.sample(ids_BT if level.thorough else ids_BT[:1])
         ids_BT = aligned.sample(ids_BT)
         yield from aligned.checks
+        yield from same_in_either_order(dense, plan, sample_BT, Way(level, computing))
         yield from same_function(mixture, as_stacked(dense, plan.recipe))
         yield from same_head(mixture, dense, ids_BT, computing)
         if any(model.adapters for model in plan.models.values()):
-            yield from same_updates(plan, in_result_ids(checkpoint.path, plan, as_accepted(own, plan.recipe), mixture.config.vocab_size))
+            adapted = in_result_ids(checkpoint.path, plan, as_accepted(own, plan.recipe), mixture.config.vocab_size)
+            yield from same_updates(plan, in_order(adapted, mixture.config, plan))
     if plan is not None and plan.layout.kind == "mixture":
         asked = layers_asked(mixture.config, level)
         ran = work.of_layers("isolation", mixture, *dense.values(), asked=asked)

@@ -157,7 +157,7 @@ class SourceTensors:
             rows = self.rows(expr, start, stop)
             return rows, rows
         if isinstance(expr, Computed) and expressions.is_copy(expr):
-            rows = moved_rows(expr.formula, [self._moved(part) for part in expr.inputs], start, stop)
+            rows = moved_rows(expr.formula, [self._moved(part) for part in expr.inputs], start, stop, expr.shape[0])
             return rows, rows
         if isinstance(expr, Computed):
             return roundings(self.computed(expr, start, stop), computing_dtype(expr))

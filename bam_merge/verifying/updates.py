@@ -37,7 +37,7 @@ def same_updates(plan: Plan, dense: Mapping[str, StoredModel]) -> Iterator[Check
             parameter = parameter_name(role, Cell(row, layer))
             if not _is_the_bases(expr, model) and (role, layer) not in isolated:
                 count += 1
-                worst.add(_difference(sources, expr, dense[name], parameter), f"sources.{name}: {parameter}")
+                worst.add(apart_by(sources, expr, dense[name], parameter), f"sources.{name}: {parameter}")
     if count:
         yield worst.check(f"{count} tensors are what the adapters' own files make of their bases")
 
@@ -49,8 +49,8 @@ def _is_the_bases(expr: Expr, model: DenseModel) -> bool:
     return isinstance(of, Read) and of.source == model.store_name
 
 
-def _difference(sources: SourceTensors, expr: Expr, dense: StoredModel, parameter: str) -> float:
-    """The largest difference, relative to the largest number."""
+def apart_by(sources: SourceTensors, expr: Expr, dense: StoredModel, parameter: str) -> float:
+    """The largest difference of what the plan has of a source and a parameter of its model, relative to the largest number."""
     whole = dense.read(parameter) if isinstance(dense.leaves[parameter], Slice) else None
     largest, size = 0.0, 1e-30
     for start, stop in row_blocks(expr.shape, 8):

@@ -39,10 +39,20 @@ from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import open_model
 
 MOE = {**BASE, **GROUPED, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+SIGMOID = {"n_routed_experts": 3, "moe_intermediate_size": 24, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {**MOE, "model_type": "mixtral", "num_local_experts": 3},
     "qwen2_moe": {**MOE, "model_type": "qwen2_moe", "num_experts": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**MOE, "model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 24, "head_dim": 12, "attention_bias": True},
+    "solar_open": {**MOE, **SIGMOID, "model_type": "solar_open", "head_dim": 8, "attention_bias": True},
+    "glm4_moe": {**MOE, **SIGMOID, "model_type": "glm4_moe", "first_k_dense_replace": 0, "use_qk_norm": True, "attention_bias": True},
+    "dots1": {**MOE, **SIGMOID, "model_type": "dots1", "attention_bias": True, "norm_topk_prob": True},
+    "flex_olmo": {**MOE, "model_type": "flex_olmo", "num_experts": 3, "norm_topk_prob": True, "pad_token_id": None, "attention_bias": True},
+    "cohere2_moe": {
+        **MOE, "model_type": "cohere2_moe", "num_experts": 3, "head_dim": 8, "logit_scale": 0.5, "sliding_window": 8, "num_shared_experts": 1,
+        "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
+    },
+    "hunyuan_v1_moe": {**MOE, "model_type": "hunyuan_v1_moe", "num_experts": 3, "moe_topk": 2, "head_dim": 8, "attention_bias": True},
 }  # fmt: skip
 ALL = {**CONFIGS, **MIXTURES}
 
@@ -148,6 +158,9 @@ def build(config: dict[str, Any], folder: Path) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -179,7 +192,8 @@ def test_what_transformers_saves_is_located_whole(name: str, tmp_path: Path) -> 
         pieces = {name: piece_shape(cell.row, facts) for cell, first in met for name in known.parts.get(first, (first,))}
         assert pieces == shapes
     leaves = open_model(tmp_path).leaves
-    assert sum(map(numel, leaves.values())) == sum(parameter.numel() for parameter in model.parameters())
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert sum(map(numel, leaves.values())) == sum(parameter.numel() for parameter in (*model.parameters(), *biases))
 
 
 def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
@@ -199,7 +213,7 @@ def confusions(name: str, folder: Path) -> Iterator[tuple[str, Architecture]]:
 
 ONE_SUM = {
     *((name, "attn.o.bias and ffn.down.bias") for name in ("gpt_neox", "phi", "phi_tied", "phi_qk_norm", "falcon_grouped")),
-    *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased")),
+    *((name, "attn.q_norm and attn.k_norm") for name in ("hunyuan_v1_dense", "hunyuan_v1_dense_biased", "hunyuan_v1_moe")),
 }
 """A parallel block adds both biases to one sum, and norms after the rotation scale one product: no logits tell them apart, only their names."""
 

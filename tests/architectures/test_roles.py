@@ -26,6 +26,15 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "mixtral": {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen2_moe": {**GROUPED, **MOE, "num_experts": 3, "mlp_only_layers": [0], "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**GROUPED, **MOE, "num_experts": 3, "head_dim": 12, "decoder_sparse_step": 2},
+    "glm4_moe": {**GROUPED, **MOE, "n_routed_experts": 3, "first_k_dense_replace": 1, "use_qk_norm": True},
+    "dots1": {**GROUPED, **MOE, "n_routed_experts": 3, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "solar_open": {**GROUPED, **MOE, "n_routed_experts": 3, "head_dim": 8},
+    "flex_olmo": {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "pad_token_id": None},
+    "cohere2_moe": {
+        **GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"], "num_shared_experts": 1, "tie_word_embeddings": False,
+        "prefix_dense_intermediate_size": 16,
+    },
+    "hunyuan_v1_moe": {**GROUPED, "num_experts": 3, "moe_topk": 2, "head_dim": 8},
     "olmoe": {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2},
     "deepseek_v2": {**MOE, **LATENT, "q_lora_rank": None},
     "deepseek_v3": {**MOE, **LATENT, "q_lora_rank": 10, "n_group": 1, "topk_group": 1},
@@ -100,8 +109,10 @@ def test_public_mixtures(name: str, tmp_path: Path) -> None:
     assert set(found.places) == set(found.checkpoint.tensors)
     assert found.facts["num_experts"] == (4 if name.startswith("deepseek") else 3)
     dense = {layer for role, layer, expert in found.leaves if role == "ffn.up" and expert is None}
-    assert dense == (set() if name in ("mixtral", "olmoe") else {0})
+    assert dense == (set() if name in ("mixtral", "olmoe", "solar_open", "flex_olmo", "hunyuan_v1_moe") else {0})
     expected = {"deepseek_v2": "attn.kv_b", "deepseek_v3": "attn.q_a_norm", "qwen2_moe": "ffn.shared.router"}
+    expected |= dict.fromkeys(("glm4_moe", "dots1", "solar_open"), "router.ffn.bias")
+    expected |= dict.fromkeys(("cohere2_moe", "hunyuan_v1_moe"), "ffn.shared.down")
     assert (expected.get(name, "attn.q"), 1, None) in found.leaves
 
 

@@ -24,7 +24,7 @@ WRONG = {
     "a letter": (
         'shape = ["V", "d"]',
         'shape = ["V", "e"]',
-        "shape: 'e': 'e' is neither an integer nor one of V, d, f, H, K, D, Hk, Hv, Dk, Dv, c.",
+        "shape: 'e': 'e' is neither an integer nor one of V, d, f, H, K, D, N, S, Hk, Hv, Dk, Dv, c.",
     ),
     "a placeholder": (
         "{layer}.mlp.down_proj",

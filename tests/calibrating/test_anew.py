@@ -19,7 +19,15 @@ from bam_merge.errors import BamMergeError, VerificationFailed
 from bam_merge.publishing import states
 from bam_merge.recipe.load import load_recipe
 
-LAYOUTS = {"bam": ("bam", "llama"), "mixtral": ("btx", "llama"), "qwen2_moe": ("btx", "qwen2"), "qwen3_moe": ("btx", "qwen3")}
+LAYOUTS = {
+    "bam": ("bam", "llama"),
+    "mixtral": ("btx", "llama"),
+    "qwen2_moe": ("btx", "qwen2"),
+    "qwen3_moe": ("btx", "qwen3"),
+    "granitemoe": ("btx", "granite"),
+    "glm4_moe": ("btx", "llama"),
+}
+GATES = {"glm4_moe": "topk_then_sigmoid"}
 SETTINGS = {"tokens": 300}
 
 
@@ -27,9 +35,14 @@ def given(folder: Path) -> dict[str, str]:
     return {name: str(folder / f"{name}.txt") for name in SOURCES}
 
 
-def merged(folder: Path, layout: str = "bam", text: str = "router: {init: normal}\nffn: {top_k: 2, gate: topk_then_softmax}") -> Path:
+def gates(layout: str) -> str:
+    return f"ffn: {{top_k: 2, gate: {GATES.get(layout, 'topk_then_softmax')}}}"
+
+
+def merged(folder: Path, layout: str = "bam", text: str | None = None) -> Path:
     method, family = LAYOUTS[layout]
     write_scene(folder, family)
+    text = text or f"router: {{init: normal}}\n{gates(layout)}"
     return merge(load_recipe(recipe(folder, text, method=method, output=f"{{path: out, layout: {layout}}}")), options=UNPROVED)
 
 
@@ -42,7 +55,7 @@ def test_it_gives_what_a_merge_with_these_routers_gives(layout: str, tmp_path: P
     assert verify(out).ok
     anew = folder_bytes(out)
     method, _ = LAYOUTS[layout]
-    text = f"{router()}\nffn: {{top_k: 2, gate: topk_then_softmax}}"
+    text = f"{router()}\n{gates(layout)}"
     other = merge(
         load_recipe(recipe(tmp_path, text, method=method, output=f"{{path: out, layout: {layout}}}")), options=options(force=True)[0]
     )
@@ -67,7 +80,7 @@ def test_without_the_sources_routers_are_for_the_mixtures_own_states(layout: str
         (tmp_path / f"{name}.away").rename(tmp_path / name)
     report = verify(target)  # the manifest is that of a merge with inputs: mixture
     assert report.ok and {check.name: check.ok for check in report.checks}["calibration"]
-    text = f"{router(inputs='mixture')}\nffn: {{top_k: 2, gate: topk_then_softmax}}"
+    text = f"{router(inputs='mixture')}\n{gates(layout)}"
     method, _ = LAYOUTS[layout]
     other = merge(
         load_recipe(recipe(tmp_path, text, method=method, output=f"{{path: new, layout: {layout}}}")), options=options(force=True)[0]
@@ -75,7 +88,7 @@ def test_without_the_sources_routers_are_for_the_mixtures_own_states(layout: str
     assert folder_bytes(other)["model.safetensors"] == (target / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"])
 def test_a_mixture_that_nobody_recorded(layout: str, tmp_path: Path) -> None:
     out = merged(tmp_path, layout)
     (out / "bam_merge.json").unlink()

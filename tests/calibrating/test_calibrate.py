@@ -14,6 +14,7 @@ from scenes import SOURCES, recipe, router, texts, write_scene
 
 from bam_merge import load_model, merge, verify
 from bam_merge.checkpoints.folder import open_checkpoint
+from bam_merge.model.gates import route
 from bam_merge.planning.make import make_plan, plan_file
 from bam_merge.publishing.publish import publish
 from bam_merge.recipe.load import load_recipe
@@ -81,6 +82,34 @@ def test_means_have_one_length_and_the_margin_that_scale_says(tmp_path: Path) ->
     assert verify(out).ok
 
 
+@pytest.mark.parametrize("init", ["ridge", "mean"])
+@torch.no_grad()
+def test_a_router_from_texts_for_sigmoids_chooses_as_for_a_softmax_with_nearly_its_gates(init: str, tmp_path: Path) -> None:
+    """Its rows are the softmax's less one vector, so that every token goes where it goes there. Of the softmax's own rows sigmoids would be
+    high for all experts, and gates more alike."""
+    scene, found = write_scene(tmp_path), {}
+    for gate in ("topk_then_softmax", "topk_then_sigmoid"):
+        text = f"{router(init, scale=6)}\nffn: {{top_k: 2, gate: {gate}}}"
+        plan = plan_file(recipe(scene, text, output=f"{{path: {gate}}}"))
+        found[gate] = load_model(publish(plan, None, UNPROVED)).model.layers[1].mlp
+    assert plan.calibration is not None
+    windows = [(of, ids) for of, name in enumerate(SOURCES) for ids in plan.calibration.corpora["router.ffn"].texts[name].windows]
+    x_MD = torch.from_numpy(numpy.concatenate(inputs_of(scene / "seed", [ids for _, ids in windows])["ffn", 1])).float()
+    own_M1 = torch.tensor([of for of, ids in windows for _ in ids[1:]])[:, None]
+    softmax, sigmoid = found.values()
+    difference_MN = softmax.router(x_MD) - sigmoid.router(x_MD)
+    assert float((difference_MN - difference_MN[:, :1]).abs().max()) < 1e-3
+    assert float(difference_MN.mean()) == pytest.approx(4, abs=1)  # (1 - 1/3) 6, but for what the ridge takes
+
+    def gate_of_its_own(rows: Any, how: str) -> float:
+        return float(route(rows, x_MD, 2, how, None).gather(1, own_M1).mean())
+
+    right = gate_of_its_own(sigmoid.router, "topk_then_sigmoid")
+    assert right > 0.7
+    assert right > gate_of_its_own(softmax.router, "topk_then_softmax") - 0.05
+    assert right > gate_of_its_own(softmax.router, "topk_then_sigmoid") + 0.02
+
+
 def test_the_router_tells_the_texts_apart_and_the_manifest_says_how_often(tmp_path: Path) -> None:
     how, said = options()
     out = merge(load_recipe(recipe(write_scene(tmp_path))), options=how)
@@ -98,6 +127,11 @@ LAYOUTS = {
     "mixtral": ("btx", "llama"),
     "qwen2_moe": ("btx", "qwen2"),
     "qwen3_moe": ("btx", "qwen3"),
+    "granitemoe": ("btx", "granite"),
+    "ernie4_5_moe": ("btx", "llama"),
+    "solar_open": ("btx", "llama"),
+    "cohere2_moe": ("btx", "cohere2"),
+    "flex_olmo": ("btx", "olmo2"),
 }
 
 
@@ -106,7 +140,8 @@ LAYOUTS = {
 def test_every_layout_is_proved(layout: str, inputs: str, tmp_path: Path) -> None:
     method, family = LAYOUTS[layout]
     output = "{path: out}" if layout == "btx" else f"{{path: out, layout: {layout}}}"
-    out = merge(load_recipe(recipe(write_scene(tmp_path, family), router(inputs=inputs), method=method, output=output)))
+    gate = "\nffn: {gate: topk_then_sigmoid}" if layout == "solar_open" else ""
+    out = merge(load_recipe(recipe(write_scene(tmp_path, family), router(inputs=inputs) + gate, method=method, output=output)))
     report = verify(out)
     assert report.ok
     checks = {check.name: check for check in report.checks}

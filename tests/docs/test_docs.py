@@ -12,6 +12,7 @@ from conftest import CONFIGS, write_recipe, write_sources
 import bam_merge
 from bam_merge.architectures.tables import dense_families, load_architecture, mixture_layouts
 from bam_merge.cli import cli
+from bam_merge.errors import BamMergeError
 from bam_merge.planning.make import plan_file
 from bam_merge.recipe.schema import schema
 
@@ -80,7 +81,7 @@ def test_readme_names_the_families_of_a_public_layout() -> None:
         above = said
 
 
-@pytest.mark.parametrize("gate", reference.GATES)
+@pytest.mark.parametrize("gate", [gate for gate, (of, _) in reference.GATES.items() if of == "softmax"])
 @pytest.mark.parametrize(("layout", "family"), [("qwen2_moe", "qwen2"), ("qwen3_moe", "qwen3")])
 def test_the_gates_of_an_engine_are_those_that_a_plan_does_not_warn_of(layout: str, family: str, gate: str, tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS[family])
@@ -98,6 +99,24 @@ def test_the_gates_of_an_engine_are_those_that_a_plan_does_not_warn_of(layout: s
 
 def test_mixtral_has_one_gate() -> None:
     assert reference.gates_of(load_architecture("mixtral")) == ["topk_then_softmax"]
+
+
+@pytest.mark.parametrize(("layout", "gates"), [
+    ("solar_open", ["topk_then_sigmoid"]), ("cohere2_moe", ["topk_then_softmax", "topk_then_sigmoid"]), ("hunyuan_v1_moe", ["topk_then_softmax"]),
+    ("flex_olmo", ["softmax_then_topk", "topk_then_softmax"]), ("bam", ["softmax_then_topk", "topk_then_softmax", "topk_then_sigmoid"]),
+])  # fmt: skip
+def test_the_gates_of_a_layout_are_those_that_a_plan_takes(layout: str, gates: list[str], tmp_path: Path) -> None:
+    table = load_architecture(layout)
+    assert reference.gates_of(table) == gates
+    family = {"hunyuan_v1_moe": "hunyuan_v1_dense", "cohere2_moe": "cohere2", "flex_olmo": "olmo2"}.get(layout, "llama")
+    write_sources(tmp_path, CONFIGS[family])
+    for gate in reference.GATES:
+        path = write_recipe(tmp_path, f"ffn: {{gate: {gate}}}", "btx", output=f"{{path: out, layout: {layout}}}")
+        if gate in gates:
+            assert plan_file(path).config["model_type"] == layout
+        else:
+            with pytest.raises(BamMergeError, match=f"{layout} needs (scoring_func|norm_topk_prob) = "):
+                plan_file(path)
 
 
 def test_contributing_lists_the_parts_of_make_check() -> None:

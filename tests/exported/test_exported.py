@@ -23,6 +23,7 @@ KINDS = {
     "Shared-KV, top-2": ("bam", "attention: {kv: shared, routing: top_k, top_k: 2}\nffn: {top_k: 3, gate: topk_then_softmax}"),
     "keys shared in one layer": ("bam", MIXED),
     "BTX": ("btx", ""),
+    "sigmoids": ("bam", "ffn: {gate: topk_then_sigmoid, gate_scale: 1.5}"),
 }
 """Every kind of mixture: method and sections of the recipe."""
 

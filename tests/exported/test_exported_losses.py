@@ -13,13 +13,14 @@ from test_model import build, ids, write_three
 transformers = pytest.importorskip("transformers")
 
 
-def by_hand(logits: torch.Tensor, k: int | None, counted: list[int]) -> tuple[float, float]:
+def by_hand(logits: torch.Tensor, k: int | None, counted: list[int], sigmoid: bool = False) -> tuple[float, float]:
     """(N * sum_i f_i P_i, mean of logsumexp^2) over the tokens `counted`; f_i: share of choices, or of the gates where k is None."""
     experts, rows = logits.shape[-1], [logits[x].tolist() for x in counted]
     chosen, gates, z = [0.0] * experts, [0.0] * experts, 0.0
     for row in rows:
         total = sum(math.exp(value) for value in row)
-        p = [math.exp(value) / total for value in row]
+        score = [1 / (1 + math.exp(-value)) if sigmoid else math.exp(value) for value in row]
+        p = [value / sum(score) for value in score]
         best = sorted(range(experts), key=lambda i: -row[i])[:k]
         for i in range(experts):
             gates[i] += p[i] / len(rows)
@@ -30,7 +31,8 @@ def by_hand(logits: torch.Tensor, k: int | None, counted: list[int]) -> tuple[fl
 
 def totals(outputs: Any, config: Any, counted: list[int]) -> float:
     attention_k = config.num_attention_experts_per_tok if config.attention_routing == "top_k" else None
-    ffn = [by_hand(logits, config.num_experts_per_tok, counted) for logits in outputs.router_logits]
+    sigmoid = config.scoring_func == "sigmoid"
+    ffn = [by_hand(logits, config.num_experts_per_tok, counted, sigmoid) for logits in outputs.router_logits]
     attention = [by_hand(logits, attention_k, counted) for logits in outputs.attention_router_logits]
     total = sum(config.router_aux_loss_coef * balance + config.router_z_loss_coef * z for balance, z in ffn)
     total += sum(config.attention_router_aux_loss_coef * balance + config.router_z_loss_coef * z for balance, z in attention)
@@ -72,6 +74,22 @@ def test_perfect_balance_scores_one() -> None:
         balance, _ = router_losses(logits, k, None)
         assert float(balance) == pytest.approx(1.0)
     collapsed, _ = router_losses(torch.tensor([[50.0, 0.0, 0.0, 0.0]]), 1, None)
+    assert float(collapsed) == pytest.approx(4.0)
+
+
+def test_balance_of_sigmoids_is_of_their_shares() -> None:
+    """N sum_i f_i P_i, with P_i the mean over the tokens of s_i / sum of s: two tokens, three experts, two chosen."""
+    from bam_merge.exported.modeling_bam import router_losses
+
+    s_XN = torch.tensor([[0.8, 0.6, 0.2], [0.5, 0.1, 0.4]], dtype=torch.float64)
+    balance, _ = router_losses(s_XN.logit(), 2, None, True)
+    sent_N = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)  # experts 0 and 1, then 0 and 2
+    assert float(balance) == pytest.approx(
+        3 * float(sent_N @ (torch.tensor([[0.5, 0.375, 0.125], [0.5, 0.1, 0.4]], dtype=torch.float64).mean(0)))
+    )
+    softmax, _ = router_losses(s_XN.logit(), 2, None)
+    assert float(softmax) != pytest.approx(float(balance), rel=1e-3)
+    collapsed, _ = router_losses(torch.tensor([[50.0, -50.0, -50.0, -50.0]]), 1, None, True)
     assert float(collapsed) == pytest.approx(4.0)
 
 

@@ -172,13 +172,18 @@ def test_a_dense_merge_is_transformers_own_model_with_the_mean(name: str, tmp_pa
 LAYOUTS = [layout.name for layout in mixture_layouts() if layout.name != "bam"]
 
 
+def gate_of(layout: str) -> str:
+    """Gates that sum to one, of the kind that a layout has."""
+    return "topk_then_sigmoid" if load_architecture(layout).accepts.get("scoring_func") == "sigmoid" else "topk_then_softmax"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_a_layout_that_takes_a_family_computes_the_mixture(name: str, layout: str, tmp_path: Path) -> None:
     """Either the plan refuses it and names what the layout has no word for, or transformers' class of the layout runs the same function."""
     write_three(tmp_path, CONFIGS[name])
-    sections = "ffn: {top_k: 2, gate: topk_then_softmax}\nrouter: {init: normal, std: 0.5}"
+    sections = f"ffn: {{top_k: 2, gate: {gate_of(layout)}}}\nrouter: {{init: normal, std: 0.5}}"
     recipe = write_recipe(tmp_path, sections, "btx", output=f"{{path: out, layout: {layout}}}")
     try:
         plan = plan_file(recipe)
@@ -201,8 +206,9 @@ def plainest(family: str) -> dict[str, Any]:
     """The family's first variant with every factor at what is none, and no layer that slides."""
     table, config = load_architecture(family), CONFIGS[FIRST[family]]
     facts, plain = describe(table, config, []), {"layer_types": ["full_attention"] * 2} if table.quirks.windows != "none" else {}
-    if table.quirks.windows == "all":
-        plain["sliding_window"] = None
+    plain |= {"sliding_window": None} if table.quirks.windows == "all" else {}  # which all layers have, or none
+    if "partial_rotary_factor" in table.defaults:
+        plain["rope_parameters"] = {**facts["rope_parameters"], "partial_rotary_factor": 1.0}
     for trait, value in table.traits.items():
         key, _, power = str(value).partition(":")[2].partition("^")
         if key and type(table.defaults.get(key)) is bool:
@@ -225,7 +231,8 @@ def test_the_reference_says_which_layouts_take_a_family(family: str, tmp_path: P
         write_sources(tmp_path, config)
         for layout in (*LAYOUTS, "bam"):
             with suppress(BamMergeError):
-                plan_file(write_recipe(tmp_path, method="btx", output=f"{{path: out, layout: {layout}}}"))
+                gate = f"ffn: {{gate: {gate_of(layout)}}}"
+                plan_file(write_recipe(tmp_path, gate, "btx", output=f"{{path: out, layout: {layout}}}"))
                 taken.add(layout)
     assert taken == {word for word in (*LAYOUTS, "bam") if f"`{word}`" in line.split(" | ")[2]}
 

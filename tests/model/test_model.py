@@ -414,9 +414,23 @@ def test_gates_by_hand() -> None:
         assert gates(2, how) == pytest.approx([3 / 5, 2 / 5, 0])
         assert gates(3, how) == pytest.approx([1 / 2, 1 / 3, 1 / 6])
     assert gates(1, "softmax_then_topk", force=2) == [0, 0, 1]
+    s = 3 / 4, 2 / 3, 1 / 2  # sigmoid(log x) = x / (1 + x)
+    assert gates(2, "sigmoid") == pytest.approx([*s[:2], 0])
+    assert gates(1, "topk_then_sigmoid") == pytest.approx([1, 0, 0])
+    assert gates(2, "topk_then_sigmoid") == pytest.approx([9 / 17, 8 / 17, 0])
+    assert gates(3, "topk_then_sigmoid") == pytest.approx([of / sum(s) for of in s])
+    low = torch.tensor([0.0, 0.0, 0.2])  # the last is chosen before the second, and has its own gate
+    for how, expected in (
+        ("topk_then_sigmoid", [3 / 5, 0, 2 / 5]),
+        ("sigmoid", [3 / 4, 0, 1 / 2]),
+        ("topk_then_softmax", [3 / 4, 0, 1 / 4]),
+    ):
+        assert route(router, x_BTD, 2, how, None, low).flatten().tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("how", "learns"), [("softmax_then_topk", True), ("topk_then_softmax", False), ("renormalised", True)])
+@pytest.mark.parametrize(("how", "learns"), [
+    ("softmax_then_topk", True), ("topk_then_softmax", False), ("renormalised", True), ("topk_then_sigmoid", False), ("sigmoid", True),
+])  # fmt: skip
 def test_whether_a_top_1_router_has_a_gradient(how: str, learns: bool) -> None:
     router = torch.nn.Linear(4, 3, bias=False)
     route(router, torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0)), 1, how, None).sum().backward()

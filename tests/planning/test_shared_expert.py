@@ -11,6 +11,7 @@ from proofs import Forger, failed
 from safetensors.torch import load_file
 
 from bam_merge import MergeOptions, inspect, load_model, verify
+from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import RecipeError
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
@@ -79,6 +80,86 @@ def test_the_cost_counts_it(tmp_path: Path) -> None:
         assert (made.active_by_role or {})[role] == (found.cost.active_by_role or {})[role]
 
 
+# ---- nothing weighs it --------------------------------------------------------------------------------------------------------
+
+OPEN = {"solar_open": "llama", "glm4_moe": "qwen3", "dots1": "qwen3", "hunyuan_v1_moe": "hunyuan_v1_dense", "cohere2_moe": "cohere2"}
+"""Layouts whose shared expert has no gate, and a family for each."""
+BESIDE = {"hunyuan_v1_moe": "shared_mlp"}
+ROUTED = "router: {init: normal, std: 0.5}"
+
+
+def in_layout(
+    folder: Path, layout: str, ffn: str, more: str = "", method: str = "btx", names: tuple[str, ...] = ("seed", "code", "law")
+) -> Path:
+    gate = "topk_then_sigmoid" if layout in ("solar_open", "glm4_moe", "dots1") else "topk_then_softmax"
+    config = CONFIGS[OPEN[layout]] | ({"logit_scale": 0.5} if layout == "cohere2_moe" else {})
+    for number, name in enumerate(names):
+        write_checkpoint(folder / name, config, random_values(number, 0.2))
+    text = f"ffn: {{{ffn}, gate: {gate}}}\n{ROUTED}\n{more}"
+    return publish(
+        plan_file(write_recipe(folder, text, method, names, f"{{path: out, layout: {layout}}}")), None, MergeOptions(verify="full")
+    )
+
+
+@pytest.mark.parametrize("layout", OPEN)
+@torch.no_grad()
+def test_a_source_s_ffn_is_added_as_transformers_does(layout: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    scale = ", gate_scale: 0.5" if layout in ("solar_open", "glm4_moe", "dots1") else ""
+    path = in_layout(tmp_path, layout, f"shared_expert: seed, top_k: 2{scale}", "experts: [code, law]")
+    own = load_file(tmp_path / "seed" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    name = f"model.layers.1.mlp.{BESIDE.get(layout, 'shared_experts')}.down_proj.weight"
+    assert torch.equal(load_file(path / "model.safetensors")[name], own)
+    found, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    expected = found.eval()(ids).logits
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(load_model(path)(ids), expected, rtol=1e-4, atol=1e-5)
+    report = verify(path)
+    assert report.ok, failed(report)
+
+
+@pytest.mark.parametrize("layout", OPEN)
+@torch.no_grad()
+def test_what_it_does_to_step_0(layout: str, tmp_path: Path) -> None:
+    """Copies of the seed beside the seed: where both are added the FFN counts twice; where they are averaged, or the shared one is zeros, it
+    is the seed's."""
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    for shared, copies in (("zeros", True), ("seed", layout == "cohere2_moe")):
+        folder = tmp_path / shared
+        path = in_layout(folder, layout, f"shared_expert: {shared}, top_k: 2", "experts: [seed, seed, seed]", "sparse_upcycling", ("seed",))
+        apart = float((load_model(path)(ids) - load_model(folder / "seed")(ids)).abs().max())
+        assert apart < 1e-5 if copies else apart > 0.05
+
+
+def test_the_plan_says_what_it_does_to_step_0(tmp_path: Path) -> None:
+    write_sources(tmp_path, CONFIGS["llama"])
+    output = "{path: out, layout: solar_open}"
+    said = plan_file(
+        write_recipe(tmp_path, "ffn: {shared_expert: seed, gate: topk_then_sigmoid, gate_scale: 0.5}", "btx", output=output)
+    ).notes
+    (note,) = [note for note in said if "shared_expert" in note]
+    assert "seed's FFN is added to every token's" in note
+    assert (
+        "an FFN that equals it counts 1.5 times (gate_scale 0.5 for the chosen experts, and 1), so step 0 is not the dense models'" in note
+    )
+    quiet = plan_file(write_recipe(tmp_path, "ffn: {gate: topk_then_sigmoid}", "btx", output=output)).notes
+    assert not [note for note in quiet if "shared_expert" in note]
+    write_sources(tmp_path, CONFIGS["cohere2"])
+    (note,) = plan_file(write_recipe(tmp_path, "ffn: {shared_expert: code}", "btx", output="{path: out, layout: cohere2_moe}")).notes
+    assert note.startswith(
+        "ffn.shared_expert: every token gets half of what its experts give and half of what code's FFN gives. Copies of code"
+    )
+
+
+def test_one_that_nobody_asked_for_is_not_there(tmp_path: Path) -> None:
+    """In cohere2_moe, which does without."""
+    path = in_layout(tmp_path, "cohere2_moe", "top_k: 2")
+    assert not [name for name in load_file(path / "model.safetensors") if "shared" in name]
+    assert json.loads((path / "config.json").read_text())["num_shared_experts"] == 0
+
+
 # ---- what verification must catch ----------------------------------------------------------------------------------------------
 
 
@@ -86,6 +167,23 @@ def another_s(forge: Forger) -> None:
     for part in ("gate", "up", "down"):
         own = load_file(forge.folder.parent / "code" / "model.safetensors")[f"model.layers.1.mlp.{part}_proj.weight"]
         forge.write(f"model.layers.1.mlp.shared_expert.{part}_proj.weight", own)
+
+
+def doubled(forge: Forger) -> None:
+    name = "model.layers.1.mlp.shared_experts.down_proj.weight"
+    forge.write(name, 2 * forge.read(name))
+
+
+def biased(forge: Forger) -> None:
+    forge.write("model.layers.0.mlp.gate.e_score_correction_bias", torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("harm", "checks"), [(doubled, {"copies", "expert isolation", "identity"}), (biased, {"routers"})])
+def test_what_glm4_moe_has_besides_is_proved(harm: Any, checks: set[str], tmp_path: Path) -> None:
+    path = in_layout(tmp_path, "glm4_moe", "shared_expert: seed, top_k: 1", "experts: [code, law]")
+    assert verify(path).ok
+    harm(Forger(path))
+    assert checks <= failed(verify(path)).keys()
 
 
 def gate_and_up(forge: Forger) -> None:
@@ -107,7 +205,7 @@ def test_a_shared_expert_that_is_another_is_found(harm: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("text", "method", "layout", "said"), [
     ("ffn: {shared_expert: sed}", "btx", "qwen2_moe", "ffn.shared_expert: 'sed' is not among the sources"),
-    ("ffn: {shared_expert: seed}", "btx", "bam", "ffn.shared_expert: layout bam has no shared expert. Layouts that have one: qwen2_moe."),
+    ("ffn: {shared_expert: seed}", "btx", "bam", "ffn.shared_expert: layout bam has no shared expert. Layouts that have one: cohere2_moe, dots1, glm4_moe, hunyuan_v1_moe, qwen2_moe, solar_open."),
     ("ffn: {shared_expert: zeros}", "bam", "bam", "ffn.shared_expert: layout bam has no shared expert."),
     ("ffn: {shared_expert: seed}", "merge", "qwen2", "ffn: method merge gives a dense model"),
 ])  # fmt: skip

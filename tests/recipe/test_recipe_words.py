@@ -145,7 +145,7 @@ def test_no_word_of_a_library_reaches_the_user() -> None:
     ({"random_seed": 2**63}, "random_seed: found 9223372036854775808, expected less than 9,223,372,036,854,775,808."),
     ({"random_seed": 10**5000}, "random_seed: found a number of thousands of digits, expected less than 9,223,372,036,854,775,808."),
     ({"ffn": {"gate_scale": True}}, "ffn.gate_scale: found true, expected a number."),
-    ({"ffn": {"gate": False}}, "ffn.gate: found false (a bare yes, no, on or off is true or false in YAML: quote it), expected softmax_then_topk or topk_then_softmax."),
+    ({"ffn": {"gate": False}}, "ffn.gate: found false (a bare yes, no, on or off is true or false in YAML: quote it), expected softmax_then_topk or topk_then_softmax or topk_then_sigmoid."),
     ({"output": {"path": ""}}, "output.path: found '', expected at least 1 character."),
 ])  # fmt: skip
 def test_words(document: dict[str, Any], message: str) -> None:

@@ -70,6 +70,11 @@ LAYOUTS = {
     "mixtral": ("btx", "llama", "{path: out, layout: mixtral}", ""),
     "qwen2_moe": ("btx", "qwen2", "{path: out, layout: qwen2_moe}", ""),
     "qwen3_moe": ("btx", "qwen3", "{path: out, layout: qwen3_moe}", ""),
+    "granitemoe": ("btx", "granite", "{path: out, layout: granitemoe}", ""),
+    "ernie4_5_moe": ("btx", "llama", "{path: out, layout: ernie4_5_moe}", ""),
+    "dots1": ("btx", "qwen3", "{path: out, layout: dots1}", "ffn: {gate: topk_then_sigmoid}"),
+    "cohere2_moe": ("btx", "cohere2", "{path: out, layout: cohere2_moe}", "ffn: {gate: topk_then_sigmoid}"),
+    "flex_olmo": ("btx", "olmo2", "{path: out, layout: flex_olmo}", ""),
 }
 
 

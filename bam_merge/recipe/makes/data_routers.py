@@ -49,8 +49,8 @@ class FromTexts(Strict):
         if cls.calibrator is FromTexts.calibrator:
             raise TypeError(f"{cls.__name__} lacks `calibrator`, which makes its record")
 
-    def calibrator(self, scale: float) -> expressions.Calibrator:
-        """The record of the rule."""
+    def calibrator(self, scale: float, sigmoid: bool) -> expressions.Calibrator:
+        """The record of the rule. `sigmoid`: gates are shares of sigmoids, which need logits that are low but for the right expert."""
         raise NotImplementedError
 
     @property
@@ -81,8 +81,8 @@ class Ridge(FromTexts):
         default=0.1, alias="lambda", description="how much is added to the inputs' second moments, relative to their mean"
     )
 
-    def calibrator(self, scale: float) -> expressions.Ridge:
-        return expressions.Ridge(scale, self.lambda_)
+    def calibrator(self, scale: float, sigmoid: bool) -> expressions.Ridge:
+        return expressions.Ridge(scale, self.lambda_, sigmoid)
 
 
 class HiddenMean(FromTexts):
@@ -93,8 +93,8 @@ class HiddenMean(FromTexts):
         default=None, description="source: prompts that the expert is not for; their mean is subtracted from its own"
     )
 
-    def calibrator(self, scale: float) -> expressions.HiddenMean:
-        return expressions.HiddenMean(scale)
+    def calibrator(self, scale: float, sigmoid: bool) -> expressions.HiddenMean:
+        return expressions.HiddenMean(scale, sigmoid)
 
     @property
     def negative(self) -> Mapping[str, tuple[str, ...]]:

@@ -1,0 +1,104 @@
+"""Rotary pairs in another order than the sources': the second reading of their rows, and the proof that it computes the same.
+
+A plan puts the rows of queries and keys in its layout's order (planning/pairs.py). Here the dense models are read in that order by code of
+its own, are held against the plan's tensors, and against themselves as they are stored: a block must compute the same in either.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bam_merge.architectures.locate import Cell
+from bam_merge.model.loading import StoredModel, parameter_name
+from bam_merge.model.model_config import ModelConfig
+from bam_merge.model.streaming import streamed_block, streamed_embeddings
+from bam_merge.planning.plan import Plan
+from bam_merge.verifying.levels import layers_asked
+from bam_merge.verifying.measuring import Way, Worst, difference, of_layers, positions_of
+from bam_merge.verifying.report import Check
+from bam_merge.verifying.rows import RowReader, SourceTensors
+from bam_merge.verifying.updates import TOLERANCE, apart_by
+
+TURNED = tuple(f"self_attn.{part}" for part in ("q_proj.", "k_proj.", "q_norm.", "k_norm."))
+"""What the reference model calls what has channels of queries or keys for rows, in a layer."""
+
+
+@dataclass(frozen=True)
+class Ordered(StoredModel):
+    """The dense model `of`, with the rows of its queries and keys in the order that `config` turns them in."""
+
+    of: StoredModel | None = None
+
+    def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
+        assert self.of is not None
+        values = self.of.read(parameter, dtype)
+        order = self._order(parameter)
+        return values if order is None else values[order]
+
+    def read_rows(self, parameter: str, rows: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        assert self.of is not None
+        order = self._order(parameter)
+        return self.of.read_rows(parameter, rows if order is None else order[list(rows)].tolist(), dtype)
+
+    def _order(self, parameter: str) -> Tensor | None:
+        """Where each row stands in the model as it is; None where all stay."""
+        layer, _, rest = parameter.removeprefix("model.layers.").partition(".")
+        if not rest.startswith(TURNED):
+            return None
+        own = self.config.at(int(layer))
+        slides = own.layer_types is not None and own.layer_types[int(layer)] == "sliding_attention"
+        rope = own.sliding_rope_parameters if slides and own.sliding_rope_parameters else own.rope_parameters
+        pairs = torch.arange(int(own.head_dim * rope.get("partial_rotary_factor", 1.0)) // 2)
+        if own.rope_interleaved:  # p, half + p of each pair in turn
+            turning = torch.stack((pairs, len(pairs) + pairs), 1).flatten()
+        else:
+            turning = torch.cat((2 * pairs, 2 * pairs + 1))
+        of_a_head = torch.cat((turning, torch.arange(len(turning), own.head_dim)))
+        heads = torch.arange(self.leaves[parameter].shape[0] // own.head_dim)
+        return (heads[:, None] * own.head_dim + of_a_head).flatten()
+
+
+def in_order(dense: Mapping[str, StoredModel], mixture: ModelConfig, plan: Plan) -> dict[str, StoredModel]:
+    """The dense models as a layout turns them that turns one way only."""
+    if plan.layout.kind != "mixture" or not isinstance(plan.layout.accepts.get("rope_interleaved"), bool):
+        return dict(dense)
+    wanted = mixture.rope_interleaved
+    return {
+        name: model
+        if model.config.rope_interleaved == wanted
+        else Ordered(model.checkpoint, replace(model.config, rope_interleaved=wanted), model.leaves, model)
+        for name, model in dense.items()
+    }
+
+
+@torch.no_grad()
+def same_in_either_order(dense: Mapping[str, StoredModel], plan: Plan, ids_BT: Tensor, way: Way) -> Iterator[Check]:
+    """One check of the models that are read in another order: theirs are the plan's tensors, and their blocks compute what they did."""
+    ordered = {name: model for name, model in dense.items() if isinstance(model, Ordered)}
+    if not ordered:
+        return
+    tensors, blocks = Worst("rotary order", TOLERANCE), Worst("rotary order")
+    sources = SourceTensors(plan, RowReader())
+    asked: Sequence[int] = ()
+    for name, model in ordered.items():
+        assert model.of is not None
+        asked = sorted(layers_asked(model.config, way.level))
+        x_BTD = streamed_embeddings(model, ids_BT, way.computing)
+        for (role, layer), expr in plan.models[name].tensors.items():
+            row = next(row for row in plan.models[name].family.rows if role in row.roles)
+            parameter = parameter_name(role, Cell(row, layer))
+            if layer in asked and f".{TURNED[0].partition('.')[0]}." in parameter:
+                tensors.add(apart_by(sources, expr, model, parameter), f"sources.{name}: {parameter}")
+        for layer in asked:
+            for computing in way.precisions:
+                x = computing.taken(x_BTD)
+                got, expected = (streamed_block(of, layer, computing)(x, positions_of(x)).hidden for of in (model, model.of))
+                error = difference(got - x, expected - x, expected)
+                if error <= blocks.tolerance:
+                    break
+            blocks.add(error, f"sources.{name}: layer {layer}")
+    count = plan.models[plan.recipe.seed_name].facts["num_hidden_layers"]
+    passed = f"rows of q and k in the layout's order of rotary pairs compute what they do in the sources'{of_layers(asked, count)}"
+    yield tensors.check(passed) if tensors.places else blocks.check(passed)
