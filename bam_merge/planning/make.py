@@ -78,7 +78,9 @@ def make_plan(recipe: Recipe) -> Plan:
         problems += [f"{recipe.file}: {text}" for text in (*check_axes(made, seed.facts["num_hidden_layers"]), *check_units(made))]
     steps = make_steps(recipe, layout, seed, made, problems)
     frame = frame_of(layout, seed)
-    steps = steps if frame is None else frame.steps(steps)
+    if frame is not None:
+        steps = frame.steps(steps)
+        problems += frame.problems(recipe.file, None if alignment is None else alignment.giver)
     problems += [*dtype_problems(recipe, steps), *copied_only_problems(steps, recipe.file)]
     if problems:
         raise RecipeError(*dict.fromkeys(problems))

@@ -9,6 +9,7 @@ from typing import Any
 
 from bam_merge.architectures.tables import Architecture
 from bam_merge.architectures.wrappers import Wrapper, Written, wrappers
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.planning.plan import BESIDE, Step
 from bam_merge.sources.dense import DenseModel
@@ -66,6 +67,23 @@ class Frame:
             self.wrapper.config[0]: text,
         }
         return dict(sorted(whole.items()))
+
+    def problems(self, file: str, giver: str | None) -> Iterator[str]:
+        """What keeps the wrapper from standing around this merge. `giver`: the source whose tokenizer an aligned result takes."""
+        where = f"{file}: output.layout: {self.wrapper.name} stands around the mixture, "
+        if giver not in (None, self.seed.name):
+            ids = ", ".join(key for key in self.written.keys if key.endswith("_token_id"))
+            yield (
+                f"{where}and {ids} are of the tokens of {self.seed.name}; the tokenizer is {giver}'s. Use tokenizer.source: union or "
+                f"{self.seed.name}, or layout: bam, which is the text model alone."
+            )
+        odd = [step for step in self._beside() if step.dtype not in ARITHMETIC_DTYPES]
+        if odd:
+            tensors = some([str(step.expr) for step in odd])
+            yield (
+                f"{where}with what {self.seed.name} has beside its text model, and {tensors} is {odd[0].dtype}, which is not computed with "
+                "here. Use the full-precision model, or layout: bam, which is the text model alone."
+            )
 
     def notes(self) -> Iterator[str]:
         there = dict.fromkeys(self.seed.naming.beside.values())

@@ -10,6 +10,7 @@ from conftest import CONFIGS, SOURCES, Result, write_recipe
 from proofs import UNPROVED, Forger, failed
 from safetensors.torch import load_file, save_file
 from test_transformers_mixtures import experts_of, rotate_experts
+from vocabularies import tokenizer_json
 
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
@@ -130,3 +131,27 @@ def test_a_mixture_is_no_source(wrapped: Path, run: Any) -> None:
     result = run("plan", write_recipe(wrapped, "", "btx", ("seed", "out"), "{path: again}"))
     assert result.status == 2
     assert "sources.out: model_type 'qwen3_5_moe' is a mixture already." in result.err
+
+
+def test_a_tower_that_is_quantised_is_refused(wrapped: Path, run: Any) -> None:
+    file, name = wrapped / "seed" / "model.safetensors", "model.visual.pos_embed.weight"
+    tensors = load_file(file)
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
+    result = run("plan", write_recipe(wrapped, ROUTED, "btx", output=LAYOUT))
+    assert result.status == 2
+    assert f"seed:{name} is F8_E4M3, which is not computed with here. Use the full-precision model, or layout: bam" in result.err
+    assert run("plan", write_recipe(wrapped, ROUTED, "btx")).status == 0
+
+
+def test_another_sources_tokens_are_refused(wrapped: Path, run: Any) -> None:
+    """The ids of image tokens stand in the seed's config.json."""
+    for source in SOURCES:
+        (wrapped / source / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    chosen = ROUTED + "\ntokenizer: {source: NAME}"
+    result = run("plan", write_recipe(wrapped, chosen.replace("NAME", "law"), "btx", output=LAYOUT))
+    assert result.status == 2
+    assert (
+        "image_token_id, video_token_id, vision_start_token_id, vision_end_token_id are of the tokens of seed; the tokenizer is law's."
+        in result.err
+    )
+    assert run("plan", write_recipe(wrapped, chosen.replace("NAME", "union"), "btx", output=LAYOUT)).status == 0
