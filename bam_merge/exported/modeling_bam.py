@@ -665,10 +665,9 @@ class BamPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, 1.0 - module.offset)
         elif isinstance(module, BamHeadScale):
             init.ones_(module.weight)
-        elif isinstance(module, BamLinearAttention):
-            own = module.experts if module.mixed else module
-            init.ones_(own.dt_bias)
-            init.copy_(own.A_log, torch.empty_like(own.A_log).uniform_(0.01, 16).log_())
+        elif isinstance(module, BamLinearAttention | BamAttentionExperts) and hasattr(module, "A_log"):
+            init.ones_(module.dt_bias)
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
         elif isinstance(module, BamExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)

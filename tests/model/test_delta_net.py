@@ -322,3 +322,18 @@ def test_routers_of_hybrids_are_made_of_texts(inputs: str, tmp_path: Path) -> No
     assert float(forger.read(name).std()) > 0
     forger.write(name, forger.read(name).flip(0))
     assert failed(verify(folder, plan))
+
+
+def test_a_new_model_forgets_at_rates_of_many_sizes(tmp_path: Path) -> None:
+    """As transformers begins such models, whether the layer has experts or not."""
+    transformers = pytest.importorskip("transformers")
+    write_sources(tmp_path, HYBRID)
+    for sections in ("", "attention: {linear: mean}"):
+        folder = publish(plan_file(write_recipe(tmp_path, sections, output=f"{{path: out{len(sections)}}}")), None, UNPROVED)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        layer = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).model.layers[1].self_attn
+        own = layer.experts if layer.mixed else layer
+        assert layer.mixed == (sections == "")
+        assert float(own.A_log.std()) > 0.1
+        assert bool((own.dt_bias == 1).all())
+        assert bool((own.norm.weight == 1).all())
