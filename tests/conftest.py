@@ -93,6 +93,8 @@ def without(keys: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in names}
 
 
+OF_GEMMA4 = {"head_dim": 6, "global_head_dim": 10, "hidden_size_per_layer_input": 0}
+
 SLIDES, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 DELTA = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 4,
@@ -112,6 +114,9 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma2_uncapped": {"model_type": "gemma2", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": [FULL, SLIDES], "attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
     "gemma3_text": {"model_type": "gemma3_text", **BASE, **GROUPED, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8, "sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma3_text_biased": {"model_type": "gemma3_text", **BASE, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "sliding_window": 8, "layer_types": [FULL, SLIDES], "rope_parameters": {FULL: {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "original_max_position_embeddings": 16}, SLIDES: {"rope_type": "default", "rope_theta": 1e3}}, "final_logit_softcapping": 4.0, "tie_word_embeddings": False},
+    "gemma4_text": {"model_type": "gemma4_text", **BASE, **GROUPED, **OF_GEMMA4, "sliding_window": 8, "layer_types": [SLIDES, FULL], "final_logit_softcapping": 5.0, "rope_parameters": {FULL: {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, SLIDES: {"rope_type": "default", "rope_theta": 1e3}}},
+    "gemma4_text_keys": {"model_type": "gemma4_text", **BASE, **GROUPED, **OF_GEMMA4, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "attention_bias": True, "sliding_window": 8, "layer_types": [SLIDES, FULL], "tie_word_embeddings": False},
+    "gemma4_unified_text": {"model_type": "gemma4_unified_text", **BASE, **GROUPED, "head_dim": 6, "global_head_dim": 10, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 8, "layer_types": [SLIDES, FULL]},
     "smollm3": {"model_type": "smollm3", **BASE, **GROUPED, "no_rope_layers": [1, 0]},
     "smollm3_sliding": {"model_type": "smollm3", **BASE, **GROUPED, **BIASED, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": False},
     "seed_oss": {"model_type": "seed_oss", **BASE, **GROUPED, "head_dim": 12},

@@ -314,10 +314,16 @@ class _Described:
                 if not of_this_kind(role, layer, self.facts):
                     continue
                 dense = layer in blank and role.startswith(("ffn.", "router.ffn"))
+                if role.startswith("attn.v") and self.facts.get("values_are_keys") and not self.slides(layer):
+                    continue
                 if dense and not any(not row.per_expert and row in self.architecture.others for row in rows[role]):
                     continue
                 self.missing += self.absent(rows[role], layer, have.get(role, {}), 0 if dense else self.facts.get(key) or 0)
         self.missing = list(dict.fromkeys(self.missing))  # a tensor may hold several roles
+
+    def slides(self, layer: int) -> bool:
+        types = self.facts.get("layer_types")
+        return isinstance(types, list) and layer < len(types) and types[layer] == "sliding_attention"
 
     def absent(self, rows: list[Row], layer: int, have: Mapping[int | None, set[int | None]], experts: int) -> Iterator[str]:
         """Names of what one role lacks in one layer, which holds `experts` of it unless it shares one."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+from bam_merge.architectures.layer_sizes import are_sizes_by_kind, of_own_keys, sizes_by_kind
 from bam_merge.architectures.mixture_keys import odd_keys
 from bam_merge.architectures.nulls import without_nulls
 from bam_merge.architectures.quantisation import quantisation
@@ -14,7 +15,6 @@ from bam_merge.architectures.traits import (
     INTERVAL,
     LEGACY,
     PATTERN,
-    are_sizes_by_kind,
     beyond,
     facts_of_cases,
     interval_problems,
@@ -24,7 +24,6 @@ from bam_merge.architectures.traits import (
     own_key,
     query_growth,
     renamed,
-    sizes_by_kind,
     stated_traits,
     under_common_keys,
     without_idle_pattern,
@@ -142,7 +141,7 @@ def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: li
     traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
     traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other
     own = [str(value).removeprefix("config:").partition("^")[0] for value in layout.traits.values()]
-    extra = {key: value for key, value in layout.defaults.items() if key in (*ROPE_KEYS, *own)}
+    extra = {key: value for key, value in layout.defaults.items() if key in (*ROPE_KEYS, PATTERN, *own, *layout.function)}
     family = replace(
         layout, traits={**traits, **layout.traits}, function=("rms_norm_eps", *own, *layout.function), defaults={**defaults, **extra}
     )
@@ -217,6 +216,7 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
         turning = [layer for layer, kind in enumerate(windows) if kind == "sliding_attention"]
     facts["rope_layers"] = turning if turning is not None and len(turning) < facts["num_hidden_layers"] else None
     facts.update(sizes_by_kind(family, get, facts, problems))
+    facts.update(of_own_keys(family, facts))
     facts.update({**stated_traits(family, get, problems), **cases})
     if not facts["qk_norm"]:
         facts |= {key: TRAITS[key] for key in ("qk_norm_shape", "qk_norm_bias", "qk_norm_after_rotary")}
@@ -228,6 +228,8 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
         facts[scaled_by] = usual
     if facts["attention_scale"] == usual and not facts["sizes_by_kind"]:  # else None is another one in each kind of layer
         facts["attention_scale"] = None
+    windows_somewhere = bool(facts.get("layer_types") or facts.get("sliding_window"))
+    facts["own_values"] = windows_somewhere or not facts["values_are_keys"]  # but in single layers
     facts["twin_norms"] = bool(facts["parallel_block"]) and facts["parallel_norms"] == 2
     facts["second_norm"] = facts["pre_norms"] and (not facts["parallel_block"] or facts["parallel_norms"] == 2)
     facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])
@@ -306,6 +308,9 @@ def _rope(family: Architecture, config: Mapping[str, Any], problems: list[str]) 
     if odd:
         problems.append(f"config.json: {some(odd)} in rope_parameters must be a number, text or a list of numbers.")
         return {}
+    if raw.get("rope_type") == "proportional" and family.kind == "dense" and not family.quirks.rope_sets:
+        problems.append(f"config.json: rope_type 'proportional' is not known here of {family.name}, only of Gemma 4.")
+        return {}
     images = MROPE if family.quirks.mrope else ()
     rope = {key: value for key, value in raw.items() if key not in ("type", *images) and value is not None}
     stated = raw.get("rope_type") or raw.get("type") or "default"
@@ -355,6 +360,8 @@ def _sliding(family: Architecture, get: Any, facts: Mapping[str, Any]) -> dict[s
     stated = [LEGACY.get(kind, kind) for kind in get("layer_types") or ()]
     types = ["sliding_attention" if window and slide else "full_attention" for slide in slides]
     types = stated or kinds_of_hybrid(family, get, layers) or types
+    if how.endswith("never the last"):
+        types = [*types[:-1], "full_attention"]
     sliding = [kind == "sliding_attention" for kind in types]
     window = window if any(sliding) else None
     how = "none" if not window else "all" if all(sliding) else "mixed"

@@ -154,7 +154,8 @@ class Cost:
         for block in self.blocks:
             if "linear.o" in block:
                 continue
-            cached = [piece for role in ("attn.kv_a", "attn.k", "attn.v") for piece in block.get(role, [])]
+            values = "attn.v" if "attn.v" in block else "attn.k"  # which are values as well, where these have no projection
+            cached = [piece for role in ("attn.kv_a", "attn.k", values) for piece in block.get(role, [])]
             if not cached:
                 return None
             total += sum(piece.copies * piece.shape[0] * _cache_bytes(piece.dtype) for piece in cached)
@@ -285,7 +286,7 @@ def as_mixture(dense: Cost, experts: int, kind: Kind, top_k: int = 1, shards: in
     """
     if any(piece.per_expert for piece in dense.pieces) or any(piece.role.startswith("router.") for piece in dense.pieces):
         raise CheckpointError("--as-bam: this is a mixture already; give one of the dense models.")
-    whole = ({"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up"}, {"linear.q", "linear.o", "ffn.up"})
+    whole = ({"attn.q", "attn.k", "attn.o", "ffn.up"}, {"linear.q", "linear.o", "ffn.up"})
     if not all(any(roles <= set(block) for roles in whole) for block in dense.blocks) or not dense.blocks:
         raise CheckpointError("--as-bam: needs a dense model whose attention and FFN are known by role.")
     embed = next((piece for piece in dense.pieces if piece.role == "embed"), None)

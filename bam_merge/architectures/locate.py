@@ -90,7 +90,9 @@ def _buffers(table: Architecture) -> Iterator[Row]:
 
 def applies(cell: Cell, facts: Mapping[str, Any]) -> bool:
     """Whether a dense model with these facts has the tensor. It has no buffer."""
-    return bool(cell.row.roles) and (cell.row.when is None or holds(cell.row.when, facts)) and of_its_kind(cell, facts)
+    return (
+        bool(cell.row.roles) and (cell.row.when is None or holds(cell.row.when, at_layer(facts, cell.layer))) and of_its_kind(cell, facts)
+    )
 
 
 def of_its_kind(cell: Cell, facts: Mapping[str, Any]) -> bool:
@@ -107,9 +109,9 @@ def is_named_here(row: Row, table: Architecture, facts: Mapping[str, Any]) -> bo
 
 
 def holds(when: str, facts: Mapping[str, Any]) -> bool:
-    """Whether the condition of a row, "FACT" or "not FACT", is true of a model with these facts."""
-    fact = when.removeprefix("not ")
-    return bool(facts[fact]) == (fact == when)
+    """Whether the condition of a row, "FACT" or "not FACT" or several by "and", is true of a model with these facts."""
+    parts = [(part.removeprefix("not "), not part.startswith("not ")) for part in when.split(" and ")]
+    return all(bool(facts[fact]) == wanted for fact, wanted in parts)
 
 
 def shape_of(row: Row, facts: Mapping[str, Any]) -> Shape:

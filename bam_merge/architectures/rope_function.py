@@ -13,6 +13,7 @@ READ: Mapping[str, tuple[str, ...]] = {
     "dynamic": ("factor", "max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "proportional": ("factor",),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }
 """What decides the function of each rope type, besides rope_theta and partial_rotary_factor, once everything is filled in."""
@@ -42,6 +43,8 @@ def effective(rope: Mapping[str, Any], max_position_embeddings: int | None) -> d
         filled.update(
             beta_fast=rope.get("beta_fast") or 32, beta_slow=rope.get("beta_slow") or 1, truncate=bool(rope.get("truncate", True))
         )
+    if kind == "proportional":
+        filled["factor"] = rope.get("factor", 1.0)
     if kind == "linear" and rope.get("factor") == 1:  # positions divided by one
         return {**values, "rope_type": "default"}
     return {**values, **{key: filled.get(key) for key in READ[kind]}}

@@ -8,7 +8,7 @@ from bam_merge.text import printable
 
 ROPE_TYPES = {
     "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor"), "proportional": (),
 }  # fmt: skip
 """The values of `rope_type` in a config.json's `rope_parameters`, and the further keys that each needs."""
 
@@ -31,7 +31,7 @@ def rotary_problems(rope: Mapping[str, Any], head_dim: int, max_positions: int |
     rope = {"partial_rotary_factor": 1.0, **rope}
     before = list(_mistyped(rope, head_dim))
     kind, most = rope.get("rope_type"), max_positions
-    if kind not in ("default", "linear") and most is None:
+    if kind not in ("default", "linear", "proportional") and most is None:
         before.append(f"config.json: max_position_embeddings is missing; rope_type {printable(repr(kind))} is worked out from it. Add it.")
     yield from before
     if not before:
@@ -63,7 +63,7 @@ def _unusable(rope: Mapping[str, Any], head_dim: int, most: int | None) -> Itera
     rotary = int(head_dim * share)
     if not 0 <= share <= 1:
         yield f"config.json: partial_rotary_factor must be from 0 to 1, found {share}."
-    elif rotary == head_dim and head_dim % 2:  # an odd part of a head is rounded up to the next pair
+    elif (rotary == head_dim or kind == "proportional") and head_dim % 2:  # an odd part of a head is rounded up to the next pair
         yield (
             f"config.json: head_dim {head_dim} is odd and all of it rotates, but rotary embeddings turn channels in pairs; transformers "
             "computes no such model either. Correct head_dim (or hidden_size and num_attention_heads)."

@@ -4,7 +4,7 @@ transformers keeps them nested, `rope_parameters: {full_attention: {...}, slidin
 two bases, and a rope_scaling, which is that of the layers without a window alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bam_merge.architectures.tables import Architecture
@@ -33,6 +33,8 @@ def _object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 def with_one_set(family: Architecture, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """`config` as that of a family with one set for all layers: the one that layers of this kind have."""
     quirks, own = family.quirks, set_of(config, kind)[0]
+    if quirks.rope_sets and not _object(config, "rope_parameters"):
+        own = dict(quirks.rope_sets[kind])
     result = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_parameters")}
     if "truncate" in own and own["truncate"] is None:
         own["truncate"] = False  # transformers asks whether it is true, and null is not
@@ -47,6 +49,8 @@ def with_one_set(family: Architecture, config: Mapping[str, Any], kind: str) -> 
 
 def set_problems(family: Architecture, config: Mapping[str, Any]) -> list[str]:
     """What keeps the two sets from being told apart."""
+    if family.quirks.rope_sets and (problems := list(_incomplete(family, config))):
+        return problems
     problems = []
     scaling, nested = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     for key, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
@@ -84,6 +88,35 @@ def set_problems(family: Architecture, config: Mapping[str, Any]) -> list[str]:
                 "of one fact that differ; transformers takes rope_scaling's. Make them equal, or remove the wrong one."
             )
     return problems
+
+
+def _incomplete(family: Architecture, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the sets of a class that reads no key beside rope_parameters, and fills in nothing of what is left out there."""
+    for key in ("rope_scaling", *BESIDE):
+        if config.get(key) is not None:
+            yield f"config.json: {key}, which transformers ignores for {family.name}. Write it into rope_parameters, or remove it."
+    nested = config.get("rope_parameters")
+    if nested is None or not isinstance(nested, dict):
+        return
+    for kind in SETS:
+        own = nested.get(kind)
+        lacking = [key for key in ("rope_type", "rope_theta") if not isinstance(own, dict) or own.get(key) is None]
+        if lacking:
+            yield (
+                f"config.json: rope_parameters.{kind} lacks {some(lacking)}, which {family.name} is not loaded without. Add what it was "
+                "trained with."
+            )
+
+        share = own.get("partial_rotary_factor") if isinstance(own, dict) else None
+        if share not in (None, 1.0) and own is not None and own.get("rope_type") != "proportional":
+            yield (
+                f"config.json: rope_parameters.{kind}.partial_rotary_factor = {shown(share)}, which transformers reads of rope_type "
+                f"proportional alone for {family.name}. Remove it, or write that type."
+            )
+
+
+BESIDE = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+"""Keys beside rope_parameters that most classes read."""
 
 
 def settled(sets: list[dict[str, Any]], slides: list[bool]) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -77,7 +77,7 @@ def spellings_of(table: Architecture) -> tuple[Spelling, ...]:
         return ()
     experts = (quirks.experts, _others(EXPERT_COUNTS, quirks.experts), quirks.experts_default)
     return (
-        *((_lines_of_sets(table) if quirks.rotary_by_kind else _rotary_lines(table)) if run else ()),
+        *((_lines_of_sets(table) if quirks.rotary_by_kind else _rotary_lines(table)) if run and not quirks.rope_sets else ()),
         Spelling("the dtype", ("dtype", "torch_dtype")),
         *([_activation(table)] if run else ()),
         *(_own_keys(table) if run else ()),

@@ -34,17 +34,17 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
     "quirks": dict, "cases": list, "sizes": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list,
-    "engines": list, "told_by": str, "tensors": dict, "nulls": list,
+    "engines": list, "told_by": str, "drawn_routers": str, "tensors": dict, "nulls": list,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
     "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "axis": str, "when": str, "make": str,
-    "without": str, "pieces": str, "kinds": list,
+    "without": str, "pieces": str, "kinds": list, "parameter": str,
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,
     "experts_default": int, "pattern_is_read": bool, "pattern_is_text": bool, "turning": str, "alpha": bool, "query_growth": bool,
-    "rope_needed": bool, "rotary_by_kind": bool, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
+    "rope_needed": bool, "rotary_by_kind": bool, "rope_sets": dict, "sliding_base": str, "needed": list, "kinds": list, "taken_from": dict,
     "linear": str, "mrope": bool,
     "norm_eps": str, "activation": str, "renamed": dict, "activations": dict, "only": dict, "reasons": dict,
 }  # fmt: skip
@@ -219,8 +219,9 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
     for role in roles if own_roles else ():
         if role not in (*ROLES, *SHARED_ROLES) and "make" not in row:  # what a layout fills in by itself may have a name of its own
             yield f"{place}: {role!r} is no role{nearest(str(role), ROLES)}"
-    if row.get("when", "untied").removeprefix("not ") not in (*TRAITS, *DERIVED):
-        yield f"{place}.when: {row['when']!r} is no trait{_known(row['when'], (*TRAITS, *DERIVED))}"
+    for fact in (part.removeprefix("not ") for part in row.get("when", "untied").split(" and ")):
+        if fact not in (*TRAITS, *DERIVED):
+            yield f"{place}.when: {fact!r} is no trait{_known(fact, (*TRAITS, *DERIVED))}"
     if len(roles) != len(row.get("parts", roles)) or (len(roles) > 1 and own_roles and "parts" not in row):
         yield f"{place}: {len(roles)} roles need as many parts, found {len(row.get('parts', ()))}."
     if "axis" in row and row.get("groups", "1") != "1":
@@ -229,6 +230,11 @@ def _row(place: str, row: Mapping[str, Any], own_roles: bool) -> Iterator[str]:
         yield f"{place}.axis: {row['axis']!r} is not possible{_known(row['axis'], ('expert',))}"
     yield from _sizes(f"{place}.shape", (*row.get("shape", ()), *row.get("parts", ()), row.get("groups", "1"), row.get("pieces", "1")))
     yield from _kinds(place, row.get("kinds", ()))
+    yield from _marks(place, row)
+
+
+def _marks(place: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the marks in a row's names."""
     for name in [row["name"]] if isinstance(row["name"], str) else row["name"]:
         for mark in re.findall(r"\{(\w*)\}", name):
             if mark not in ("layer", "expert", "head"):

@@ -23,11 +23,12 @@ class Row:
 
     `names` are alternative spellings, the first is written. A fused tensor has several `roles`: its rows are `groups`
     equal blocks, and each block holds `parts[i]` rows of role i. Where its `axis` is "expert", its first axis is the experts', of each of
-    which it holds what is said here. `when` names the fact that must be true for the tensor
-    to exist, or, as "not FACT", false; `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the
-    other along its first axis; `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a
-    role, whose tensor is stored once more; `without` is what then happens, in engines, to a model that lacks it or has zeros in the
-    place of ones. `kinds` are the kinds of layers that have the tensor, where not all have it.
+    which it holds what is said here. `when` names the fact that must be true for the tensor to exist, or, as "not FACT", false (several
+    by "and"); `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the other along its first axis;
+    `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a role, whose tensor is stored once more;
+    `without` is what then happens, in engines, to a model that lacks it or has zeros in the place of ones. `kinds` are the kinds of
+    layers that have the tensor, where not all have it; `parameter` is what the reference model calls one of a role that bam has not, where
+    it is not the name in files.
     """
 
     roles: tuple[str, ...]
@@ -41,6 +42,7 @@ class Row:
     without: str | None = None
     pieces: str | None = None
     kinds: tuple[str, ...] = ()
+    parameter: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -89,6 +91,7 @@ class Quirks:
 
     `rotary_base`       the key beside rope_parameters that holds the rotary base
     `rotary_by_kind`    whether layers with and without a sliding window have a rotary embedding each
+    `rope_sets`         the two sets that are meant where rope_parameters is left out, of classes that read nothing beside it
     `sliding_base`      the key beside rope_parameters for the base of those with one; None: there is none, rope_theta is the others'
     `rotary_share`      the key beside rope_parameters that holds the share of a head that turns; None: whole heads turn, whatever is asked
     `rope_types`        types of rotary scaling that are read as another one
@@ -120,6 +123,7 @@ class Quirks:
 
     rotary_base: str = "rope_theta"
     rotary_by_kind: bool = False
+    rope_sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sliding_base: str | None = None
     rotary_share: str | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
@@ -161,13 +165,15 @@ class Case:
 class Architecture:
     """A dense family (`kind` "dense"), a mixture layout ("mixture"), or a mixture that is only looked at ("foreign").
 
-    `sizes` are those that layers of one kind have otherwise: by the kind, the size and the key of config.json that has it.
+    `sizes` are those that layers of one kind have otherwise: by the kind, the size and the key of config.json that has it, "KEY if FLAG"
+    where another one decides whether it is read.
 
     `others` are rows that a public checkpoint may have besides, and that nothing here writes or loads. `implies` are facts of every
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
     need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same
     model type has not, or has as 0 or false. `nulls` are keys of config.json that are written as null where a merge has no value for
-    them, because the configuration class fills in another one.
+    them, because the configuration class fills in another one. `drawn_routers` says why no router can be made of texts: what it sees is
+    not what the FFN sees.
     """
 
     name: str
@@ -191,6 +197,7 @@ class Architecture:
     engines: tuple[Engine, ...] = ()
     told_by: str | None = None
     nulls: tuple[str, ...] = ()
+    drawn_routers: str | None = None
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -206,12 +213,13 @@ def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
 
 
 def at_layer(facts: Mapping[str, Any], layer: int | None) -> Mapping[str, Any]:
-    """`facts` with the sizes that this layer has, where layers of one kind have others than all."""
-    by_kind = facts.get("sizes_by_kind")
-    if not by_kind or layer is None:
+    """`facts` with the sizes that this layer has, where layers of one kind have others than all, and with what only such layers have."""
+    by_kind, types = facts.get("sizes_by_kind"), facts.get("layer_types")
+    if layer is None or not isinstance(types, list) or layer >= len(types) or not (by_kind or facts.get("values_are_keys")):
         return facts
-    types = facts.get("layer_types")
-    return {**facts, **by_kind.get(str(types[layer]), {})} if isinstance(types, list) and layer < len(types) else facts
+    kind = str(types[layer])
+    keys = {"own_values": False} if facts.get("values_are_keys") and kind == "full_attention" else {}
+    return {**facts, **(by_kind or {}).get(kind, {}), **keys}
 
 
 @cache
@@ -282,6 +290,7 @@ def read_table(text: str, file: str) -> Architecture:
         engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
         told_by=table.get("told_by"),
         nulls=tuple(table.get("nulls", ())),
+        drawn_routers=table.get("drawn_routers"),
     )
 
 
@@ -309,6 +318,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         without=record.get("without"),
         pieces=record.get("pieces"),
         kinds=tuple(record.get("kinds", ())),
+        parameter=record.get("parameter"),
     )
 
 

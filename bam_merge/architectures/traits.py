@@ -158,34 +158,6 @@ def listed_as_turning(family: Architecture, get: Get, layers: int, problems: lis
     return [layer for layer, turns in enumerate(listed[:layers]) if turns]
 
 
-def sizes_by_kind(family: Architecture, get: Get, facts: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The sizes that layers of one kind have otherwise than all, by kind; and sizes that all have, where all layers are of that kind."""
-    types, found = set(facts["layer_types"]), dict[str, dict[str, int]]()
-    for kind, keys in family.sizes.items():
-        for size, key in keys.items():
-            stated = get(key)
-            if stated is not None and not (type(stated) is int and 0 < stated < 2**31):
-                problems.append(f"config.json: {key} must be a positive integer, found {shown(stated)}.")
-            elif stated is not None and stated != facts[size] and kind in types:
-                found.setdefault(kind, {})[size] = stated
-        own = {**facts, **found.get(kind, {})}
-        if own["num_attention_heads"] % own["num_key_value_heads"]:
-            problems.append(
-                f"config.json: of {kind} layers {own['num_attention_heads']} heads are not a multiple of {own['num_key_value_heads']} "
-                "for keys and values."
-            )
-    only = found.pop(next(iter(types)), {}) if len(types) == 1 else {}
-    return {**only, "sizes_by_kind": found or None}
-
-
-def are_sizes_by_kind(value: object) -> bool:
-    """Whether `value`, from a mixture's config.json, can be its sizes_by_kind."""
-    return value is None or (
-        isinstance(value, dict)
-        and all(isinstance(sizes, dict) and all(type(size) is int for size in sizes.values()) for sizes in value.values())
-    )
-
-
 def linear_problems(family: Architecture, facts: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the sizes of layers with linear attention."""
     odd = [key for key in LINEAR_SIZES if key in family.function and not (type(facts[key]) is int and 0 < facts[key] < 2**31)]

@@ -10,7 +10,7 @@ ROLES = (
     "attn.gate", "attn.gate.bias",
     *(f"linear.{part}" for part in ("q", "k", "v", "z", "b", "a", "q_conv", "k_conv", "v_conv", "dt_bias", "A_log", "norm", "o")),
     *(f"ffn.{part}{suffix}" for part in ("gate", "up", "down") for suffix in ("", ".bias")),
-    "router.attn", "router.ffn",
+    "layer.scale", "router.attn", "router.ffn",
 )  # fmt: skip
 """Every role a recipe can name."""
 
@@ -48,7 +48,7 @@ TRAITS: dict[str, Any] = {
     "gated_ffn": False,
     "rope_interleaved": False, "qk_norm": False, "qk_norm_shape": None, "qk_norm_bias": False,
     "attention_bias": False, "attention_out_bias": False, "mlp_bias": False,
-    "attention_gate": False,
+    "attention_gate": False, "value_norm": False, "values_are_keys": False, "layer_scale": False,
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "logit_scale": None, "attention_softcap": None, "logit_softcap": None,
 }  # fmt: skip
@@ -59,6 +59,9 @@ attention_clip             queries, keys and values are cut off at this and at m
 pre_norms                  norms before attention and FFN
 post_norms                 norms of what attention and FFN give, before it is scaled and added; of a mixture's, after the experts are mixed
 attention_gate             what attention gives is multiplied with sigmoid(W x), channel by channel, before its output projection
+value_norm                 values are normed, of each head and without weights
+values_are_keys            in layers without a window there is no projection to values: these are the keys, not yet normed and turned
+layer_scale                what a layer gives is multiplied with a number that is stored
 norm_offset                added to the weights of norms before they multiply: 1 where files hold how far they are from 1
 qk_norm                    norms of q and k, of each head unless qk_norm_shape says otherwise
 qk_norm_shape              "head": one weight per channel, for all heads; "heads": one per head and channel; "heads in a row": as many, in
@@ -88,7 +91,8 @@ QUIET: dict[str, Any] = {
     "norm_offset": 0, "qk_norm_after_rotary": False, "head_bias": False, "attention_scale": None, "embedding_scale": None,
     "embedding_scale_in_dtype": False, "residual_scale": None, "rope_layers": None, "query_growth": None, "pre_norms": True,
     "post_norms": False, "qk_norm_shape": None, "qk_norm_bias": False, "sliding_rope_parameters": None, "attention_softcap": None,
-    "logit_softcap": None, "norm_weights": True, "attention_clip": None, "sizes_by_kind": None, "attention_gate": False,
+    "logit_softcap": None, "norm_weights": True, "attention_clip": None, "sizes_by_kind": None,
+    "value_norm": False, "values_are_keys": False, "layer_scale": False, "attention_gate": False,
     **dict.fromkeys(LINEAR_SIZES),
 }  # fmt: skip
 """Facts that most models lack, and what they are there: a mixture's config.json has them only where they are something else."""
@@ -103,9 +107,9 @@ GATING: dict[str, Any] = {"scoring_func": "softmax"}
 """Facts of a recipe's gates, and what a layout that has no word for one takes it for; a config.json has them only where they are something
 else."""
 
-DERIVED = ("untied", "second_norm", "twin_norms")
+DERIVED = ("untied", "second_norm", "twin_norms", "own_values")
 """Facts that follow from others and decide whether a tensor exists: a head of its own; a norm before the FFN beside the attention's; both
-norms of a parallel block."""
+norms of a parallel block; of a layer, a projection to values."""
 
 ROTARY_BASES = ("rope_theta", "rotary_emb_base")
 """Keys beside rope_parameters for the rotary base: of these a family has one, and passes over the others."""
@@ -134,7 +138,7 @@ CONTEXTS = ("inner", "outer")
 
 WINDOWS = (
     "none", "all", "all if used", "by layer", "every other layer", "stated",
-    "by layer or all", "all but each last", "all but each first", "where nothing turns",
+    "by layer or all", "all but each last", "all but each last, never the last", "all but each first", "where nothing turns",
 )  # fmt: skip
 """Which layers have sliding-window attention, in transformers.
 
@@ -146,7 +150,8 @@ every other layer   as by layer, but where layer_types is left out every other o
 stated              those that layer_types names, and there is no other key that could contradict it
 by layer or all     those that layer_types names, or, where it is left out, every layer if sliding_window is a number
 all but each last   those that layer_types names, or, where it is left out, all but the last of every sliding_window_pattern layers
-all but each first  the same, but for the first of so many
+..., never the last the same, but that the last layer of all has none, whatever layer_types says of it
+all but each first  the same as before these, but for the first of so many
 where nothing turns those that layer_types names, or, where it is left out, those without rotary embedding; none unless use_sliding_window
 """
 

@@ -9,7 +9,7 @@ from bam_merge.text import printable
 BY_LAYER = ("by layer", "every other layer")
 
 
-BY_TYPES = ("by layer or all", "all but each last", "all but each first", "where nothing turns")
+BY_TYPES = ("by layer or all", "all but each last", "all but each last, never the last", "all but each first", "where nothing turns")
 """Where nothing but layer_types, or what stands in for it, says which layers slide."""
 
 

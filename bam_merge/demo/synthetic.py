@@ -64,7 +64,7 @@ Dense = Callable[[str, tuple[int, ...]], "numpy.ndarray[Any, Any]"]
 
 def _centre(name: str) -> float:
     norm = "norm" in name or any(word.startswith("ln_") for word in name.split("."))
-    return 1.0 if norm and name.endswith("weight") else 0.0
+    return 1.0 if (norm and name.endswith("weight")) or name.endswith("layer_scalar") else 0.0
 
 
 def stored_apart(values: Values, offset: int) -> Values:

@@ -44,6 +44,8 @@ class BamConfig(PreTrainedConfig):
     and at minus that; `norm_offset` is added to the weights of norms before they multiply;
     `qk_norm_shape` says what the weights of a norm of q or k are for: any "head", each of the "heads" (or "heads in a row", in one
     vector), or "all heads" of an expert, whose norm is then of all of them together (None: "head" of RMS norms, "heads" of layer norms);
+    with `value_norm` the values of each head are normed, without weights; `values_are_keys` says that layers without a window have no
+    projection to values, which are the keys as projected; `layer_scale` that what a layer gives is multiplied with a stored number;
     `sliding_rope_parameters` are the rope_parameters of layers with a window; `rope_layers` are the layers with rotary embedding;
     queries grow by 1 + `query_growth` ln(1 + floor(position / original context)); `attention_scale` (of q k^T), `embedding_scale`,
     `residual_scale` (of attention and FFN before they are added) and `logit_scale` are factors. `attention_softcap` c puts c tanh(x / c)
@@ -88,6 +90,9 @@ class BamConfig(PreTrainedConfig):
     qk_norm_shape: Literal["head", "heads", "heads in a row", "all heads"] | None = None
     qk_norm_bias: bool = False
     qk_norm_after_rotary: bool = False
+    value_norm: bool = False
+    values_are_keys: bool = False
+    layer_scale: bool = False
     parallel_block: bool = False
     parallel_norms: int = 2
     attention_bias: bool = False

@@ -55,12 +55,12 @@ def capped(x: Tensor, cap: float | None) -> Tensor:
 class BamLayerNorm(nn.Module):
     """RMS norm over the last axis; layer norm is the same of the centred vector."""
 
-    def __init__(self, config: BamConfig, *shape: int, bias: bool = False) -> None:
+    def __init__(self, config: BamConfig, *shape: int, bias: bool = False, weighted: bool = True) -> None:
         super().__init__()
         self.centred = config.norm_type == "layer_norm"
         self.eps = config.layer_norm_eps if self.centred else config.rms_norm_eps
         self.offset = config.norm_offset
-        self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset)) if config.norm_weights else None
+        self.weight = nn.Parameter(torch.full(shape, 1.0 - self.offset)) if weighted and config.norm_weights else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +108,17 @@ class BamHeadLayerNorm(BamLayerNorm):
             by_expert = x.transpose(-4, -3)
             return super().forward(by_expert.flatten(-3)).view(by_expert.shape).transpose(-4, -3).flatten(-4, -2)
         return super().forward(x).flatten(-4, -2)
+
+
+class BamScale(nn.Module):
+    """A stored number to multiply with, which training leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
 
 
 class BamRotaryEmbedding(nn.Module):
@@ -165,6 +176,10 @@ class BamRotaryEmbedding(nn.Module):
             first, last = max(first, 0), min(last, rotary - 1)
             stretched_P = ((pairs_P / 2 - first) / (last - first if last != first else 0.001)).clamp(0, 1)
             return (stretched_P * freqs_P / factor + (1 - stretched_P) * freqs_P)[None], _yarn_factor(rope, factor)
+        if kind == "proportional":  # the first pairs turn as if all did, the others stay
+            turning = int((rope.get("partial_rotary_factor") or 1.0) * channels // 2)
+            freqs_P = 1.0 / theta ** (torch.arange(0, 2 * turning, 2).to(pairs_P) / channels) / (rope.get("factor") or 1.0)
+            return nn.functional.pad(freqs_P, (0, channels // 2 - turning))[None], 1.0
         if kind == "longrope":
             short_P, long_P = (torch.tensor(rope[key]).to(pairs_P) for key in ("short_factor", "long_factor"))
             scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -291,7 +306,10 @@ class BamAttention(nn.Module):
         own, kv = self.parts()
         own.q_proj = nn.Linear(D, heads * C, bias=config.attention_bias)
         kv.k_proj = nn.Linear(D, kv_heads * C, bias=config.attention_bias)
-        kv.v_proj = nn.Linear(D, kv_heads * C, bias=config.attention_bias)
+        self.value_is_key = config.values_are_keys and self.sliding_window is None
+        if not self.value_is_key:
+            kv.v_proj = nn.Linear(D, kv_heads * C, bias=config.attention_bias)
+        self.value_norm = BamLayerNorm(config, weighted=False) if config.value_norm else nn.Identity()
         own.o_proj = nn.Linear(heads * C, D, bias=config.attention_out_bias and not self.mixed)
         self.mixed_bias = config.attention_out_bias and self.mixed
         if self.mixed_bias:
@@ -319,10 +337,12 @@ class BamAttention(nn.Module):
         """y [B, T, D], and the attention weights where the implementation gives them. `gates` [B, T, N] of a mixture."""
         own, kv = self.parts()
         shape_BT = hidden_states.shape[:-1]
-        projected = (proj(hidden_states) for proj in (own.q_proj, kv.k_proj, kv.v_proj))
+        key = kv.k_proj(hidden_states)
+        projected = (own.q_proj(hidden_states), key, key if self.value_is_key else kv.v_proj(hidden_states))
         if self.config.attention_clip is not None:
             projected = (x.clamp(-self.config.attention_clip, self.config.attention_clip) for x in projected)
         query, key, value = (x.view(*shape_BT, -1, self.head_dim) for x in projected)
+        value = self.value_norm(value)
         if self.config.qk_norm and not self.config.qk_norm_after_rotary:
             query, key = own.q_norm(query), kv.k_norm(key)
         if self.rotates:
@@ -566,7 +586,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
     """Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
     Without config.pre_norms there is neither LN1 nor LN2. With config.post_norms what attention and FFN give is normed, all experts
-    together. What is added is multiplied with residual_scale first.
+    together. What is added is multiplied with residual_scale first; with config.layer_scale what comes out with a stored number.
     """
 
     def __init__(self, config: BamConfig, layer_idx: int) -> None:
@@ -580,6 +600,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         if not self.one_norm:
             self.post_attention_layernorm = self.norm(config.pre_norms)
         self.post_self_attn_layernorm, self.post_mlp_layernorm = self.norm(config.post_norms), self.norm(config.post_norms)
+        self.layer_scale = BamScale() if config.layer_scale else nn.Identity()
 
     def norm(self, there: bool) -> nn.Module:
         return BamLayerNorm(self.config, self.config.hidden_size, bias=self.config.norm_bias) if there else nn.Identity()
@@ -611,7 +632,7 @@ class BamDecoderLayer(GradientCheckpointingLayer):
         if not self.one_norm:
             normed = self.post_attention_layernorm(hidden_states if self.config.parallel_block else h)
         ffn, ffn_logits = self.mlp(normed)
-        return h + self.scale * self.post_mlp_layernorm(ffn), ffn_logits, logits
+        return self.layer_scale(h + self.scale * self.post_mlp_layernorm(ffn)), ffn_logits, logits
 
 
 @dataclass
@@ -668,6 +689,8 @@ class BamPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BamLinearAttention | BamAttentionExperts) and hasattr(module, "A_log"):
             init.ones_(module.dt_bias)
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
+        elif isinstance(module, BamScale):
+            init.ones_(module.weight)
         elif isinstance(module, BamExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)

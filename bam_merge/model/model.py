@@ -11,6 +11,7 @@ Shape suffixes:  B sequences of the batch    T tokens of this call    S tokens s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bam_merge.model.activations import ACTIVATIONS, wide
+from bam_merge.model.branches import Branches
 from bam_merge.model.delta_net import DeltaNet
 from bam_merge.model.gates import SIGMOIDS, route
 from bam_merge.model.model_config import ModelConfig
@@ -65,7 +67,9 @@ class Heads(nn.Module):
             self.gate_proj = Linear(D, H * C, bias) if config.attention_gate else None
             self.o_proj = Linear(H * C, D, config.attention_out_bias)
         if key_value:
-            self.k_proj, self.k_norm, self.v_proj = Linear(D, K * C, bias), norm(K), Linear(D, K * C, bias)
+            self.k_proj, self.k_norm = Linear(D, K * C, bias), norm(K)
+            self.v_proj = None if config.values_are_keys else Linear(D, K * C, bias)
+            self.v_norm = Norm(replace(config, norm_weights=False)) if config.value_norm else nn.Identity()
 
     def placed(self, norm: nn.Module, x_BTHC: Tensor, turn: Turn) -> Tensor:
         """Queries or keys, normed and rotated, in the order that the family has; as they are where neither is done."""
@@ -81,8 +85,9 @@ class Heads(nn.Module):
 
     def keys_values(self, x_BTD: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rotated keys, and the values, of these tokens, each [B, T, K, C]. `turn`: cosines and sines of their positions."""
-        k_BTKC, v_BTKC = (self.heads(proj(x_BTD)) for proj in (self.k_proj, self.v_proj))
-        return self.placed(self.k_norm, k_BTKC, turn), v_BTKC
+        k_BTKC = self.heads(self.k_proj(x_BTD))
+        v_BTKC = k_BTKC if self.v_proj is None else self.heads(self.v_proj(x_BTD))
+        return self.placed(self.k_norm, k_BTKC, turn), self.v_norm(v_BTKC)
 
     def attend(self, x_BTD: Tensor, at: tuple[Turn, Tensor], k_BSKC: Tensor, v_BSKC: Tensor, seen_BTS: Tensor) -> Tensor:
         """o(softmax(scale q k^T) v) [B, T, D]; with a gate, o(softmax(scale q k^T) v * sigmoid(gate x)). `at`: the turn of these tokens and
@@ -189,7 +194,8 @@ class Ffn(nn.Module):
 
 class FfnMixture(nn.Module):
     """gate_scale * sum over i in T of g_i(x) FFN_i(x), and with a shared expert its output besides: weighted by sigmoid(w x) (gated), as
-    it is (sum), or as it is and half of both taken (average)."""
+    it is (sum), or as it is and half of both taken (average). With a dense FFN beside it (gemma4) what `Branches` says, of x and of `h`,
+    from which x was normed."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -202,14 +208,16 @@ class FfnMixture(nn.Module):
         self.experts = nn.ModuleList(Ffn(config, config.intermediate_size) for _ in range(N))
         self.shared_expert = Ffn(config, shared) if shared else None
         self.shared_expert_gate = Linear(D, 1, bias=False) if shared and self.shared_mix == "gated" else None
+        beside = config.dense_intermediate_size
+        self.dense = Ffn(config, beside) if beside else None
+        self.branches = Branches(config) if beside else None
 
-    def forward(self, x_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, force_expert: int | None, h_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y [B, T, D] and the gates [B, T, N], before gate_scale. A forced expert is not scaled: it stands for its dense model."""
+        if self.dense is not None and self.branches is not None and h_BTD is not None:
+            return self.beside_dense(self.dense, self.branches, x_BTD, h_BTD, force_expert)
         gates_BTN = route(self.router, x_BTD, *self.gates, force_expert, self.choice_bias)
-        y_BTD = wide(torch.zeros_like(x_BTD))
-        for i, expert in enumerate(self.experts):
-            sent_BT = gates_BTN[..., i] != 0
-            y_BTD[sent_BT] += gates_BTN[..., i][sent_BT][:, None] * expert(x_BTD[sent_BT])
+        y_BTD = self.sum(x_BTD, gates_BTN)
         y_BTD = y_BTD if force_expert is not None else self.gate_scale * y_BTD
         if self.shared_expert is not None:
             y_BTD = self.beside(x_BTD, y_BTD, self.shared_expert(x_BTD))
@@ -221,6 +229,21 @@ class FfnMixture(nn.Module):
             gate_BT1: Tensor = self.shared_expert_gate(x_BTD).sigmoid()
             return y_BTD + gate_BT1 * shared_BTD
         return (y_BTD + shared_BTD) / (2 if self.shared_mix == "average" else 1)
+
+    def beside_dense(self, dense: Ffn, around: Branches, x_BTD: Tensor, h_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
+        """The same of experts beside a dense FFN."""
+        gates_BTN = route(self.router, around.seen_by_router(h_BTD), *self.gates, force_expert)
+        weights_BTN = gates_BTN if force_expert is not None else gates_BTN * around.gate_factors
+        experts_BTD = self.sum(around.before_experts(h_BTD), weights_BTN).to(x_BTD.dtype)
+        return around.together(dense(x_BTD), experts_BTD), gates_BTN
+
+    def sum(self, x_BTD: Tensor, gates_BTN: Tensor) -> Tensor:
+        """sum over i of g_i FFN_i(x), in float32 or wider."""
+        y_BTD = wide(torch.zeros_like(x_BTD))
+        for i, expert in enumerate(self.experts):
+            sent_BT = gates_BTN[..., i] != 0
+            y_BTD[sent_BT] += gates_BTN[..., i][sent_BT][:, None] * expert(x_BTD[sent_BT])
+        return y_BTD
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------------
@@ -234,12 +257,23 @@ class BlockOutput(NamedTuple):
     ffn_gates: Tensor | None
 
 
+class Scale(nn.Module):
+    """A number to multiply with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Block(nn.Module):
     """Block `layer`. Sequential: h = x + attention(LN1 x); h + ffn(LN2 h). Parallel: x + attention(LN1 x) + ffn(LN1 x or LN2 x).
 
     Families without `pre_norms` have neither LN1 nor LN2. With `post_norms` what attention and FFN give is normed, after the experts are
     mixed: N(sum_j g_j A_j(x)), which has the size that the block was trained with, however unlike the experts are. What is then added to
-    x or h is multiplied with `residual_scale` first.
+    x or h is multiplied with `residual_scale` first, and what comes out at last with the number that `layer_scale` says it has.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -254,6 +288,7 @@ class Block(nn.Module):
         self.input_layernorm = norm(config.pre_norms)
         self.post_attention_layernorm = None if one_norm else norm(config.pre_norms)  # before the FFN; llama's name for it
         self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(config.post_norms), norm(config.post_norms)
+        self.layer_scale = Scale() if config.layer_scale else nn.Identity()
         self.self_attn: Attention | LinearAttention = (LinearAttention if config.is_linear(layer) else Attention)(config, layer)
         self.mlp: FfnMixture | Ffn = FfnMixture(config) if config.num_experts else Ffn(config, config.intermediate_size)
 
@@ -265,8 +300,8 @@ class Block(nn.Module):
         if self.post_attention_layernorm is not None:
             normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
         mixed = isinstance(self.mlp, FfnMixture)
-        ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
-        return BlockOutput(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD), attention_gates, ffn_gates)
+        ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert, h_BTD) if mixed else (self.mlp(normed_BTD), None)
+        return BlockOutput(self.layer_scale(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD)), attention_gates, ffn_gates)
 
 
 class Trunk(nn.Module):

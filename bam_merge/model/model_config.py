@@ -40,6 +40,9 @@ class ModelConfig:
     parallel_norms: int = 2  # of a parallel block: 1 for attention and FFN together, or 2
     attention_bias: bool = False  # of q, k and v
     attention_out_bias: bool = False
+    value_norm: bool = False  # of the values of each head, without weights
+    values_are_keys: bool = False  # in layers without a window: no projection to values, they are the keys as projected
+    layer_scale: bool = False  # what a layer gives is multiplied with a number of its own
     attention_gate: bool = False  # what attention gives is multiplied with sigmoid(gate x) before its output projection
     qk_norm: bool = False  # of q and k, of the kind norm_type
     qk_norm_shape: QkNormShape | None = None  # None: "head" of RMS norms, "heads" of layer norms
@@ -75,6 +78,7 @@ class ModelConfig:
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"  # what makes gates of the FFN router's logits
     choice_bias: bool = False  # a number for each expert is added to its score where experts are chosen; bam has none
     gate_scale: float = 1.0
+    dense_intermediate_size: int = 0  # of an FFN for all tokens beside the experts, each with norms of its own, as gemma4 has one
     shared_expert_intermediate_size: int = 0  # of an FFN that every token goes through; bam has none
     shared_expert_mix: Literal["gated", "sum", "average"] = "gated"  # it is weighted by a gate of its own; added; added, and both halved
 
@@ -100,7 +104,8 @@ class ModelConfig:
 
     def at(self, layer: int) -> "ModelConfig":
         """The configuration with the sizes that `layer` has."""
-        return self.of_kind("sliding_attention" if self.slides(layer) else "full_attention")
+        own = self.of_kind("sliding_attention" if self.slides(layer) else "full_attention")
+        return replace(own, values_are_keys=False) if own.values_are_keys and self.slides(layer) else own
 
     def of_kind(self, kind: str) -> "ModelConfig":
         """The configuration with the sizes that layers of this kind have."""

@@ -41,6 +41,10 @@ def frequencies(rope: Mapping[str, Any], channels: int, limit: int | None, lengt
         case "yarn":
             stretched_P = _yarn_ramp(rope, theta, original, rotary, pairs_P)
             return (stretched_P * freqs_P / factor + (1 - stretched_P) * freqs_P)[None], _yarn_factor(rope, factor)
+        case "proportional":  # a share of all pairs turns, each as if all did; the others stay
+            angles = int(rope.get("partial_rotary_factor", 1.0) * channels // 2)
+            turning_P = 1.0 / theta ** (torch.arange(0, 2 * angles, 2).to(pairs_P) / channels)
+            return torch.nn.functional.pad(turning_P / (rope.get("factor") or 1.0), (0, channels // 2 - angles))[None], 1.0
         case "longrope":
             short_P, long_P = (pairs_P.new_tensor(rope[key]) for key in ("short_factor", "long_factor"))
             scale = rope.get("attention_factor") or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)

@@ -119,6 +119,9 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
             own: float | None = get(name)
             return own
         value = table.traits.get(name)
+        if table.kind == "mixture" and value is None:  # a layout takes one value only, or has a key for it
+            fixed = table.accepts.get(name)
+            value = f"config:{_keys(table)[name]}" if name in _keys(table) else fixed if isinstance(fixed, int | float) else None
         if not isinstance(value, str):
             return value
         key, power = value.partition(":")[2].partition("^")[::2]
@@ -146,6 +149,7 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
         "attention_out_bias": out_bias,
         "mlp_bias": bool(trait("mlp_bias", False)),
         "attention_gate": bool(trait("attention_gate", False)),
+        **{name: bool(trait(name, False)) for name in ("value_norm", "values_are_keys", "layer_scale")},
         "norm_offset": trait("norm_offset", 0),
         "qk_norm_after_rotary": bool(trait("qk_norm", False) and trait("qk_norm_after_rotary", False)),
         "head_bias": bool(trait("head_bias", False)),
@@ -155,13 +159,18 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
 
 
 def _sizes(table: Architecture, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of layers of one kind, by the keys that the modeling code asks for in such layers."""
+    """Sizes of layers of one kind, by the keys that the modeling code asks for in such layers; as Gemma4TextConfig makes a per_layer_config
+    of them where there is none."""
     in_bam = {size: f"{size}_per_expert" if size.endswith("heads") else size for size in LAYER_SIZES}
-    own = {
-        kind: {size: config.get(key, table.defaults.get(key)) for size, key in keys.items()}
-        for kind, keys in table.sizes.items()
-        if kind in values["layer_types"]
-    }
+    own: dict[str, dict[str, Any]] = {}
+    for kind in (kind for kind in table.sizes if kind in values["layer_types"]):
+        if config.get("per_layer_config") is not None:
+            own[kind] = config["per_layer_config"].get(str(values["layer_types"].index(kind)), {})
+            continue
+        for size, key in table.sizes[kind].items():
+            name, *condition = key.split(" if ")
+            if all(config.get(flag, table.defaults.get(flag)) for flag in condition):
+                own.setdefault(kind, {})[size] = config.get(name, table.defaults.get(name))
     own = {kind: {size: n for size, n in sizes.items() if n and n != values[in_bam[size]]} for kind, sizes in own.items()}
     if len(set(values["layer_types"])) == 1:
         return {in_bam[size]: n for sizes in own.values() for size, n in sizes.items()}
@@ -172,7 +181,7 @@ def _rotary_embeddings(table: Architecture, config: Mapping[str, Any], values: M
     """One set for all layers, or one each for those without and with a window, as Gemma3TextConfig and Olmo3Config make them."""
     if not table.quirks.rotary_by_kind:
         return {"rope_parameters": rotary(table, config)}
-    nested, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    nested, older = config.get("rope_parameters") or table.quirks.rope_sets, config.get("rope_scaling") or {}
     plain = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
     far = rotary(table, {**plain, "rope_parameters": {**(nested.get("full_attention") or {}), **older}})
     beside = table.quirks.sliding_base
@@ -197,7 +206,9 @@ def rotary(table: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     beside = {key: config[key] for key in (theta_key, share_key) if key and config.get(key) is not None}
     if "rope_theta" not in rope:
         rope["rope_theta"] = beside.get(theta_key, table.defaults.get("rope_theta", 10_000.0))
-    if share_key is None:  # the attention does not ask rope_parameters for it: whole heads turn
+    if rope["rope_type"] == "proportional":
+        rope.setdefault("partial_rotary_factor", 1.0)
+    elif share_key is None:  # the attention does not ask rope_parameters for it: whole heads turn
         rope["partial_rotary_factor"] = 1.0
     elif "partial_rotary_factor" not in rope:
         rope["partial_rotary_factor"] = beside.get(share_key, table.defaults.get("partial_rotary_factor", 1.0))
@@ -254,14 +265,18 @@ def _windows(table: Architecture, config: Mapping[str, Any], rotated: list[bool]
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     if "layer_types" in known and config.get("layer_types"):
         kinds = [{"attention": "full_attention"}.get(kind, kind) for kind in config["layer_types"]]  # remap_legacy_layer_types
+        if table.quirks.windows.endswith("never the last"):
+            kinds[-1] = "full_attention"
         return {"sliding_window": window, "layer_types": kinds}
     how = table.quirks.windows
-    if how in ("all but each last", "all but each first"):
+    if how.startswith("all but each"):
         every = get("sliding_window_pattern") if table.quirks.pattern_is_read else table.defaults["sliding_window_pattern"]
         if isinstance(every, str):  # which transformers does not load without layer_types: refused elsewhere
             every = len(every)
-        place = every - 1 if how == "all but each last" else 0
+        place = 0 if how == "all but each first" else every - 1
         types = ["full_attention" if layer % every == place else "sliding_attention" for layer in range(layers)]
+        if how.endswith("never the last"):
+            types[-1] = "full_attention"
         return {"sliding_window": window if "sliding_attention" in types else None, "layer_types": types}
     if how == "where nothing turns":
         types = ["full_attention" if turns else "sliding_attention" for turns in rotated]
@@ -282,6 +297,8 @@ def _experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[s
         "scoring_func": get("scoring_func") if "scoring_func" in keys else table.accepts.get("scoring_func", "softmax"),
         "gate_scale": get("gate_scale") if "gate_scale" in keys else 1.0,
     }
+    if "dense_intermediate_size" in keys:
+        result["dense_intermediate_size"] = config[keys["dense_intermediate_size"]]
     return result | _beside_experts(table, config, get)
 
 

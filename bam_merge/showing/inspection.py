@@ -116,6 +116,8 @@ def _factors(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "norms without weights"
     if facts.get("norm_offset"):
         yield f"norms of {facts['norm_offset']} + w"
+    if facts.get("layer_scale"):
+        yield "layers x a stored number"
     for key, what in (("embedding_scale", "embeddings"), ("residual_scale", "residual branches"), ("logit_scale", "logits")):
         if isinstance(facts.get(key), int | float):
             yield f"{what} x {facts[key]:.4g}"
@@ -139,6 +141,8 @@ def _attention(found: Inspection) -> str:
     traits = [f"q, k and v within {facts['attention_clip']:g}"] if isinstance(facts.get("attention_clip"), int | float) else []
     named = (("qk_norm", f"q and k normed{together}"), ("attention_gate", "gated"), ("attention_bias", "biases"))
     traits += [name for key, name in named if facts.get(key)]
+    traits += ["values normed"] if facts.get("value_norm") else []
+    traits += ["values are keys in layers without a window"] if facts.get("values_are_keys") else []
     rope = facts.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         kind = rope.get("rope_type", "default")

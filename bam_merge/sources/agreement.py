@@ -74,7 +74,8 @@ def _follows(key: str, differ: list[str], model: DenseModel, first: DenseModel) 
         case "qk_norm_shape" | "qk_norm_bias" | "qk_norm_after_rotary":
             return "qk_norm" in differ
         case "sizes_by_kind":
-            return any(name in differ for sizes in model.family.sizes.values() for pair in sizes.items() for name in pair)
+            pairs = [pair for sizes in model.family.sizes.values() for pair in sizes.items()]
+            return any(name in differ for size, text in pairs for name in (size, text.partition(" ")[0]))
         case "rope_layers":
             return "num_hidden_layers" in differ or "layer_types" in differ
         case "layer_types":

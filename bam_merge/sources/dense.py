@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge.architectures.config import COMMON_FUNCTION, IGNORED, NEUTRAL, ROPE_KEYS, describe, is_quantised
+from bam_merge.architectures.layer_sizes import BY_LAYER, under_own_keys
 from bam_merge.architectures.locate import Cell, applies, cells, cut, gathered, locate, of_its_kind, piece_shape, shape_of
 from bam_merge.architectures.naming import Naming, adapter_problem, find_naming, ties_of
 from bam_merge.architectures.opening import open_folder
@@ -106,6 +107,9 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
     naming = find_naming(checkpoint.tensors, family, unwrapped.wrapper)
     config = {**unwrapped.config, **ties_of(unwrapped, family, naming)}
     facts = describe(family, config, problems)
+    if BY_LAYER in config and facts:
+        config = under_own_keys(family, config, facts)
+        facts = describe(family, config, problems)
     problems += refusals(config)
     problems += conflicts(family, config)
     tensors = _Tensors(name, family, facts, checkpoint, naming, problems)

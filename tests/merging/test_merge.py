@@ -88,8 +88,10 @@ AROUND = {
 AFTER = {"post_attention_layernorm": "post_self_attn_layernorm", "post_feedforward_layernorm": "post_mlp_layernorm"}
 """No norms before attention and FFN, and those after have names that others have before."""
 
+GEMMA4 = {**AROUND, "layer_scalar": "layer_scale.weight"}
+
 RENAMED = {
-    "gemma2": AROUND, "gemma3_text": AROUND, "hyperclovax": {"post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm"},
+    "gemma2": AROUND, "gemma3_text": AROUND, "gemma4_text": GEMMA4, "gemma4_unified_text": GEMMA4, "hyperclovax": {"post_norm1": "post_self_attn_layernorm", "post_norm2": "post_mlp_layernorm"},
     "qwen3_5_text": {"linear_attn": "self_attn"}, "starcoder2": {"c_fc": "up_proj", "c_proj": "down_proj"}, "hunyuan_v1_dense": {"query_layernorm": "q_norm", "key_layernorm": "k_norm"},
     "phi": {
         "self_attn.dense": "self_attn.o_proj", "fc1": "up_proj", "fc2": "down_proj", "final_layernorm": "norm", "q_layernorm": "q_norm", "k_layernorm": "k_norm",

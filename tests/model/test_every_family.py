@@ -241,7 +241,7 @@ def test_the_reference_says_which_layouts_take_a_family(family: str, tmp_path: P
 
 SHOWN = {
     "norm_type", "norm_bias", "parallel_block", "parallel_norms", "gated_ffn", "qk_norm", "head_bias", "attention_bias", "attention_out_bias", "mlp_bias",
-    "pre_norms", "post_norms", "qk_norm_shape", "qk_norm_bias", "norm_weights", "attention_gate", *LINEAR_SIZES,
+    "pre_norms", "post_norms", "qk_norm_shape", "qk_norm_bias", "norm_weights", "attention_gate", *LINEAR_SIZES, "layer_scale", "values_are_keys", "sizes_by_kind",
 }  # fmt: skip
 """Facts that say which tensors there are."""
 

@@ -70,7 +70,9 @@ def older(config: dict[str, Any]) -> dict[str, Any]:
 def cases() -> Iterator[tuple[str, str]]:
     """Every variant with every scaling that its class takes, and keeps as it is."""
     for name, config in CONFIGS.items():
-        if config["model_type"] in NO_CLASS:
+        if (
+            config["model_type"] in NO_CLASS or load_architecture(config["model_type"]).quirks.rope_sets
+        ):  # of whose keys there are no older ones
             continue
         for scaling, keys in SCALINGS.items():
             stated = {**config, **({"rope_parameters": {"rope_type": "default", **keys}} if keys else {})}
