@@ -115,7 +115,7 @@ def test_btx_uses_each_expert(name: str, tmp_path: Path) -> None:
 def write_large(folder: Path, config: dict[str, Any]) -> None:
     """Sources whose FFNs give enough for a second norm to be the first: what is beside the epsilon of a norm is another function."""
     for seed, source in enumerate(SOURCES):
-        write_checkpoint(folder / source, config, random_values(seed, 0.2))
+        write_checkpoint(folder / source, config, random_values(seed, 0.3))
 
 
 def experts_of(layer: Any) -> Any:
