@@ -13,6 +13,7 @@ from bam_merge.architectures.cost import CONTEXT, Cost, Kind, as_mixture, cost_o
 from bam_merge.architectures.vocabulary import GATING, QUIET
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
+from bam_merge.checkpoints.pieces import stored
 from bam_merge.checkpoints.provenance import MANIFEST, Origin, fates, format_note, origins, read_manifest
 from bam_merge.errors import CheckpointError, VerifyError
 from bam_merge.sources.places import look
@@ -251,10 +252,16 @@ def _values(anatomy: Anatomy, names: tuple[str, ...], workers: int | None) -> Va
 
 def _clones(anatomy: Anatomy, stats: Mapping[str, "TensorStats"]) -> list[tuple[str, int, int]]:
     """Experts all of whose tensors, in every layer, are byte for byte those of an earlier one: (group, copy, original)."""
+    from bam_merge.inspecting.tensor_stats import part_digest
+
     digests: dict[tuple[str, int], dict[tuple[str, int | None], str]] = {}
     for name, (role, layer, expert) in anatomy.places.items():
         if expert is not None and name in stats:
             digests.setdefault((role.partition(".")[0], expert), {})[role, layer] = stats[name].digest
+    for (role, layer, expert), leaf in anatomy.leaves.items():  # of one tensor that holds all of them each one's part
+        name = stored(leaf).tensor
+        if expert is not None and name in stats and anatomy.places[name][2] is None:
+            digests.setdefault((role.partition(".")[0], expert), {})[role, layer] = part_digest(anatomy.checkpoint, leaf)
     found: list[tuple[str, int, int]] = []
     seen: dict[tuple[str, frozenset[Any]], int] = {}
     for (group, expert), tensors in sorted(digests.items()):

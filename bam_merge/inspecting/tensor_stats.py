@@ -11,7 +11,8 @@ import xxhash
 from bam_merge.checkpoints.dtypes import DTYPE_BITS, DTYPES, MEASURED
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
-from bam_merge.checkpoints.reading import read_runs
+from bam_merge.checkpoints.pieces import Leaf, numel
+from bam_merge.checkpoints.reading import read_piece, read_runs
 from bam_merge.values.arrays import INTEGERS64, Array, is_float, widen
 from bam_merge.values.threads import by_size, scratch
 from bam_merge.values.wide import ABOVE, LARGEST, ZERO, Wide, figure
@@ -83,6 +84,17 @@ def duplicates(stats: Mapping[str, TensorStats], checkpoint: Checkpoint) -> list
         if name in stats and entry.nbytes:
             groups.setdefault((stats[name].digest, entry.dtype, entry.shape), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def part_digest(checkpoint: Checkpoint, leaf: Leaf) -> str:
+    """The digest of a part of a stored tensor. Raises CheckpointError when the file cannot be read or has changed."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, numel(leaf), CHUNK):
+        stop = min(numel(leaf), start + CHUNK)
+        (view,) = scratch([(stop - start) * DTYPE_BITS[leaf.dtype] // 8])
+        read_piece(checkpoint, leaf, view, start, stop)
+        digest.update(view)
+    return digest.hexdigest()
 
 
 # ---- one tensor ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from bam_merge import expressions
 from bam_merge._version import __version__
 from bam_merge.architectures.computable import uncomputable
 from bam_merge.architectures.cost import cost_of_tensors
-from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture
+from bam_merge.architectures.tables import Architecture, architecture_names, load_architecture, mixture_layouts
 from bam_merge.calibrating.corpus import Calibration
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
@@ -202,8 +202,10 @@ def _layout(recipe: Recipe) -> tuple[Architecture | None, list[str]]:
     if recipe.method == "merge":
         return None, []
     if layout.kind == "dense":
+        own = [table.name for table in mixture_layouts() if set(table.model_types) & set(layout.model_types)]
         return None, [
-            f"{recipe.file}: output.layout: {name} is a dense family; method {recipe.method} makes a mixture. Use bam, or method: merge."
+            f"{recipe.file}: output.layout: {name} is a dense family; method {recipe.method} makes a mixture. "
+            f"Use {' or '.join((*own, 'bam'))}, or method: merge."
         ]
     return layout, []
 

@@ -49,7 +49,8 @@ def function_checks(
         sample_BT = aligned.sample(ids_BT if level.thorough else ids_BT[:1])
         ids_BT = aligned.sample(ids_BT)
         yield from aligned.checks
-        yield from same_in_either_order(dense, plan, sample_BT, Way(level, computing))
+        exact = in_order(as_accepted(own, plan.recipe), mixture.config, plan)
+        yield from same_in_either_order(dense, exact, plan, sample_BT, Way(level, computing))
         yield from same_function(mixture, as_stacked(dense, plan.recipe))
         yield from same_head(mixture, dense, ids_BT, computing)
         if any(model.adapters for model in plan.models.values()):

@@ -74,8 +74,13 @@ def in_order(dense: Mapping[str, StoredModel], mixture: ModelConfig, plan: Plan)
 
 
 @torch.no_grad()
-def same_in_either_order(dense: Mapping[str, StoredModel], plan: Plan, ids_BT: Tensor, way: Way) -> Iterator[Check]:
-    """One check of the models that are read in another order: theirs are the plan's tensors, and their blocks compute what they did."""
+def same_in_either_order(
+    dense: Mapping[str, StoredModel], exact: Mapping[str, StoredModel], plan: Plan, ids_BT: Tensor, way: Way
+) -> Iterator[Check]:
+    """One check of the models that are read in another order: theirs are the plan's tensors, and their blocks compute what they did.
+
+    `exact` are the same models before they are rounded to what the merge writes, as the plan's tensors are.
+    """
     ordered = {name: model for name, model in dense.items() if isinstance(model, Ordered)}
     if not ordered:
         return
@@ -90,7 +95,7 @@ def same_in_either_order(dense: Mapping[str, StoredModel], plan: Plan, ids_BT: T
             row = next(row for row in plan.models[name].family.rows if role in row.roles)
             parameter = parameter_name(role, Cell(row, layer))
             if layer in asked and f".{TURNED[0].partition('.')[0]}." in parameter:
-                tensors.add(apart_by(sources, expr, model, parameter), f"sources.{name}: {parameter}")
+                tensors.add(apart_by(sources, expr, exact[name], parameter), f"sources.{name}: {parameter}")
         for layer in asked:
             for computing in way.precisions:
                 x = computing.taken(x_BTD)

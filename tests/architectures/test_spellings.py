@@ -47,7 +47,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_local_experts": 0, "layer_types": [FULL, FULL], "shared_intermediate_size": 40, "position_embedding_type": "rope", "mamba_n_heads": 8,
     },
     "dots1": {"n_shared_experts": 1, "layer_types": [FULL, FULL]},
-    "cohere2_moe": {"layer_types": [FULL, FULL]},
+    "cohere2_moe": {"layer_types": [FULL, FULL]}, "mellum": {"layer_types": [FULL, FULL]},
 }  # fmt: skip
 """What these model types have under keys of their own, and need."""
 
@@ -64,7 +64,9 @@ def base(kind: str) -> dict[str, Any]:
         {"head_dim": 8} if "head_dim" in table.defaults or kind in ("qwen3_moe", "ministral", "hunyuan_v1_dense", "hunyuan_v1_moe") else {}
     )
     grows = {"llama_4_scaling_beta": 0.1, ORIGINAL: 32} if table.quirks.query_growth else {}
-    rope = {"rope_parameters": {"rope_type": "default", **grows}} if table.quirks.rope_needed else {}
+    one: dict[str, Any] = {"rope_type": "default", **grows}
+    sets = {FULL: {**one, "rope_theta": 1e4}, SLIDES: {**one, "rope_theta": 1e4}}
+    rope = {"rope_parameters": sets if table.quirks.rotary_by_kind else one} if table.quirks.rope_needed else {}
     heads = {"num_key_value_heads": 4} if kind != "gpt_neox" else {}
     found = {"model_type": table.model_types[0], **BASE, **mixture, **head, **heads, **rope, **OWN.get(kind, {})}
     own = [word for word in table.quirks.taken_from if word not in table.neutral]
@@ -104,6 +106,10 @@ def lines() -> Iterator[Any]:
         for spelling in spellings_of(load_architecture(kind)):
             quirks = load_architecture(kind).quirks
             two_facts = {"rope_theta"} if quirks.rotary_by_kind and not quirks.sliding_base else set()  # of one set, and not of the other
+            two_facts |= (
+                {"rope.rope_theta", ORIGINAL} if quirks.rotary_by_kind and quirks.rope_needed else set()
+            )  # which its sets must have
+            two_facts |= {*quirks.only} & {"partial_rotary_factor"}  # which is refused beside the sets
             for first, second in itertools.combinations_with_replacement((*spelling.read, *spelling.ignored), 2):
                 if kind == "cohere2_moe" and first == second == ORIGINAL:  # which its class refuses where the other is not there
                     continue
@@ -140,7 +146,9 @@ def spelled(spelling: Spelling, kind: str, **keys: Any) -> dict[str, Any]:
     if rope:
         rope = rope if "type" in rope else {"rope_type": "default", **rope}
         rope |= NEEDED_IN_ROPE.get(kind, {}) if "rope_theta" not in rope and config.get("rope_theta") is None else {}
-        config["rope_parameters"] = {spelling.kind: rope} if spelling.kind else rope
+        sets = base(kind).get("rope_parameters", {}) if spelling.kind else {}  # of a class that needs both, whole
+        whole = {key: value for key, value in sets.get(spelling.kind, {}).items() if key != "rope_type" or "type" not in rope}
+        config["rope_parameters"] = {**sets, spelling.kind: {**whole, **rope}} if spelling.kind else rope
     return config
 
 
@@ -224,7 +232,8 @@ def test_no_alias_of_transformers_is_missing(kind: str) -> None:
         assert any({alias, key} <= group for group in groups), (alias, key)
 
 
-OLDER_KEPT = [kind for kind in KINDS if "rope_scaling" in load_architecture(kind).quirks.only]
+BOTH_SETS = [kind for kind in KINDS if load_architecture(kind).quirks.rotary_by_kind and load_architecture(kind).quirks.rope_needed]
+OLDER_KEPT = [kind for kind in KINDS if "rope_scaling" in load_architecture(kind).quirks.only and kind not in BOTH_SETS]
 """Whose classes pass over rope_scaling: a file that has it is refused."""
 
 
@@ -470,6 +479,8 @@ def test_what_transformers_saves_does_not_contradict_itself(kind: str) -> None:
         problems: list[str] = []
         assert not mixture_values(table, base(kind) | scaling, problems)["hidden_act"] or problems
         scaling = {"rope_parameters": {**scaling["rope_scaling"], "rope_theta": 1e4}}
+    if kind in BOTH_SETS:
+        scaling = {"rope_parameters": {**base(kind)["rope_parameters"], FULL: {**scaling["rope_scaling"], "rope_theta": 1e4}}}
     for more in ({}, window | use, scaling):
         config = {key: value for key, value in base(kind).items() if key != "rope_parameters" or "rope_scaling" not in more} | more
         saved = json.loads(theirs(config).to_json_string(use_diff=False))

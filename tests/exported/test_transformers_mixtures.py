@@ -41,6 +41,8 @@ CASES = {
     "granitemoehybrid in granitemoehybrid_moe": ("granitemoehybrid", "granitemoehybrid_moe", "ffn: {top_k: 3}"),
     "layers that do not rotate in granitemoehybrid_moe": ("granitemoehybrid_nope", "granitemoehybrid_moe", "ffn: {top_k: 2}"),
     "helium in mixtral": ("helium", "mixtral", "ffn: {top_k: 2}"),
+    "qwen3 in mellum": ("qwen3", "mellum", "ffn: {top_k: 2}"),
+    "qwen3 with windows in mellum": ("qwen3 with windows", "mellum", "ffn: {top_k: 2}"),
     "seed_oss in qwen2_moe": ("seed_oss", "qwen2_moe", "ffn: {top_k: 2}"),
     "ministral with windows in qwen2_moe": ("ministral_sliding", "qwen2_moe", "ffn: {top_k: 2}"),
     "llama in solar_open": ("llama", "solar_open", "ffn: {top_k: 2, gate: topk_then_sigmoid}"),

@@ -159,3 +159,12 @@ def test_a_table_that_says_it_wrongly(row: str, words: str) -> None:
         read_table(f"{head}[tensors]\nrows = [{row}]", "x.toml")
     assert words in str(error.value)
     assert load_architecture("granitemoe").rows  # one that says it well
+
+
+def test_copies_of_an_expert_are_named(tmp_path: Path) -> None:
+    """Though they are in one tensor: of upcycled experts the second and third are the first; of different ones none is."""
+    assert inspect(build(tmp_path / "a", "experts: [seed, seed, seed]", method="sparse_upcycling"), stats=True).values.clones == [
+        ("ffn", 1, 0),
+        ("ffn", 2, 0),
+    ]
+    assert inspect(build(tmp_path / "b"), stats=True).values.clones == []

@@ -15,6 +15,7 @@ from bam_merge.formulas import Pairs
 from bam_merge.planning import pairs
 from bam_merge.planning.make import plan_file
 from bam_merge.verifying.formulas import moved_rows
+from bam_merge.verifying.options import VerifyOptions
 
 SHAPES = {
     "heads that turn whole": Pairs(6, 6, True, 24, 0, 24), "the other way": Pairs(6, 6, False, 24, 0, 24),
@@ -123,3 +124,32 @@ def test_routers_of_texts_see_the_source_as_it_computes(tmp_path: Path) -> None:
     with planned_model(plan, "code") as found, torch.no_grad():
         got, expected = found.model()(ids), load_model(tmp_path / "code")(ids)
     assert float((got - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "granitemoe"])
+def test_adapters_are_applied_before_rows_are_put(layout: str, tmp_path: Path) -> None:
+    """And proved so: at either level, against transformers' order of the base and of the update."""
+    from adapter_files import write_adapter
+
+    write_sources(tmp_path, CONFIGS["ernie4_5"], ("seed",), "BF16")
+    for number, name in enumerate(("code", "law")):
+        write_adapter(tmp_path / name, tmp_path / "seed", seed=number)
+    (tmp_path / "recipe.yaml").write_text(
+        "method: btx\nsources: {seed: seed, code: {base: seed, adapter: code}, law: {base: seed, adapter: law}}\n"
+        f"shared: {{make: copy, from: law}}\noutput: {{path: out, layout: {layout}}}\n"
+    )
+    out = merge(load_recipe(tmp_path / "recipe.yaml"), options=MergeOptions(verify=False))
+    for level in ("quick", "full"):
+        report = verify(out, options=VerifyOptions(level=level))
+        assert report.ok, [check for check in report.checks if check.ok is False]
+    assert {"rotary order", "adapters"} <= {check.name for check in report.checks}
+
+
+def test_rows_of_one_fused_tensor_are_put(tmp_path: Path) -> None:
+    """phi3 has q, k and v in one tensor, and its halves turn; ernie4_5_moe has a tensor for each, and neighbours turn."""
+    out = load_file(build(tmp_path, "phi3", "ernie4_5_moe", "BF16", "shared: {make: copy, from: code}") / "model.safetensors")
+    fused = load_file(tmp_path / "code" / "model.safetensors")["model.layers.0.self_attn.qkv_proj.weight"]
+    H, D = CONFIGS["phi3"]["num_attention_heads"], 8
+    q = fused[: H * D].unflatten(0, (H, 2, D // 2))
+    assert torch.equal(out["model.layers.0.self_attn.q_proj.weight"], q.transpose(1, 2).flatten(0, 2))
+    assert verify(tmp_path / "out").ok
