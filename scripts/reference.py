@@ -362,6 +362,7 @@ def ruled_out(family: Architecture, layout: Architecture) -> bool:
     for key, value in has.items():
         options = wanted[key] if isinstance(wanted[key], list) else [wanted[key]]
         by_kind = key == "sliding_rope_parameters" and "$rope_parameters_by_kind" in layout.config.values()
+        by_kind = by_kind or (key == "sizes_by_kind" and layout.sizes == family.sizes)
         written = by_kind or key in (*layout.implies, *layout.traits) or f"${key}" in layout.config.values()
         if (
             not written

@@ -141,7 +141,7 @@ def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: li
     traits = {trait: implied.get(trait, f"config:{trait}") for trait in TRAITS if trait in implied or trait in keys}
     traits.setdefault("attention_out_bias", traits.get("attention_bias", False))  # one key for both, where a layout has no other
     own = [str(value).removeprefix("config:").partition("^")[0] for value in layout.traits.values()]
-    extra = {key: value for key, value in layout.defaults.items() if key in (*ROPE_KEYS, *own)}
+    extra = {key: value for key, value in layout.defaults.items() if key in (*ROPE_KEYS, PATTERN, *own, *layout.function)}
     family = replace(
         layout, traits={**traits, **layout.traits}, function=("rms_norm_eps", *own, *layout.function), defaults={**defaults, **extra}
     )
@@ -228,7 +228,8 @@ def describe(family: Architecture, config: Mapping[str, Any], problems: list[str
         facts[scaled_by] = usual
     if facts["attention_scale"] == usual and not facts["sizes_by_kind"]:  # else None is another one in each kind of layer
         facts["attention_scale"] = None
-    facts["own_values"] = True  # but in single layers
+    windows_somewhere = bool(facts.get("layer_types") or facts.get("sliding_window"))
+    facts["own_values"] = windows_somewhere or not facts["values_are_keys"]  # but in single layers
     facts["twin_norms"] = bool(facts["parallel_block"]) and facts["parallel_norms"] == 2
     facts["second_norm"] = facts["pre_norms"] and (not facts["parallel_block"] or facts["parallel_norms"] == 2)
     facts["tie_word_embeddings"] = bool(facts["tie_word_embeddings"])

@@ -34,12 +34,12 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 TABLE: Kinds = {
     "name": str, "kind": str, "model_types": list, "class": str, "function": list, "defaults": dict, "neutral": list, "traits": dict,
     "quirks": dict, "cases": list, "sizes": dict, "accepts": dict, "implies": dict, "config": dict, "limits": list,
-    "engines": list, "told_by": str, "tensors": dict, "nulls": list,
+    "engines": list, "told_by": str, "drawn_routers": str, "tensors": dict, "nulls": list,
 }  # fmt: skip
 TENSORS: Kinds = {"rows": list, "others": list, "dropped": list}
 ROW: Kinds = {
     "role": str, "roles": list, "name": (str, list), "shape": list, "groups": str, "parts": list, "axis": str, "when": str, "make": str,
-    "without": str, "pieces": str, "kinds": list,
+    "without": str, "pieces": str, "kinds": list, "parameter": str,
 }  # fmt: skip
 QUIRKS: Kinds = {
     "rotary_base": str, "rotary_share": str, "rope_types": dict, "context": str, "windows": str, "worked_out": dict, "experts": list,

@@ -27,7 +27,8 @@ class Row:
     by "and"); `pieces` is how many tensors with {head} in their name hold the one of `shape`, one after the other along its first axis;
     `make` is how a layout fills a tensor that no source has: "zeros" or "ones" of `shape`, or a role, whose tensor is stored once more;
     `without` is what then happens, in engines, to a model that lacks it or has zeros in the place of ones. `kinds` are the kinds of
-    layers that have the tensor, where not all have it.
+    layers that have the tensor, where not all have it; `parameter` is what the reference model calls one of a role that bam has not, where
+    it is not the name in files.
     """
 
     roles: tuple[str, ...]
@@ -41,6 +42,7 @@ class Row:
     without: str | None = None
     pieces: str | None = None
     kinds: tuple[str, ...] = ()
+    parameter: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -180,7 +182,8 @@ class Architecture:
     merge in a layout, whatever its sources say, because its rows fill in what they lack; `limits` are what engines
     need besides, `engines` those that were tried. `told_by` is the key of config.json that a mixture has, and a dense model of the same
     model type has not, or has as 0 or false. `nulls` are keys of config.json that are written as null where a merge has no value for
-    them, because the configuration class fills in another one.
+    them, because the configuration class fills in another one. `drawn_routers` says why no router can be made of texts: what it sees is
+    not what the FFN sees.
     """
 
     name: str
@@ -204,6 +207,7 @@ class Architecture:
     engines: tuple[Engine, ...] = ()
     told_by: str | None = None
     nulls: tuple[str, ...] = ()
+    drawn_routers: str | None = None
 
 
 def evaluate(expression: str, facts: Mapping[str, Any]) -> int:
@@ -296,6 +300,7 @@ def read_table(text: str, file: str) -> Architecture:
         engines=tuple(Engine(**{**record, "tried": tuple(record["tried"])}) for record in table.get("engines", ())),
         told_by=table.get("told_by"),
         nulls=tuple(table.get("nulls", ())),
+        drawn_routers=table.get("drawn_routers"),
     )
 
 
@@ -323,6 +328,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         without=record.get("without"),
         pieces=record.get("pieces"),
         kinds=tuple(record.get("kinds", ())),
+        parameter=record.get("parameter"),
     )
 
 

@@ -199,10 +199,11 @@ BESIDES = {
 
 
 def parameter_name(role: str, cell: Cell) -> str:
-    """The reference model's name for `role`: bam's, less the experts' part where there is one for all; what bam has not, by `BESIDES`."""
+    """The reference model's name for `role`: bam's, less the experts' part where there is one for all; what bam has not, by `BESIDES`, or
+    as its row says."""
     if role in BESIDES:
         return f"model.layers.{cell.layer}.mlp.{BESIDES[role]}"
-    template = _bam_row(role) or cell.row
+    template = _bam_row(role) or (cell.row if cell.row.parameter is None else replace(cell.row, names=(cell.row.parameter,)))
     return template.name(cell.layer, cell.expert) if cell.expert is not None else template.name(cell.layer).replace("experts.None.", "")
 
 

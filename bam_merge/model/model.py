@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bam_merge.model.activations import ACTIVATIONS, wide
+from bam_merge.model.branches import Branches
 from bam_merge.model.delta_net import DeltaNet
 from bam_merge.model.gates import SIGMOIDS, route
 from bam_merge.model.model_config import ModelConfig
@@ -193,7 +194,8 @@ class Ffn(nn.Module):
 
 class FfnMixture(nn.Module):
     """gate_scale * sum over i in T of g_i(x) FFN_i(x), and with a shared expert its output besides: weighted by sigmoid(w x) (gated), as
-    it is (sum), or as it is and half of both taken (average)."""
+    it is (sum), or as it is and half of both taken (average). With a dense FFN beside it (gemma4) what `Branches` says, of x and of `h`,
+    from which x was normed."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -206,14 +208,16 @@ class FfnMixture(nn.Module):
         self.experts = nn.ModuleList(Ffn(config, config.intermediate_size) for _ in range(N))
         self.shared_expert = Ffn(config, shared) if shared else None
         self.shared_expert_gate = Linear(D, 1, bias=False) if shared and self.shared_mix == "gated" else None
+        beside = config.dense_intermediate_size
+        self.dense = Ffn(config, beside) if beside else None
+        self.branches = Branches(config) if beside else None
 
-    def forward(self, x_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, force_expert: int | None, h_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y [B, T, D] and the gates [B, T, N], before gate_scale. A forced expert is not scaled: it stands for its dense model."""
+        if self.dense is not None and self.branches is not None and h_BTD is not None:
+            return self.beside_dense(self.dense, self.branches, x_BTD, h_BTD, force_expert)
         gates_BTN = route(self.router, x_BTD, *self.gates, force_expert, self.choice_bias)
-        y_BTD = wide(torch.zeros_like(x_BTD))
-        for i, expert in enumerate(self.experts):
-            sent_BT = gates_BTN[..., i] != 0
-            y_BTD[sent_BT] += gates_BTN[..., i][sent_BT][:, None] * expert(x_BTD[sent_BT])
+        y_BTD = self.sum(x_BTD, gates_BTN)
         y_BTD = y_BTD if force_expert is not None else self.gate_scale * y_BTD
         if self.shared_expert is not None:
             y_BTD = self.beside(x_BTD, y_BTD, self.shared_expert(x_BTD))
@@ -225,6 +229,21 @@ class FfnMixture(nn.Module):
             gate_BT1: Tensor = self.shared_expert_gate(x_BTD).sigmoid()
             return y_BTD + gate_BT1 * shared_BTD
         return (y_BTD + shared_BTD) / (2 if self.shared_mix == "average" else 1)
+
+    def beside_dense(self, dense: Ffn, around: Branches, x_BTD: Tensor, h_BTD: Tensor, force_expert: int | None) -> tuple[Tensor, Tensor]:
+        """The same of experts beside a dense FFN."""
+        gates_BTN = route(self.router, around.seen_by_router(h_BTD), *self.gates, force_expert)
+        weights_BTN = gates_BTN if force_expert is not None else gates_BTN * around.gate_factors
+        experts_BTD = self.sum(around.before_experts(h_BTD), weights_BTN).to(x_BTD.dtype)
+        return around.together(dense(x_BTD), experts_BTD), gates_BTN
+
+    def sum(self, x_BTD: Tensor, gates_BTN: Tensor) -> Tensor:
+        """sum over i of g_i FFN_i(x), in float32 or wider."""
+        y_BTD = wide(torch.zeros_like(x_BTD))
+        for i, expert in enumerate(self.experts):
+            sent_BT = gates_BTN[..., i] != 0
+            y_BTD[sent_BT] += gates_BTN[..., i][sent_BT][:, None] * expert(x_BTD[sent_BT])
+        return y_BTD
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------------
@@ -281,7 +300,7 @@ class Block(nn.Module):
         if self.post_attention_layernorm is not None:
             normed_BTD = self.post_attention_layernorm(x_BTD if self.parallel else h_BTD)
         mixed = isinstance(self.mlp, FfnMixture)
-        ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert) if mixed else (self.mlp(normed_BTD), None)
+        ffn_BTD, ffn_gates = self.mlp(normed_BTD, force_expert, h_BTD) if mixed else (self.mlp(normed_BTD), None)
         return BlockOutput(self.layer_scale(h_BTD + self.scale * self.post_mlp_layernorm(ffn_BTD)), attention_gates, ffn_gates)
 
 

@@ -78,6 +78,7 @@ class ModelConfig:
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"  # what makes gates of the FFN router's logits
     choice_bias: bool = False  # a number for each expert is added to its score where experts are chosen; bam has none
     gate_scale: float = 1.0
+    dense_intermediate_size: int = 0  # of an FFN for all tokens beside the experts, each with norms of its own, as gemma4 has one
     shared_expert_intermediate_size: int = 0  # of an FFN that every token goes through; bam has none
     shared_expert_mix: Literal["gated", "sum", "average"] = "gated"  # it is weighted by a gate of its own; added; added, and both halved
 

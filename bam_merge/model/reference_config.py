@@ -119,6 +119,9 @@ def _block(table: Architecture, get: Any) -> dict[str, Any]:
             own: float | None = get(name)
             return own
         value = table.traits.get(name)
+        if table.kind == "mixture" and value is None:  # a layout takes one value only, or has a key for it
+            fixed = table.accepts.get(name)
+            value = f"config:{_keys(table)[name]}" if name in _keys(table) else fixed if isinstance(fixed, int | float) else None
         if not isinstance(value, str):
             return value
         key, power = value.partition(":")[2].partition("^")[::2]
@@ -294,6 +297,8 @@ def _experts(table: Architecture, config: Mapping[str, Any], get: Any) -> dict[s
         "scoring_func": get("scoring_func") if "scoring_func" in keys else table.accepts.get("scoring_func", "softmax"),
         "gate_scale": get("gate_scale") if "gate_scale" in keys else 1.0,
     }
+    if "dense_intermediate_size" in keys:
+        result["dense_intermediate_size"] = config[keys["dense_intermediate_size"]]
     return result | _beside_experts(table, config, get)
 
 

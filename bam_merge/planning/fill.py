@@ -20,9 +20,10 @@ def filling(row: Row, layer: int | None, sizes: Mapping[str, Any], made: Mapping
         return None
     if row.make in CONSTANTS:
         like = next(item for (role, _), item in made.items() if role == "router.ffn")  # new as this is, and of one dtype with it
-        return expressions.Init(
-            CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, at_layer(sizes, layer))
-        )
+        facts = {**at_layer(sizes, layer), "num_experts": like.exprs[0].shape[0]}
+        return expressions.Init(CONSTANTS[row.make], row.name(layer), random_seed, like.exprs[0].dtype, shape_of(row, facts))
+    if (row.make, layer) not in made:  # of sources that the layout then refuses
+        return None
     (once_more,) = made[row.make, layer].exprs
     return once_more
 
@@ -30,7 +31,7 @@ def filling(row: Row, layer: int | None, sizes: Mapping[str, Any], made: Mapping
 def engine_notes(layout: Architecture, values: Mapping[str, Any], made: Mapping[Site, Made]) -> Iterator[str]:
     """What a plan says of a layout's fillings that cost something, and of what engines will not do with the result."""
     for row in layout.rows:
-        if row.make in (None, *CONSTANTS) or any((row.roles[0], layer) in made for layer in (None, 0)):
+        if row.make in (None, *CONSTANTS) or row.without is None or any((row.roles[0], layer) in made for layer in (None, 0)):
             continue
         yield (
             f"output.layout: {layout.name} has a {row.roles[0]} of its own, the sources use {row.make}: it is stored once more, as a copy "

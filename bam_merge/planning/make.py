@@ -75,6 +75,7 @@ def make_plan(recipe: Recipe) -> Plan:
     values = merge_values(recipe, layout, seed, made) if layout.kind == "mixture" else dict(seed.facts)
     problems += refusals(layout, values, recipe.file)
     values |= layout.implies
+    problems += _from_texts(recipe, layout, made)
     serves = served(layout, values, seed.family)
     problems += serving_problems(recipe, models, serves, refused=bool(problems))
     if layout.kind == "mixture":
@@ -124,6 +125,14 @@ def make_plan(recipe: Recipe) -> Plan:
         alignment=alignment,
         calibration=texts,
     )
+
+
+def _from_texts(recipe: Recipe, layout: Architecture, made: Mapping[Site, Made]) -> list[str]:
+    """Why routers of this layout cannot be made of texts, where the recipe asks for that."""
+    texts = any(isinstance(expr, expressions.Calibrated) for item in made.values() for expr in item.exprs)
+    if layout.drawn_routers is None or not texts:
+        return []
+    return [f"{recipe.file}: router: {layout.drawn_routers}. Use router.init normal, balanced or zeros, or layout: bam."]
 
 
 def _dtype_of_most(steps: Sequence[Step]) -> str:

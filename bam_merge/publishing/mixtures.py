@@ -113,6 +113,11 @@ def order_of(mixture: Mixture, section: Mapping[str, Any], target: Path) -> Orde
     Those of a merge whose sources are at hand are made for the seed's hidden states, unless the section says otherwise; all others for the
     mixture's own. Raises RecipeError, or CheckpointError, with all that is wrong.
     """
+    if mixture.stored.config.dense_intermediate_size:
+        raise CheckpointError(
+            f"{printable(str(mixture.folder))}: its routers see the residual before the FFN's norm, and texts show what the FFN "
+            "sees. Merge into layout bam for routers from texts."
+        )
     section = _absolute(section)
     _check_names(mixture, section)
     if mixture.manifest is None:

@@ -7,7 +7,7 @@ same input: an error is found in the layer that makes it. (docs/explanation/step
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,10 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernor
 """What a block has beside attention and FFN. Its experts share them."""
 
 
+CHANGED = 2.0**-8
+"""How much a second norm of what experts give may change a block: as much as the rounding to bfloat16, in which such models are stored."""
+
+
 def with_expert(mixture: Block, dense: Block, j: int) -> Block:
     """The mixture's block with all that its experts share taken from the dense model j: norms, and what of attention is shared.
 
@@ -43,6 +47,15 @@ def with_expert(mixture: Block, dense: Block, j: int) -> Block:
         ours, theirs = getattr(mixture, name), getattr(dense, name)
         if ours is not None and theirs is not None:
             setattr(block, name, _with_weights(ours, theirs))
+    if isinstance(mixture.mlp, FfnMixture) and mixture.mlp.branches is not None:
+        assert dense.post_attention_layernorm is not None
+        mlp, around = copy.copy(mixture.mlp), copy.copy(mixture.mlp.branches)
+        around._modules = {
+            **around._modules,
+            "before_experts": _with_weights(mixture.mlp.branches.before_experts, dense.post_attention_layernorm),
+        }
+        mlp._modules = {**mlp._modules, "branches": around}
+        block.mlp = mlp
     if not len(mixture.self_attn.experts):
         block.self_attn = dense.self_attn
     elif mixture.self_attn.shares_kv:
@@ -51,6 +64,15 @@ def with_expert(mixture: Block, dense: Block, j: int) -> Block:
         for name in ("k_proj", "v_proj", "k_norm"):
             setattr(attention, name, getattr(dense.self_attn, name))
         block.self_attn = attention
+    return block
+
+
+def as_beside_dense(dense: Block, mixture: Block) -> Block:
+    """The dense block as a layout computes it that norms what experts give once more, before the norm that stands after the FFN."""
+    if not isinstance(mixture.mlp, FfnMixture) or mixture.mlp.branches is None:
+        return dense
+    block = copy.copy(dense)
+    block._modules = {**dense._modules, "post_mlp_layernorm": nn.Sequential(mixture.mlp.branches.unit, dense.post_mlp_layernorm)}
     return block
 
 
@@ -104,7 +126,7 @@ def against_dense(
     """
     sources, seed = plan.recipe.expert_names, plan.recipe.seed_name
     names, models = experts_models(mixture, plan, dense)
-    isolation, identity = Worst("expert isolation"), Worst("identity")
+    isolation, identity, twice = Worst("expert isolation"), Worst("identity"), Worst("normed twice", CHANGED)
     known = set()
     for stranger in strangers(mixture, models, names, plan, proved):
         known.add((stranger.layer, stranger.expert))
@@ -132,6 +154,8 @@ def against_dense(
                 isolation.add(error, place)
         identity.add(*found.identity)
         factors.append(found.factor)
+        if found.twice is not None:
+            twice.add(found.twice, f"layer {layer}")
         x = found.hidden if way.level.thorough else x
         way.ran(layer)
     of = of_layers(asked, mixture.config.num_hidden_layers)
@@ -149,6 +173,10 @@ def against_dense(
     beside = f", beside the shared expert, which is {shared}'s FFN" if shared else ""
     what = f"copies of {seed}" if shards == 1 else f"the {shards} shards of {seed}"
     yield identity.check(f"{what} under these routers are {meaning}{beside}{of}")
+    if mixture.config.dense_intermediate_size:
+        again = twice.check(f"the layout norms what experts give once more, which changes a block by {twice.value:.2g} at most{of}")
+        small = "the FFNs give so little that a second norm, which the layout has, makes other blocks of them; use layout bam: "
+        yield again if again.ok else replace(again, detail=small + again.detail)
 
 
 def _name(names: Sequence[str], expert: int) -> str:
@@ -157,12 +185,14 @@ def _name(names: Sequence[str], expert: int) -> str:
 
 class LayerErrors(NamedTuple):
     """What one layer showed: (error, expert, place) of every expert; (error, place) of copies of the seed, and the mean factor of their
-    FFN; and the dense models' hidden states [B, T, D] after the layer."""
+    FFN; the dense models' hidden states [B, T, D] after the layer; and by how much a block changes where its layout norms what experts give
+    once more, None where it does not."""
 
     isolation: list[tuple[float, int, str]]
     identity: tuple[float, str]
     factor: float
     hidden: dict[str, Tensor]
+    twice: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,12 +210,16 @@ class _Layer:
         """Run the layer on the dense models' hidden states `x`."""
         names, seed, layer = self.names, self.recipe.seed_name, self.layer
         block = streamed_block(self.mixture, layer, self.computing)
-        isolation, hidden = [], {}
+        isolation, hidden, changed = [], {}, list[float]()
         source = self.recipe.shared_source
         alone = block if source is None else without_shared(block)
         for name, x_BTD in x.items():
             own, positions = streamed_block(self.dense[name], layer, self.computing), positions_of(x_BTD)
             hidden[name] = expected = own(x_BTD, positions).hidden
+            normed_twice = as_beside_dense(own, block)
+            if normed_twice is not own:
+                expected = normed_twice(x_BTD, positions).hidden
+                changed.append(difference(expected - x_BTD, hidden[name] - x_BTD, hidden[name]))
             for j in (j for j, expert in enumerate(names) if expert == name):
                 got = with_expert(alone, own, j)(x_BTD, positions, force_expert=j).hidden
                 error = difference(got - x_BTD, expected - x_BTD, expected)
@@ -199,7 +233,7 @@ class _Layer:
             isolation.append((error, SHARED, f"layer {layer}, shared expert ({source})"))
         whole = reassembled(self.dense, names, self.recipe)
         of_copies, factor = _identity(block, streamed_block(whole, layer, self.computing), x[seed], self.recipe, beside)
-        return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden)
+        return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden, max(changed, default=None))
 
 
 SHARED = -1
@@ -227,7 +261,7 @@ def _identity(mixture: Block, dense: Block, x_BTD: Tensor, recipe: Recipe, besid
     """With every expert the seed's, attention must be the seed's, the FFN (before a norm that stands after it) times the
     sum of the gates that `recipe` asks for; and the FFN of `beside`, whose the shared expert is, besides, weighted as the layout does.
     The gates must be those, too. (error, the first factor's mean)"""
-    block = with_expert(mixture, dense, 0)
+    block, dense = with_expert(mixture, dense, 0), as_beside_dense(dense, mixture)
     for j in range(len(mixture.self_attn.experts)):
         block.self_attn = _as_expert(block.self_attn, dense.self_attn, j)
     assert isinstance(mixture.mlp, FfnMixture)

@@ -24,7 +24,7 @@ def rope(**parameters: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unknown rotary": ("llama", rope(rope_type="foo"), "rope_type 'foo' is not known here. Known: default, linear, dynamic, yarn, llama3, longrope."),
+    "unknown rotary": ("llama", rope(rope_type="foo"), "rope_type 'foo' is not known here. Known: default, linear, dynamic, yarn, llama3, longrope, proportional."),
     "linear without its factor": ("mistral", rope(rope_type="linear"), "rope_parameters.factor must be a number for rope_type linear, found None."),
     "a factor that is text": ("qwen3", rope(rope_type="linear", factor="2"), "rope_parameters.factor must be a number for rope_type linear, found '2'."),
     "an optional number that is text": ("llama", {"rope_parameters": {**YARN, "beta_fast": "32"}}, "rope_parameters.beta_fast must be a number for rope_type yarn, found '32'."),

@@ -41,8 +41,8 @@ SLIDING = {kind: load_architecture(kind).quirks.windows for kind in KINDS}
 
 
 OWN: dict[str, dict[str, Any]] = {
-    **{kind: {"full_attention_interval": 2} for kind in ("qwen3_5_text", "qwen3_5_moe")},
-    "gemma4_text": {"hidden_size_per_layer_input": 0}, "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 40},
+    **{kind: {"full_attention_interval": 2} for kind in ("qwen3_5_text", "qwen3_5_moe")}, "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 40},
     "granitemoehybrid": {
         "num_local_experts": 0, "layer_types": [FULL, FULL], "shared_intermediate_size": 40, "position_embedding_type": "rope", "mamba_n_heads": 8,
     },
@@ -488,17 +488,19 @@ def test_what_transformers_saves_does_not_contradict_itself(kind: str) -> None:
     window = {"sliding_window": 16} if SLIDING[kind] != "none" else {}
     grows = {"llama_4_scaling_beta": 0.1} if table.quirks.query_growth else {}
     use = {"use_sliding_window": True} if SLIDING[kind] in (*BY_LAYER, "all if used") else {}
-    scaled = {"rope_scaling": LONGROPE if kind == "phi3" else {**YARN, ORIGINAL: 32, **grows}}
+    scaling = {"rope_scaling": LONGROPE if kind == "phi3" else {**YARN, ORIGINAL: 32, **grows}}
     if table.quirks.rope_sets:  # whose class reads one spelling only
-        scaled = {"rope_parameters": {FULL: {**YARN, ORIGINAL: 32, "rope_theta": 1e4}, SLIDES: {"rope_type": "default", "rope_theta": 1e4}}}
+        scaling = {
+            "rope_parameters": {FULL: {**YARN, ORIGINAL: 32, "rope_theta": 1e4}, SLIDES: {"rope_type": "default", "rope_theta": 1e4}}
+        }
     if kind in OLDER_KEPT:
-        assert theirs(base(kind) | scaled).rope_parameters["rope_type"] == "default"
+        assert theirs(base(kind) | scaling).rope_parameters["rope_type"] == "default"
         problems: list[str] = []
-        assert not mixture_values(table, base(kind) | scaled, problems)["hidden_act"] or problems
-        scaled = {"rope_parameters": {**scaled["rope_scaling"], "rope_theta": 1e4}}
+        assert not mixture_values(table, base(kind) | scaling, problems)["hidden_act"] or problems
+        scaling = {"rope_parameters": {**scaling["rope_scaling"], "rope_theta": 1e4}}
     if kind in BOTH_SETS:
-        scaled = {"rope_parameters": {**base(kind)["rope_parameters"], FULL: {**scaled["rope_scaling"], "rope_theta": 1e4}}}
-    for more in ({}, window | use, scaled):
+        scaling = {"rope_parameters": {**base(kind)["rope_parameters"], FULL: {**scaling["rope_scaling"], "rope_theta": 1e4}}}
+    for more in ({}, window | use, scaling):
         config = {key: value for key, value in base(kind).items() if key != "rope_parameters" or "rope_scaling" not in more} | more
         saved = json.loads(theirs(config).to_json_string(use_diff=False))
         assert conflicts(table, saved) == []

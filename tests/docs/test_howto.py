@@ -68,11 +68,15 @@ BIASES = {
     "attn.k": "attention_bias",
     "attn.v": "attention_bias",
     "attn.o": "attention_out_bias",
+    "attn.gate": "attention_bias",
     "head": "head_bias",
 }
+ONLY_WITH = {"attn.gate": "attention_gate", "layer.scale": "layer_scale"}
+"""Roles of parts that a trait adds."""
+
 SIZES = {
     "embed": ["V", "d"], "head": ["V", "d"], "attn.q": ["H*D", "d"], "attn.k": ["K*D", "d"], "attn.v": ["K*D", "d"], "attn.o": ["d", "H*D"],
-    "ffn.gate": ["f", "d"], "ffn.up": ["f", "d"], "ffn.down": ["d", "f"],
+    "attn.gate": ["H*D", "d"], "layer.scale": ["1"], "ffn.gate": ["f", "d"], "ffn.up": ["f", "d"], "ffn.down": ["d", "f"],
 }  # fmt: skip
 
 
@@ -97,7 +101,9 @@ def rows_of(traits: dict[str, object]) -> Iterator[tuple[str, list[str]]]:
     for role in ROLES:
         weight = role.removesuffix(".bias")
         is_bias = weight != role
-        if weight.startswith("router") or (weight == "ffn.gate" and not has["gated_ffn"]):
+        if weight.startswith(("router", "linear.")) or (weight == "ffn.gate" and not has["gated_ffn"]):
+            continue
+        if (weight in ONLY_WITH and not has[ONLY_WITH[weight]]) or (weight == "attn.v" and has["values_are_keys"]):
             continue
         if weight.startswith("norm."):
             if not has.get("norm_weights", True):
@@ -126,7 +132,7 @@ def table_of(name: str, traits: dict[str, object]) -> str:
         return str(value).lower() if isinstance(value, bool) else repr(value)
 
     stated = "\n".join(f"{trait} = {word(value)}" for trait, value in traits.items())
-    inside = lambda role: role.startswith(("norm.attn", "norm.ffn", "attn.", "ffn."))  # noqa: E731
+    inside = lambda role: role.startswith(("norm.attn", "norm.ffn", "attn.", "ffn.", "layer."))  # noqa: E731
     rows = [(f"toy.{'{layer}.' if inside(role) else ''}{role.removesuffix('.bias').replace('.', '_')}.{'bias' if role.endswith('.bias') else 'weight'}", role, shape) for role, shape in rows_of(traits)]  # fmt: skip
     ordered = [row for row in rows if row[1] == "embed"] + [row for row in rows if inside(row[1])] + [row for row in rows if not inside(row[1]) and row[1] != "embed"]  # fmt: skip
     lines = ",\n".join(f"    {{ role = '{role}', name = '{place}', shape = {shape} }}" for place, role, shape in ordered)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, stand_in, write_recipe, write_sources
+from conftest import CONFIGS, SOURCES, stand_in, write_recipe, write_sources
 from test_exported import assert_same_tensors
 
 from bam_merge import MergeOptions, load_recipe, merge
@@ -56,6 +56,9 @@ CASES = {
     "cohere2 in cohere2_moe": ("cohere2", "cohere2_moe", "ffn: {top_k: 2}"),
     "cohere2 in cohere2_moe, sigmoids": ("cohere2_biased", "cohere2_moe", "ffn: {top_k: 2, gate: topk_then_sigmoid}"),
     "hunyuan_v1_dense in hunyuan_v1_moe": ("hunyuan_v1_dense", "hunyuan_v1_moe", "ffn: {top_k: 2}"),
+    "gemma4 in gemma4": ("gemma4_text", "gemma4", "ffn: {top_k: 2}"),
+    "gemma4, values are keys, in gemma4": ("gemma4_text_keys", "gemma4", "ffn: {top_k: 3}"),
+    "gemma4 unified in gemma4": ("gemma4_unified_text", "gemma4", "ffn: {top_k: 1, gate: topk_then_softmax}"),
 }
 FULL = {"olmo3, all layers full": {**CONFIGS["olmo3"], "layer_types": ["full_attention"] * 2}}
 WINDOWS = {**CONFIGS["qwen3"], "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -84,6 +87,7 @@ def test_copies_of_one_model_compute_what_it_computes(name: str, tmp_path: Path)
     config = {**FAMILIES[family], "rope_parameters": {"full_attention": rope} if family in FULL else rope}
     config |= {"logit_scale": 0.5} if "cohere" in family else {}
     config.pop("rope_scaling", None)
+    config = config if layout != "gemma4" else CONFIGS[family]  # which has two sets
     write_checkpoint(tmp_path / "seed", config, random_values(3, 0.2))
     text = f"experts: [seed, seed, seed]\n{ffn}\nrouter: {{init: normal, std: 0.5}}"
     recipe = write_recipe(tmp_path, text, "sparse_upcycling", ("seed",), f"{{path: out, layout: {layout}}}")
@@ -98,7 +102,7 @@ def test_copies_of_one_model_compute_what_it_computes(name: str, tmp_path: Path)
 def test_btx_uses_each_expert(name: str, tmp_path: Path) -> None:
     """With different experts, forcing the router to expert e and taking the shared tensors from model e gives model e."""
     family, layout, ffn = CASES[name]
-    write_sources(tmp_path, FAMILIES[family])
+    write_sources(tmp_path, FAMILIES[family]) if layout != "gemma4" else write_large(tmp_path, FAMILIES[family])
     gate = ", gate: topk_then_sigmoid" if "sigmoid" in ffn else ""
     for expert, source in enumerate(("seed", "code", "law")):
         text = f"ffn: {{top_k: 1{gate}}}\nshared: {{make: copy, from: {source}}}\nrouter: {{init: zeros}}"
@@ -110,8 +114,14 @@ def test_btx_uses_each_expert(name: str, tmp_path: Path) -> None:
         assert float((logits(mixture) - logits(load(tmp_path / source))).abs().max()) < 1e-5
 
 
+def write_large(folder: Path, config: dict[str, Any]) -> None:
+    """Sources whose FFNs give enough for a second norm to be the first: what is beside the epsilon of a norm is another function."""
+    for seed, source in enumerate(SOURCES):
+        write_checkpoint(folder / source, config, random_values(seed, 0.3))
+
+
 def experts_of(layer: Any) -> Any:
-    return next(module for name, module in layer.named_modules() if name.endswith(".experts"))
+    return next(module for name, module in layer.named_modules() if f".{name}".endswith(".experts"))
 
 
 @pytest.mark.parametrize("name", CASES)

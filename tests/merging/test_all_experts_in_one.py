@@ -163,7 +163,7 @@ def test_a_table_that_says_it_wrongly(row: str, words: str) -> None:
 
 def test_copies_of_an_expert_are_named(tmp_path: Path) -> None:
     """Though they are in one tensor: of upcycled experts the second and third are the first; of different ones none is."""
-    assert inspect(build(tmp_path / "a", "experts: {make: copy, count: 3}", method="sparse_upcycling"), stats=True).values.clones == [
+    assert inspect(build(tmp_path / "a", "experts: [seed, seed, seed]", method="sparse_upcycling"), stats=True).values.clones == [
         ("ffn", 1, 0),
         ("ffn", 2, 0),
     ]

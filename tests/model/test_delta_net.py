@@ -334,6 +334,6 @@ def test_a_new_model_forgets_at_rates_of_many_sizes(tmp_path: Path) -> None:
         layer = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).model.layers[1].self_attn
         own = layer.experts if layer.mixed else layer
         assert layer.mixed == (sections == "")
-        assert float(own.A_log.std()) > 0.1
+        assert float(own.A_log.detach().std()) > 0.1
         assert bool((own.dt_bias == 1).all())
         assert bool((own.norm.weight == 1).all())

@@ -206,8 +206,7 @@ def plainest(family: str) -> dict[str, Any]:
     """The family's first variant with every factor at what is none, and no layer that slides."""
     table, config = load_architecture(family), CONFIGS[FIRST[family]]
     facts, plain = describe(table, config, []), {"layer_types": ["full_attention"] * 2} if table.quirks.windows != "none" else {}
-    if table.quirks.windows == "all":
-        plain["sliding_window"] = None
+    plain |= {"sliding_window": None} if table.quirks.windows == "all" else {}  # which all layers have, or none
     if "partial_rotary_factor" in table.defaults:
         plain["rope_parameters"] = {**facts["rope_parameters"], "partial_rotary_factor": 1.0}
     for trait, value in table.traits.items():
