@@ -44,9 +44,19 @@ class Concat:
 
     def __str__(self) -> str:
         if self.stacked:
-            return f"stack({', '.join(map(str, self.parts))})"
+            return _stack_shown(self.parts)
         how = f" in {self.groups} blocks" if self.groups > 1 else ""
         return f"concat({', '.join(map(str, self.parts))}){how}"
+
+
+def _stack_shown(parts: tuple["Expr", ...]) -> str:
+    """Each expert's source, and what is taken of it, where it is the same of all."""
+    sources = [{read.source for read in reads(part)} for part in parts]
+    names = [next(iter(found)) for found in sources if len(found) == 1]
+    taken = {str(part).replace(f"{name}:", "") for part, name in zip(parts, names, strict=False)}
+    if len(names) == len(parts) and len(taken) == 1:
+        return f"stack({', '.join(names)}): {taken.pop()}"
+    return f"stack({', '.join(map(str, parts))})"
 
 
 @dataclass(frozen=True, slots=True)
