@@ -168,3 +168,19 @@ def test_copies_of_an_expert_are_named(tmp_path: Path) -> None:
         ("ffn", 2, 0),
     ]
     assert inspect(build(tmp_path / "b"), stats=True).values.clones == []
+
+
+@pytest.mark.parametrize(("family", "layout"), [("granite", "granitemoehybrid_moe"), ("llama", "ernie4_5_moe")])
+def test_a_sources_ffn_as_the_experts_of_every_token(family: str, layout: str, tmp_path: Path) -> None:
+    """Fused in the one, by itself in the other: transformers and the reference model compute the same, and it proves itself."""
+    transformers = pytest.importorskip("transformers")
+    write_sources(tmp_path, CONFIGS[family], NAMES)
+    recipe = write_recipe(tmp_path, "ffn: {shared_expert: law}", "btx", NAMES, f"{{path: out, layout: {layout}}}")
+    out = merge(load_recipe(recipe), options=MergeOptions(verify=False))
+    assert verify(out).ok
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        assert float((model.eval()(input_ids=ids).logits - open_model(out).model()(ids)).abs().max()) < 1e-5

@@ -205,7 +205,7 @@ def test_a_shared_expert_that_is_another_is_found(harm: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("text", "method", "layout", "said"), [
     ("ffn: {shared_expert: sed}", "btx", "qwen2_moe", "ffn.shared_expert: 'sed' is not among the sources"),
-    ("ffn: {shared_expert: seed}", "btx", "bam", "ffn.shared_expert: layout bam has no shared expert. Layouts that have one: cohere2_moe, dots1, glm4_moe, hunyuan_v1_moe, qwen2_moe, solar_open."),
+    ("ffn: {shared_expert: seed}", "btx", "bam", "ffn.shared_expert: layout bam has no shared expert. Layouts that have one: cohere2_moe, dots1, ernie4_5_moe, glm4_moe, granitemoehybrid_moe, hunyuan_v1_moe, qwen2_moe, solar_open."),
     ("ffn: {shared_expert: zeros}", "bam", "bam", "ffn.shared_expert: layout bam has no shared expert."),
     ("ffn: {shared_expert: seed}", "merge", "qwen2", "ffn: method merge gives a dense model"),
 ])  # fmt: skip
