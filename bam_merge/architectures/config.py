@@ -126,7 +126,8 @@ def mixture_values(layout: Architecture, config: Mapping[str, Any], problems: li
         keys.setdefault(value[1:] if isinstance(value, str) and value.startswith("$") else key, key)
     defaults = {word: layout.defaults[key] for word, key in keys.items() if key in layout.defaults}
     aliased = {word: config[alias] for alias, word in ALIASES.items() if alias in config and keys.get(word) not in config}
-    spelled = {**defaults, **aliased, **{word: config[key] for word, key in keys.items() if key in config}}
+    beside = {key: config[key] for key in layout.quirks.only if key in config}
+    spelled = {**beside, **defaults, **aliased, **{word: config[key] for word, key in keys.items() if key in config}}
     needed = (
         "hidden_act", "rms_norm_eps", "num_experts", "num_experts_per_tok", "norm_topk_prob", "attention_bias", "use_sliding_window",
         "shared_experts",

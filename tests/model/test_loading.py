@@ -14,6 +14,7 @@ from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge
+from bam_merge.architectures.tables import load_architecture
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
 from bam_merge.model.__main__ import run as generate
@@ -173,6 +174,61 @@ def test_a_key_left_out_means_what_transformers_means(family: str, left_out: lis
     default = transformers.AutoConfig.for_model(LAYOUTS[family])
     written = {**config, **{key: getattr(default, key) for key in left_out}}
     assert model_config({key: value for key, value in config.items() if key not in left_out}) == model_config(written)
+
+
+OTHERS = {
+    "solar_open": "llama", "glm4_moe": "qwen2", "dots1": "qwen3_biased", "flex_olmo": "olmo2", "cohere2_moe": "cohere2",
+    "hunyuan_v1_moe": "hunyuan_v1_dense",
+}  # fmt: skip
+"""Layouts with other routers, shared experts or blocks, and a family for each."""
+
+
+def merged_in(layout: str, folder: Path) -> Path:
+    sigmoid = load_architecture(layout).accepts.get("scoring_func") == "sigmoid"
+    return merged(folder, CONFIGS[OTHERS[layout]], "btx", "ffn: {gate: topk_then_sigmoid, gate_scale: 2.5}" if sigmoid else "", layout)
+
+
+SIGMOID = ["rms_norm_eps", "hidden_act", "attention_bias", "norm_topk_prob", "routed_scaling_factor", "tie_word_embeddings"]
+
+
+@pytest.mark.parametrize(("layout", "left_out"), [
+    ("solar_open", [*SIGMOID, "n_shared_experts"]), ("glm4_moe", [*SIGMOID, "n_shared_experts", "use_qk_norm"]), ("dots1", SIGMOID),
+    ("flex_olmo", ["rms_norm_eps", "hidden_act", "attention_bias", "norm_topk_prob"]),
+    ("cohere2_moe", ["layer_norm_eps", "hidden_act", "attention_bias", "logit_scale", "expert_selection_fn", "norm_topk_prob", "num_shared_experts",
+                     "shared_expert_combination_strategy", "tie_word_embeddings", "mlp_layer_types"]),
+    ("hunyuan_v1_moe", ["rms_norm_eps", "hidden_act", "attention_bias", "tie_word_embeddings"]),
+])  # fmt: skip
+def test_of_other_layouts_too_a_key_left_out_means_what_transformers_means(layout: str, left_out: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = json.loads((merged_in(layout, tmp_path) / "config.json").read_text())
+    default = transformers.AutoConfig.for_model(layout)
+    assert set(left_out) - {"expert_selection_fn"} <= config.keys()  # which stands there where it is sigmoid
+    for key in left_out:
+        written = {**config, key: getattr(default, key)}
+        assert model_config({name: value for name, value in config.items() if name != key}) == model_config(written), key
+
+
+@pytest.mark.parametrize(("layout", "keys", "message"), [
+    ("solar_open", {"n_shared_experts": "one"}, "n_shared_experts must be an integer, 0 or more, found 'one'"),
+    ("solar_open", {"n_shared_experts": 2}, r"shared_experts\.gate_proj\.weight is \[40, 32\], config\.json implies \[80, 32\]"),
+    ("solar_open", {"n_shared_experts": 0}, r"shared_experts\.gate_proj\.weight.* config\.json does not imply"),
+    ("glm4_moe", {"n_group": 2}, "n_group = 2 is not known here, only 1"),
+    ("glm4_moe", {"use_qk_norm": True}, r"self_attn\.q_norm\.weight.* missing"),
+    ("glm4_moe", {"num_local_experts": 4}, "n_routed_experts = 3 and num_local_experts = 4 are two spellings of the number of experts"),
+    ("dots1", {"n_shared_experts": None}, "n_shared_experts"),
+    ("dots1", {"routed_scaling_factor": "big"}, "gate_scale must be a number, found 'big'"),
+    ("cohere2_moe", {"expert_selection_fn": "tanh"}, "expert_selection_fn must be softmax or sigmoid, found 'tanh'"),
+    ("cohere2_moe", {"norm_topk_prob": False}, "norm_topk_prob = false is not known here, only true"),
+    ("cohere2_moe", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not known here, only null"),
+    ("cohere2_moe", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "its configuration class passes over it. Write rope_parameters."),
+    ("cohere2_moe", {"layer_types": None}, "layer_types is missing"),
+    ("hunyuan_v1_moe", {"moe_topk": None}, "moe_topk"),
+    ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "num_experts_per_tok must be an integer"),
+])  # fmt: skip
+def test_bad_mixtures_in_other_layouts(layout: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = merged_in(layout, tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        open_model(edit(folder, **keys))
 
 
 def test_num_local_experts_is_num_experts(tmp_path: Path) -> None:
