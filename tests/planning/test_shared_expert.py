@@ -234,3 +234,10 @@ def test_shards_beside_one_whole_ffn(tmp_path: Path) -> None:
         write_recipe(tmp_path, text.replace("seed,", "zeros,"), "sparse_upcycling", ("seed",), "{path: out, layout: hunyuan_v1_moe}")
     )
     assert {step.shape for step in plan.steps if step.role == "ffn.shared.up"} == {(10, 32)}
+
+
+def test_one_expert_is_compared_without_it(tmp_path: Path, run: Any) -> None:
+    path = merged(tmp_path)
+    result = run("diff", f"{path}#experts.1", tmp_path / "law", "--only", "ffn.*")
+    assert result.status == 0, result.out
+    assert "the shared expert's" in result.out
