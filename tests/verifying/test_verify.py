@@ -53,6 +53,8 @@ def test_good_merges_pass(name: str, way: str, tmp_path: Path) -> None:
     method, sections = WAYS[way]
     write_sources(tmp_path, CONFIGS[name])
     sections = sections.replace(", attn.k_norm", "".join(f", {role}" for role in norms_of_keys(tmp_path / "seed")))
+    if "linear_attention" in CONFIGS[name].get("layer_types", ()):  # in layer 1
+        sections = sections.replace("layers: 1", "layers: 0")
     plan = plan_file(write_recipe(tmp_path, sections, method))
     report = verify(publish(plan, None, UNPROVED), plan)
     assert report.ok, failed(report)
