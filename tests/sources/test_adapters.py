@@ -447,6 +447,8 @@ def test_every_tensor_of_the_base_has_a_name(tmp_path: Path) -> None:
         folder = tmp_path / family
         write_sources(folder, config, ("seed",))
         more = {name: torch.zeros(shape) for name, shape in shapes_of(folder / "seed").items()}
+        bare = {name for name in more if name.endswith(("A_log", "dt_bias"))}  # of a module that has more than weight and bias
+        more = {name: value for name, value in more.items() if name not in bare}
         if "lm_head.weight" not in more:  # the bias of a tied head is no adapter's: it is refused
             more.pop("lm_head.bias", None)
         names = sorted({name.rpartition(".")[0] for name in more})
@@ -454,7 +456,23 @@ def test_every_tensor_of_the_base_has_a_name(tmp_path: Path) -> None:
         plan = planned(folder, "code: {base: seed, adapter: a/code}", "shared: {make: copy, from: code}", "merge")
         others = {step.name for step in plan.steps if not step.expression.startswith(f"code:{PREFIX}")}
         heads = {"lm_head.weight", "lm_head.bias"} - more.keys()
-        assert others <= heads, family
+        assert others <= heads | bare, family
+
+
+def test_a_parameter_of_no_module_is_refused(tmp_path: Path, run: Any) -> None:
+    """PEFT can train such a module whole; what is neither weight nor bias of it is not read, and said."""
+    write_sources(tmp_path, CONFIGS["qwen3_5_text"], ("seed",))
+    decay = "model.layers.1.linear_attn.A_log"
+    write_adapter(tmp_path / "a/code", tmp_path / "seed", (), more={decay: torch.zeros(4)}, modules_to_save=["linear_attn"])
+    write_recipe_of(tmp_path)
+    result = run("plan", tmp_path / "recipe.yaml")
+    assert result.status == 2
+    assert f"{decay}: 1 tensor(s) that are of no module of qwen3_5_text. Nothing is dropped silently" in result.err
+
+
+def write_recipe_of(folder: Path) -> None:
+    sources = "{seed: seed, code: {base: seed, adapter: a/code}}"
+    (folder / "recipe.yaml").write_text(f"method: merge\nsources: {sources}\noutput: {{path: out}}\n")
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------------
