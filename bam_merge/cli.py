@@ -97,9 +97,21 @@ def merge_options(command: "Callable[..., None]") -> "Callable[..., None]":
 @click.option("--parts", type=click.IntRange(1), metavar="N", help="How many parts --ray makes. Default: by the cluster.")
 @merge_options
 def merge(
-    recipe: str, output: str | None, resume: bool, dry_run: bool, part: tuple[int, int] | None, ray: str | None, parts: int | None,
-    **settings: "Any",
-) -> None:  # fmt: skip
+    recipe: str,
+    output: str | None,
+    force: bool,
+    resume: bool,
+    verify: Literal["quick", "full", "none"],
+    no_verify: bool,
+    device: str,
+    workers: int | None,
+    dry_run: bool,
+    allow_nonfinite: bool,
+    progress: Literal["bar", "json"],
+    part: tuple[int, int] | None,
+    ray: str | None,
+    parts: int | None,
+) -> None:
     """Carry out RECIPE and publish the merged checkpoint."""
     from bam_merge.planning.make import make_plan
     from bam_merge.publishing.earlier import as_before
@@ -112,25 +124,35 @@ def merge(
         wanted = load_recipe(recipe)
         plan = make_plan(as_before(wanted, output, tell_note) if goes_on and not dry_run else wanted)
     if dry_run:
-        _show_plan(plan, settings["workers"] or default_workers(), output=output, parts=_divided(plan, part[1] if part else parts))
+        _show_plan(plan, workers or default_workers(), output=output, parts=_divided(plan, part[1] if part else parts))
         return
     _tell_notes(plan)
-    options = _options(resume=resume, **settings)
+    options = _options(force, resume, workers, allow_nonfinite, "none" if no_verify else verify, device)
     if ray is not None:
         from bam_merge.publishing.on_ray import OnRay, merge_on_ray
 
-        where = OnRay(ray or None, parts, settings["workers"])
-        _execute(plan, output, options, settings["progress"], partial(merge_on_ray, where=where))
+        where = OnRay(ray or None, parts, workers)
+        _execute(plan, output, options, progress, partial(merge_on_ray, where=where))
     elif part is not None:
-        _execute_part(plan, output, part, options, settings["progress"])
+        _execute_part(plan, output, part, options, progress)
     else:
-        _execute(plan, output, options, settings["progress"])
+        _execute(plan, output, options, progress)
 
 
 @cli.command()
 @click.argument("recipe", type=UserPath())
 @merge_options
-def finish(recipe: str, output: str | None, **settings: "Any") -> None:
+def finish(
+    recipe: str,
+    output: str | None,
+    force: bool,
+    verify: Literal["quick", "full", "none"],
+    no_verify: bool,
+    device: str,
+    workers: int | None,
+    allow_nonfinite: bool,
+    progress: Literal["bar", "json"],
+) -> None:
     """Publish the merged checkpoint of RECIPE, whose parts were all made by --part: index, card, manifest, proof, one rename."""
     from bam_merge.planning.make import make_plan
     from bam_merge.publishing.earlier import as_before
@@ -140,17 +162,17 @@ def finish(recipe: str, output: str | None, **settings: "Any") -> None:
     with downloads():
         plan = make_plan(as_before(load_recipe(recipe), output, tell_note))
     _tell_notes(plan)
-    _execute(plan, output, _options(**settings), settings["progress"], run)
+    options = _options(force, False, workers, allow_nonfinite, "none" if no_verify else verify, device)
+    _execute(plan, output, options, progress, run)
 
 
 def _options(
-    *, force: bool, verify: Literal["quick", "full", "none"], no_verify: bool, device: str, workers: int | None, allow_nonfinite: bool,
-    progress: str, resume: bool = False,
-) -> "MergeOptions":  # fmt: skip
+    force: bool, resume: bool, workers: int | None, allow_nonfinite: bool, verify: Literal["quick", "full", "none"], device: str
+) -> "MergeOptions":
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.values.threads import default_workers
 
-    return MergeOptions(force, resume, workers or default_workers(), allow_nonfinite, "none" if no_verify else verify, device)
+    return MergeOptions(force, resume, workers or default_workers(), allow_nonfinite, verify, device)
 
 
 def _tell_notes(plan: "Plan") -> None:
