@@ -49,7 +49,7 @@ class Row:
 
 
 TIED = {"tie_word_embeddings": True}
-HALF_HEADS = {"head_dim": 16}
+WIDE_HEADS = {"head_dim": 64}
 EXPERT_KV, SHARED_KV = (f"attention: {{kv: {kv}}}\n{RENORMALISED}" for kv in ("expert", "shared"))
 MIXED_KV = "rules: [{roles: [attn.k, attn.v, attn.k_norm], layers: 0-1, make: mean}]"
 MIXED = {"use_sliding_window": True, "max_window_layers": 2, **WINDOW}
@@ -60,7 +60,7 @@ ROWS: dict[str, Row] = {
     "mixtral, one expert": Row("llama", "mixtral", "ffn: {top_k: 1, gate: topk_then_softmax}"),
     "mixtral of mistral": Row("mistral", "mixtral", keys={"sliding_window": None}),
     "mixtral of mistral, window": Row("mistral", "mixtral", keys=WINDOW),
-    "mixtral, narrow heads": Row("llama", "mixtral", keys=HALF_HEADS),
+    "mixtral, wide heads": Row("llama", "mixtral", keys=WIDE_HEADS),
     "mixtral, gelu": Row("llama", "mixtral", keys=GELU),
     "mixtral, llama3": Row("llama", "mixtral", keys=LLAMA_3),
     "mixtral, linear": Row("llama", "mixtral", keys=scaled("linear")),
@@ -74,7 +74,7 @@ ROWS: dict[str, Row] = {
     "qwen3_moe, tied": Row("qwen3", "qwen3_moe", keys=TIED),
     "qwen3_moe, raw": Row("qwen3", "qwen3_moe", RAW),
     "qwen3_moe, llama3": Row("qwen3", "qwen3_moe", keys=LLAMA_3),
-    "qwen3_moe, narrow heads": Row("qwen3", "qwen3_moe", keys=HALF_HEADS),
+    "qwen3_moe, wide heads": Row("qwen3", "qwen3_moe", keys=WIDE_HEADS),
     "qwen3_moe, biased": Row("qwen3", "qwen3_moe", keys={"attention_bias": True}),
     "qwen3_moe, window": Row("qwen3", "qwen3_moe", keys={**MIXED, "max_window_layers": 0}),
     "qwen3_moe, shards": Row("qwen3", "qwen3_moe", "experts: {count: 4, make: virtual_group, shards: 2}", method="sparse_upcycling", names=("seed",)),
@@ -86,7 +86,7 @@ ROWS: dict[str, Row] = {
     "qwen2_moe of mistral, raw": Row("mistral", "qwen2_moe", RAW, {"sliding_window": None}),
     "qwen2_moe, shared expert": Row("qwen2", "qwen2_moe", f"{RAW[:-1]}, shared_expert: seed}}"),
     "qwen2_moe, windows in some layers": Row("qwen2", "qwen2_moe", RAW, MIXED),
-    "qwen2_moe, narrow heads": Row("llama", "qwen2_moe", RAW, HALF_HEADS),
+    "qwen2_moe, wide heads": Row("llama", "qwen2_moe", RAW, WIDE_HEADS),
     "qwen2_moe, llama3": Row("llama", "qwen2_moe", RAW, LLAMA_3),
     "granitemoe": Row("granite", "granitemoe", keys=GRANITE),
     "granitemoe of llama, tied": Row("llama", "granitemoe", keys=TIED),
