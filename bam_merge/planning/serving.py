@@ -78,12 +78,13 @@ def unserved(recipe: Recipe, layout: Architecture, models: Mapping[str, DenseMod
 
 @dataclass(frozen=True)
 class _Try:
-    """A recipe with another method, layout or gate: the `words` for it, why the layout cannot hold the merge, and what engines compute
-    otherwise."""
+    """A recipe with another method, layout or gate: the `words` for it, why the layout cannot hold the merge, what engines compute
+    otherwise, and whether they were tried with merges of such sources."""
 
     words: str
     problems: tuple[str, ...]
     faults: tuple[str, ...]
+    known: bool
 
 
 def serving_notes(recipe: Recipe, files: Collection[str]) -> Iterator[str]:
@@ -95,17 +96,18 @@ def serving_notes(recipe: Recipe, files: Collection[str]) -> Iterator[str]:
 def _instead(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str]) -> str | None:
     """The layouts and gates in which all of `engines` compute a merge of these sources, with another method where it needs one."""
     for other in _others(recipe):
-        fit = [tried.words for tried in _tries(other, models, engines) if not tried.problems and not tried.faults]
+        fit = [tried for tried in _tries(other, models, engines) if not tried.problems and not tried.faults]
+        words = [tried.words if tried.known else f"{tried.words} (not tried)" for tried in sorted(fit, key=lambda tried: not tried.known)]
         if fit:
             method = "" if other.method == recipe.method else f"method: {other.method} (no layout there has experts of attention), "
-            return f"{listed(engines)} would compute {method}{', or '.join(fit)}."
+            return f"{listed(engines)} would compute {method}{', or '.join(words)}."
     return None
 
 
 def _none(recipe: Recipe, models: Mapping[str, DenseModel], engine: str) -> str:
     """That no layout and gate would do, and what keeps the nearest from it."""
     tries = [tried for other in _others(recipe) for tried in _tries(other, models, [engine])]
-    nearest = min(tries, key=lambda tried: (len(tried.problems), len(tried.faults)), default=None)
+    nearest = min(tries, key=lambda tried: (len(tried.problems), len(tried.faults), not tried.known), default=None)
     why = f" The nearest is {nearest.words}: {' '.join((*nearest.problems, *nearest.faults))}" if nearest else ""
     return f"No layout and gate would do.{why} Change what it names, or leave {engine} out of output.serves."
 
@@ -127,6 +129,7 @@ def _tries(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str])
         seed = ordered[recipe.seed_name]
         there = assign(recipe, ordered, []) | shared_expert(recipe, layout, ordered, homeless)
         make_steps(recipe, layout, seed, there, homeless)
+        known = all(seed.family.name in engine.tried for engine in layout.engines if engine.name in engines)
         for gate in gates():
             ffn = (recipe.ffn or Ffn()).model_copy(update={"gate": gate})
             gated = with_gates(recipe.model_copy(update={"ffn": ffn}), seed.facts)
@@ -134,7 +137,7 @@ def _tries(recipe: Recipe, models: Mapping[str, DenseModel], engines: list[str])
             problems = (*refusals(layout, values, recipe.file), *homeless)
             faults = engine_faults(layout, {**values, **layout.implies})
             found = tuple(dict.fromkeys(reason for name in engines for reason in faults[name]))
-            yield _Try(f"layout: {layout.name} with ffn.gate: {gate}", tuple(_plain(text, recipe) for text in problems), found)
+            yield _Try(f"layout: {layout.name} with ffn.gate: {gate}", tuple(_plain(text, recipe) for text in problems), found, known)
 
 
 def _plain(problem: str, recipe: Recipe) -> str:
