@@ -38,7 +38,7 @@ def refused(*args: Any, **options: Any) -> list[str]:
     ("granitemoe", "granite", RENORMALISED, "tried", "tried"),
     ("ernie4_5_moe", "llama", RENORMALISED, "tried", "expected"),
     ("cohere2_moe", "cohere2", RENORMALISED, "not", "tried"),
-    ("dots1", "qwen3", "ffn: {gate: topk_then_sigmoid}", "not", "not"),
+    ("dots1", "qwen3", "ffn: {gate: topk_then_sigmoid}", "tried", "not"),
     ("qwen3_moe", "qwen3", RENORMALISED, "tried", "tried"),
     ("qwen3_moe", "qwen3", RAW, "tried", "not"),
     ("qwen2_moe", "qwen2", RAW, "tried", "tried"),
