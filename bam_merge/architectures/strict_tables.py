@@ -56,7 +56,7 @@ QUIRK_WORDS: Mapping[str, Iterable[str]] = {
 }  # fmt: skip
 """The words that a key of [quirks] can hold."""
 CASE: Kinds = {"where": dict, "facts": dict, "refused": str}
-LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list, "where": dict}
+LIMIT: Kinds = {"otherwise": str, "engines": list, "equal": list, "fact": str, "only": list, "where": dict, "refuses": bool}
 ENGINE: Kinds = {
     "name": str,
     "version": str,

@@ -65,7 +65,8 @@ class Row:
 class Limit:
     """What `engines` cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
     value than those of `only`, `otherwise` happens; `where` some facts have these values, if it says so. A fact that is a mapping is held
-    to one of its keys as FACT.KEY, "none" where it lacks the key."""
+    to one of its keys as FACT.KEY, "none" where it lacks the key. `refuses`: the result itself says so when such an engine loads it, so that
+    it is no note of the plan."""
 
     otherwise: str
     engines: tuple[str, ...]
@@ -73,6 +74,7 @@ class Limit:
     fact: str | None = None
     only: tuple[Any, ...] = ()
     where: Mapping[str, Any] = field(default_factory=dict)
+    refuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,7 @@ def _quirks(record: Mapping[str, Any]) -> Quirks:
 
 def _limit(record: Mapping[str, Any]) -> Limit:
     engines, equal, only = (tuple(record.get(key, ())) for key in ("engines", "equal", "only"))
-    return Limit(record["otherwise"], engines, equal, record.get("fact"), only, record.get("where", {}))
+    return Limit(record["otherwise"], engines, equal, record.get("fact"), only, record.get("where", {}), record.get("refuses", False))
 
 
 def _row(record: Mapping[str, Any]) -> Row:

@@ -37,7 +37,7 @@ def engine_notes(layout: Architecture, values: Mapping[str, Any], made: Mapping[
             f"output.layout: {layout.name} has a {row.roles[0]} of its own, the sources use {row.make}: it is stored once more, as a copy "
             f"that training moves apart from it (without it {row.without}). Layout bam keeps one tensor for both."
         )
-    yield from (f"output.layout: {layout.name}: {text}" for _, text in _unmet(layout, values))
+    yield from (f"output.layout: {layout.name}: {text}" for limit, text in _unmet(layout, values) if not limit.refuses)
 
 
 def engine_faults(layout: Architecture, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -109,7 +109,7 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
     naming = find_naming(checkpoint.tensors, family, unwrapped.wrapper)
     config = {**unwrapped.config, **ties_of(unwrapped, family, naming)}
     facts = describe(family, config, problems)
-    if BY_LAYER in config and facts:
+    if BY_LAYER in config and facts and family.sizes:  # of other families it is refused, as what transformers then computes
         config = under_own_keys(family, config, facts)
         facts = describe(family, config, problems)
     problems += refusals(config)

@@ -447,7 +447,9 @@ def test_every_tensor_of_the_base_has_a_name(tmp_path: Path) -> None:
         folder = tmp_path / family
         write_sources(folder, config, ("seed",))
         more = {name: torch.zeros(shape) for name, shape in shapes_of(folder / "seed").items()}
-        bare = {name for name in more if name.endswith(("A_log", "dt_bias"))}  # of a module that has more than weight and bias
+        bare = {
+            name for name in more if name.endswith(("A_log", "dt_bias", "layer_scalar")) or "layernorm.norms." in name
+        }  # refused, below
         more = {name: value for name, value in more.items() if name not in bare}
         if "lm_head.weight" not in more:  # the bias of a tied head is no adapter's: it is refused
             more.pop("lm_head.bias", None)
@@ -459,15 +461,18 @@ def test_every_tensor_of_the_base_has_a_name(tmp_path: Path) -> None:
         assert others <= heads | bare, family
 
 
-def test_a_parameter_of_no_module_is_refused(tmp_path: Path, run: Any) -> None:
-    """PEFT can train such a module whole; what is neither weight nor bias of it is not read, and said."""
-    write_sources(tmp_path, CONFIGS["qwen3_5_text"], ("seed",))
-    decay = "model.layers.1.linear_attn.A_log"
-    write_adapter(tmp_path / "a/code", tmp_path / "seed", (), more={decay: torch.zeros(4)}, modules_to_save=["linear_attn"])
+@pytest.mark.parametrize(("base", "parameter", "saved"), [
+    ("qwen3_5_text", "model.layers.1.linear_attn.A_log", "linear_attn"),
+    ("stablelm_qk_norm", "model.layers.1.self_attn.q_layernorm.norms.1.weight", "q_layernorm"),
+])  # fmt: skip
+def test_a_parameter_of_no_module_is_refused(base: str, parameter: str, saved: str, tmp_path: Path, run: Any) -> None:
+    """PEFT can train such a module whole; what is neither weight nor bias of it, and a norm of one head, is not read, and said."""
+    write_sources(tmp_path, CONFIGS[base], ("seed",))
+    write_adapter(tmp_path / "a/code", tmp_path / "seed", (), more={parameter: torch.zeros(4)}, modules_to_save=[saved])
     write_recipe_of(tmp_path)
     result = run("plan", tmp_path / "recipe.yaml")
     assert result.status == 2
-    assert f"{decay}: 1 tensor(s) that are of no module of qwen3_5_text. Nothing is dropped silently" in result.err
+    assert f"{parameter}: 1 tensor(s) that are of no module of {base.removesuffix('_qk_norm')}. Nothing is dropped silently" in result.err
 
 
 def write_recipe_of(folder: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_head_that_is_said_and_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}}, "model_type \'gemma4\' wraps a text model of model_type 'gemma4_text', which is in no table here. Text models that can be taken out of a wrapper: llama, mistral, qwen2,"),
+    ({"model_type": "gemma4", "text_config": {"model_type": "gemma3n_text"}}, "model_type \'gemma4\' wraps a text model of model_type 'gemma3n_text', which is in no table here. Text models that can be taken out of a wrapper: llama, mistral, qwen2,"),
     ({"model_type": "gemma3"}, "text_config must be an object with the text model's configuration, found null."),
     ({"model_type": "mistral3", "text_config": {"model_type": "apertus"}}, "model_type 'mistral3' wraps a text model of model_type 'apertus', which is in no table here."),
     ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_next"}}, "model_type 'qwen3_5' wraps a text model of model_type 'qwen3_next'"),
