@@ -65,8 +65,8 @@ class Row:
 class Limit:
     """What `engines` cannot do with a layout, and transformers can: where two symbolic sizes are not `equal`, or where a fact has another
     value than those of `only`, `otherwise` happens; `where` some facts have these values, if it says so. A fact that is a mapping is held
-    to one of its keys as FACT.KEY, "none" where it lacks the key. `refuses`: the result itself says so when such an engine loads it, so that
-    it is no note of the plan."""
+    to one of its keys as FACT.KEY, "none" where it lacks the key. `refuses`: the result itself says so when such an engine loads it, so
+    that it is no note of the plan."""
 
     otherwise: str
     engines: tuple[str, ...]
