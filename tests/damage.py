@@ -223,3 +223,9 @@ def said(run: Any, home: Path, *arguments: object) -> list[str]:
 
 def tokenizer(folder: Path, vocab: dict[str, Any], merges: Any = (), **more: Any) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": merges}, "added_tokens": [], **more}))
+
+
+def as_in_a_terminal() -> None:
+    """What a child does before its command (preexec_fn): what runs the tests may ignore signals, as nohup does, and a child inherits that."""
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)

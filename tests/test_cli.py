@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_recipe
+from damage import as_in_a_terminal
 
 from bam_merge import __version__
 from bam_merge.model.loading import load_model
@@ -203,11 +204,6 @@ render.merge_progress = progress
 cli.main()
 """
     command = [sys.executable, "-c", slow, write_recipe(llamas), "--workers", "1"]
-
-    def as_in_a_terminal() -> None:  # what runs the tests may ignore signals, as nohup does, and a child inherits that
-        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
     assert child.stdout is not None
     child.stdout.read(3)

@@ -73,6 +73,8 @@ def _differences(family: Architecture, config: Mapping[str, Any], facts: Mapping
             continue
         if key in ("rope_parameters", "sliding_rope_parameters"):
             mine, theirs = _turning(mine), _turning(theirs)
+        if key == "logit_scale":  # a saved mixture of layout bam says 1, of logits that nothing scales
+            mine, theirs = (1 if scale is None else scale for scale in (mine, theirs))
         if mine != theirs and not (mine is None and theirs is False):
             yield f"a {family.name} model has {key} = {shown(mine)}, and this mixture has {shown(theirs)}."
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bam_merge.checkpoints.pieces import Slice
+from bam_merge.checkpoints.pieces import Slice, Whole
 from bam_merge.expressions import Concat, Expr, Merge
 
 
@@ -33,7 +33,7 @@ def stack(parts: tuple[Expr, ...]) -> Concat:
 
 
 def apart(expr: Expr, count: int) -> tuple[Expr, ...]:
-    """What `count` tensors hold of one that is joined of as many of each source: each is made as the whole would be, on its own."""
+    """What `count` tensors hold of one that each source has in as many, or in one: each is made as the whole would be, on its own."""
     if count == 1:
         return (expr,)
     if isinstance(expr, Merge):
@@ -48,6 +48,9 @@ def apart(expr: Expr, count: int) -> tuple[Expr, ...]:
             )
             for place in range(count)
         )
+    if isinstance(expr, Whole):  # an expert's, of a mixture that holds them in one
+        rows = expr.shape[0] // count
+        return tuple(Slice(expr, 1, place * rows, rows, (rows, *expr.shape[1:])) for place in range(count))
     assert isinstance(expr, Concat)
     assert len(expr.parts) == count, "sources hold it in as many tensors as the result"
     return expr.parts

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from card_snippets import KINDS, TEMPLATE, merged
+from damage import as_in_a_terminal
 from vocabularies import SETTINGS, put, tokenizer_json
 
 from bam_merge import CheckpointError
@@ -329,7 +330,7 @@ def test_what_moves_a_cursor_is_escaped(capsys: pytest.CaptureFixture[str]) -> N
 
 def child(folder: Path, *options: str, **more: Any) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "bam_merge", "chat", str(folder), "--engine", "reference", *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, **more)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal, **more)
 
 
 def test_in_a_terminal(talking: Path) -> None:
@@ -351,12 +352,16 @@ def test_ctrl_c_ends_it_in_the_middle_of_a_reply(plain: Path) -> None:
     outside, inside = pty.openpty()
     process = child(plain, "--max-tokens", "120", "--temperature", "1", stdin=inside, stdout=inside)
     os.close(inside)
-    wait_for(outside, b"> ")
-    os.write(outside, b"abcd\n")
-    wait_for(outside, b"abcd\r\n")
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    os.close(outside)
+    try:
+        wait_for(outside, b"> ")
+        os.write(outside, b"abcd\n")
+        wait_for(outside, b"abcd\r\n")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:  # one that goes on would be another test's failure
+        process.kill()
+        process.wait()
+        os.close(outside)
     assert process.returncode == 130
     assert b"interrupted." in error and b"Traceback" not in error
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS, write_sources
-from damage import deadline, tree
+from damage import as_in_a_terminal, deadline, tree
 
 from bam_merge.converting import child
 from bam_merge.converting.child import Limits
@@ -212,13 +212,20 @@ def test_stopped_half_way_it_leaves_nothing(number: signal.Signals, tmp_path: Pa
     (tmp_path / "law" / "config.json").write_text("{}")
     (tmp_path / "law" / "pytorch_model.bin").write_bytes(without_end())
     command = [sys.executable, "-m", "bam_merge", "convert", str(tmp_path / "law"), str(tmp_path / "new")]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=as_in_a_terminal,
+    )  # fmt: skip
     with deadline():
-        while not (readers := children(process.pid)):
-            time.sleep(0.05)
-        time.sleep(3)
-        process.send_signal(number)
-        process.wait()
+        try:
+            while not (readers := children(process.pid)):
+                time.sleep(0.05)
+            time.sleep(3)
+            process.send_signal(number)
+            process.wait()
+        finally:  # one that goes on would be another test's failure
+            process.kill()
+            process.wait()
         assert not (tmp_path / "new").exists()
         if number != signal.SIGKILL:
             assert [path.name for path in tmp_path.iterdir()] == ["law"]

@@ -296,6 +296,22 @@ def test_karcher_where_there_is_no_arc(operands: list[list[float]], expected: li
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("degrees", [
+    (0, 0, 150, 135), (-85, -80, 85, 88), (85, 85, -85, -85), (0, 0, 0, 115, 130, 140), (80, -80), (-87, -80, 80, 85, 2),
+], ids=str)  # fmt: skip
+def test_karcher_of_wide_directions_of_a_plane_is_their_mean_angle(degrees: tuple[int, ...]) -> None:
+    """By either way; with them nearly as wide apart as there is a mean."""
+    operands = [(1 + place) * direction(own) for place, own in enumerate(degrees)]
+    expected = sum(range(1, len(degrees) + 1)) / len(degrees) * direction(sum(degrees) / len(degrees))
+    method = expressions.Karcher()
+    torch.testing.assert_close(merged(method, operands, None), expected, rtol=1e-12, atol=1e-12)
+    assert off_by(expected, method, operands, None, "F64") <= 1
+
+
+def direction(degrees: float) -> Tensor:
+    return torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))], dtype=torch.float64)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(vectors, min_size=2, max_size=2), st.floats(0, 1))
 def test_nuslerp_by_rows_is_slerp_of_each_row(operands: list[Tensor], t: float) -> None:

@@ -147,7 +147,8 @@ def test_the_plan_says_what_it_does_to_step_0(tmp_path: Path) -> None:
     quiet = plan_file(write_recipe(tmp_path, "ffn: {gate: topk_then_sigmoid}", "btx", output=output)).notes
     assert not [note for note in quiet if "shared_expert" in note]
     write_sources(tmp_path, CONFIGS["cohere2"])
-    (note,) = plan_file(write_recipe(tmp_path, "ffn: {shared_expert: code}", "btx", output="{path: out, layout: cohere2_moe}")).notes
+    limit, note = plan_file(write_recipe(tmp_path, "ffn: {shared_expert: code}", "btx", output="{path: out, layout: cohere2_moe}")).notes
+    assert limit == "output.layout: cohere2_moe: shared_experts is 1: llama.cpp was not tried with a shared expert."
     assert note.startswith(
         "ffn.shared_expert: every token gets half of what its experts give and half of what code's FFN gives. Copies of code"
     )
@@ -205,7 +206,7 @@ def test_a_shared_expert_that_is_another_is_found(harm: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("text", "method", "layout", "said"), [
     ("ffn: {shared_expert: sed}", "btx", "qwen2_moe", "ffn.shared_expert: 'sed' is not among the sources"),
-    ("ffn: {shared_expert: seed}", "btx", "bam", "ffn.shared_expert: layout bam has no shared expert. Layouts that have one: cohere2_moe, dots1, ernie4_5_moe, glm4_moe, granitemoehybrid_moe, hunyuan_v1_moe, qwen2_moe, solar_open."),
+    ("ffn: {shared_expert: seed}", "btx", "bam", "ffn.shared_expert: layout bam has no shared expert. Layouts that have one: cohere2_moe, dots1, ernie4_5_moe, glm4_moe, granitemoehybrid_moe, hunyuan_v1_moe, qwen2_moe, qwen3_5_moe, solar_open."),
     ("ffn: {shared_expert: zeros}", "bam", "bam", "ffn.shared_expert: layout bam has no shared expert."),
     ("ffn: {shared_expert: seed}", "merge", "qwen2", "ffn: method merge gives a dense model"),
 ])  # fmt: skip

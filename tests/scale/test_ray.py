@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
+from damage import as_in_a_terminal
 from runs import folder_bytes
 
 from bam_merge import MergeOptions, merge
@@ -77,7 +78,9 @@ def two_nodes() -> Iterator[Cluster]:
 
 def driver(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "bam_merge", *map(str, arguments), "--progress", "json"]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

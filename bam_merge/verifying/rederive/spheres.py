@@ -99,7 +99,8 @@ def _karcher_weights(method: expressions.Karcher, node: expressions.Merge, sourc
 
 def _mean_weights(cosines: Tensor, lengths: Tensor) -> Tensor:
     """By coordinates of the directions, in the space that they span: the mean is the point m that sum_i theta_i / sin(theta_i) u_i points
-    to, theta_i the angle between m and u_i; found by going there again and again."""
+    to, theta_i the angle between m and u_i; found by going towards it again and again, as many lengths of m as there are directions taken
+    along: straight there, m would leap over it where angles are wide."""
     even = torch.full_like(lengths, 1 / len(lengths))
     used = lengths > 0
     if not used.any():
@@ -110,11 +111,13 @@ def _mean_weights(cosines: Tensor, lengths: Tensor) -> Tensor:
     m = u.mean(0)
     if float(m.norm()) < 1e-7 or float((u @ m).min()) < 1e-7 * float(m.norm()):
         return even
-    pulls = torch.ones(len(u), dtype=torch.float64)
+    m = m / m.norm()
     for _ in range(2000):
-        before, m = m, (pulls @ u) / (pulls @ u).norm()
         angles = 2 * torch.atan2((u - m).norm(dim=1), (u + m).norm(dim=1))
         pulls = torch.where(angles > 1e-8, angles / angles.sin(), 1.0)
+        ahead = pulls @ u
+        before, m = m, ahead + (len(u) - ahead @ m) * m
+        m = m / m.norm()
         if float((m - before).abs().max()) < 2.0**-52:
             break
     shares = torch.zeros_like(lengths)
