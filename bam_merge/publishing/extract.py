@@ -46,7 +46,8 @@ def extraction(address: str | os.PathLike[str], output: str | os.PathLike[str], 
     source = {"path": _written(folder, target.parent) if is_local else path, "expert": expert, **({"family": family} if family else {})}
     name = expert if PLAIN.fullmatch(expert) else "expert"
     document = {
-        "method": "merge", "sources": {name: source}, "shared": {"make": "copy", "from": name}, "output": {"path": _written(target, target.parent)},
+        "method": "merge", "sources": {name: source}, "shared": {"make": "copy", "from": name},
+        "output": {"path": _written(target, target.parent)},
     }  # fmt: skip
     return parse_recipe(document, target.parent, "extract")
 
