@@ -64,7 +64,9 @@ def test_every_command_in_any_folder_on_any_stream(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(home)
     write_sources(home, CONFIGS["llama"])
     recipe = write_recipe(home, output="{path: out, max_shard_size: 60kB}").rename(home / f"{name}.yaml")
-    assert printed("plan", recipe.name).out.endswith(b"free)\n")
+    *_, written, served, unserved = printed("plan", recipe.name).out.splitlines(keepends=True)
+    assert written.startswith(b"output ") and written.endswith(b"free)\n")
+    assert served.startswith(b"serves in ") and unserved.startswith(b"not in ") and unserved.endswith(b"\n")
     assert json.loads(printed("plan", recipe.name, "--json").out)["method"] == "bam"
     result = printed(recipe.name, "--output", name, "--workers", 1, "--no-verify")
     assert (result.status, result.err) == (0, b"")
@@ -80,6 +82,18 @@ def test_every_command_in_any_folder_on_any_stream(tmp_path: Path, monkeypatch: 
     )
     assert printed("verify", name).out.endswith(b"\nverified\n")
     assert json.loads(printed("verify", home / name, "--json").out)["ok"] is True
+    os.rename(name, "mixture")
+    result = printed("extract", "mixture#experts.law", "law again")
+    note = b"bam-merge: sources.law: expert law of a mixture of layout bam, as a llama model\n"
+    assert (result.status, result.err) == (0, note + b"bam-merge: verifying\n")
+    assert (home / "law again" / "model.safetensors").exists()
+    result = printed("extract", "mixture#experts.law", f"{name} law")  # which a recipe can name, and its record, if it is text
+    assert (result.status, b"expected text of whole characters" in result.err) == ((2, True) if name == NOT_UTF8 else (0, False))
+    assert (home / f"{name} law").exists() == (name != NOT_UTF8)
+    for part in (1, 2):
+        assert printed(recipe.name, "--output", f"{name} parts", "--part", f"{part}/2").status == 0
+    assert printed("finish", recipe.name, "--output", f"{name} parts").status == 0
+    assert (home / f"{name} parts" / "bam_merge.json").exists()
     result = printed("diff", home / "seed", home / "law", "--html", f"{name}.html")
     assert (result.status, result.err) == (1, b"")
     assert (home / f"{name}.html").read_text(encoding="utf-8").startswith("<!doctype html>")

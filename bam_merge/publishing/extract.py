@@ -43,9 +43,19 @@ def extraction(address: str | os.PathLike[str], output: str | os.PathLike[str], 
     target = Path(os.path.abspath(located(output)))
     folder = located(path)
     is_local = hub_id(path, CheckpointError) is None or os.path.lexists(folder)
-    source = {"path": os.path.abspath(folder) if is_local else path, "expert": expert, **({"family": family} if family else {})}
+    source = {"path": _written(folder, target.parent) if is_local else path, "expert": expert, **({"family": family} if family else {})}
     name = expert if PLAIN.fullmatch(expert) else "expert"
     document = {
-        "method": "merge", "sources": {name: source}, "shared": {"make": "copy", "from": name}, "output": {"path": str(target)},
+        "method": "merge", "sources": {name: source}, "shared": {"make": "copy", "from": name},
+        "output": {"path": _written(target, target.parent)},
     }  # fmt: skip
     return parse_recipe(document, target.parent, "extract")
+
+
+def _written(path: Path, beside: Path) -> str:
+    """The path as a recipe in the folder `beside` has it: from the root, or from there where a name above them is no text."""
+    text = os.path.abspath(path)
+    if text == text.encode(errors="replace").decode():
+        return text
+    way = os.path.relpath(text, beside)
+    return way if os.path.realpath(beside / way) == os.path.realpath(text) else text  # links may lead elsewhere

@@ -55,6 +55,9 @@ SECOND = [Held([[0.0, 1.0, 0.0]]), Held([[1.0], [-1.0]])]
 LENGTHS = [Held([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]]), Held([[0.0, 4.0, 0.0]]), Held([[1.0], [2.0]]), Held([10.0, 5.0])]
 TOKENS = formulas.ByToken("a:w", ("a", "b"), (formulas.RowRun(0, 1, ((0, 1),)), formulas.RowRun(1, 1, ((0, 0), (1, 0)))))
 """Row 1 of W; the mean of its row 0 and the other's."""
+QUERY = Held([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, -4.0]])
+BESIDE = Held([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+"""One row beside a head of 8, of which 6 turn, and one after it."""
 
 BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.LowRank(("a",), (0.5,)), [W, *UPDATE], [[2.0, 2.0, 2.0], [5.5, 5.0, 4.5]]),
@@ -68,17 +71,21 @@ BY_HAND: list[tuple[Formula, list[Held], Any]] = [
     (formulas.Scaled((1, 2)), [W, Held([[2.0, 10.0], [1.0, 3.0]])], [[2.0, 4.0, 30.0], [4.0, 5.0, 18.0]]),
     (formulas.Columns(1, 3, 4.0), [W], [[8.0, 12.0], [20.0, 24.0]]),
     (TOKENS, [W, Held([[1.0, 0.0, -1.0]])], [[4.0, 5.0, 6.0], [1.0, 1.0, 1.0]]),
+    (formulas.Pairs(4, 4, True, 4, 0, 4), [QUERY], [[1.0, -1.0], [3.0, -3.0], [2.0, -2.0], [4.0, -4.0]]),
+    (formulas.Pairs(4, 4, False, 4, 0, 4), [QUERY], [[1.0, -1.0], [3.0, -3.0], [2.0, -2.0], [4.0, -4.0]]),
+    (formulas.Pairs(8, 6, True, 10, 1, 8), [BESIDE], [0.0, 1.0, 3.0, 5.0, 2.0, 4.0, 6.0, 7.0, 8.0, 9.0]),
+    (formulas.Pairs(8, 6, False, 10, 1, 8), [BESIDE], [0.0, 1.0, 4.0, 2.0, 5.0, 3.0, 6.0, 7.0, 8.0, 9.0]),
 ]
 
 
 @pytest.mark.parametrize(("formula", "inputs", "expected"), BY_HAND, ids=map(str, range(len(BY_HAND))))
 def test_by_hand(formula: Formula, inputs: list[Held], expected: Any) -> None:
     wanted = torch.tensor(expected, dtype=torch.float64)
-    assert torch.equal(compute(formula, inputs, 0, 2), wanted)
-    assert torch.equal(compute(formula, inputs, 1, 2), wanted[1:])
-    again = computed_rows(formula, [held.operand() for held in inputs], 1, 2)
+    assert torch.equal(compute(formula, inputs, 0, len(wanted)), wanted)
+    assert torch.equal(compute(formula, inputs, 1, len(wanted)), wanted[1:])
+    again = computed_rows(formula, [held.operand() for held in inputs], 1, len(wanted))
     assert torch.equal(again.value, wanted[1:])
-    if isinstance(formula, formulas.TokenRows | formulas.Saved):
+    if isinstance(formula, formulas.TokenRows | formulas.Saved | formulas.Pairs):
         assert again.slack is None  # nothing is computed
     else:
         assert again.slack is not None
