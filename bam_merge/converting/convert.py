@@ -195,7 +195,7 @@ def _tied(config: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     transformers stores no such head (PreTrainedModel.save_pretrained drops tied weights); in pickled files it stood beside them.
     """
-    table = find_by_model_type(config.get("model_type"))
+    table = find_by_model_type(config.get("model_type"), config)
     tied = config.get("tie_word_embeddings", table.defaults.get("tie_word_embeddings") if table else None)
     if tied is not True:
         return (), ()

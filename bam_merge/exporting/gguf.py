@@ -68,7 +68,7 @@ def export_gguf(
         checkpoint = open_folder(folder)
     except CheckpointError as error:
         raise CheckpointError(*problems, *error.problems) from error
-    layout = find_by_model_type(checkpoint.config.get("model_type"))
+    layout = find_by_model_type(checkpoint.config.get("model_type"), checkpoint.config)
     facts = _facts(checkpoint, layout, problems)
     if problems or script is None or layout is None:
         raise CheckpointError(*problems)
@@ -103,6 +103,13 @@ def _facts(checkpoint: Checkpoint, layout: Architecture | None, problems: list[s
         problems.append(f"{shown}: model_type {kind} is no layout of mixtures that is known here. llama.cpp's converter alone may know it.")
         return {}
     engine = next((engine for engine in layout.engines if engine.name == ENGINE), None)
+    if engine is not None and engine.runs and engine.architecture is None:
+        problems.append(
+            f"{shown}: layout {layout.name}: {ENGINE} is expected to run it ({engine.how}), but what its tensors are called in a GGUF "
+            f"file is not known here, so that nothing could be read back. Use {ENGINE}'s own converter, and compare a few replies with "
+            "transformers'."
+        )
+        return {}
     if engine is None or not engine.runs or engine.architecture is None:
         why = f"{engine.how} ({engine.version})" if engine and not engine.runs else "it has no such architecture that is known here"
         problems.append(

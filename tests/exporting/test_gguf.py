@@ -110,6 +110,8 @@ def test_values_beyond_float16_are_said(tmp_path: Path) -> None:
     ("qwen3_moe", "qwen3", RAW, "btx", "norm_topk_prob is False: llama.cpp always renormalises gates"),
     ("qwen2_moe", "qwen2", RENORMALISED, "btx", "norm_topk_prob is True: llama.cpp never renormalises gates"),
     ("mixtral", "mistral", RENORMALISED, "btx", "sliding is all: llama.cpp attends to all tokens before"),
+    ("mellum", "qwen3", RENORMALISED, "btx", "llama.cpp is expected to run it (it has the architecture mellum), but what its tensors are called"),
+    ("gemma4", "gemma4_text", RENORMALISED, "btx", "llama.cpp is expected to run it (it has the architecture gemma4), but what its tensors are called"),
     ("llama", "llama", "", "merge", "model_type 'llama' is no layout of mixtures that is known here"),
 ])  # fmt: skip
 def test_what_llama_cpp_does_not_compute_is_refused(

@@ -36,6 +36,12 @@ COHERE = {"sliding_window_pattern": 2, "logit_scale": 0.5}
 GELU = {"hidden_act": "gelu"}
 
 
+FULL_AND_SLIDING = {
+    "head_dim": 32, "global_head_dim": 64, "num_global_key_value_heads": 2, "sliding_window": 8, "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 49152, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Row:
     """A merge: the sources' `family`, with these keys otherwise, the `layout`, and the rest of the recipe as `text`."""
@@ -101,6 +107,7 @@ ROWS: dict[str, Row] = {
     "dots1": Row("qwen3", "dots1", SIGMOID),
     "hunyuan_v1_moe": Row("hunyuan_v1_dense", "hunyuan_v1_moe"),
     "flex_olmo": Row("olmo2", "flex_olmo"),
+    "gemma4": Row("gemma4_text", "gemma4", keys=FULL_AND_SLIDING),
     "bam, Expert-KV": Row("llama", "bam", EXPERT_KV, method="bam"),
     "bam, Shared-KV": Row("llama", "bam", SHARED_KV, method="bam"),
     "bam, keys shared in some layers": Row("llama", "bam", f"{EXPERT_KV}\n{MIXED_KV}", method="bam"),
