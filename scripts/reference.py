@@ -269,7 +269,7 @@ def _served(layout: Architecture) -> Iterator[str]:
     rows = [(f"transformers{own}", ", ".join(map(code, gates_of(layout))), every, "")]
     for engine in layout.engines:
         gates = ", ".join(map(code, gates_of(layout, engine.name))) if engine.runs else "none"
-        tried = f"{', '.join(engine.tried)}: {engine.how}"
+        tried = f"{', '.join(engine.tried) or 'not tried'}: {engine.how}"
         rows.append((f"{engine.name} ({engine.version})", gates, tried, "; ".join(_otherwise(layout, engine.name))))
     yield table(("runs in", "FFN gates", "tried with", "not as config.json says, where"), rows)
 
@@ -305,7 +305,7 @@ def _layouts_overview() -> str:
         shared += (
             ", zeros unless a recipe names a source" if up is not None and up.make else ", where a recipe names a source" if up else ""
         )
-        engines = [f"{engine.name} ({engine.version})" for engine in item.engines if engine.runs]
+        engines = [f"{engine.name} ({engine.version})" for engine in item.engines if engine.runs and engine.tried]
         takes = "all" if len(taken) == len(dense_families()) else ", ".join(taken)
         rows.append(
             (
@@ -313,7 +313,7 @@ def _layouts_overview() -> str:
                 takes,
                 ", ".join(map(code, gates_of(item))),
                 shared,
-                ", ".join(engines) or ("none" if item.engines else "not tried"),
+                ", ".join(engines) or ("none" if any(engine.tried for engine in item.engines) else "not tried"),
             )
         )
     return table(("layout", "takes", "FFN gates", "shared expert", "tried beside transformers, and runs"), rows)
