@@ -132,7 +132,7 @@ def _from_texts(recipe: Recipe, layout: Architecture, made: Mapping[Site, Made])
     texts = any(isinstance(expr, expressions.Calibrated) for item in made.values() for expr in item.exprs)
     if layout.drawn_routers is None or not texts:
         return []
-    return [f"{recipe.file}: router: {layout.drawn_routers}. Use router.init normal, balanced or zeros, or layout: bam."]
+    return [f"{recipe.file}: router: {layout.drawn_routers}. Use router.init: normal, uniform, zeros or orthogonal, or layout: bam."]
 
 
 def _dtype_of_most(steps: Sequence[Step]) -> str:

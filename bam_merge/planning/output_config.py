@@ -52,7 +52,6 @@ def merge_values(recipe: Recipe, layout: Architecture, model: DenseModel, made: 
         "rope_type": rope["rope_type"],
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if rope["rope_type"] != "default" else None,
         "partial_rotary_factor": rope["partial_rotary_factor"],
-        "rope_sets": {"full_attention": rope, "sliding_attention": facts.get("sliding_rope_parameters") or rope},
         "dense_intermediate_size": NO_SHARED_EXPERT,
         "num_attention_heads": heads * count if per_expert else heads,
         "num_key_value_heads": kv_heads * count if per_expert and not all_shared else kv_heads,
@@ -85,7 +84,6 @@ def refusals(layout: Architecture, values: Mapping[str, Any], file: str) -> list
     kept = layout.kind == "dense"  # its sources' own keys
     said = {*layout.accepts, *layout.implies, *_words(layout), *layout.traits}
     said |= {"sizes_by_kind"} if layout.sizes else set()
-    said |= {"sliding_rope_parameters"} if "rope_sets" in said else set()
     unsaid = {} if kept else {key: value for key, value in {**UNSAID, **GATING}.items() if key not in said}
     if "parallel_block" in said:
         unsaid.pop("parallel_norms", None)  # of a parallel block alone

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, write_recipe, write_sources
+from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from proofs import UNPROVED, failed
 
-from bam_merge.errors import RecipeError
+from bam_merge.errors import BamMergeError, RecipeError
 from bam_merge.expressions import NORMAL_REACH, Init, Normal, Orthogonal
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.router_check import LARGEST_SUM, router_problem
@@ -118,3 +118,22 @@ def test_the_range_of_every_dtype_is_torchs(dtype: str, torch_dtype: torch.dtype
     assert problem(least) is None is problem(largest)
     assert "values would be 0" in (problem(math.nextafter(least, 0)) or "")
     assert "Use a smaller gain" in (problem(math.nextafter(largest, math.inf)) or "")
+
+
+def test_what_a_layout_says_of_routers_from_texts_is_possible(tmp_path: Path) -> None:
+    """gemma4's routers see what no text shows here; every way out that the message names is one."""
+    write_sources(tmp_path, CONFIGS["gemma4_text"])
+    for name in SOURCES:
+        (tmp_path / f"{name}.txt").write_text("some words of text " * 40)
+    texts = ", ".join(f"{name}: {name}.txt" for name in SOURCES)
+
+    def recipe(router: str, layout: str = "gemma4") -> Path:
+        return write_recipe(tmp_path, f"router: {router}\nffn: {{top_k: 2}}", "btx", output=f"{{path: out, layout: {layout}}}")
+
+    with pytest.raises(BamMergeError) as error:
+        plan_file(recipe(f"{{init: ridge, texts: {{{texts}}}}}"))
+    (said,) = [problem for problem in error.value.problems if "gemma4's routers see" in problem]
+    words = said.partition("Use router.init: ")[2].partition(", or layout: bam.")[0].replace(" or ", ", ").split(", ")
+    assert words == ["normal", "uniform", "zeros", "orthogonal"]
+    for word in words:
+        assert plan_file(recipe(f"{{init: {word}}}")).layout.name == "gemma4"
