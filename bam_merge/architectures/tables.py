@@ -1,19 +1,19 @@
 """Architectures as data: tables that map tensor names to roles, for dense families and for mixture layouts.
 
 A role is what a tensor does ("attn.q", "ffn.down.bias"), the same word for every family. One table per architecture, in
-`architectures/*.toml`, lists which tensor holds which role and with what symbolic shape. Dense families and mixture layouts
-are the same type; a row read backwards cuts a fused tensor into roles, read forwards it fuses them.
+`architectures/families/*.toml` and `architectures/layouts/*.toml`, lists which tensor holds which role and with what symbolic shape. Dense
+families and mixture layouts are the same type; a row read backwards cuts a fused tensor into roles, read forwards it fuses them.
 """
 
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from math import prod
 from typing import Any
 
 from bam_merge.architectures.strict_tables import check_table
+from bam_merge.architectures.table_files import left_out, table_names, table_text
 from bam_merge.architectures.vocabulary import SYMBOLS
 
 
@@ -234,46 +234,28 @@ def at_layer(facts: Mapping[str, Any], layer: int | None) -> Mapping[str, Any]:
     return {**facts, **(by_kind or {}).get(kind, {}), **keys}
 
 
-@cache
-def _table_names() -> tuple[str, ...]:
-    return tuple(
-        sorted(
-            item.name.removesuffix(".toml")
-            for item in files("bam_merge.architectures").iterdir()
-            if item.name.endswith(".toml") and not item.name.startswith("_")
-        )
-    )
-
-
-@cache
-def _left_out() -> Mapping[str, str]:
-    return tomllib.loads((files("bam_merge.architectures") / "_left_out.toml").read_text(encoding="utf-8"))
-
-
 def why_left_out(model_type: object) -> str:
     """ ": " and the reason why models of this type do not merge here, where somebody has looked; else nothing."""
-    reason = _left_out().get(model_type) if isinstance(model_type, str) else None
+    reason = left_out().get(model_type) if isinstance(model_type, str) else None
     return f": {reason}" if reason else ""
 
 
 @cache
 def architecture_names() -> tuple[str, ...]:
     """The dense families and mixture layouts that can be merged and loaded."""
-    return tuple(name for name in _table_names() if load_architecture(name).kind != "foreign")
+    return tuple(name for name in table_names() if load_architecture(name).kind != "foreign")
 
 
 @cache
 def architectures() -> tuple[Architecture, ...]:
     """Every table, the foreign ones too."""
-    return tuple(map(load_architecture, _table_names()))
+    return tuple(map(load_architecture, table_names()))
 
 
 @cache
 def load_architecture(name: str) -> Architecture:
     """The table called `name`. Raises KeyError when there is none."""
-    if name not in _table_names():
-        raise KeyError(name)
-    return read_table((files("bam_merge.architectures") / f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
+    return read_table(table_text(name), f"{name}.toml")
 
 
 def read_table(text: str, file: str) -> Architecture:
@@ -359,7 +341,7 @@ def find_by_model_type(model_type: object, config: Mapping[str, Any] | None = No
     `config` says which; without it the dense one."""
     if config is not None and (mixture := _told_by_key(model_type, config)) is not None:
         return mixture
-    if isinstance(model_type, str) and model_type in _table_names():  # most tables are called so, and the others need not be read
+    if isinstance(model_type, str) and model_type in table_names():  # most tables are called so, and the others need not be read
         named = load_architecture(model_type)
         if model_type in named.model_types:
             return named

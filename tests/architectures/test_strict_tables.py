@@ -1,18 +1,18 @@
 """Architecture tables are read strictly: whoever adds a family and misspells a word is told which, and what was meant."""
 
 import ast
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 import bam_merge
 from bam_merge.architectures.strict_tables import TableError
+from bam_merge.architectures.table_files import table_text
 from bam_merge.architectures.tables import Quirks, architectures, read_table
 from bam_merge.architectures.wrappers import read_wrapper
 
-LLAMA = (files("bam_merge.architectures") / "llama.toml").read_text(encoding="utf-8")
-QWEN2_MOE = (files("bam_merge.architectures") / "qwen2_moe.toml").read_text(encoding="utf-8")
+LLAMA = table_text("llama")
+QWEN2_MOE = table_text("qwen2_moe")
 
 WRONG = {
     "a row's key": ('when = "untied"', 'wen = "untied"', "rows[{last}].wen: unknown key; did you mean 'when'?"),

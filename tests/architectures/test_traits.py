@@ -1,8 +1,6 @@
 """Traits: what a family's table can say of a model, and that nothing which no layout has a word for is written in it."""
 
 import json
-import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 from conftest import CONFIGS, MORE, write_recipe, write_sources
 
 from bam_merge.architectures.config import describe
+from bam_merge.architectures.table_files import left_out
 from bam_merge.architectures.tables import dense_families, load_architecture, mixture_layouts
 from bam_merge.architectures.vocabulary import QUIET, TRAITS, UNSAID
 from bam_merge.errors import BamMergeError, CheckpointError
@@ -199,9 +198,8 @@ def test_what_is_left_out_is_refused_with_its_reason(model_type: str, reason: st
 def test_what_is_left_out_is_no_family() -> None:
     """A family that comes later is no longer among them, and every type that is exists."""
     transformers = pytest.importorskip("transformers")
-    left_out = tomllib.loads((files("bam_merge.architectures") / "_left_out.toml").read_text(encoding="utf-8"))
-    assert not left_out.keys() & {model_type for family in dense_families() for model_type in family.model_types}
-    assert left_out.keys() <= set(transformers.CONFIG_MAPPING.keys())
+    assert not left_out().keys() & {model_type for family in dense_families() for model_type in family.model_types}
+    assert left_out().keys() <= set(transformers.CONFIG_MAPPING.keys())
 
 
 # ---- spellings of one function -------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_any_combination_of_traits_is_a_table_and_no_python(clone: Path) -> None
     for number, name in zip(numbers, names, strict=True):
         traits = combination(number)
         assert traits not in [dict(family.traits) for family in dense_families()]
-        (clone / "bam_merge" / "architectures" / f"{name}.toml").write_text(table_of(name, traits))
+        (clone / "bam_merge" / "architectures" / "families" / f"{name}.toml").write_text(table_of(name, traits))
     assert {trait for number in numbers for trait in combination(number)} == set(TRAITS)
     (clone / "tried.py").write_text(TRIED)
     folders = os.pathsep.join(["tests", "tests/model", "tests/exported", "tests/verifying", "."])

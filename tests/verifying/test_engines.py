@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from proofs import UNPROVED, failed
 from safetensors.torch import load_file, save_file
 
 from bam_merge.architectures.strict_tables import TableError
+from bam_merge.architectures.table_files import table_text
 from bam_merge.architectures.tables import load_architecture, read_table
 from bam_merge.model.loading import load_model
 from bam_merge.planning.make import plan_file
@@ -237,7 +237,7 @@ def test_a_gate_of_the_wrong_shape_is_the_layouts_failure(shape: list[int], tmp_
 
 
 def test_a_limit_is_of_an_engine_that_the_table_names() -> None:
-    text = (files("bam_merge.architectures") / "mixtral.toml").read_text(encoding="utf-8")
+    text = table_text("mixtral")
     with pytest.raises(TableError, match=r"limits\[0\]\.engines: 'lama\.cpp' is none of \[\[engines\]\]; did you mean 'llama\.cpp'\?"):
         read_table(text.replace('engines = ["llama.cpp"]', 'engines = ["lama.cpp"]', 1), "mixtral.toml")
     with pytest.raises(TableError, match=r"limits\[0\]\.engines is missing"):
