@@ -228,8 +228,9 @@ class TensorWriter:
         if not self.settings.allow_nonfinite:
             if fits or isinstance(self.step.expr, expressions.Init):
                 why = f"overflows {self.step.dtype}; choose a wider output.dtype"
-            elif self._is_a_sources(self.step.expr, index):
-                why = "comes from a source"
+            elif found := self._not_finite(self.step.expr, index):
+                several = any(isinstance(node, expressions.Merge) for node in expressions.parts(self.step.expr))
+                why = "comes from a source" + (f" ({', '.join(dict.fromkeys(map(str, found)))})" if several else "")
             else:
                 why = "overflows float32 while it is computed; choose smaller weights, or scale the sources"
             raise NonFiniteError(
@@ -237,8 +238,8 @@ class TensorWriter:
                 "With --allow-nonfinite they are written and recorded."
             )
 
-    def _is_a_sources(self, expr: expressions.Expr, index: int) -> bool:
-        """Whether one of the stored numbers that element `index` of `expr` is made of is not finite. Reads them again, so only on the way
+    def _not_finite(self, expr: expressions.Expr, index: int) -> list[Read]:
+        """The stored tensors that element `index` of `expr` is made of and that are not finite there. Reads them again, so only on the way
         to an error: digests of what was read are wrong afterwards."""
         import torch
 
@@ -246,18 +247,19 @@ class TensorWriter:
 
         match expr:
             case Computed() | Slice(of=Computed()):
-                return not all(all_finite(read, self.sources.read) for read in inputs(whole(expr)))
+                return [read for read in inputs(whole(expr)) if not all_finite(read, self.sources.read)]
             case expressions.Merge() if expr.method.about.surveyed:  # one number of the tensor may be in all of the result
-                return not all(all_finite(read, self.sources.read) for read in expressions.reads(expr))
+                return [read for read in expressions.reads(expr) if not all_finite(read, self.sources.read)]
             case expressions.Concat():
-                return any(self._is_a_sources(part, first) for part, first, _ in concat_runs(expr, index, index + 1))
+                return [read for part, first, _ in concat_runs(expr, index, index + 1) for read in self._not_finite(part, first)]
             case expressions.Merge():
-                operands = (*expr.operands, *((expr.base,) if expr.base else ()))
-                stored = [operand for _, operand in operands if next(expressions.computed(operand), None) is None]
-                return any(self._is_a_sources(operand, index) for _, operand in operands if operand not in stored) or not all(
-                    bool(torch.isfinite(self._load(operand, index, index + 1, {})).all()) for operand in stored
-                )
-        return True
+                found = []
+                for _, operand in (*expr.operands, *((expr.base,) if expr.base else ())):
+                    stored = next(expressions.computed(operand), None) is None
+                    if not stored or not torch.isfinite(self._load(operand, index, index + 1, {})).all():
+                        found += self._not_finite(operand, index)
+                return found
+        return list(expressions.reads(expr))
 
     def _emit(self, data: memoryview) -> None:
         with writing(self.path):

@@ -394,14 +394,22 @@ def test_an_overflow_that_is_allowed_verifies(llamas: Path) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    ["{make: ties, base: seed, density: 1.0}", "{make: ties, base: seed, density: 0.5}", "{make: dare_ties, base: seed, density: 1.0}"],
-)
+    [
+        "{make: ties, base: seed, density: 1.0}", "{make: ties, base: seed, density: 0.5}", "{make: dare_ties, base: seed, density: 1.0}",
+        "{make: ties, base: seed, density: 0.01}", "{make: dare_ties, base: seed, density: 0.01}", "{make: dare_linear, base: seed, density: 0.01}",
+        "{make: della, base: seed, density: 0.5, epsilon: 0.4}", "{make: della, base: seed, density: 0.01, epsilon: 0}", "{make: ram, base: seed}",
+        "{make: breadcrumbs, base: seed, density: 0.5}", "{make: breadcrumbs, base: seed, density: 0.2, gamma: 0.5}",
+        "{make: sce, base: seed, density: 0.5}", "{make: sce, base: seed, density: 0.01}", "{make: sce, base: seed, density: 1}",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_election_does_not_swallow_nan(value: float, make: str, llamas: Path) -> None:
-    """A difference that is no number has no sign, and is not trimmed: the result is none either."""
+    """A difference that is no number has no sign, and is not trimmed, dropped, or left unselected: the result is none either."""
     poison(llamas / "code", value)
     plan = plan_file(write_recipe(llamas, f"shared: {make}", "merge"))
-    with pytest.raises(NonFiniteError, match=r"model\.norm\.weight: 1 values from element 5 on"):
+    with pytest.raises(
+        NonFiniteError, match=r"model\.norm\.weight: 1 values from element 5 on .* from a source \(code:model\.norm\.weight\)\. "
+    ):
         publish(plan, None, MergeOptions(verify=False))
     report = verify(publish(plan, None, MergeOptions(verify=False, allow_nonfinite=True)), plan)
     assert report.ok, report.failures

@@ -290,6 +290,7 @@ def test_karcher_of_two_is_half_way_on_the_arc(a: Tensor, b: Tensor) -> None:
     ([[1, 0], [-0.5, 0.9], [-0.5, -0.9]], [0, 0]),  # all around
     ([[1, 1], [1, 1], [1, 1]], [1, 1]),
     ([[3, 4]], [3, 4]),
+    ([[2e38, 0], [0, 1e-3]], [7.0710677e37, 7.0710677e37]),  # the second one's weight is no float32
 ])  # fmt: skip
 def test_karcher_where_there_is_no_arc(operands: list[list[float]], expected: list[float]) -> None:
     found = merged(expressions.Karcher(), [torch.tensor(x, dtype=torch.float32) for x in operands], None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bam_merge import expressions
@@ -54,8 +55,11 @@ def combine(method: expressions.Method, chunk: Chunk, known: Any) -> Tensor:
 
 
 def weighted_sum(terms: Iterator[Tensor] | list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """sum_i w_i x_i. A weight that the terms' dtype cannot hold is multiplied with in float64: what comes of it may be a number."""
     total_C: Tensor | None = None
     for x_C, weight in zip(terms, weights, strict=True):
+        if abs(weight) > torch.finfo(x_C.dtype).max:
+            x_C, weight = (x_C.double() * weight).to(x_C.dtype), 1.0
         total_C = x_C * weight if total_C is None else total_C.add_(x_C, alpha=weight)
     assert total_C is not None
     return total_C

@@ -31,10 +31,11 @@ def dare_linear(method: expressions.DareLinear, chunk: Chunk, known: None) -> Te
 
 
 def _dropped(method: expressions.DareLinear | expressions.DareTies, chunk: Chunk) -> Iterator[Tensor]:
-    """The differences' chunks, with the entries that were drawn, each with probability `density`, and 0 for the others."""
+    """The differences' chunks, with the entries that were drawn, each with probability `density`, and 0 for the others. What is no
+    number is not dropped, here and wherever entries are: it is the caller's to find."""
     for d_C, stream in zip(chunk.deltas, method.streams, strict=True):
         keep_C = torch.from_numpy(uniforms(method.seed, stream, chunk.start, d_C.numel()) < method.density)
-        yield torch.where(keep_C, d_C, 0.0)
+        yield torch.where(keep_C | ~d_C.isfinite(), d_C, 0.0)
 
 
 @survey.register
@@ -52,7 +53,7 @@ def breadcrumbs(method: expressions.Breadcrumbs, chunk: Chunk, known: list[tuple
     """base + scale * sum_i w_i d_i without the largest and the smallest entries of each d_i (arXiv 2312.06795, section 3)."""
     assert chunk.base is not None
     pairs = zip(chunk.deltas, known, strict=True)
-    kept = (d_C.masked_fill_((d_C.abs() < least) | (d_C.abs() > most), 0.0) for d_C, (least, most) in pairs)
+    kept = (d_C.masked_fill_((d_C.abs() < least) | ((d_C.abs() > most) & ~d_C.isinf()), 0.0) for d_C, (least, most) in pairs)
     return weighted_sum(kept, method.weights).mul_(method.scale).add_(chunk.base)
 
 
@@ -167,7 +168,7 @@ def della_sorted(method: expressions.Della, chunks: Chunks, numel: int) -> list[
     if method.density == 1 or next(chunks()).row is not None:
         return None
     whole = [list(deltas) for deltas in zip(*(chunk.deltas for chunk in chunks()), strict=True)]
-    return [torch.cat(parts).abs_().sort().values for parts in whole]
+    return [_ranked(torch.cat(parts)).sort().values for parts in whole]
 
 
 @combine.register
@@ -187,12 +188,17 @@ def _pruned(method: expressions.Della, chunk: Chunk, index: int, d_C: Tensor, kn
         return d_C.double()
     d_RC = d_C.view(-1, chunk.row or d_C.numel())
     if known is None:
-        p_RC, columns = _twice_the_ranks(d_RC.abs().numpy()), d_RC.shape[1]
+        p_RC, columns = _twice_the_ranks(_ranked(d_RC).numpy()), d_RC.shape[1]
     else:
-        p_RC, columns = _twice_the_ranks_among(known[index], d_RC.abs()), len(known[index])
+        p_RC, columns = _twice_the_ranks_among(known[index], _ranked(d_RC)), len(known[index])
     p_RC.div_(max(1, columns - 1)).sub_(1).mul_(method.epsilon if columns > 1 else 0.0).add_(method.density)
     keep_RC = torch.from_numpy(uniforms(method.seed, method.streams[index], chunk.start, d_C.numel())).view_as(p_RC) < p_RC
-    return torch.where(keep_RC, d_RC / p_RC, 0.0).flatten()
+    return torch.where(keep_RC | ~d_RC.isfinite(), d_RC / p_RC, 0.0).flatten()
+
+
+def _ranked(d_C: Tensor) -> Tensor:
+    """The magnitudes that are ranked; what is no number has the rank of infinity."""
+    return d_C.abs().nan_to_num_(math.inf, math.inf)
 
 
 def _twice_the_ranks(x_RC: "numpy.ndarray[Any, Any]") -> Tensor:
@@ -224,13 +230,20 @@ def _twice_the_ranks_among(sorted_N: Tensor, x_RC: Tensor) -> Tensor:
 
 @survey.register
 def sce_weights(method: expressions.Sce, chunks: Chunks, numel: int) -> tuple[float, tuple[float, ...]]:
-    """(the least deviation that is selected, the models' weights): sums of squares of the selected differences, as shares."""
+    """(the least deviation that is selected, the models' weights): sums of squares of the selected differences, as shares.
+
+    Where a difference is no number, it is selected, and none of the others there weighs anything.
+    """
     least = 0.0
     if method.density < 1:
-        apart = sum(int((_deviation(chunk) > 0).sum()) for chunk in chunks())
+        apart = sum(int((_deviation(chunk) != 0).sum()) for chunk in chunks())
         keep = math.floor(method.density * apart)
         least = kth_largest(chunks, lambda chunk: [_deviation(chunk)], [[keep]])[0][0] if keep else math.inf
-    parts = [[dot(d_C, d_C) for d_C in _selected(chunk, least)] for chunk in chunks()]
+    parts = []
+    for chunk in chunks():
+        kept = list(_selected(chunk, least))
+        lost_C = _lost(kept)
+        parts.append([dot(d_C, d_C) for d_C in (d_C.masked_fill_(lost_C, 0.0) for d_C in kept)])
     squares = list(map(math.fsum, zip(*parts, strict=True)))
     total = math.fsum(squares)
     return least, tuple(square / total for square in squares) if total > 0 else (1 / len(squares),) * len(squares)
@@ -253,6 +266,14 @@ def _deviation(chunk: Chunk) -> Tensor:
     return squares_C.mul_(count).addcmul_(sum_C, sum_C, value=-1).clamp_(min=0).sqrt_().div_(count).to(chunk.base.dtype)
 
 
+def _lost(deltas: list[Tensor]) -> Tensor:
+    """Where one of the differences is no number."""
+    lost_C = ~deltas[0].isfinite()
+    for d_C in deltas[1:]:
+        lost_C |= ~d_C.isfinite()
+    return lost_C
+
+
 def _selected(chunk: Chunk, least: float) -> Iterator[Tensor]:
     """The differences' chunks with 0 where they deviate less than `least`."""
     if least == 0:
@@ -268,4 +289,5 @@ def sce(method: expressions.Sce, chunk: Chunk, known: tuple[float, tuple[float, 
     """base + mean, by the models' weights, of the selected differences that have the sign of their sum (arXiv 2408.07990, section 3.3)."""
     assert chunk.base is not None
     least, weights = known
-    return _disjoint_mean(list(_selected(chunk, least)), weights, shares=(1.0,) * len(weights)).add_(chunk.base)
+    kept = list(_selected(chunk, least))
+    return _disjoint_mean(kept, weights, shares=(1.0,) * len(weights)).masked_fill_(_lost(kept), math.nan).add_(chunk.base)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ def _ties(method: expressions.Ties, rows: Rows) -> Derived:
 
 
 def _drawn(method: expressions.DareLinear | expressions.DareTies, rows: Rows) -> list[Tensor]:
-    """The differences with 0 for what is dropped."""
+    """The differences with 0 for what is dropped, which nothing is that is no number."""
     count = rows.start().numel()
     masks = (torch.from_numpy(uniforms(method.seed, s, rows.first, count) < method.density) for s in method.streams)
-    return [d.where(mask.view(d.shape), 0.0) for d, mask in zip(rows.deltas, masks, strict=True)]
+    return [d.masked_fill(d.isfinite() & ~mask.view(d.shape), 0.0) for d, mask in zip(rows.deltas, masks, strict=True)]
 
 
 @derive.register
@@ -47,7 +48,8 @@ def _dare_linear(method: expressions.DareLinear, rows: Rows) -> Derived:
 @derive.register
 def _breadcrumbs(method: expressions.Breadcrumbs, rows: Rows) -> Derived:
     bounds = zip(rows.deltas, rows.known, strict=True)
-    return _added([d.where((d.abs() >= least) & (d.abs() <= most), 0.0) for d, (least, most) in bounds], method.weights, method.scale, rows)
+    kept = [d.masked_fill(d.isfinite() & ((d.abs() < least) | (d.abs() > most)), 0.0) for d, (least, most) in bounds]
+    return _added(kept, method.weights, method.scale, rows)
 
 
 @derive.register
@@ -82,15 +84,16 @@ def _pruned(method: expressions.Della, rows: Rows, index: int, delta: Tensor) ->
     """A difference after DELLA's dropping: what is kept, divided by its probability."""
     if method.density == 1:
         return delta
+    size = torch.where(delta.isnan(), torch.inf, delta.abs())
     if rows.known is None:
-        rank, columns = _mid_ranks(delta.abs()), delta.shape[-1]
+        rank, columns = _mid_ranks(size), delta.shape[-1]
     else:
         (values, ranks), columns = rows.known[index]
-        rank = ranks[torch.searchsorted(values, delta.abs().contiguous())]
+        rank = ranks[torch.searchsorted(values, size.contiguous())]
     shift = 2 * rank / (columns - 1) - 1 if columns > 1 else torch.zeros_like(rank)
     p = method.density + method.epsilon * shift
     drawn = torch.from_numpy(uniforms(method.seed, method.streams[index], rows.first, delta.numel())).view(delta.shape)
-    return torch.where(drawn < p, delta / p, 0.0)
+    return torch.where(delta.isfinite() & (drawn >= p), 0.0, delta / p)
 
 
 def _mid_ranks(x: Tensor) -> Tensor:
@@ -110,11 +113,13 @@ def _sce(method: expressions.Sce, rows: Rows) -> Derived:
     deltas, computing = rows.deltas, rows.computing
     deviation = _deviation(deltas)
     edge = least - float(half_ulp(torch.tensor([least], dtype=torch.float64), computing.dtype)) if math.isfinite(least) else math.inf
-    selected = nearest(deviation, computing.dtype) >= least
+    selected = ~(nearest(deviation, computing.dtype) < least)
     plain = expressions.Ties(1.0, weights, 1.0)
 
     def outcome(kept: list[Tensor], start: Tensor) -> Derived:
-        return elect(plain, kept, start, computing.unit + error, computing.least, shares=(1.0,) * len(weights))
+        lost = ~torch.stack(kept).isfinite().all(0)
+        result = elect(plain, kept, start, computing.unit + error, computing.least, shares=(1.0,) * len(weights))
+        return replace(result, value=result.value.masked_fill(lost, torch.nan))
 
     result = outcome([d.where(selected, 0.0) for d in deltas], rows.start())
     doubtful = ((deviation - edge).abs() <= least * 2.0**-46).flatten().nonzero()[:, 0]
@@ -198,7 +203,7 @@ def _sorted_row(
         return None
     whole = [torch.cat(parts).abs() for parts in zip(*difference_blocks(node, sources), strict=True)]
     found = []
-    for x in whole:
+    for x in (torch.where(x.isnan(), torch.inf, x) for x in whole):
         values, order = x.sort()
         ranks = _mid_ranks(x)[order]  # of several equal ones any, as they have one rank
         found.append(((values, ranks), len(x)))
@@ -220,8 +225,8 @@ def _selection(method: expressions.Sce, node: expressions.Merge, sources: Source
         least = kth_largest(deviations, keep) if keep else math.inf
     squares = [0.0] * count
     for deltas in difference_blocks(node, sources):
-        selected = nearest(_deviation(deltas), computing.dtype) >= least
-        squares = [total + float((d.where(selected, 0.0) ** 2).sum()) for total, d in zip(squares, deltas, strict=True)]
+        counted = ~(nearest(_deviation(deltas), computing.dtype) < least) & torch.stack(deltas).isfinite().all(0)
+        squares = [total + float((d.where(counted, 0.0) ** 2).sum()) for total, d in zip(squares, deltas, strict=True)]
     total = sum(squares)
     weights = tuple(square / total for square in squares) if total > 0 else (1 / count,) * count
     return least, weights, COSINE_ERROR[computing.dtype]
