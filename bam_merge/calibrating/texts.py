@@ -6,7 +6,7 @@ of its first. Reads no more of a file than the tokens that are wanted can take. 
 
 import codecs
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from glob import glob, has_magic
 from itertools import combinations
@@ -154,6 +154,20 @@ def read_text(files: Sequence[Path], reading: Reading, where: str) -> Text:
     return text
 
 
+def unreadable(files: Sequence[Path], wanted: int, folder: Path, where: str) -> Iterator[str]:
+    """What is wrong with the files of a text of so many tokens, as far as that can be told without a tokenizer: of those that are read in
+    any case, each of which has a window at most."""
+    beginnings = []
+    for path in files[: -(-wanted // WINDOW)]:
+        try:
+            data, whole = _beginning(path, BYTES_PER_TOKEN[0] * WINDOW)
+            beginnings.append(_decoded(data, whole, path))
+        except CheckpointError as error:
+            yield from (f"{where}: {problem}" for problem in error.problems)
+    if len(beginnings) == len(files) and not any(beginnings):
+        yield f"{where}: {some(_shown(path, folder) for path in files)} is empty. Give a text of some hundred words or more."
+
+
 def read_prompts(prompts: Sequence[str], reading: Reading, where: str) -> Text:
     """The first tokens of prompts that stand in a recipe, each a text by itself. Raises CheckpointError."""
     if not prompts:
@@ -212,12 +226,22 @@ class _Stream:
             self.ids = encode(self.reading.tokenizer, self.source)
             self.ids *= 2 if len(self.ids) == 1 else 1  # a word that is one token is said twice, so that it counts once
         else:
-            for factor in BYTES_PER_TOKEN:
-                data, whole = _beginning(self.source, factor * most + WINDOW)
-                self.ids = encode(self.reading.tokenizer, _decoded(data, whole, self.source))
-                if whole or len(self.ids) > most:
-                    break
+            self.ids, data = first_tokens(self.source, most, lambda text: encode(self.reading.tokenizer, text))
         self.part = Part(self.name, len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+def first_tokens(path: Path, most: int, encoded: Callable[[str], Sized], factors: Iterable[int] = BYTES_PER_TOKEN) -> tuple[Any, bytes]:
+    """What `encoded` makes of the beginning of a file, and the bytes of that: more than `most` tokens, or all that are in the file or in
+    the last of `factors` bytes for each of them.
+
+    Raises CheckpointError for a file that cannot be read, or is no text in UTF-8.
+    """
+    for factor in factors:
+        data, whole = _beginning(path, factor * most + WINDOW)
+        found = encoded(_decoded(data, whole, path))
+        if whole or len(found) > most:
+            break
+    return found, data
 
 
 def _beginning(path: Path, nbytes: int) -> tuple[bytes, bool]:

@@ -7,7 +7,7 @@ from typing import Any
 from bam_merge import expressions
 from bam_merge.architectures.cost import Cost, Flops, cost_of_tensors
 from bam_merge.calibrating.corpus import Calibration, Corpus
-from bam_merge.calibrating.texts import WINDOW, Reading, Text, equal_texts, find_files, read_prompts, read_text, shorter
+from bam_merge.calibrating.texts import WINDOW, Reading, Text, equal_texts, find_files, read_prompts, read_text, shorter, unreadable
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.errors import BamMergeError, CheckpointError, RecipeError
 from bam_merge.model.tokens import open_tokenizer
@@ -65,6 +65,17 @@ def calibration(
         raise RecipeError(*problems)
     states = _states(seed, corpora)
     return Calibration(corpora, _flops(seed, cost, routers, corpora), states + _memory(seed, routers, corpora), 2 * states)
+
+
+def unreadable_texts(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the texts of a recipe whatever its sources are, for a plan that is not sound for other reasons."""
+    for place, make in recipe.from_texts.items():
+        for name, files in (make.texts or {}).items():
+            where = f"{recipe.file}: {recipe.written(place)}.texts.{name}"
+            try:
+                yield from unreadable(find_files(files, recipe.folder, where), make.tokens, recipe.folder, where)
+            except BamMergeError as error:
+                yield from error.problems
 
 
 def _unfit(recipe: Recipe, seed: DenseModel, steps: Sequence[Step]) -> list[str]:

@@ -19,7 +19,7 @@ from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.errors import CheckpointError, RecipeError
 from bam_merge.planning.aligned import aligned_config, alignment_problems, with_one_vocabulary
 from bam_merge.planning.assign import Made, assign, check_axes, check_units
-from bam_merge.planning.calibration import calibration, calibration_notes
+from bam_merge.planning.calibration import calibration, calibration_notes, unreadable_texts
 from bam_merge.planning.dtype_check import copied_only_note, copied_only_problems
 from bam_merge.planning.fill import engine_faults, engine_notes
 from bam_merge.planning.gating import gating_notes, with_gates
@@ -50,8 +50,16 @@ from bam_merge.text import nearest, printable, some
 def make_plan(recipe: Recipe) -> Plan:
     """Plan the merge that `recipe` asks for, from headers and config.json.
 
-    Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources and their combination.
+    Raises RecipeError or CheckpointError carrying every problem found in the recipe, the sources, the texts and their combination.
     """
+    try:
+        return _plan(recipe)
+    except (RecipeError, CheckpointError) as error:
+        texts = () if recipe.from_document else unreadable_texts(recipe)
+        raise type(error)(*dict.fromkeys((*error.problems, *texts))) from None
+
+
+def _plan(recipe: Recipe) -> Plan:
     layout, problems = _layout(recipe)
     found = _sources(recipe, problems)
     recipe, models, alignment = found.recipe, found.models, found.alignment

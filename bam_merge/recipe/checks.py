@@ -185,7 +185,8 @@ def _gating(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
         yield ("ffn", "shared_expert"), f"{printable(shared)!r} is not among the sources{nearest(shared, ('zeros', *recipe.sources))}"
     elif shared == "zeros" and "zeros" in recipe.sources:
         yield ("ffn", "shared_expert"), "zeros is a word of this key, and a source is called so too; rename the source."
-    if recipe.gates[0] > count:
+    chosen = recipe.ffn is not None and recipe.ffn.top_k is not None
+    if recipe.gates[0] > count and (chosen or count >= 2 * recipe.shards):  # else it is `count` that is too small
         yield ("ffn", "top_k"), f"{recipe.gates[0]} experts per token of only {count}. Use at most {count}."
     if recipe.attention is None:
         return

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bam_merge.checkpoints.header import open_regular
+from bam_merge.calibrating.texts import first_tokens
 from bam_merge.errors import CheckpointError
 from bam_merge.model.routes import Windows
 from bam_merge.model.tokens import open_tokenizer, pieces_of
@@ -22,10 +23,6 @@ WINDOW = 256
 
 BATCH = 4
 """Sequences that are computed at a time."""
-
-
-PER_TOKEN = 8
-"""Characters read for each token that is wanted, at first: more than a token has in any language."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ def read_texts(folder: Path, texts: Sequence[GivenText], tokens: int, vocabulary
         try:
             if (text := _read(given, tokenizer, tokens)) is None:
                 continue
-        except OSError as error:
-            problems.append(f"{where}: {error.strerror}.")
         except CheckpointError as error:
             problems += error.problems
         else:
@@ -96,14 +91,9 @@ def read_texts(folder: Path, texts: Sequence[GivenText], tokens: int, vocabulary
 
 def _read(given: GivenText, tokenizer: Any, tokens: int) -> ReadText | None:
     """No more of the file is read than is needed: what ends in the middle of a word may end in other tokens."""
-    wanted = max(1024, PER_TOKEN * (tokens + 1))
-    with open(open_regular(str(located(given.file))), encoding="utf-8", errors="replace") as file:
-        content = file.read(wanted)
-        if tokenizer is None:
-            return None
-        while True:
-            ids, pieces = pieces_of(tokenizer, content)
-            more = file.read(wanted) if len(ids) <= tokens else ""
-            if not more:
-                return ReadText(given, tuple(ids[:tokens]), tuple(pieces[:tokens]))
-            content += more
+
+    def encoded(text: str) -> list[tuple[int, str]]:
+        return list(zip(*pieces_of(tokenizer, text), strict=True)) if tokenizer is not None else []
+
+    found = first_tokens(located(given.file), tokens, encoded, (8**power for power in count(1)))[0][:tokens]
+    return None if tokenizer is None else ReadText(given, tuple(id_ for id_, _ in found), tuple(piece for _, piece in found))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bam_merge.calibrating.texts import first_tokens
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.errors import CheckpointError
 from bam_merge.model.loading import StoredModel, stored_model
@@ -51,14 +52,12 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
     for given in texts:
         try:
             text = located(given)
-            content = text.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            problems.append(f"{printable(str(text))}: {error.strerror}.")
-            continue
+            if text.is_dir():
+                raise CheckpointError(f"{printable(str(text))}: Is a directory.")
+            found, _ = first_tokens(text, WINDOWS * WINDOW, lambda content: encode(tokenizer, content) if tokenizer else [])
         except CheckpointError as error:
             problems += error.problems
             continue
-        found = encode(tokenizer, content) if tokenizer else []
         count = min(WINDOWS, len(found) // WINDOW)
         if tokenizer and count == 0:
             problems.append(f"{printable(str(text))}: {len(found)} tokens, at least {WINDOW} are needed for a perplexity.")

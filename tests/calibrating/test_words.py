@@ -69,6 +69,30 @@ def test_texts_that_do_not_do_are_told_together(tmp_path: Path) -> None:
         assert part in line and "recipe.yaml" in line
 
 
+def test_texts_that_do_not_do_are_told_with_all_else(tmp_path: Path) -> None:
+    """Whatever else is wrong, of recipe or sources; each once; and of a text every file that is read in any case."""
+    write_scene(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name, data in {"a": b"ab\xff", "b": b"a\0b", "c": b"abc" * 900}.items():
+        (tmp_path / "texts" / name).write_bytes(data)
+    (tmp_path / "texts" / "empty").write_text("")
+    asked = "router: {init: ridge, tokens: 800, texts: {seed: sed.txt, code: 'texts/[a-c]', law: texts/empty}}"
+    wanted = [
+        "router.texts.seed: sed.txt: no such file or folder", "/texts/a: not UTF-8 text (byte 2)", "/texts/b: holds NUL characters",
+        "router.texts.law: texts/empty is empty",
+    ]  # fmt: skip
+    for more, said in (("", []), ("\nrules: [{roles: [ffn.*], layers: 7, make: expert}]", ["rules[0].layers: layer 7", "rules[0]: ffn.*"])):
+        found = problems(tmp_path, asked + more).splitlines()
+        assert len(found) == len(wanted) + len(said) and all(any(part in line for line in found) for part in (*wanted, *said)), found
+    (tmp_path / "code" / "config.json").write_text("{")
+    found = problems(tmp_path, asked).splitlines()
+    assert "sources.code" in found[0] and len(found) == 1 + len(wanted), found
+    few = problems(tmp_path, "router: {init: ridge, tokens: 2, texts: {seed: seed.txt, code: 'texts/[ca]', law: law.txt}}")
+    assert "texts/a" in few, "the first file that is read"
+    few = problems(tmp_path, "router: {init: ridge, tokens: 2, texts: {seed: seed.txt, code: [texts/c, texts/a], law: law.txt}}")
+    assert "sources.code" in few and "texts/a" not in few, "a file that need not be read"
+
+
 def test_all_texts_the_same(tmp_path: Path) -> None:
     write_scene(tmp_path)
     text = "router: {init: ridge, texts: {seed: law.txt, code: law.txt, law: law.txt}}"

@@ -160,3 +160,4 @@ def test_refused(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         grouped(tmp_path, CONFIGS["llama"], text)
     assert said in str(error.value)
+    assert "top_k" in said or "ffn.top_k" not in str(error.value), "a number that the recipe does not have"

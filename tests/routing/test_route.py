@@ -235,6 +235,7 @@ def test_more_experts_than_colours(tmp_path: Path) -> None:
 def test_what_cannot_be_routed_is_said(tmp_path: Path, run: Any) -> None:
     folder = mixture(tmp_path)
     text = write_words(tmp_path / "text", random_ids(30))
+    (tmp_path / "latin").write_bytes("w1 é".encode("latin-1"))
     for said, arguments in {
         "a dense model (model_type llama), which has no routers": (tmp_path / "seed", "--text", text),
         "no text: give one with --text FILE": (folder,),
@@ -246,6 +247,7 @@ def test_what_cannot_be_routed_is_said(tmp_path: Path, run: Any) -> None:
         "none: No such file or directory": (folder, "--text", tmp_path / "none"),
         "not a regular file": (folder, "--text", tmp_path),
         "device 'abacus' cannot be used": (folder, "--text", text, "--device", "abacus"),
+        "latin: not UTF-8 text (byte 3)": (folder, "--text", tmp_path / "latin"),
         "no such folder": (tmp_path / "nothing", "--text", text),
     }.items():  # fmt: skip
         result = run("route", *arguments)
