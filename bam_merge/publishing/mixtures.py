@@ -233,7 +233,7 @@ def _alone(mixture: Mixture, section: Mapping[str, Any]) -> Order:
     records = {
         role: make.calibrator(make.scale or default_scale(role, mixture.gates), sigmoid and role == "router.ffn") for role in ROUTER_PLACES
     }
-    return _made(mixture, make, records, _read(mixture, make, Path(os.sep), "router"), None, [])
+    return _made(mixture, make, records, _read(mixture, make, Path.cwd(), "router"), None, [])
 
 
 def _read(mixture: Mixture, make: FromTexts, folder: Path, where: str) -> Corpus:

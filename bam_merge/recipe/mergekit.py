@@ -279,7 +279,9 @@ class _Moe(_Reading):
         mode = str(document.get("gate_mode", "hidden"))
         found.kind = f"mergekit-moe (gate_mode: {printable(str(mode), 40)})"
         self.unknown_keys(KNOWN_MOE)
-        base = self.model(document.get("base_model"))
+        if document.get("base_model") is None:
+            found.lacks.append("base_model is missing, the model that all but the FFNs is of")
+        base = self.model("?" if document.get("base_model") is None else document["base_model"])
         experts = document["experts"]
         paths = [self.model(expert.get("source_model") if isinstance(expert, dict) else expert) for expert in experts]
         for key, what in (("residual_scale", "scales the expert's output"), ("noise_scale", "adds noise to its weights")):

@@ -17,6 +17,7 @@ from bam_merge import calibrate, load_model, merge, verify
 from bam_merge.calibrating import sums
 from bam_merge.errors import BamMergeError, VerificationFailed
 from bam_merge.publishing import states
+from bam_merge.publishing.mixtures import open_mixture, order_of
 from bam_merge.recipe.load import load_recipe
 
 LAYOUTS = {
@@ -89,11 +90,16 @@ def test_without_the_sources_routers_are_for_the_mixtures_own_states(layout: str
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"])
-def test_a_mixture_that_nobody_recorded(layout: str, tmp_path: Path) -> None:
+def test_a_mixture_that_nobody_recorded(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = merged(tmp_path, layout)
     (out / "bam_merge.json").unlink()
     (out / "README.md").unlink()
     texts = {str(index): [str(tmp_path / f"{name}.txt")] for index, name in enumerate(SOURCES)}
+    monkeypatch.chdir(tmp_path)
+    mixture = open_mixture(out)
+    order = order_of(mixture, {"init": "mean", "texts": texts}, tmp_path / "new")
+    (corpus,) = order.corpora.values()
+    assert [text.parts[0].name for text in corpus.texts.values()] == [f"{name}.txt" for name in SOURCES], "as they are called here"
     target = calibrate(out, texts, tmp_path / "new", {"tokens": 300, "init": "mean"}, options(verify=True)[0])
     assert not (target / "bam_merge.json").exists()
     before, after = load_model(out).state_dict(), load_model(target).state_dict()

@@ -322,6 +322,7 @@ LACKS: dict[str, tuple[dict[str, Any], str]] = {
     "a scaled expert": ({"base_model": "a", "gate_mode": "random", "experts": [{"source_model": "b", "residual_scale": 0.1}, {"source_model": "c"}]}, "residual_scale of an expert, which scales the expert's output"),
     "deepseek": ({"base_model": "a", "architecture": "deepseek", "gate_mode": "random", "experts": [{"source_model": "b"}, {"source_model": "c"}]}, "architecture 'deepseek'; the layouts with an equivalent are mixtral, qwen3, qwen3_moe"),
     "a gate of nobody": ({"base_model": "a", "gate_mode": "randon", "experts": [{"source_model": "b"}, {"source_model": "c"}]}, "gate_mode 'randon'; did you mean 'random'; known are"),
+    "experts of no base": ({"gate_mode": "random", "experts": [{"source_model": "b"}, {"source_model": "c"}]}, "base_model is missing, the model that all but the FFNs is of"),
     "more per token than there are": ({"base_model": "a", "gate_mode": "random", "experts_per_token": 3, "experts": [{"source_model": "b"}, {"source_model": "c"}]}, "experts_per_token 3 of 2 experts"),
 }  # fmt: skip
 
