@@ -1,19 +1,13 @@
-"""What a model costs: parameters, bytes, key-value cache and FLOPs per token, from the shapes of its tensors by role.
-
-FLOPs follow arXiv 2408.08274, Tables 7 and 10: 2 per multiply-add of every matrix that a token goes through; norms, biases and softmax
-are not counted. Scores are 2 n n_ctx d there: scores and values take 4 d per position seen, and over a prompt of n_ctx tokens a token
-sees half of them on average. That is prefill; a token that is decoded after n_ctx others sees them all, and takes twice as much.
-Linear attention looks up, corrects and asks a state of every value head: 6 for each of its numbers, whatever the context.
-"""
+"""What a model costs: parameters, bytes, key-value cache and FLOPs per token, from the shapes of its tensors by role."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any, Literal
 
 from bam_merge.architectures.anatomy import Anatomy
+from bam_merge.architectures.flops import CONVOLUTIONS, Flops, Piece, block_flops, numbers_of_state, seen_twice
 from bam_merge.architectures.locate import Place, applies, cut, in_order, shape_of
 from bam_merge.architectures.quantisation import Quantisation, is_packed, logical_shape, weights_in
 from bam_merge.architectures.tables import Architecture, at_layer
@@ -25,67 +19,7 @@ CONTEXT = 256
 """Tokens of the prompt in the paper's tables."""
 
 
-QKV = (
-    "attn.q", "attn.k", "attn.v", "attn.gate", "attn.q+attn.k+attn.v", "attn.q_a", "attn.q_b", "attn.kv_a", "attn.kv_b",
-    *(f"linear.{part}" for part in "qkvzba"),
-)  # fmt: skip
-
-
-CONVOLUTIONS = ("linear.q_conv", "linear.k_conv", "linear.v_conv")
-
-
-FFN = tuple(f"ffn.{shared}{part}" for shared in ("", "shared.") for part in ("gate", "up", "down", "router")) + ("ffn.gate+ffn.up",)
-
-
 Kind = Literal["expert_kv", "shared_kv", "btx"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One role in one layer: `copies` tensors of `shape` are stored (one per expert), a token goes through `used` of them."""
-
-    role: str
-    layer: int | None
-    shape: tuple[int, ...]
-    dtype: str
-    copies: int = 1
-    used: int | None = 1
-    per_expert: bool = False
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs per token of one block, by the columns of Table 7; or sums of them."""
-
-    qkv: int = 0
-    scores: int = 0
-    output: int = 0
-    ffn: int = 0
-    attention_router: int = 0
-    ffn_router: int = 0
-
-    @property
-    def attention(self) -> int:
-        return self.qkv + self.scores + self.output
-
-    @property
-    def router(self) -> int:
-        return self.attention_router + self.ffn_router
-
-    @property
-    def total(self) -> int:
-        return self.attention + self.ffn + self.router
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-    def document(self) -> dict[str, int]:
-        names = ("qkv", "scores", "output", "attention", "ffn", "attention_router", "ffn_router", "router", "total")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -169,15 +103,15 @@ class Cost:
         for block in self.blocks:
             seen = [piece for role in CONVOLUTIONS for piece in block.get(role, [])]
             total += sum(piece.copies * piece.size * _cache_bytes(piece.dtype) for piece in seen)
-            total += 4 * sum(piece.copies * _state(block, piece, self.key_channels) for piece in block.get("linear.A_log", []))
+            total += 4 * sum(piece.copies * numbers_of_state(block, piece, self.key_channels) for piece in block.get("linear.A_log", []))
         return total
 
     def flops(self, context: int = CONTEXT, decode: bool = False) -> list[Flops] | None:
         """FLOPs per token of every block: averaged over a prompt of `context` tokens, or decoding after it. None where not known."""
         if self.active is None or not self.blocks or not all("attn.o" in block or "linear.o" in block for block in self.blocks):
             return None
-        seen = [_seen(context, window, decode) for window in self.windows]
-        return [_block_flops(block, times, self.key_channels) for block, times in zip(self.blocks, seen, strict=True)]
+        seen = [seen_twice(context, window, decode) for window in self.windows]
+        return [block_flops(block, times, self.key_channels) for block, times in zip(self.blocks, seen, strict=True)]
 
     @property
     def head_flops(self) -> int:
@@ -341,38 +275,6 @@ def _window(facts: Mapping[str, Any], layer: int) -> int | None:
     window, types = facts.get("sliding_window"), facts.get("layer_types")
     slides = not isinstance(types, list) or (layer < len(types) and types[layer] == "sliding_attention")
     return window if type(window) is int and window > 0 and slides else None
-
-
-def _seen(context: int, window: int | None, decode: bool) -> int:
-    """Twice the positions that a token attends to: on average over a prompt (n_ctx / 2, as the paper counts), or at its end."""
-    seen = min(context, window or context)
-    return 2 * seen if decode else 2 * seen - seen * seen // context
-
-
-def _state(block: Mapping[str, list[Piece]], heads: Piece, key_channels: int) -> int:
-    """The numbers of the states of linear attention, one of whose tensors of value heads is `heads`."""
-    return heads.size * key_channels * block["linear.norm"][0].size
-
-
-def _block_flops(block: Mapping[str, list[Piece]], seen: int, key_channels: int = 0) -> Flops:
-    def matrices(roles: Iterable[str], size: Callable[[Piece], int]) -> int:
-        return sum((piece.used or 0) * size(piece) for role in roles for piece in block.get(role, []) if len(piece.shape) == 2)
-
-    def double(piece: Piece) -> int:
-        return 2 * piece.size
-
-    values = matrices(["attn.o"], lambda piece: piece.shape[1])
-    keys = matrices(["attn.q", "attn.q_b"], lambda piece: piece.shape[0]) or values
-    convolved = sum((piece.used or 0) * double(piece) for role in CONVOLUTIONS for piece in block.get(role, []))
-    asked = sum((piece.used or 0) * 6 * _state(block, piece, key_channels) for piece in block.get("linear.A_log", []))
-    return Flops(
-        qkv=matrices(QKV, double) + convolved,
-        scores=seen * (keys + values) + asked,
-        output=matrices(["attn.o", "linear.o"], double),
-        ffn=matrices(FFN, double),
-        attention_router=matrices(["router.attn"], double),
-        ffn_router=matrices(["router.ffn"], double),
-    )
 
 
 def _cache_bytes(dtype: str) -> int:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bam_merge import expressions
-from bam_merge.architectures.cost import Cost, Flops, cost_of_tensors
+from bam_merge.architectures.cost import Cost, cost_of_tensors
+from bam_merge.architectures.flops import Flops
 from bam_merge.calibrating.corpus import Calibration, Corpus
 from bam_merge.calibrating.texts import WINDOW, Reading, Text, equal_texts, find_files, read_prompts, read_text, shorter, unreadable
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES

@@ -8,7 +8,8 @@ from test_plan import FOUR, PAPER
 from test_roles import edit, mixture, save_public
 
 from bam_merge.architectures.anatomy import open_anatomy
-from bam_merge.architectures.cost import Cost, Flops, Kind, as_mixture, cost_of
+from bam_merge.architectures.cost import Cost, Kind, as_mixture, cost_of
+from bam_merge.architectures.flops import Flops
 from bam_merge.demo.synthetic import random_values, write_checkpoint
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.card import model_card
