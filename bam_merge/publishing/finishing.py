@@ -21,7 +21,8 @@ from bam_merge.publishing.holding import Hold, holder_of
 from bam_merge.publishing.options import MergeOptions
 from bam_merge.publishing.part_journals import FINISH_LOCK, PartJournal, difference, file_name, header_of, numbers, read_part
 from bam_merge.publishing.part_staging import PartStaging
-from bam_merge.publishing.publish import check_proof, check_texts, complete, is_result, put_in_place, settle
+from bam_merge.publishing.parts import is_there
+from bam_merge.publishing.publish import check_proof, check_texts, complete, put_in_place, settle
 from bam_merge.publishing.staging import JOURNAL, OUTPUT, PARTS, staging_folder
 from bam_merge.text import count, printable
 
@@ -38,21 +39,23 @@ def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpti
         check_proof(options.level, options.device)
     if plan.calibration is not None:
         check_texts(plan.calibration, options.device)
-    if os.path.lexists(target) and is_result(plan, target, options.allow_nonfinite):
-        with suppress(Busy):  # it is cleared up by who published it
-            settle(target, options.notify)
-        options.notify(f"{printable(str(target))} is already finished, from the same recipe, version and sources.")
-        return target
-    _check(plan, target, options)
+
+    def problems() -> list[str]:
+        kept = plan.calibration.disk if plan.calibration is not None else 0
+        return preflight(plan, target, options.force) or list(filter(None, [lack_of_space(kept, target, "finishing writes", 0)]))
+
+    if is_there(plan, target, options, problems):
+        return _settled(target, options)
     if not os.path.isdir(staging_folder(target) / PARTS):
         raise NotYet(
             f"no part of {printable(str(target))} was made: {printable(str(staging_folder(target)))} has none. "
             f"{part_command(plan, output, '1/N')} makes the first of N."
         )
-    staging = PartStaging.open(target, options.notify, shared=True, parts=True)
+    staging, there = PartStaging.open(target, options.notify, shared=True, parts=True), False
     try:
         _hold(staging, target)
-        _check(plan, target, options)
+        if there := is_there(plan, target, options, problems):
+            return target
         of, finished = gathered(plan, staging, output, options)
         options.notify(f"{count(of, 'part')}: {count(len(finished), 'tensor')} are finished.")
         companions = companion_files(plan)
@@ -63,14 +66,15 @@ def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpti
         raise
     finally:
         staging.close()
+        if there:
+            _settled(target, options)
     return target
 
 
-def _check(plan: Plan, target: Path, options: MergeOptions) -> None:
-    kept = plan.calibration.disk if plan.calibration is not None else 0
-    problems = preflight(plan, target, options.force) or list(filter(None, [lack_of_space(kept, target, "finishing writes", 0)]))
-    if problems:
-        raise OutputError(*problems)
+def _settled(target: Path, options: MergeOptions) -> Path:
+    with suppress(Busy):  # it is cleared up by who published it
+        settle(target, options.notify)
+    return target
 
 
 def _hold(staging: PartStaging, target: Path) -> None:

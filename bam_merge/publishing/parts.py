@@ -1,6 +1,7 @@
 """One part of a merge, made by a process of its own, on whatever host: its files, in the staging folder that all parts share."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +40,16 @@ def make_part(
     plan = fetched(plan, output, options)
     part = parts_of(plan, of)[number - 1]
     mine, target = plan_of(plan, part), target_path(plan, output)
-    if _is_there(plan, target, options):
+
+    def problems() -> list[str]:
+        return preflight(mine, target, options.force) or list(filter(None, [part_space_problem(mine, target)]))
+
+    if is_there(plan, target, options, problems):
         return None
-    _check(mine, target, options)
     staging = PartStaging.join(target, part, options.notify, patience)
     try:
-        if _is_there(plan, target, options):  # again: it may have been finished until we had the lock
+        if is_there(plan, target, options, problems):  # again: it may have been finished until we had the lock
             return None
-        _check(mine, target, options)
         return _make(plan, part, mine, staging, options)
     except SyncFailed:
         staging.forget()
@@ -72,14 +75,21 @@ def _make(plan: Plan, part: Part, mine: Plan, staging: PartStaging, options: Mer
     return PartResult(part, {name: item.digest for name, item in finished.items()}, made == finished.keys())
 
 
-def _check(mine: Plan, target: Path, options: MergeOptions) -> None:
-    problems = preflight(mine, target, options.force) or list(filter(None, [part_space_problem(mine, target)]))
-    if problems:
-        raise OutputError(*problems)
+def is_there(plan: Plan, target: Path, options: MergeOptions, problems: Callable[[], list[str]]) -> bool:
+    """Whether the whole is published already, of the same recipe, version and sources: the last to come has nothing to do.
+
+    Raises OutputError for the `problems` of writing it, if not. Another process may publish it at any time: then it is the result that is
+    in the way.
+    """
+    if _is_published(plan, target, options):
+        return True
+    found = problems()
+    if found and not _is_published(plan, target, options):
+        raise OutputError(*found)
+    return bool(found)
 
 
-def _is_there(plan: Plan, target: Path, options: MergeOptions) -> bool:
-    """Whether the whole is published already, of the same recipe, version and sources: the last to come has nothing to do."""
+def _is_published(plan: Plan, target: Path, options: MergeOptions) -> bool:
     if not os.path.lexists(target) or not is_result(plan, target, options.allow_nonfinite):
         return False
     options.notify(f"{printable(str(target))} is already finished, from the same recipe, version and sources.")

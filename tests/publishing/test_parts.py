@@ -20,7 +20,7 @@ from bam_merge.errors import NonFiniteError, NotYet, OutputError, SyncFailed, Ve
 from bam_merge.planning.make import plan_file
 from bam_merge.planning.parts import parts_of
 from bam_merge.planning.plan import Plan
-from bam_merge.publishing import destination
+from bam_merge.publishing import destination, finishing, parts
 from bam_merge.publishing.finishing import finish
 from bam_merge.publishing.parts import make_part
 from bam_merge.publishing.publish import publish
@@ -225,6 +225,38 @@ def test_finish_that_was_killed_is_run_again(plan: Plan, llamas: Path, monkeypat
     assert said == [f"{llamas / 'out'} is already finished, from the same recipe, version and sources."]
     assert make_part(plan, None, 1, 3, options()[0]) is None
     assert not staging(plan).exists()
+
+
+@pytest.mark.parametrize("looked", [1, 2])
+def test_a_result_that_another_process_publishes_meanwhile_is_in_nobodys_way(
+    plan: Plan, looked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not there when it was looked for, before or after what parts left was locked, and is there when what is in the way is."""
+    whole = folder_bytes(publish(plan, None, options()[0]))
+    make = {"finish": lambda: finish(plan, None, options()[0]), "part": lambda: make_part(plan, None, 1, 2, options()[0])}
+    for name, made in (("finish", destination.target_path(plan, None)), ("part", None)):
+        left = staging(plan) / "parts"
+        left.mkdir(parents=True)
+        seen: list[bool] = []
+
+        def is_result(*given: Any, seen: list[bool] = seen) -> bool:
+            seen.append(len(seen) >= looked)
+            return seen[-1]
+
+        def preflight(*given: Any, seen: list[bool] = seen) -> list[str]:
+            return ["something already exists"] if len(seen) >= looked else []
+
+        with monkeypatch.context() as patch:
+            patch.setattr(parts, "is_result", is_result)
+            for module in (parts, finishing):
+                patch.setattr(module, "preflight", preflight)
+            assert make[name]() == made
+        assert seen == [False] * looked + [True] and folder_bytes(destination.target_path(plan, None)) == whole
+        shutil.rmtree(staging(plan), ignore_errors=True)
+    (destination.target_path(plan, None) / "bam_merge.json").unlink()
+    for each in make.values():
+        with pytest.raises(OutputError, match=r"already exists\. Choose another --output"):
+            each()
 
 
 def test_a_failed_sync_leaves_nothing_to_resume_from(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
