@@ -25,13 +25,15 @@ Place = locate.Place
 
 @dataclass(frozen=True)
 class Side:
-    """A model as one side of a comparison. `left_out`: tensors that are no part of it, with the reason."""
+    """A model as one side of a comparison. `left_out`: tensors that are no part of it, with the reason. `turned`: its rows of q and k are
+    read in the order of another one's rotary pairs."""
 
     label: str
     anatomy: Anatomy
     expert: int | None
     leaves: Mapping[Place, Leaf]
     left_out: Mapping[str, str]
+    turned: bool = False
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -180,10 +180,23 @@ class _Mixture:
         return good[0]
 
     def fit(self, number: int, family: Architecture) -> _Fit:
-        """`family` tried on the expert: with all that the layout has, or without what it has of every source, if these are zeros."""
+        """`family` tried on the expert: with all that the layout has, or without what it has of every source, if these are zeros; the
+        other way round where the record says that the merge filled them in."""
         without = {key: False for key, value in self.layout.implies.items() if value is True}
-        first = self._tried(number, family, self.facts)
-        return first if not first.problems or not without else self._tried(number, family, {**self.facts, **without})
+        more, fewer = ({**self.facts, **changes} for changes in ({}, without))
+        first, second = (fewer, more) if self._filled_in() else (more, fewer)
+        fit = self._tried(number, family, first)
+        if not fit.problems or not without:
+            return fit
+        other = self._tried(number, family, second)
+        return other if not other.problems or second is fewer else fit
+
+    def _filled_in(self) -> bool:
+        """Whether the merge filled in what the layout has of every source, and these had not."""
+        records = self.manifest["tensors"] if self.manifest is not None else {}
+        filled = {role for row in self.layout.rows for role in row.roles if row.make == "zeros" and role.startswith("attn.")}
+        leaves = (leaf for (role, _, _), leaf in self.found.leaves.items() if role in filled)
+        return any((records.get(stored(leaf).tensor) or {}).get("expression") == "zeros" for leaf in leaves)
 
     def _tried(self, number: int, family: Architecture, facts: Mapping[str, Any]) -> _Fit:
         fit = _Fit(number, family)
