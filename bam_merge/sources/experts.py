@@ -336,6 +336,15 @@ def look_at_expert(address: str | os.PathLike[str], values: bool = False, manife
     return found, f"{label}#experts.{expert}"
 
 
+def expert_of(found: Anatomy, expert: str) -> DenseModel | None:
+    """An expert of a mixture that is looked at, as the dense model that it is; None where it is none, or where nothing tells of which
+    family."""
+    try:
+        return _expert_of("model", found, expert, None)
+    except (CheckpointError, VerifyError):
+        return None
+
+
 # ---- shapes --------------------------------------------------------------------------------------------------------------------
 
 

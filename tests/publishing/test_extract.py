@@ -12,7 +12,7 @@ from hub_server import FakeHub
 from safetensors.torch import load_file, save_file
 
 import bam_merge
-from bam_merge import BamMergeError, CheckpointError, MergeOptions, extract, inspect, load_recipe, make_plan, merge, verify
+from bam_merge import BamMergeError, CheckpointError, MergeOptions, diff, extract, inspect, load_recipe, make_plan, merge, verify
 from bam_merge.architectures.config import describe
 from bam_merge.architectures.tables import load_architecture, mixture_layouts
 
@@ -124,6 +124,7 @@ def test_a_layout_that_is_added_is_read_back(layout: str, tmp_path: Path) -> Non
         back = extract(f"{out}#experts.code", folder / "back", CONFIGS[name]["model_type"])
         assert same(tensors(back), tensors(folder / "code"))
         assert facts(back) == facts(folder / "code")
+        assert diff(f"{out}#experts.code", folder / "code").equal
         read.append(name)
         if len(read) == 2:
             break

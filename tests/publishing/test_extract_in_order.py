@@ -9,7 +9,7 @@ from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import save_file
 from test_extract import COPIES, facts, logits, same, tensors, written
 
-from bam_merge import BamMergeError, CheckpointError, MergeOptions, VerifyOptions, extract, inspect, load_recipe, merge, verify
+from bam_merge import BamMergeError, CheckpointError, MergeOptions, VerifyOptions, diff, drift, extract, inspect, load_recipe, merge, verify
 from bam_merge.architectures.tables import find_by_model_type, mixture_layouts
 from bam_merge.checkpoints.pieces import Computed, Read, Slice, byte_runs, stored
 from bam_merge.formulas import Pairs
@@ -225,15 +225,43 @@ def test_inspect_shows_the_dense_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "layout"), [("helium", "mixtral"), ("phi3", "ernie4_5_moe")])
 def test_diff_compares_rows_of_the_same_pair(family: str, layout: str, tmp_path: Path, run: Any) -> None:
+    """Of an expert, in its family's order; of a mixture beside a dense model, in the order of the first of the two."""
     out = mixture(tmp_path, family, layout)
-    for a, b in ((f"{out}#experts.code", tmp_path / "code"), (tmp_path / "code", f"{out}#experts.code")):
-        result = run("diff", a, b, "--json")
-        assert result.status == 0, result.out
-        assert '"kind": "rotary order"' in result.out
+    assert run("diff", f"{out}#experts.code", tmp_path / "code").status == 0
     assert run("diff", f"{out}#experts.code", tmp_path / "law").status == 1
-    drifted = run("diff", "--seed", tmp_path / "code", f"{out}#experts.code", "--json")
-    assert drifted.status == 0
-    assert all('"rope_interleaved"' not in text for text in (result.out, drifted.out))
+    for a, b in ((out, tmp_path / "code"), (tmp_path / "code", out)):
+        found = diff(a, b)
+        assert not found.changed
+        assert [finding.kind for finding in found.findings if "rope_interleaved" in finding.text or "rotary" in finding.kind] == [
+            "rotary order"
+        ]
+        assert {"attn.q", "attn.k"} <= {place for place, *_ in (each.place for each in found.compared)}
+    assert run("diff", tmp_path / "code", out, "--only", "attn.*").status == 0
+    drifted = drift(tmp_path / "code", [f"{out}#experts.code", f"{out}#experts.1"])
+    assert [finding.text for finding in drifted.findings if "rope_interleaved" in finding.text] == []
+    assert drifted.equal
+
+
+def test_diff_says_of_rows_that_cannot_be_put_what_config_json_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = mixture(tmp_path, "helium", "mixtral")
+    monkeypatch.setattr(pairs, "_in_pairs", lambda *_: None)
+    found = diff(out, tmp_path / "code", only=["attn.*"])
+    assert {each.place[0] for each in found.changed} == {"attn.q", "attn.k"}
+    assert any("rope_interleaved is false in A, true in B" in finding.text for finding in found.findings)
+
+
+def test_what_a_layout_fills_in_is_no_difference(tmp_path: Path, run: Any) -> None:
+    """Biases of zeros, and a shared expert of them; if they were trained, they are."""
+    out = mixture(tmp_path, "llama", "qwen2_moe")
+    result = run("diff", f"{out}#experts.code", tmp_path / "code")
+    assert result.status == 0, result.out
+    assert "of a shared expert that adds nothing" in result.out.replace("\n", " ")
+    held = tensors(out)
+    held["model.layers.0.self_attn.q_proj.bias"] += 1
+    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
+    result = run("diff", f"{out}#experts.code", tmp_path / "code")
+    assert result.status == 1
+    assert "attention_bias is true in A, false in B" in result.out.replace("\n", " ")
 
 
 def test_runs_of_rows_in_another_order_are_cut_anywhere() -> None:
