@@ -102,6 +102,8 @@ def test_without_a_record_families_of_the_mixtures_own_order_come_first(tmp_path
     with pytest.raises(CheckpointError, match="Say which: --family NAME") as caught:
         extract(f"{out}#experts.1", tmp_path / "back")
     assert "helium" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"a cohere2 model has parallel_block = true, and this mixture has false\."):
+        extract(f"{out}#experts.1", tmp_path / "back", "cohere2")
     assert same(tensors(extract(f"{out}#experts.1", tmp_path / "back", "helium")), tensors(tmp_path / "code"))
     turned = tensors(extract(f"{out}#experts.1", tmp_path / "llama", "llama"))
     assert same(turned, {name: tensors(out).get(name, turned[name]) for name in turned})
