@@ -203,7 +203,7 @@ def is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
             files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
             found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
             changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]
-            companions = companion_digests(checkpoint.path, checkpoint.companions())
+            companions = companion_digests(checkpoint.path, plan.companions(name))
             if (known["config"], known["companions"], files) != (checkpoint.config_digest, companions, found):
                 return False
             if any(max(status.st_ctime_ns, status.st_mtime_ns) >= made for status in changes):
