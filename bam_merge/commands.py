@@ -27,6 +27,11 @@ LEVELS = ("quick", "full", "none")
 """How deep a proof looks."""
 
 
+ranges_option = click.option(
+    "--ranges", is_flag=True, help="Read the weights of models of the hub there, by ranges of bytes, and download none. Default: download."
+)
+
+
 @click.command()
 @click.argument("path", type=UserPath())
 @click.option("--tensors", metavar="GLOB", help="Only the tensors whose name matches, each with how it was made.")
@@ -44,6 +49,7 @@ LEVELS = ("quick", "full", "none")
 @click.option("--shards", type=click.IntRange(1), default=1, metavar="M", help="For --as-bam: every FFN is M experts. Default: 1.")
 @click.option("--shared-expert", is_flag=True, help="For --as-bam: one more FFN, for every token.")
 @click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
+@ranges_option
 @click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
 def inspect(
     path: str,
@@ -57,6 +63,7 @@ def inspect(
     shards: int,
     shared_expert: bool,
     context: int,
+    ranges: bool,
     as_json: bool,
 ) -> None:
     """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
@@ -68,7 +75,7 @@ def inspect(
         with downloads():
             found = look(
                 path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, shards=shards,
-                shared_expert=shared_expert, context=context,
+                shared_expert=shared_expert, context=context, ranges=ranges,
             )  # fmt: skip
     finally:
         gc.enable()
@@ -91,6 +98,7 @@ def inspect(
 @click.option("--all", "every", is_flag=True, help="List every tensor that differs, and every one that was left out.")
 @click.option("--html", type=UserPath(dir_okay=False), metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--force", is_flag=True, help="Replace an existing FILE of --html.")
+@ranges_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def diff(
     models: tuple[str, ...],
@@ -101,6 +109,7 @@ def diff(
     every: bool,
     html: str | None,
     force: bool,
+    ranges: bool,
     as_json: bool,
 ) -> None:
     """Compare two models, or branches with their seed. A model is a folder, a safetensors file, or FOLDER#EXPERT of a mixture.
@@ -112,7 +121,7 @@ def diff(
 
         check_free(Path(html), force)
     with downloads():
-        found, text = _compared(models, seed, tol, only, ignore)
+        found, text = _compared(models, seed, tol, only, ignore, ranges)
     if html is not None:
         write_page(found, Path(html), force)
     if as_json:
@@ -124,7 +133,7 @@ def diff(
 
 
 def _compared(
-    models: tuple[str, ...], seed: str | None, tol: float, only: tuple[str, ...], ignore: tuple[str, ...]
+    models: tuple[str, ...], seed: str | None, tol: float, only: tuple[str, ...], ignore: tuple[str, ...], ranges: bool
 ) -> "tuple[Comparison | Drift, Callable[[Terminal, bool], str]]":
     """The comparison or the drift, and what gives its text for a terminal, all of it or what matters."""
     one_blas_thread()
@@ -134,14 +143,14 @@ def _compared(
         from bam_merge.comparing.two_models import diff as compare
         from bam_merge.showing.comparison import comparison_text
 
-        compared = compare(*models, tol=tol, only=only, ignore=ignore)
+        compared = compare(*models, tol=tol, only=only, ignore=ignore, ranges=ranges)
         return compared, partial(comparison_text, compared)
     if given := [name for name, value in (("--tol", tol), ("--only", only), ("--ignore", ignore)) if value]:
         raise click.UsageError(f"{', '.join(given)}: not together with --seed.")
     from bam_merge.comparing.branches import drift
     from bam_merge.showing.drift import drift_text
 
-    drifted = drift(seed, models)
+    drifted = drift(seed, models, ranges=ranges)
     return drifted, partial(drift_text, drifted)
 
 
@@ -210,6 +219,7 @@ def route(
 )
 @click.option("--verify", "level", type=click.Choice(LEVELS[:2]), default="quick", help="How deep to look. Default: quick.")
 @click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@ranges_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @click.argument("more_texts", type=UserPath(), nargs=-1, metavar="[FILE ...]")
 def verify(
@@ -220,6 +230,7 @@ def verify(
     more_texts: tuple[str, ...],
     level: str,
     device: str,
+    ranges: bool,
     as_json: bool,
 ) -> None:
     """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
@@ -234,7 +245,7 @@ def verify(
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     with downloads(), verify_progress() as progress:
-        options = VerifyOptions(level, device, progress=progress)
+        options = VerifyOptions(level, device, progress=progress, ranges=ranges)
         report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options, named_texts(domains))
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))

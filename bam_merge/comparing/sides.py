@@ -47,14 +47,14 @@ class Side:
         read_piece(self.checkpoint, self.leaves[place], view, start, stop)
 
 
-def open_side(address: str | os.PathLike[str]) -> Side:
+def open_side(address: str | os.PathLike[str], ranges: bool = False) -> Side:
     """Open PATH or PATH#EXPERT. Raises CheckpointError when it cannot be read, or has no such expert."""
     text = os.fsdecode(address)
     path, name = split_expert(text)
     if name is None:
-        found, label = look(text, values=True)
+        found, label = look(text, values=True, ranges=ranges)
         return Side(label, found, None, _placed(found), dict(found.dropped))
-    found, label = look(path, values=True)
+    found, label = look(path, values=True, ranges=ranges)
     expert = _expert(found, path, name)
     leaves: dict[Place, Leaf] = {}
     left_out = dict(found.dropped)

@@ -12,10 +12,12 @@ from bam_merge.recipe.makes import Finite, Strict
 
 @dataclass(frozen=True)
 class Known:
-    """Where a model of the hub is that a recipe names: what documents record of it, with its commit, and its folder on this machine."""
+    """Where a model of the hub, or of an address, is that a recipe names: what documents record of it, of the hub with its commit; its
+    folder on this machine; and whether its weights are `ranged`, read where they are by ranges when they are needed."""
 
     recorded: str
     folder: Path
+    ranged: bool = False
 
 
 class Folder(Strict):

@@ -10,7 +10,7 @@ from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf
-from bam_merge.checkpoints.reading import changed_files
+from bam_merge.checkpoints.reading import changed_files, check_unchanged
 from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.model.model_config import ModelConfig
 from bam_merge.planning.plan import Plan
@@ -71,7 +71,10 @@ def _open(plan: Plan, name: str, dense: dict[str, StoredModel]) -> StoredModel:
     if isinstance(source, AdaptedSource) and source.base in plan.recipe.sources:
         found = _open(plan, source.base, dense)
     else:
-        checkpoint = open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint
+        if checkpoint.afar is not None:
+            check_unchanged({name: checkpoint})
+        elif any(changed_files(checkpoint)):
+            checkpoint = open_folder(checkpoint.path)
         said = plan.recipe.source(name)
         opened = dequantised if said.dequantise else stored_model
         if said.expert is not None:
