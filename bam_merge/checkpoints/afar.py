@@ -1,8 +1,10 @@
 """Files elsewhere: what is asked of one, and how pieces of it are brought together in few requests, with bounded memory."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from bam_merge.checkpoints.header import FileIdentity
@@ -39,6 +41,10 @@ class FileAfar(Protocol):
     @property
     def name(self) -> str:
         """What it is called in messages and records: without user, password, query or signature."""
+
+    @property
+    def size_found(self) -> int:
+        """Its bytes when it was found."""
 
     def size(self) -> int:
         """Its bytes, as they are now."""
@@ -116,6 +122,59 @@ class Blocks:
         data = self.held[key] = file.read(span[0] + start, length)
         self.nbytes += length
         return data
+
+
+@dataclass
+class Kept:
+    """Blocks of files that are read again and again, for any number of threads: the last ones that were asked for."""
+
+    held: OrderedDict[Hashable, bytes] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, files: Mapping[str, FileAfar]) -> "dict[str, FileAfar]":
+        """The same files, read through what is kept."""
+        return {name: _KeptFile(file, self) for name, file in files.items()}
+
+    def block(self, file: FileAfar, number: int) -> bytes:
+        key = file.name, number
+        with self.lock:
+            if key in self.held:
+                self.held.move_to_end(key)
+                return self.held[key]
+        size = file.size_found
+        data = file.read(number * BLOCK, min(BLOCK, size - number * BLOCK))
+        with self.lock:
+            self.held[key] = data
+            while len(self.held) > HELD // BLOCK:
+                self.held.popitem(last=False)
+        return data
+
+
+@dataclass(frozen=True)
+class _KeptFile:
+    file: FileAfar
+    kept: Kept
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def size_found(self) -> int:
+        return self.file.size_found
+
+    def size(self) -> int:
+        return self.file.size()
+
+    def etag(self) -> str:
+        return self.file.etag()
+
+    def read(self, offset: int, length: int) -> bytes:
+        if length > BLOCK or offset + length > self.size_found:
+            return self.file.read(offset, length)
+        first, last = offset // BLOCK, (offset + max(length, 1) - 1) // BLOCK
+        data = b"".join(self.kept.block(self.file, number) for number in range(first, last + 1))
+        return data[offset - first * BLOCK : offset - first * BLOCK + length]
 
 
 def changed_afar(name: str, found: FileIdentity, expected: FileIdentity) -> str:

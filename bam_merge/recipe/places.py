@@ -23,7 +23,10 @@ class Known:
 class Folder(Strict):
     """The long form of a source that is a model by itself."""
 
-    path: str = Field(description="a Hugging Face folder, relative to the recipe; or a model of the hub, org/name or org/name@revision")
+    path: str = Field(
+        description="a Hugging Face folder, relative to the recipe; or a model of the hub, org/name or "
+        "org/name@revision; or the address of a folder elsewhere, s3://bucket/folder"
+    )
     dequantise: bool = Field(
         default=False, description="its 8-bit floats are multiplied with their scales, which makes bfloat16 of them (or its config's dtype)"
     )

@@ -1,12 +1,15 @@
 """A model's folder elsewhere: its small files are brought here while the process runs; of its weights headers are read, and pieces."""
 
+import atexit
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import xxhash
@@ -99,6 +102,10 @@ class WeightsAfar:
     def name(self) -> str:
         return self.store.name_of(self.found.file)
 
+    @property
+    def size_found(self) -> int:
+        return self.found.size
+
     def size(self) -> int:
         return self._now().size
 
@@ -133,7 +140,8 @@ def resolve(address: Address, adapter: bool = False) -> Elsewhere:
     found = replace(found, folder=_folder_for(found))
     _bring(found, [name for name in (config, INDEX) if name in found.files and (not adapter or name == config)])
     if isinstance(store, Web) and not adapter and INDEX in found.files:
-        listed = _weights(found)
+        with _by_address(found):
+            listed = _weights(found)
         more, unseen = _looked(store, [name for name in listed if name not in found.files], "")
         if unseen:
             raise CheckpointError(words.refused(f"{address}: {some(unseen)}", address.scheme, 403))
@@ -207,17 +215,26 @@ def _instead(found: Elsewhere) -> str:
 # ---- what is brought here ----------------------------------------------------------------------------------------------------
 
 
-@cache
-def _home() -> "tempfile.TemporaryDirectory[str]":
+class _Home:
     """Where small files are while this process runs."""
-    return tempfile.TemporaryDirectory(prefix="bam-merge-")
+
+    lock = threading.Lock()
+    path: Path | None = None
+
+    @classmethod
+    def get(cls) -> Path:
+        with cls.lock:
+            if cls.path is None:
+                cls.path = Path(os.path.realpath(tempfile.mkdtemp(prefix="bam-merge-")))
+                atexit.register(shutil.rmtree, cls.path, ignore_errors=True)
+            return cls.path
 
 
 def _folder_for(found: Elsewhere) -> Path:
     """The folder of what is brought here of this state of it; it ends as the address does, for people look at names."""
     states = [str(found), found.adapter, *sorted((file.file, file.size, file.etag) for file in found.files.values())]
     name = found.address.name if found.address.name.isprintable() and found.address.name not in ("", ".", "..") else "model"
-    folder = Path(os.path.realpath(_home().name)) / xxhash.xxh3_128_hexdigest(repr(states).encode()) / name
+    folder = _Home.get() / xxhash.xxh3_128_hexdigest(repr(states).encode()) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -258,7 +275,20 @@ def bring_small(found: Elsewhere) -> None:
 def open_elsewhere(found: Elsewhere, tokenizers: bool = False, readable: bool = False) -> Checkpoint:
     """The checkpoint of a folder elsewhere, by its headers; with `tokenizers`, with every file beside the weights. `readable`: so that its
     tensors can be read. Raises CheckpointError with every problem found."""
-    whole = tokenizers or readable
+    with _by_address(found):
+        return _opened(found, tokenizers or readable, readable)
+
+
+@contextmanager
+def _by_address(found: Elsewhere) -> Iterator[None]:
+    """Messages name the address, and not where small files of it happen to be."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(*(problem.replace(str(found.folder), str(found)) for problem in error.problems)) from None
+
+
+def _opened(found: Elsewhere, whole: bool, readable: bool) -> Checkpoint:
     small = [name for name in found.small_files() if name != MANIFEST or readable]
     if readable:
         bring_small(found)
@@ -273,10 +303,7 @@ def open_elsewhere(found: Elsewhere, tokenizers: bool = False, readable: bool = 
     headers, wrong = _headers(found, names)
     problems += wrong
     index = read_index(found.folder) if INDEX in found.files and not found.adapter and not wrong else (None, None)
-    try:
-        checkpoint = assembled(found.folder, config, headers, index, tied_heads, problems)
-    except CheckpointError as error:
-        raise CheckpointError(*(problem.replace(str(found.folder), str(found)) for problem in error.problems)) from None
+    checkpoint = assembled(found.folder, config, headers, index, tied_heads, problems)
     kind = AdapterFolder if found.adapter else Checkpoint
     if readable:
         afar: dict[str, FileAfar] = {name: WeightsAfar(found.store, found.files[name]) for name in names}

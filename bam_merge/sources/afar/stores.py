@@ -47,12 +47,11 @@ class Store:
         """fsspec's file system and the folder's path in it. Raises CheckpointError."""
         shown, scheme = str(self.address), self.address.scheme
         try:
-            import fsspec
             from fsspec.core import url_to_fs
-            from fsspec.registry import known_implementations
+            from fsspec.registry import known_implementations, registry
         except ImportError:
             raise CheckpointError(words.NO_FSSPEC.format(shown, scheme)) from None
-        known = {*known_implementations, *fsspec.available_protocols()}
+        known = {*known_implementations, *registry}
         if scheme not in known:
             raise CheckpointError(words.no_scheme(shown, nearest(scheme, known)))
         try:

@@ -21,6 +21,10 @@ class HubWeights:
     def name(self) -> str:
         return f"{self.snapshot.id}/{self.file.name}"
 
+    @property
+    def size_found(self) -> int:
+        return self.file.size
+
     def size(self) -> int:
         return self.file.size
 
