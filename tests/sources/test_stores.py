@@ -90,10 +90,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Faul
     yield FaultyStore
 
 
-def put(name: str, folder: Path) -> None:
+def put(name: str, folder: Path, bucket: str = "/bucket") -> None:
     system = FaultyStore()
     for path in folder.iterdir():
-        system.pipe_file(f"/bucket/{name}/{path.name}", path.read_bytes())
+        system.pipe_file(f"{bucket}/{name}/{path.name}", path.read_bytes())
 
 
 PLACES = {name: f"faulty://bucket/{name}" for name in SOURCES}

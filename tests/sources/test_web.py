@@ -195,7 +195,10 @@ def test_lasting_faults_are_told(name: str, shelf: FakeWeb, tmp_path: Path, run:
 
 LATER = {
     "whole files": (Fault("law/model.safetensors$", whole=True), "the server sends whole files where a range of bytes is asked for"),
-    "other bytes than asked for": (Fault("law/model.safetensors$", headers={"content-range": "bytes 7-9/10"}), "URL/law/model.safetensors"),
+    "other bytes than asked for": (
+        Fault("law/model.safetensors$", status=206, headers={"content-range": "bytes 7-9/10"}),
+        "URL/law/model.safetensors",
+    ),
     "cut for ever": (Fault("law/model.safetensors$", cut=50), "the connection broke off"),
     "expired": (Fault("law/model.safetensors$", status=403), "access is refused (it answers 403)"),
     "deleted": (Fault("law/model.safetensors$", status=404), "URL/law/model.safetensors: there is no such file."),

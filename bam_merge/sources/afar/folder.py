@@ -17,7 +17,7 @@ import xxhash
 from bam_merge.address import Address
 from bam_merge.architectures.opening import tied_heads
 from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
-from bam_merge.checkpoints.afar import BLOCK, FileAfar
+from bam_merge.checkpoints.afar import BLOCK, FileAfar, changed_afar
 from bam_merge.checkpoints.folder import (
     CONFIG,
     INDEX,
@@ -250,6 +250,8 @@ def _bring(found: Elsewhere, names: Iterable[str]) -> None:
             stream.write(start)
             for offset in range(len(start), file.size, BLOCK):
                 stream.write(found.store.read(file, offset, min(BLOCK, file.size - offset)))
+        if isinstance(found.store, Store) and (now := found.store.look(name)) != file:  # which it is asked by no request for its bytes
+            raise CheckpointError(changed_afar(found.store.name_of(name), now.identity, file.identity))
         os.replace(new, found.folder / name)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
