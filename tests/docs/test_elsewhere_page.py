@@ -33,4 +33,4 @@ def test_page_is_true(store: type[FaultyStore], tmp_path: Path, run: Any, monkey
         assert result.status == 0, result.err
         return str(result.err + result.out)
 
-    assert follow(DOCS / "how-to" / "models-elsewhere.md", tmp_path, call) == 4
+    assert follow(DOCS / "how-to" / "models-elsewhere.md", tmp_path, call) == 7

@@ -8,9 +8,12 @@ from typing import Any
 
 import fsspec
 import pytest
+import yaml
 from adapter_files import write_adapter
 from conftest import CONFIGS, SOURCES, write_sources
 from fsspec.implementations.memory import MemoryFileSystem
+from quantised_files import quantise
+from vocabularies import three
 from web_models import write_away_recipe
 
 from bam_merge.address import Address
@@ -230,6 +233,28 @@ def test_adapters(store: type[FaultyStore], tmp_path: Path, run: Any) -> None:
     recipe.write_text(text.format("models", "here"))
     merged(run, recipe, "--no-verify")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "here" / "model.safetensors").read_bytes()
+
+
+def test_8_bit_floats_and_vocabularies_that_differ(tmp_path: Path, run: Any) -> None:
+    """What reads tensors by ways of its own, in a merge and in its proof."""
+    write_sources(tmp_path / "models", CONFIGS["llama"])
+    quantise(tmp_path / "models" / "law", "blocks")
+    text = "method: bam\nsources: {{seed: {0}seed, law: {{path: {0}law, dequantise: true}}}}\noutput: {{path: {1}, dtype: bfloat16}}\n"
+    recipe = tmp_path / "recipe.yaml"
+    for place, output in ((f"file://{tmp_path}/models/", "out"), ("models/", "here")):
+        recipe.write_text(text.format(place, output))
+        merged(run, recipe, *(() if output == "out" else ("--no-verify",)))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "here" / "model.safetensors").read_bytes()
+    recipe = three(tmp_path / "three")
+    merged(run, recipe, "--no-verify")
+    away = tmp_path / "away.yaml"
+    document = yaml.safe_load(recipe.read_text())
+    places = {name: f"file://{tmp_path}/three/{place}" for name, place in document["sources"].items()}
+    away.write_text(json.dumps({**document, "sources": places, "output": {"path": "aligned"}}))
+    merged(run, away)
+    there, here = tmp_path / "aligned", tmp_path / "three" / document["output"]["path"]
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("az", "adlfs"), ("abfs", "adlfs")])
