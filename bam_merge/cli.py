@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from bam_merge import __version__
-from bam_merge.arguments import DefaultMerge, PartOf, UserPath, check_division
-from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, ranges_option, route, routers_told, tell_note, verify
+from bam_merge.arguments import DefaultMerge, PartOf, PathHere, UserPath, check_division, ranges_option
+from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, routers_told, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
 from bam_merge.serving_commands import chat, export, push, refresh
@@ -55,7 +55,7 @@ for command in (inspect, diff, route, verify, calibrate, convert, push, refresh,
 def merge_options(command: "Callable[..., None]") -> "Callable[..., None]":
     """The options that merge and finish share."""
     options = (
-        click.option("--output", type=UserPath(), metavar="DIR", help="Write here instead of the recipe's output.path."),
+        click.option("--output", type=PathHere(), metavar="DIR", help="Write here instead of the recipe's output.path."),
         click.option("--force", is_flag=True, help="Replace an existing output folder that holds a saved model and nothing else."),
         click.option(
             "--verify", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result before it appears. Default: quick."
@@ -211,7 +211,7 @@ def plan(recipe: str, tensors: str | None, parts: int | None, as_json: bool) -> 
 
 @cli.command()
 @click.argument("expert", type=UserPath(exists=False), metavar="OUT#experts.NAME")
-@click.argument("folder", type=UserPath(exists=False))
+@click.argument("folder", type=PathHere(exists=False))
 @click.option("--family", metavar="NAME", help="The dense family, where the mixture does not say of which it was made.")
 @click.option("--force", is_flag=True, help="Replace an existing FOLDER that holds a saved model and nothing else.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
@@ -257,7 +257,7 @@ def schema() -> None:
 
 
 @cli.command()
-@click.argument("folder", type=UserPath(file_okay=False), default="demo")
+@click.argument("folder", type=PathHere(file_okay=False), default="demo")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
 def demo(folder: str, force: bool) -> None:
     """Make four small dense checkpoints in FOLDER, merge them into a BAM mixture, prove it, run it. Offline, a few seconds."""

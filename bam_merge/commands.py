@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bam_merge.arguments import Tolerance, UserPath, named_texts
+from bam_merge.arguments import PathHere, Tolerance, UserPath, named_texts, ranges_option
 from bam_merge.process import PROBLEM_LENGTH, one_blas_thread, print_result, result_width, results_in_colour, results_in_unicode, tell
 from bam_merge.text import printable
 
@@ -25,11 +25,6 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --hel
 
 LEVELS = ("quick", "full", "none")
 """How deep a proof looks."""
-
-
-ranges_option = click.option(
-    "--ranges", is_flag=True, help="Read the weights of models of the hub there, by ranges of bytes, and download none. Default: download."
-)
 
 
 @click.command()
@@ -155,7 +150,7 @@ def _compared(
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
+@click.argument("folder", type=PathHere())
 @click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="A text to look at; may be repeated.")
 @click.option("--texts", "domains", multiple=True, metavar="NAME=FILE", help="A text that the expert NAME is for; may be repeated.")
 @click.option("--layers", metavar="RANGE", help='Show the text for each of these layers, such as 3, "0,4-7" or "20-".')
@@ -257,8 +252,8 @@ def verify(
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
-@click.argument("output", type=UserPath())
+@click.argument("folder", type=PathHere())
+@click.argument("output", type=PathHere())
 @click.option("--force", is_flag=True, help="Replace an existing OUTPUT folder that holds a saved model and nothing else.")
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="The most bytes of tensors in one file.")
 def convert(folder: str, output: str, force: bool, max_shard_size: str) -> None:
@@ -276,10 +271,10 @@ def convert(folder: str, output: str, force: bool, max_shard_size: str) -> None:
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
+@click.argument("folder", type=PathHere())
 @click.option("--texts", multiple=True, metavar="NAME=GLOB", help="An expert's text, a file, folder or glob; repeated.")
 @click.argument("more_texts", nargs=-1, metavar="[NAME=GLOB]...")
-@click.option("--output", type=UserPath(), metavar="DIR", help="Write here. Default: in the place of FOLDER.")
+@click.option("--output", type=PathHere(), metavar="DIR", help="Write here. Default: in the place of FOLDER.")
 @click.option("--init", type=click.Choice(["ridge", "mean"]), default="ridge", help="The rule, as in a recipe. Default: ridge.")
 @click.option("--tokens", type=click.IntRange(2), metavar="N", help="Tokens of each text. Default: 8192.")
 @click.option("--scale", type=float, metavar="X", help="How sure the gates are. Default: 6; 180 for top-1 gates that are not renormalised.")

@@ -1,12 +1,12 @@
-"""Files elsewhere: what is asked of one, and how pieces of it are brought together in few requests, with bounded memory."""
+"""Files elsewhere: how pieces of them are brought together in few requests, with bounded memory; and whether they are what they were."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.header import FileIdentity
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
@@ -33,27 +33,6 @@ TIME = "changed at "
 
 AT_ONCE = 8
 """Files that are asked for their state at the same time."""
-
-
-class FileAfar(Protocol):
-    """A file elsewhere, in the state that it had when it was found. All three raise CheckpointError where there is no answer."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in messages and records: without user, password, query or signature."""
-
-    @property
-    def size_found(self) -> int:
-        """Its bytes when it was found."""
-
-    def size(self) -> int:
-        """Its bytes, as they are now."""
-
-    def etag(self) -> str:
-        """What tells its state now from any other: an etag, a version, a digest. "" where there is nothing of the kind."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from byte `offset` on, of the state that was found: those of another one are an error."""
 
 
 def fetch(file: FileAfar, runs: Iterable[tuple[int, int]], view: memoryview, base: int = 0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from bam_merge.checkpoints.afar import FileAfar
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.header import FileIdentity, Header, TensorEntry, lookalike, open_regular, read_header, reason
 from bam_merge.checkpoints.kinds import other_kind, pointers, told_of_file
 from bam_merge.checkpoints.look import pickled

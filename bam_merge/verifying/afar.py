@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 from safetensors import SafetensorError, safe_open
 
-from bam_merge.checkpoints.afar import FileAfar
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.errors import CheckpointError
 from bam_merge.system import name_of
 from bam_merge.text import printable, some

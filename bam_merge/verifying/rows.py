@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bam_merge import expressions
-from bam_merge.checkpoints.afar import FileAfar
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.pieces import Computed, Read, Shape, Slice, Whole, inputs, stored
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan

@@ -269,6 +269,24 @@ def test_packages_that_are_not_installed(scheme: str, package: str, monkeypatch:
         resolve(Address(scheme, "bucket/x"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "route X --text t",
+        "refresh X",
+        "calibrate X --texts a=t",
+        "push X me/x",
+        "convert X out",
+        "extract models/seed#experts.a X",
+        "demo X",
+    ],
+)
+def test_what_must_be_here(command: str, run: Any) -> None:
+    result = run(*command.replace("X", "s3://me:hunter2@bucket/x").split())
+    assert result.status == 2 and "hunter2" not in result.err
+    assert "an address (s3://...): this must be a folder of this machine." in result.err
+
+
 def test_states_of_stores() -> None:
     """Etags as listings and answers have them; a time where there is nothing better."""
     assert stores._found("x", {"size": 3, "ETag": '"abc"', "LastModified": 7}).etag == "abc"

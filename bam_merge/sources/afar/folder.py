@@ -17,7 +17,8 @@ import xxhash
 from bam_merge.address import Address
 from bam_merge.architectures.opening import tied_heads
 from bam_merge.checkpoints.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
-from bam_merge.checkpoints.afar import BLOCK, FileAfar, changed_afar
+from bam_merge.checkpoints.afar import BLOCK, changed_afar
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.folder import (
     CONFIG,
     INDEX,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from bam_merge.checkpoints.afar import FileAfar
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.sources.hub.cache import HubFile, Snapshot
 from bam_merge.sources.hub.client import Hub, hub
