@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy
 import pytest
 import yaml
 from adapter_files import write_adapter
@@ -17,6 +18,7 @@ from vocabularies import three
 from web_models import write_away_recipe
 
 from bam_merge.address import Address
+from bam_merge.checkpoints.afar import Blocks
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.options import MergeOptions
@@ -24,6 +26,7 @@ from bam_merge.publishing.publish import publish
 from bam_merge.sources import trying
 from bam_merge.sources.afar import stores
 from bam_merge.sources.afar.folder import resolve
+from bam_merge.verifying.afar import StretchesAfar
 
 
 class Ordered(Exception):
@@ -127,6 +130,25 @@ def test_folders_by_their_address(tmp_path: Path, run: Any) -> None:
     write_sources(tmp_path / "models", CONFIGS["llama"])
     merged(run, write_away_recipe(tmp_path, {name: f"file://{tmp_path}/models/{name}" for name in SOURCES}), "--no-verify")
     assert same_weights(tmp_path, run) and "etag" not in (tmp_path / "out" / "bam_merge.json").read_text()
+
+
+@pytest.mark.parametrize("whose", ["the merge's", "the proof's"])
+def test_a_reader_that_is_wrong_is_found(
+    whose: str, store: type[FaultyStore], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge reads blocks, and the proof stretches: one byte that either takes from elsewhere shows."""
+    if whose == "the merge's":
+        right = Blocks._block
+
+        def wrong(self: Blocks, file: Any, span: tuple[int, int], number: int) -> bytes:
+            return right(self, file, (span[0] + 4, span[1] - 4) if file.name.endswith("law/model.safetensors") else span, number) + bytes(4)
+
+        monkeypatch.setattr(Blocks, "_block", wrong)
+    else:
+        read = StretchesAfar.bytes
+        monkeypatch.setattr(StretchesAfar, "bytes", lambda *given: numpy.roll(read(*given), 4))
+    result = run("merge", write_away_recipe(tmp_path, PLACES))
+    assert result.status == 1 and "was not published" in result.err and not (tmp_path / "out").exists(), result.err
 
 
 PASSING = {

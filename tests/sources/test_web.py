@@ -26,7 +26,7 @@ from bam_merge.sources import trying
 RECIPES = {
     "bam": ("bam", ""),
     "btx": ("btx", ""),
-    "sparse": ("sparse_upcycling", "experts: [seed, code]\n"),
+    "shared kv": ("bam", "attention: {kv: shared}\n"),
     "ties": ("merge", "shared: {make: ties, base: seed, density: 0.5}\n"),
     "slerp": ("merge", "rules: [{roles: ['attn.*'], make: slerp, from: [code, law], t: 0.3}]\n"),
 }
