@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from bam_merge.address import is_address
 from bam_merge.paths import located, path_problem
 from bam_merge.text import nearest, printable
 
@@ -19,6 +20,15 @@ class UserPath(click.Path):
             if problem := path_problem(value):
                 self.fail(f"{printable(repr(value))}: {problem}", param, ctx)
             value = str(located(value)) if value.startswith("~") else value
+        return super().convert(value, param, ctx)
+
+
+class PathHere(UserPath):
+    """A path of this machine: an address is a usage error."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and is_address(value):  # not repeated: it may hold a password
+            self.fail(f"an address ({value.partition(':')[0]}://...): this must be a folder of this machine. Copy it here.", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -90,3 +100,8 @@ def named_texts(words: Iterable[str]) -> dict[str, list[str]]:
             raise click.UsageError(f"--texts {shown}: write NAME=FILE, as in law=texts/law/*.txt; NAME is an expert's, or its number.")
         found.setdefault(name, []).append(text)
     return found
+
+
+ranges_option = click.option(
+    "--ranges", is_flag=True, help="Read the weights of models of the hub there, by ranges of bytes, and download none. Default: download."
+)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from bam_merge import __version__
-from bam_merge.arguments import DefaultMerge, PartOf, UserPath, check_division
+from bam_merge.arguments import DefaultMerge, PartOf, PathHere, UserPath, check_division, ranges_option
 from bam_merge.commands import LEVELS, calibrate, convert, diff, downloads, inspect, route, routers_told, tell_note, verify
 from bam_merge.errors import OutputError
 from bam_merge.process import print_result, run_command, tell
@@ -55,7 +55,7 @@ for command in (inspect, diff, route, verify, calibrate, convert, push, refresh,
 def merge_options(command: "Callable[..., None]") -> "Callable[..., None]":
     """The options that merge and finish share."""
     options = (
-        click.option("--output", type=UserPath(), metavar="DIR", help="Write here instead of the recipe's output.path."),
+        click.option("--output", type=PathHere(), metavar="DIR", help="Write here instead of the recipe's output.path."),
         click.option("--force", is_flag=True, help="Replace an existing output folder that holds a saved model and nothing else."),
         click.option(
             "--verify", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result before it appears. Default: quick."
@@ -67,6 +67,7 @@ def merge_options(command: "Callable[..., None]") -> "Callable[..., None]":
         click.option(
             "--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8."
         ),
+        ranges_option,
         click.option(
             "--allow-nonfinite", is_flag=True, help="Write NaN and infinity where a merge gives them, and record it in the manifest."
         ),
@@ -106,6 +107,7 @@ def merge(
     device: str,
     workers: int | None,
     dry_run: bool,
+    ranges: bool,
     allow_nonfinite: bool,
     progress: Literal["bar", "json"],
     part: tuple[int, int] | None,
@@ -127,7 +129,7 @@ def merge(
         _show_plan(plan, workers or default_workers(), output=output, parts=_divided(plan, part[1] if part else parts))
         return
     _tell_notes(plan)
-    options = _options(force, resume, workers, allow_nonfinite, "none" if no_verify else verify, device)
+    options = _options(force, resume, workers, allow_nonfinite, "none" if no_verify else verify, device, ranges)
     if ray is not None:
         from bam_merge.publishing.on_ray import OnRay, merge_on_ray
 
@@ -150,6 +152,7 @@ def finish(
     no_verify: bool,
     device: str,
     workers: int | None,
+    ranges: bool,
     allow_nonfinite: bool,
     progress: Literal["bar", "json"],
 ) -> None:
@@ -162,17 +165,23 @@ def finish(
     with downloads():
         plan = make_plan(as_before(load_recipe(recipe), output, tell_note))
     _tell_notes(plan)
-    options = _options(force, False, workers, allow_nonfinite, "none" if no_verify else verify, device)
+    options = _options(force, False, workers, allow_nonfinite, "none" if no_verify else verify, device, ranges)
     _execute(plan, output, options, progress, run)
 
 
 def _options(
-    force: bool, resume: bool, workers: int | None, allow_nonfinite: bool, verify: Literal["quick", "full", "none"], device: str
+    force: bool,
+    resume: bool,
+    workers: int | None,
+    allow_nonfinite: bool,
+    verify: Literal["quick", "full", "none"],
+    device: str,
+    ranges: bool,
 ) -> "MergeOptions":
     from bam_merge.publishing.options import MergeOptions
     from bam_merge.values.threads import default_workers
 
-    return MergeOptions(force, resume, workers or default_workers(), allow_nonfinite, verify, device)
+    return MergeOptions(force, resume, workers or default_workers(), allow_nonfinite, verify, device, ranges=ranges)
 
 
 def _tell_notes(plan: "Plan") -> None:
@@ -202,13 +211,14 @@ def plan(recipe: str, tensors: str | None, parts: int | None, as_json: bool) -> 
 
 @cli.command()
 @click.argument("expert", type=UserPath(exists=False), metavar="OUT#experts.NAME")
-@click.argument("folder", type=UserPath(exists=False))
+@click.argument("folder", type=PathHere(exists=False))
 @click.option("--family", metavar="NAME", help="The dense family, where the mixture does not say of which it was made.")
 @click.option("--force", is_flag=True, help="Replace an existing FOLDER that holds a saved model and nothing else.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed, if there is one; nothing to do if it had finished.")
 @click.option("--verify", type=click.Choice(LEVELS), default="quick", help="How deep to prove the result. Default: quick.")
 @click.option("--no-verify", is_flag=True, help="The same as --verify none.")
 @click.option("--device", default="cpu", metavar="NAME", help="What the proof computes on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@ranges_option
 @click.option("--workers", type=click.IntRange(1, 64), metavar="N", help="Worker threads. Default: one per processor, at most 8.")
 def extract(
     expert: str,
@@ -219,6 +229,7 @@ def extract(
     verify: Literal["quick", "full", "none"],
     no_verify: bool,
     device: str,
+    ranges: bool,
     workers: int | None,
 ) -> None:
     """Write one expert of the mixture in OUT as the dense model that it was, or became, into FOLDER.
@@ -228,14 +239,13 @@ def extract(
     """
     from bam_merge.planning.make import make_plan
     from bam_merge.publishing.extract import extraction
-    from bam_merge.publishing.options import MergeOptions
-    from bam_merge.values.threads import default_workers
 
     with downloads():
         plan = make_plan(extraction(expert, folder, family))
     for note in plan.notes:
         tell_note(note)
-    _execute(plan, None, MergeOptions(force, resume, workers or default_workers(), verify="none" if no_verify else verify, device=device))
+    options = _options(force, resume, workers, False, "none" if no_verify else verify, device, ranges)
+    _execute(plan, None, options)
 
 
 @cli.command()
@@ -247,7 +257,7 @@ def schema() -> None:
 
 
 @cli.command()
-@click.argument("folder", type=UserPath(file_okay=False), default="demo")
+@click.argument("folder", type=PathHere(file_okay=False), default="demo")
 @click.option("--force", is_flag=True, help="Replace an earlier demo in FOLDER.")
 def demo(folder: str, force: bool) -> None:
     """Make four small dense checkpoints in FOLDER, merge them into a BAM mixture, prove it, run it. Offline, a few seconds."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bam_merge.arguments import Tolerance, UserPath, named_texts
+from bam_merge.arguments import PathHere, Tolerance, UserPath, named_texts, ranges_option
 from bam_merge.process import PROBLEM_LENGTH, one_blas_thread, print_result, result_width, results_in_colour, results_in_unicode, tell
 from bam_merge.text import printable
 
@@ -44,6 +44,7 @@ LEVELS = ("quick", "full", "none")
 @click.option("--shards", type=click.IntRange(1), default=1, metavar="M", help="For --as-bam: every FFN is M experts. Default: 1.")
 @click.option("--shared-expert", is_flag=True, help="For --as-bam: one more FFN, for every token.")
 @click.option("--context", type=click.IntRange(1), default=256, metavar="N", help="Tokens of the prompt that FLOPs are for. Default: 256.")
+@ranges_option
 @click.option("--json", "as_json", is_flag=True, help="Print the inspection as one JSON document.")
 def inspect(
     path: str,
@@ -57,6 +58,7 @@ def inspect(
     shards: int,
     shared_expert: bool,
     context: int,
+    ranges: bool,
     as_json: bool,
 ) -> None:
     """Show what the model in PATH, a folder or a safetensors file, is, holds and costs. Reads headers only, unless --stats."""
@@ -68,7 +70,7 @@ def inspect(
         with downloads():
             found = look(
                 path, tensors=tensors, layer=layer, where=where, stats=stats, as_bam=as_bam, top_k=top_k, shards=shards,
-                shared_expert=shared_expert, context=context,
+                shared_expert=shared_expert, context=context, ranges=ranges,
             )  # fmt: skip
     finally:
         gc.enable()
@@ -91,6 +93,7 @@ def inspect(
 @click.option("--all", "every", is_flag=True, help="List every tensor that differs, and every one that was left out.")
 @click.option("--html", type=UserPath(dir_okay=False), metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--force", is_flag=True, help="Replace an existing FILE of --html.")
+@ranges_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def diff(
     models: tuple[str, ...],
@@ -101,6 +104,7 @@ def diff(
     every: bool,
     html: str | None,
     force: bool,
+    ranges: bool,
     as_json: bool,
 ) -> None:
     """Compare two models, or branches with their seed. A model is a folder, a safetensors file, or FOLDER#EXPERT of a mixture.
@@ -112,7 +116,7 @@ def diff(
 
         check_free(Path(html), force)
     with downloads():
-        found, text = _compared(models, seed, tol, only, ignore)
+        found, text = _compared(models, seed, tol, only, ignore, ranges)
     if html is not None:
         write_page(found, Path(html), force)
     if as_json:
@@ -124,7 +128,7 @@ def diff(
 
 
 def _compared(
-    models: tuple[str, ...], seed: str | None, tol: float, only: tuple[str, ...], ignore: tuple[str, ...]
+    models: tuple[str, ...], seed: str | None, tol: float, only: tuple[str, ...], ignore: tuple[str, ...], ranges: bool
 ) -> "tuple[Comparison | Drift, Callable[[Terminal, bool], str]]":
     """The comparison or the drift, and what gives its text for a terminal, all of it or what matters."""
     one_blas_thread()
@@ -134,19 +138,19 @@ def _compared(
         from bam_merge.comparing.two_models import diff as compare
         from bam_merge.showing.comparison import comparison_text
 
-        compared = compare(*models, tol=tol, only=only, ignore=ignore)
+        compared = compare(*models, tol=tol, only=only, ignore=ignore, ranges=ranges)
         return compared, partial(comparison_text, compared)
     if given := [name for name, value in (("--tol", tol), ("--only", only), ("--ignore", ignore)) if value]:
         raise click.UsageError(f"{', '.join(given)}: not together with --seed.")
     from bam_merge.comparing.branches import drift
     from bam_merge.showing.drift import drift_text
 
-    drifted = drift(seed, models)
+    drifted = drift(seed, models, ranges=ranges)
     return drifted, partial(drift_text, drifted)
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
+@click.argument("folder", type=PathHere())
 @click.option("--text", "texts", type=UserPath(), multiple=True, metavar="FILE", help="A text to look at; may be repeated.")
 @click.option("--texts", "domains", multiple=True, metavar="NAME=FILE", help="A text that the expert NAME is for; may be repeated.")
 @click.option("--layers", metavar="RANGE", help='Show the text for each of these layers, such as 3, "0,4-7" or "20-".')
@@ -210,6 +214,7 @@ def route(
 )
 @click.option("--verify", "level", type=click.Choice(LEVELS[:2]), default="quick", help="How deep to look. Default: quick.")
 @click.option("--device", default="cpu", metavar="NAME", help="What is computed on: cpu, cuda, cuda:1, mps. Default: cpu.")
+@ranges_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @click.argument("more_texts", type=UserPath(), nargs=-1, metavar="[FILE ...]")
 def verify(
@@ -220,6 +225,7 @@ def verify(
     more_texts: tuple[str, ...],
     level: str,
     device: str,
+    ranges: bool,
     as_json: bool,
 ) -> None:
     """Check the merged FOLDER: its files, its bytes against the sources, and what it computes.
@@ -234,7 +240,7 @@ def verify(
     if more_texts and not texts:
         raise click.UsageError(f"unexpected {more_texts[0]!r}; texts for perplexity come after --text.")
     with downloads(), verify_progress() as progress:
-        options = VerifyOptions(level, device, progress=progress)
+        options = VerifyOptions(level, device, progress=progress, ranges=ranges)
         report = run(folder, plan_file(recipe) if recipe else None, (*texts, *more_texts), options, named_texts(domains))
     if as_json:
         print_result(json.dumps(report.document(), indent=2, allow_nan=False))
@@ -246,8 +252,8 @@ def verify(
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
-@click.argument("output", type=UserPath())
+@click.argument("folder", type=PathHere())
+@click.argument("output", type=PathHere())
 @click.option("--force", is_flag=True, help="Replace an existing OUTPUT folder that holds a saved model and nothing else.")
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="The most bytes of tensors in one file.")
 def convert(folder: str, output: str, force: bool, max_shard_size: str) -> None:
@@ -265,10 +271,10 @@ def convert(folder: str, output: str, force: bool, max_shard_size: str) -> None:
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
+@click.argument("folder", type=PathHere())
 @click.option("--texts", multiple=True, metavar="NAME=GLOB", help="An expert's text, a file, folder or glob; repeated.")
 @click.argument("more_texts", nargs=-1, metavar="[NAME=GLOB]...")
-@click.option("--output", type=UserPath(), metavar="DIR", help="Write here. Default: in the place of FOLDER.")
+@click.option("--output", type=PathHere(), metavar="DIR", help="Write here. Default: in the place of FOLDER.")
 @click.option("--init", type=click.Choice(["ridge", "mean"]), default="ridge", help="The rule, as in a recipe. Default: ridge.")
 @click.option("--tokens", type=click.IntRange(2), metavar="N", help="Tokens of each text. Default: 8192.")
 @click.option("--scale", type=float, metavar="X", help="How sure the gates are. Default: 6; 180 for top-1 gates that are not renormalised.")

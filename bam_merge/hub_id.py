@@ -13,6 +13,7 @@ _REPOSITORY = re.compile(f"{_PART}/{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_][^\x00-\x20\x7f~^:?*\[\\%#&<>\"'|{}`]{0,254}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADDRESS = re.compile(r"https?://(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<rest>[^?#]*)", re.IGNORECASE)
+_FILE = re.compile(r"\.(?:safetensors|gguf|bin|pt|pth|zip|tar|gz)$", re.IGNORECASE)
 _KINDS = ("datasets", "spaces", "buckets", "kernels")
 
 
@@ -61,6 +62,8 @@ def address_problem(text: str) -> str | None:
         found = _ADDRESS.match(text)
         parts = found["rest"].strip("/").split("/") if found else []
         repo = "/".join(parts[:2])
+        if found is None and (elsewhere := _folder_of_the_web(text)):
+            return None if elsewhere == "folder" else elsewhere
         if len(parts) < 2 or parts[0] in _KINDS or not _is_repository(repo):
             return "an address of the web. Download the model and give its folder, or write org/name for a model of the Hugging Face hub."
         revision = f"@{parts[3]}" if len(parts) == 4 and parts[2] in ("tree", "commit") and _is_revision(parts[3]) else ""
@@ -76,6 +79,17 @@ def address_problem(text: str) -> str | None:
         found_revision = printable(repr(revision))
         return f"{printable(text)}: {found_revision} is no revision. Write a branch, a tag or a commit after the @, or leave it out."
     return None
+
+
+def _folder_of_the_web(text: str) -> str | None:
+    """'folder' for what may be the address of one; None for that of a file, and of nothing; else what is wrong with it."""
+    place, _, path = text.partition("://")[2].partition("/")
+    if "@" in place or "@" in path.partition("?")[0]:
+        return (
+            "an address of the web with a user or a password in it, which recipes and manifests would pass on. Take it out, and write it "
+            "into ~/.netrc. Or download the model and give its folder."
+        )
+    return "folder" if place and not _FILE.search(path.partition("?")[0]) else None
 
 
 def _is_repository(text: str) -> bool:

@@ -2,14 +2,14 @@
 
 import click
 
-from bam_merge.arguments import Tolerance, UserPath
+from bam_merge.arguments import PathHere, Tolerance, UserPath
 from bam_merge.commands import downloads, tell_note
 from bam_merge.process import lines_asked, print_piece, print_result, progress_console
 from bam_merge.text import printable
 
 
 @click.command()
-@click.argument("folder", type=UserPath(exists=False))
+@click.argument("folder", type=PathHere(exists=False))
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--public", is_flag=True, help="Anybody may see it. Default: private.")
 @click.option("--revision", metavar="BRANCH", help="Onto this branch, made where it is not there. Default: main.")
@@ -28,7 +28,7 @@ def push(folder: str, repo: str, public: bool, revision: str | None, message: st
 
 
 @click.command()
-@click.argument("folder", type=UserPath())
+@click.argument("folder", type=PathHere())
 @click.option("--recipe", type=UserPath(), metavar="RECIPE", help="The recipe, when the sources are not found from the manifest.")
 def refresh(folder: str, recipe: str | None) -> None:
     """Renew model code and card of the merged FOLDER, as this version writes them. Its weights are not touched.

@@ -146,6 +146,7 @@ class FakeHub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 2**17  # an answer in one piece, for which nobody waits until the other side has seen the first
     hub: FakeHub
     is_store = False
 

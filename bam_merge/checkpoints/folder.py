@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.header import FileIdentity, Header, TensorEntry, lookalike, open_regular, read_header, reason
 from bam_merge.checkpoints.kinds import other_kind, pointers, told_of_file
 from bam_merge.checkpoints.look import pickled
@@ -49,18 +50,20 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 @dataclass(frozen=True)
 class Remote:
     """Of a model whose headers alone are at hand: its `name` where the rest is, the bytes of all files that are read of it and of those yet
-    to be downloaded, and the digests of those beside the weights that were not, by file: SHA-256, or git's of a blob."""
+    to be downloaded, and the digests of those beside the weights that were not, by file: SHA-256, or git's of a blob. `ranged`: its
+    weights are never downloaded, but read by ranges when they are needed."""
 
     name: str
     nbytes: int
     missing: int
     unread: Mapping[str, str]
+    ranged: bool = False
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """One folder: `config` as written, every file's header, and every tensor by name. `notes` are harmless oddities. Where it is `remote`,
-    no tensor can be read yet."""
+    no tensor can be read yet. Its weights are `afar` where they are no files of `path`, and read by ranges."""
 
     path: Path
     config: dict[str, Any]
@@ -69,6 +72,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     notes: tuple[str, ...] = field(default=())
     remote: Remote | None = None
+    afar: Mapping[str, FileAfar] | None = field(default=None, compare=False, repr=False)
 
     @property
     def identities(self) -> dict[str, FileIdentity]:

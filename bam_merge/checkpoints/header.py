@@ -60,11 +60,19 @@ class FileIdentity:
     mode, owner or names. So a file that was rewritten, or replaced by another one, is noticed though its size and mtime are the old
     ones; but not within one tick of the file system's clock (some ms) after the change that was planned with. A change of mode or of
     hard links alone is noticed too, and called a change: nobody can tell it from a rewriting.
+
+    A file elsewhere has an `etag` instead: an etag, version or digest by which those who keep it tell its states apart.
     """
 
     size: int
     mtime_ns: int
     ctime_ns: int
+    etag: str = ""
+
+    @property
+    def state(self) -> int | str:
+        """What of it, beside the size, is the same wherever the file is seen from, and kept in records."""
+        return self.etag or self.mtime_ns
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileIdentity":
@@ -118,7 +126,7 @@ def read_header(path: str, file: str | None = None) -> Header:
     return _header(path, file or os.path.basename(path), identity, start[:8], raw)
 
 
-def header_of(path: str, file: str, size: int, read: Callable[[int, int], bytes]) -> Header:
+def header_of(path: str, file: str, size: int, read: Callable[[int, int], bytes], etag: str = "") -> Header:
     """The header of a file of `size` bytes of which `read(first, count)` gives some, and which `path` names in messages.
 
     Raises CheckpointError as read_header does.
@@ -128,7 +136,7 @@ def header_of(path: str, file: str, size: int, read: Callable[[int, int], bytes]
     raw = start[8 : 8 + length]
     if len(raw) < length:
         raw += read(8 + len(raw), length - len(raw))
-    return _header(path, file, FileIdentity(size, 0, 0), start[:8], raw)
+    return _header(path, file, FileIdentity(size, 0, 0, etag), start[:8], raw)
 
 
 def _header(path: str, file: str, identity: FileIdentity, start: bytes, raw: bytes) -> Header:

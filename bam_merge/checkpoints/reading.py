@@ -3,10 +3,12 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
+from bam_merge.checkpoints.afar import BLOCK, Blocks, changes_afar, fetch
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import FileIdentity, TensorEntry, open_regular
 from bam_merge.checkpoints.pieces import Joined, Leaf, Read, byte_runs, in_tensors, numel, stored
@@ -23,11 +25,13 @@ OPEN_FILES = 8
 
 
 class SourceFiles:
-    """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one."""
+    """The source files as one worker reads them: positional reads, few open at a time, each checked to be the planned one; of files
+    elsewhere, by blocks."""
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint]) -> None:
         self.checkpoints = checkpoints
         self.open: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self.blocks = Blocks(len(checkpoints))
 
     def __enter__(self) -> "SourceFiles":
         return self
@@ -57,7 +61,12 @@ class SourceFiles:
 
     def read(self, read: Read, runs: Iterable[tuple[int, int]], view: memoryview) -> None:
         """Fill `view` with the runs (first byte in the tensor, count) of a stored tensor, one after the other."""
-        descriptor, entry = self.descriptor(read), self.entry(read)
+        entry, afar = self.entry(read), self.checkpoints[read.source].afar
+        if afar is not None:
+            with of_source(read.source):
+                self.blocks.fill(afar[entry.file], (entry.offset, entry.nbytes), runs, view)
+            return
+        descriptor = self.descriptor(read)
         try:
             fill(descriptor, runs, view, entry.offset)
         except FileEnds:
@@ -75,15 +84,32 @@ def changed(source: str, path: Path) -> str:
     return f"sources.{source}: {printable(str(path))} changed while it was being merged. Run again when nothing writes to it."
 
 
+@contextmanager
+def of_source(source: str) -> Iterator[None]:
+    """Says of a problem inside which source it is of."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(*(f"sources.{source}: {problem}" for problem in error.problems)) from None
+
+
 def check_unchanged(checkpoints: Mapping[str, Checkpoint]) -> None:
     """Raise CheckpointError if a source file is no longer the one that was planned with."""
-    problems = [changed(name, path) for name, checkpoint in checkpoints.items() for path in changed_files(checkpoint)]
+    problems = []
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.afar is None:
+            problems += [changed(name, path) for path in changed_files(checkpoint)]
+        else:
+            problems += [f"sources.{name}: {problem}" for _, problem in changes_afar(checkpoint.afar, checkpoint.identities)]
     if problems:
         raise CheckpointError(*problems)
 
 
 def changed_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The weight files that are no longer those that were opened."""
+    if checkpoint.afar is not None:
+        yield from (checkpoint.path / file for file, _ in changes_afar(checkpoint.afar, checkpoint.identities))
+        return
     for file, identity in checkpoint.identities.items():
         path = checkpoint.path / file
         try:
@@ -99,6 +125,9 @@ def read_runs(checkpoint: Checkpoint, entry: TensorEntry, runs: Iterable[tuple[i
 
     Raises CheckpointError when the file cannot be read, or is no longer the one that was opened.
     """
+    if checkpoint.afar is not None:
+        fetch(checkpoint.afar[entry.file], runs, view, entry.offset)
+        return
     path = os.path.join(checkpoint.path, entry.file)
     descriptor = open_regular(path)
     try:
@@ -138,6 +167,16 @@ def blocks(checkpoint: Checkpoint, entry: TensorEntry, view: memoryview) -> Iter
 
 def _reopen(path: str) -> CheckpointError:
     return CheckpointError(f"{printable(path)} changed since it was opened. Open it again when nothing writes to it.")
+
+
+def digest_tensor(checkpoint: Checkpoint, entry: TensorEntry) -> str:
+    """XXH3-128 of a stored tensor. Raises BamMergeError when it cannot be read."""
+    if checkpoint.afar is None:
+        return digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes)
+    digest = xxhash.xxh3_128()
+    for piece in blocks(checkpoint, entry, memoryview(bytearray(min(BLOCK, max(1, entry.nbytes))))):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def digest_range(path: Path, offset: int, nbytes: int, folder: int | None = None) -> str:

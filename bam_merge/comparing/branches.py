@@ -22,11 +22,16 @@ SEED = "the seed", "it"
 """What the two sides of a finding are called."""
 
 
-def drift(seed: str | os.PathLike[str], experts: Sequence[str | os.PathLike[str]], workers: int | None = None) -> Drift:
-    """Compare branches with their seed, each PATH or PATH#EXPERT. Raises CheckpointError when one cannot be read or has other shapes."""
+def drift(
+    seed: str | os.PathLike[str], experts: Sequence[str | os.PathLike[str]], workers: int | None = None, ranges: bool = False
+) -> Drift:
+    """Compare branches with their seed, each PATH or PATH#EXPERT. With `ranges`, models of the hub are read there, and not downloaded.
+
+    Raises CheckpointError when one cannot be read or has other shapes.
+    """
     if not experts:
         raise CheckpointError("diff --seed: no experts. Give one or more folders after it.")
-    sides = in_one_order([open_side(address) for address in (seed, *experts)])
+    sides = in_one_order([open_side(address, ranges) for address in (seed, *experts)])
     check_comparable(sides)
     places, left_out, findings = _comparable(sides)
     grams = by_size(places, lambda place: gram(sides, place), lambda place: numel(sides[0].leaves[place]), workers)

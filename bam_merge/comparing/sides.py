@@ -50,14 +50,14 @@ class Side:
         read_piece(self.checkpoint, self.leaves[place], view, start, stop)
 
 
-def open_side(address: str | os.PathLike[str]) -> Side:
+def open_side(address: str | os.PathLike[str], ranges: bool = False) -> Side:
     """Open PATH or PATH#EXPERT. Raises CheckpointError when it cannot be read, or has no such expert."""
     text = os.fsdecode(address)
     path, name = split_expert(text)
     if name is None:
-        found, label = look(text, values=True)
+        found, label = look(text, values=True, ranges=ranges)
         return Side(label, found, None, _placed(found), dict(found.dropped))
-    found, label = look(path, values=True, manifest=True)
+    found, label = look(path, values=True, manifest=True, ranges=ranges)
     expert, label = _expert(found, path, name), f"{label}#{text.rpartition('#')[2]}"
     if (model := expert_of(found, name)) is not None:
         own: dict[Place, Leaf] = {(role, layer, None): leaf for (role, layer), leaf in model.tensors.items() if isinstance(leaf, Leaf)}

@@ -91,15 +91,16 @@ def diff(
     only: Sequence[str] = (),
     ignore: Sequence[str] = (),
     workers: int | None = None,
+    ranges: bool = False,
 ) -> Comparison:
     """Compare two models, each PATH or PATH#EXPERT. `only` and `ignore` are globs of tensor names or roles.
 
     `tol` is the relative L2 difference up to which a tensor counts as the same. Raises CheckpointError when a model cannot be read, or
-    nothing in one corresponds to anything in the other.
+    nothing in one corresponds to anything in the other. With `ranges`, models of the hub are read there, and not downloaded.
     """
     if not 0 <= tol < math.inf:
         raise CheckpointError(f"tol is {tol}, expected a number from 0 on: the relative difference up to which tensors count as the same.")
-    first, second = in_one_order((open_side(a), open_side(b)))
+    first, second = in_one_order((open_side(a, ranges), open_side(b, ranges)))
     sides = first, second
     check_comparable(sides)
     wanted, ignored = _wanted(sides, only, ignore)

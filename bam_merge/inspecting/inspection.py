@@ -177,6 +177,7 @@ def inspect(
     shared_expert: bool = False,
     context: int = CONTEXT,
     workers: int | None = None,
+    ranges: bool = False,
 ) -> Inspection:
     """Look at a model folder, one safetensors file, or one expert of a mixture (FOLDER#experts.NAME). Headers only, unless `stats` asks for
     the values.
@@ -184,12 +185,13 @@ def inspect(
     tensors: a glob of names; layer: a number; both choose what `document()["tensors"]` lists and what `stats` reads. where:
     "SOURCE:GLOB", what became of these tensors of a merge's source. as_bam: also the cost of the mixtures that this many such models
     would make, with `top_k` FFN experts per token (None: as method bam has them); with `shards` each FFN is so many experts, with
-    `shared_expert` one more FFN is every token's. context: tokens of the prompt that FLOPs are given for.
+    `shared_expert` one more FFN is every token's. context: tokens of the prompt that FLOPs are given for. ranges: values of models of the
+    hub are read there, and not downloaded.
     Raises CheckpointError for files that cannot be read, or a model that as_bam does not fit, VerifyError for where without a manifest.
     """
     if context < 1 or (as_bam is not None and as_bam < 1) or shards < 1:
         raise CheckpointError("--context, --as-bam and --shards must be at least 1.")
-    anatomy, called = look_at_expert(path, values=stats, manifest=where is not None)
+    anatomy, called = look_at_expert(path, values=stats, manifest=where is not None, ranges=ranges)
     cost = cost_of(anatomy)
     made, fate, findings = _provenance(path, anatomy, where)
     shown = tuple(

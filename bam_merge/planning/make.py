@@ -276,7 +276,7 @@ def _fingerprint(
     """
     sources = {
         name: [checkpoint.config_digest]
-        + [[file, header.identity.size, header.identity.mtime_ns, header.digest] for file, header in checkpoint.files.items()]
+        + [[file, header.identity.size, header.identity.state, header.digest] for file, header in checkpoint.files.items()]
         for model in models.values()
         for name, checkpoint in model.stores.items()
     }

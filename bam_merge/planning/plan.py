@@ -9,9 +9,11 @@ from math import prod
 from typing import Any
 
 from bam_merge import expressions
+from bam_merge.address import is_address
 from bam_merge.architectures.cost import Cost
 from bam_merge.architectures.tables import Architecture
 from bam_merge.calibrating.corpus import Calibration
+from bam_merge.checkpoints.afar import HELD, IN_FLIGHT
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.folder import Checkpoint, Remote
 from bam_merge.checkpoints.pieces import Computed
@@ -191,8 +193,15 @@ class Plan:
                 chunks = max(chunks, size * (merge.method.about.operand_bytes * operands + 16))
                 held = max(held, merge.method.held(merge.shape))
         merging = workers * (COPY_BUFFER + chunks + held)
+        merging += self.reading_afar(workers)
         known = BASE_MEMORY + TOKENIZER_MEMORY * self._companion_bytes()
         return known + max(merging, 0 if self.calibration is None else self.calibration.memory)
+
+    def reading_afar(self, workers: int) -> int:
+        """Bytes of blocks that workers hold of files that are read where they are; 0 where there are none of these."""
+        checkpoints = self.checkpoints.values()
+        ranged = any(of.afar is not None or (of.remote is not None and of.remote.ranged) for of in checkpoints)
+        return workers * (HELD + IN_FLIGHT) if ranged else 0
 
     def _companion_bytes(self) -> int:
         """Bytes of the tokenizer and generation files that the output takes; 0 of those that are still to be downloaded."""
@@ -237,9 +246,19 @@ class Plan:
         found = {
             name: {"model": place.recorded, "download": remotes[name].missing if name in remotes else 0}
             for name, place in places.items()
-            if place is not None
+            if place is not None and not is_address(place.recorded)
         }
-        return {"hub": found} if found else {}
+        return {**({"hub": found} if found else {}), **({"elsewhere": self.elsewhere} if self.elsewhere else {})}
+
+    @property
+    def elsewhere(self) -> dict[str, dict[str, Any]]:
+        """Of each folder elsewhere its address, and the bytes of its weights."""
+        places = {name: self.recipe.known.get(store.path) for name, store in self.recipe.stores.items()}
+        return {
+            name: {"address": place.recorded, "bytes": sum(header.identity.size for header in self.checkpoints[name].files.values())}
+            for name, place in places.items()
+            if place is not None and is_address(place.recorded)
+        }
 
 
 def _held(node: Computed) -> int:

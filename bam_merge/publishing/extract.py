@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from bam_merge.address import is_address
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import hub_id
 from bam_merge.paths import located
@@ -42,7 +43,7 @@ def extraction(address: str | os.PathLike[str], output: str | os.PathLike[str], 
         raise CheckpointError(f"{printable(text)}: no expert is named. Write FOLDER#experts.NAME, or its number for the name.")
     target = Path(os.path.abspath(located(output)))
     folder = located(path)
-    is_local = hub_id(path, CheckpointError) is None or os.path.lexists(folder)
+    is_local = not is_address(path) and (hub_id(path, CheckpointError) is None or os.path.lexists(folder))
     source = {"path": _written(folder, target.parent) if is_local else path, "expert": expert, **({"family": family} if family else {})}
     name = expert if PLAIN.fullmatch(expert) else "expert"
     document = {

@@ -8,9 +8,11 @@ import xxhash
 
 from bam_merge import expressions
 from bam_merge._version import __version__
+from bam_merge.address import is_address
+from bam_merge.checkpoints.afar import TIME
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import MANIFEST_FORMAT, companion_digests, key_digests
-from bam_merge.checkpoints.reading import digest_range
+from bam_merge.checkpoints.reading import digest_tensor
 from bam_merge.errors import CheckpointError
 from bam_merge.merging.tensor import Finished
 from bam_merge.paths import relative
@@ -75,10 +77,11 @@ def _source_records(plan: Plan, finished: dict[str, Finished], licenses: Mapping
             digests = {}
             for entry in entries:
                 key = str(used[source][entry.name])
-                digests[entry.name] = known.get(key) or digest_range(checkpoint.path / file, entry.offset, entry.nbytes)
+                digests[entry.name] = known.get(key) or digest_tensor(checkpoint, entry)
             if entries:
                 whole = xxhash.xxh3_128_hexdigest("".join([header.digest, *digests.values()]).encode())
-                files[file] = {"bytes": header.identity.size, "header": header.digest, "digest": whole, "tensors": digests}
+                etag = _etag(plan, source, header.identity.etag)
+                files[file] = {"bytes": header.identity.size, "header": header.digest, **etag, "digest": whole, "tensors": digests}
         records[source] = {
             "path": plan.recipe.relative(plan.recipe.stores[source].path),
             "config": checkpoint.config_digest,
@@ -88,3 +91,8 @@ def _source_records(plan: Plan, finished: dict[str, Finished], licenses: Mapping
             "files": files,
         }
     return records
+
+
+def _etag(plan: Plan, source: str, etag: str) -> dict[str, str]:
+    """What pins a file of a folder elsewhere; of a model of the hub its commit does, and a time is no property of the file."""
+    return {"etag": etag} if etag and not etag.startswith(TIME) and is_address(plan.recipe.stores[source].path) else {}

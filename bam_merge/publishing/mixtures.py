@@ -30,6 +30,7 @@ from bam_merge.recipe.load import parse_recipe
 from bam_merge.recipe.makes.data_routers import FromTexts, default_scale
 from bam_merge.recipe.rules import ROUTER_INITS, covers
 from bam_merge.recipe.schema import ROUTER_PLACES, Recipe
+from bam_merge.sources.recipe_places import at_hand
 from bam_merge.text import nearest, printable, some
 
 ROUTER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.router\.weight")
@@ -128,6 +129,8 @@ def order_of(mixture: Mixture, section: Mapping[str, Any], target: Path) -> Orde
     if inputs != "mixture":
         try:
             plan = make_plan(_recipe(mixture, {**section, "inputs": "seed"}, home, target))
+            if all(remote.ranged for remote in plan.remotes.values()):  # there is nothing to download
+                plan = make_plan(at_hand(plan.recipe)) if plan.remotes else plan
             why = None if not plan.remotes and _is_of(plan, mixture) else "they are not those that it was merged of, or not downloaded"
         except BamMergeError as error:
             why = error.problems[0]

@@ -125,7 +125,13 @@ def run_part(order: Order) -> dict[str, Any]:
 
 def _orders(plan: Plan, target: Path, parts: tuple[Part, ...], options: MergeOptions) -> Iterator[Order]:
     known = {text: place.recorded for text, place in plan.recipe.known.items()}
-    settings = {"force": options.force, "workers": options.workers, "allow_nonfinite": options.allow_nonfinite, "verify": False}
+    settings = {
+        "force": options.force,
+        "workers": options.workers,
+        "allow_nonfinite": options.allow_nonfinite,
+        "verify": False,
+        "ranges": options.ranges,
+    }
     for part in parts:
         header = header_of(plan, part)
         yield Order(os.path.abspath(plan.recipe.file), known, str(target), part.number, part.of, header, settings)

@@ -16,7 +16,8 @@ class MergeOptions:
 
     `verify` proves the result before it appears: quick (or true), full, none (or false), computing on `device`, as a pass over the texts of
     routers does; `on_report` is given what that found, `on_verify` hears of work done and of all the work, and `on_calibrate` of the pass.
-    `notify` gets one line for each thing worth saying, `progress` the bytes just written, from any worker.
+    `notify` gets one line for each thing worth saying, `progress` the bytes just written, from any worker. `ranges`: the weights of models
+    of the hub are read there, by ranges, and not downloaded.
     """
 
     force: bool = False
@@ -30,6 +31,7 @@ class MergeOptions:
     on_report: "Callable[[Report], None]" = lambda report: None
     on_verify: Callable[[int, int], None] = lambda done, total: None
     on_calibrate: Callable[[int, int], None] = lambda done, total: None
+    ranges: bool = False
 
     @property
     def level(self) -> str | None:

@@ -41,7 +41,7 @@ def _sources(plan: Plan) -> dict[str, Any]:
     return {
         name: {
             "config.json": checkpoint.config_digest,
-            **{file: [header.identity.size, header.identity.mtime_ns, header.digest] for file, header in checkpoint.files.items()},
+            **{file: [header.identity.size, header.identity.state, header.digest] for file, header in checkpoint.files.items()},
         }
         for name, checkpoint in plan.checkpoints.items()
     }

@@ -202,7 +202,12 @@ def is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
             known = document["sources"][name]
             files = {file: (record["bytes"], record["header"]) for file, record in known["files"].items()}
             found = {file: (header.identity.size, header.digest) for file, header in checkpoint.files.items() if file in files}
-            changes = [os.stat(checkpoint.path / file) for file in checkpoint.files]
+            changes = [] if checkpoint.afar is not None else [os.stat(checkpoint.path / file) for file in checkpoint.files]
+            if checkpoint.afar is not None and any(
+                record.get("etag", checkpoint.files[file].identity.etag) != checkpoint.files[file].identity.etag
+                for file, record in known["files"].items()
+            ):
+                return False
             companions = companion_digests(checkpoint.path, plan.companions(name))
             if (known["config"], known["companions"], files) != (checkpoint.config_digest, companions, found):
                 return False

@@ -131,12 +131,12 @@ def _renewed(
 
 def _card(target: Path, manifest: Mapping[str, Any], given: Plan | None) -> tuple[str, Mapping[str, License]]:
     """The card that this version writes, and the licenses in it. Raises BamMergeError where it does not follow from the sources."""
-    from bam_merge.verifying.sources import changes
+    from bam_merge.verifying.sources import changes, opened_afar
 
     home = Path(os.path.normpath(target / str(manifest.get("recipe_folder", "."))))
     recorded = parse_recipe(manifest["recipe"], home, str(target / MANIFEST)).of_document()
     plan = given if given is not None and not given.remotes else make_plan(at_hand(given.recipe if given is not None else recorded))
-    found = changes(plan.recipe, manifest, {})
+    found = changes(plan.recipe, manifest, opened_afar(plan))
     if found.absent or found.names() or plan.recipe.stores.keys() != manifest["sources"].keys():
         raise OutputError(
             f"it follows from the sources, and these changed since the merge: {found.names() or some(found.absent) or 'others'}."

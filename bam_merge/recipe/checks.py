@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from bam_merge.address import is_address
 from bam_merge.architectures.vocabulary import ROLE_GLOBS, ROLES
 from bam_merge.documents import Path as DocumentPath
 from bam_merge.paths import path_problem
@@ -83,6 +84,9 @@ def _tokenizer(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             yield ("tokenizer", key), f"{word} is a word of this key, and a source is called so too; rename the source."
 
 
+ELSEWHERE = "results are written into folders of this machine. Name one, and copy it there when it is finished."
+
+
 def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
     paths: dict[DocumentPath, str] = {}
     for name, source in recipe.sources.items():
@@ -94,7 +98,7 @@ def _paths(recipe: "Recipe") -> Iterator[tuple[DocumentPath, str]]:
             place: DocumentPath = () if isinstance(source.adapter, str) else (index, "path")
             paths["sources", name, "adapter", *place] = item.path
     for place, path in {**paths, ("output", "path"): recipe.output.path}.items():
-        wrong = path_problem(path)
+        wrong = path_problem(path) or (ELSEWHERE if place == ("output", "path") and is_address(path) else None)
         if wrong:
             yield place, f"found {shown(path)}: {wrong}"
 

@@ -12,16 +12,21 @@ from bam_merge.recipe.makes import Finite, Strict
 
 @dataclass(frozen=True)
 class Known:
-    """Where a model of the hub is that a recipe names: what documents record of it, with its commit, and its folder on this machine."""
+    """Where a model of the hub, or of an address, is that a recipe names: what documents record of it, of the hub with its commit; its
+    folder on this machine; and whether its weights are `ranged`, read where they are by ranges when they are needed."""
 
     recorded: str
     folder: Path
+    ranged: bool = False
 
 
 class Folder(Strict):
     """The long form of a source that is a model by itself."""
 
-    path: str = Field(description="a Hugging Face folder, relative to the recipe; or a model of the hub, org/name or org/name@revision")
+    path: str = Field(
+        description="a Hugging Face folder, relative to the recipe; or a model of the hub, org/name or "
+        "org/name@revision; or the address of a folder elsewhere, s3://bucket/folder"
+    )
     dequantise: bool = Field(
         default=False, description="its 8-bit floats are multiplied with their scales, which makes bfloat16 of them (or its config's dtype)"
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from bam_merge import expressions
+from bam_merge.address import is_address
 from bam_merge.errors import RecipeError
 from bam_merge.hub_id import MARK
 from bam_merge.paths import located, relative
@@ -321,7 +322,7 @@ class Recipe(Strict):
         """`path` relative to the recipe's folder, for documents that must not hold absolute paths; a model of the hub with its commit."""
         if path in self._known:
             return self._known[path].recorded
-        return path if path.startswith(MARK) else relative(path, self.folder)
+        return path if path.startswith(MARK) or is_address(path) else relative(path, self.folder)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as a document with every default written out and no absolute path."""

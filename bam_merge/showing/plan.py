@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from bam_merge.address import is_address
 from bam_merge.checkpoints.folder import VOCABULARIES
 from bam_merge.expressions import Calibrated
 from bam_merge.hub_id import hub_id
@@ -39,6 +40,7 @@ def plan_text(plan: Plan, target: Path, workers: int, tensors: str | None = None
     }
     lines += ["", *(f"{name:12} {value}" for name, value in facts.items() if value), *_tokens(plan)]
     lines += [f"{'hub':12} {source}: {printable(text)}" for source, text in _from_hub(plan)]
+    lines += [f"{'elsewhere':12} {text}" for text in _elsewhere(plan)]
     for source, reasons in plan.unused.items():
         for reason, names in _grouped(reasons).items():
             first = f"{names[0]}{', ...' if len(names) > 1 else ''}"
@@ -72,8 +74,16 @@ def _from_hub(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, store in plan.recipe.stores.items():
         if (known := plan.recipe.known.get(store.path)) is not None:
             remote = plan.remotes.get(name)
+            if is_address(known.recorded):
+                continue
             what = f"{human_bytes(remote.missing)} of {human_bytes(remote.nbytes)} to download" if remote else "in the cache"
             yield name, f"{known.recorded}, {what}"
+
+
+def _elsewhere(plan: Plan) -> Iterator[str]:
+    """Which sources are folders elsewhere, whose weights are read there."""
+    for name, place in plan.elsewhere.items():
+        yield f"{name}: {printable(place['address'])}, {human_bytes(place['bytes'])}, of which a merge reads ranges"
 
 
 def _folders_like_models(plan: Plan) -> Iterator[str]:

@@ -312,12 +312,14 @@ def _stated_names(found: Anatomy) -> list[str]:
     return list(map(str, stated)) if isinstance(stated, list) else []
 
 
-def look_at_expert(address: str | os.PathLike[str], values: bool = False, manifest: bool = False) -> tuple[Anatomy, str]:
+def look_at_expert(
+    address: str | os.PathLike[str], values: bool = False, manifest: bool = False, ranges: bool = False
+) -> tuple[Anatomy, str]:
     """As places.look, of PATH or of one expert at PATH#experts.EXPERT, as the dense model that it is. Raises CheckpointError."""
     path, expert = split_expert(os.fsdecode(address))
     if expert is None:
-        return look(address, values, manifest)
-    mixture, label = look(path, values, manifest=True)
+        return look(address, values, manifest, ranges)
+    mixture, label = look(path, values, manifest=True, ranges=ranges)
     try:
         model = _expert_of("model", anatomy(mixture.checkpoint), expert, None)
     except VerifyError as error:

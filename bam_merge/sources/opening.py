@@ -76,7 +76,7 @@ def _open_store(recipe: Recipe, name: str, store: Store, places: dict[str, Found
         place = places[name] = find_in(recipe, store)
         if store.expert is not None:
             bring_manifest(place)
-        checkpoint = opened(place, recipe.needs_tokenizers) if place.snapshot is not None else None
+        checkpoint = opened(place, recipe.needs_tokenizers) if place.recorded is not None else None
         if store.adapter:
             return checkpoint if isinstance(checkpoint, AdapterFolder) else open_adapter(place.path)
     except CheckpointError as error:

@@ -1,6 +1,6 @@
-"""What a place is, and how it is opened: a folder, or a model of the Hugging Face hub.
+"""What a place is, and how it is opened: a folder, a model of the Hugging Face hub, or a folder elsewhere.
 
-A folder wins: org/name is a model of the hub where no such folder is; hf://org/name always is one.
+A folder wins: org/name is a model of the hub where no such folder is; hf://org/name always is one. Any other address is a folder elsewhere.
 """
 
 import os
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bam_merge.address import address
 from bam_merge.architectures.anatomy import Anatomy, anatomy, open_anatomy
 from bam_merge.architectures.opening import open_folder
 from bam_merge.checkpoints.adapter_folder import open_adapter
@@ -21,19 +22,24 @@ from bam_merge.sources.watching import WATCH
 from bam_merge.text import human_bytes, nearest, printable
 
 if TYPE_CHECKING:  # what speaks to the hub is imported where a place is none of this machine's
+    from bam_merge.sources.afar.folder import Elsewhere
     from bam_merge.sources.hub.cache import Snapshot
 
 
 @dataclass(frozen=True)
 class Found:
-    """What stands at a place: a folder, or a snapshot of the hub."""
+    """What stands at a place: a folder, a snapshot of the hub, or a folder elsewhere. `ranged`: its weights are read where they are."""
 
     path: Path
     snapshot: "Snapshot | None" = None
+    elsewhere: "Elsewhere | None" = None
+    ranged: bool = False
 
     @property
     def recorded(self) -> str | None:
-        """The model of the hub with its commit, as documents name it; None for a folder."""
+        """The model of the hub with its commit, or the address, as documents name it; None for a folder."""
+        if self.elsewhere is not None:
+            return str(self.elsewhere)
         return None if self.snapshot is None else str(self.snapshot.id)
 
 
@@ -51,6 +57,11 @@ def find(
     adapter is looked for, and not a model.
     """
     text = os.fsdecode(text)
+    if (away := address(text, error)) is not None:
+        from bam_merge.sources.afar.folder import resolve as resolve_elsewhere
+
+        found = resolve_elsewhere(away, adapter)
+        return Found(found.folder, elsewhere=found)
     wanted = hub_id(text, error)
     if wanted is None:
         return Found(located(text, home, error))
@@ -99,6 +110,14 @@ def opened(found: Found, tokenizers: bool = False) -> Checkpoint:
     With `tokenizers`, all files beside the weights are there.
     """
     snapshot = found.snapshot
+    if found.elsewhere is not None:
+        from bam_merge.sources.afar.folder import open_elsewhere
+
+        return open_elsewhere(found.elsewhere, tokenizers, found.ranged)
+    if found.ranged and snapshot is not None and snapshot.can_be_ranged:
+        from bam_merge.sources.hub.ranged import open_ranged
+
+        return open_ranged(snapshot)
     if snapshot is None or snapshot.files is None or snapshot.complete:
         return open_adapter(found.path) if snapshot is not None and snapshot.adapter else open_folder(found.path)
     from bam_merge.sources.hub.headers import open_headers
@@ -106,13 +125,20 @@ def opened(found: Found, tokenizers: bool = False) -> Checkpoint:
     return open_headers(snapshot, tokenizers)
 
 
-def look(path: str | os.PathLike[str], values: bool = False, manifest: bool = False) -> tuple[Anatomy, str]:
+def look(path: str | os.PathLike[str], values: bool = False, manifest: bool = False, ranges: bool = False) -> tuple[Anatomy, str]:
     """What is at a place, and how it is called; with `values`, so that its tensors can be read; with `manifest`, the record of its merge.
 
-    Of a model of the hub a large manifest is else left there, which is a finding. Raises CheckpointError.
+    Of a model of the hub a large manifest is else left there, which is a finding. With `ranges`, its tensors are read where they are.
+    Raises CheckpointError.
     """
     found = find(path)
     snapshot = found.snapshot
+    if found.elsewhere is not None:
+        if manifest:
+            bring_manifest(found)
+        return anatomy(opened(replace(found, ranged=values))), str(found.recorded)
+    if ranges and values:
+        return anatomy(opened(replace(found, ranged=True))), str(found.recorded)
     if snapshot is None:
         return open_anatomy(path), str(path)
     if values:
@@ -127,7 +153,11 @@ def look(path: str | os.PathLike[str], values: bool = False, manifest: bool = Fa
 
 
 def bring_manifest(found: Found) -> None:
-    """Download the record of the merge that made a model of the hub, if there is one. Raises CheckpointError."""
+    """Download the record of the merge that made a model elsewhere, if there is one. Raises CheckpointError."""
+    if found.elsewhere is not None:
+        from bam_merge.sources.afar.folder import bring_small
+
+        bring_small(found.elsewhere)
     if found.snapshot is not None and found.snapshot.has(MANIFEST):
         from bam_merge.sources.hub.download import download
 
@@ -138,6 +168,8 @@ def local(path: str | os.PathLike[str], error: type[BamMergeError], needs: str) 
     """The folder at a place, downloaded where it is a model of the hub. Raises `error` where that has no file `needs`, CheckpointError
     where it cannot be had."""
     found = find(path, error=error)
+    if found.elsewhere is not None:
+        raise error(f"{found.recorded}: read as a whole, so it must be a folder here. Copy it to this machine, and give that.")
     if found.snapshot is not None:
         if not found.snapshot.has(needs):
             raise error(f"{found.recorded}: no {needs} on the hub, so this is not what bam-merge wrote.")

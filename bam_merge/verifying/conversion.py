@@ -1,16 +1,17 @@
 """The dense models that a result is compared with: as they are stored, and as the merge's output.dtype makes them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.afar import Kept
 from bam_merge.checkpoints.dtypes import DTYPE_NAMES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf
-from bam_merge.checkpoints.reading import changed_files
+from bam_merge.checkpoints.reading import changed_files, check_unchanged
 from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.model.model_config import ModelConfig
 from bam_merge.planning.plan import Plan
@@ -58,20 +59,25 @@ def open_dense(plan: Plan) -> dict[str, StoredModel]:
     """The reference model of every source. The plan's headers serve once more while the files are those that were planned with; what
     config.json means is read by the reference model's own reading."""
     dense: dict[str, StoredModel] = {}
+    kept = Kept()  # layers are read several times
     for name in plan.models:
-        _open(plan, name, dense)
+        _open(plan, name, dense, kept)
     return dense
 
 
-def _open(plan: Plan, name: str, dense: dict[str, StoredModel]) -> StoredModel:
+def _open(plan: Plan, name: str, dense: dict[str, StoredModel], kept: Kept) -> StoredModel:
     """The reference model of one source, entered in `dense`: of an adapter on another source, that one first."""
     if name in dense:
         return dense[name]
     checkpoint, source = plan.models[name].checkpoint, plan.recipe.sources[name]
     if isinstance(source, AdaptedSource) and source.base in plan.recipe.sources:
-        found = _open(plan, source.base, dense)
+        found = _open(plan, source.base, dense, kept)
     else:
-        checkpoint = open_folder(checkpoint.path) if any(changed_files(checkpoint)) else checkpoint
+        if checkpoint.afar is not None:
+            check_unchanged({name: checkpoint})
+            checkpoint = replace(checkpoint, afar=kept.of(checkpoint.afar))
+        elif any(changed_files(checkpoint)):
+            checkpoint = open_folder(checkpoint.path)
         said = plan.recipe.source(name)
         opened = dequantised if said.dequantise else stored_model
         if said.expert is not None:

@@ -17,6 +17,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Joined, Slice, instead, stored
 from bam_merge.model.loading import StoredModel, stored_model
 from bam_merge.model.wrapped import text_config, wrapper_of
+from bam_merge.values.tensors import STORED_DTYPES
 
 ENDINGS = ("_scale_inv", "_scale")
 """What the names of a weight's scales have after the weight's own."""
@@ -58,7 +59,11 @@ class Dequantised(StoredModel):
         return value_RC
 
     def _tensor(self, name: str) -> Tensor:
-        """A stored tensor whole, by the safetensors library."""
+        """A stored tensor whole, by the safetensors library; of a file elsewhere, by its bytes."""
+        entry = self.checkpoint.tensors[name]
+        if self.checkpoint.afar is not None:
+            data = bytearray(self.checkpoint.afar[entry.file].read(entry.offset, entry.nbytes))
+            return torch.frombuffer(data, dtype=STORED_DTYPES[entry.dtype]).view(entry.shape)
         with safe_open(self.checkpoint.path / self.checkpoint.tensors[name].file, "pt") as file:
             value: Tensor = file.get_tensor(name)
         return value

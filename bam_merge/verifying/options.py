@@ -15,7 +15,7 @@ class VerifyOptions:
 
     `level` is quick or full; `device` is one of torch's, such as cuda or cuda:1, for what is computed; `workers` is the most threads, which
     are one a processor, or as many as OMP_NUM_THREADS says; `progress` hears of work done, and of all the work. `try_routers`: those that
-    are made of texts are also tried on what follows in these.
+    are made of texts are also tried on what follows in these. `ranges`: sources on the hub are read there, and not downloaded.
     """
 
     level: str = "quick"
@@ -23,6 +23,7 @@ class VerifyOptions:
     workers: int | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
     try_routers: bool = False
+    ranges: bool = False
 
 
 def check_level(name: str) -> None:

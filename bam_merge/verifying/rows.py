@@ -16,12 +16,14 @@ from torch import Tensor
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
+from bam_merge.checkpoints.file_afar import FileAfar
 from bam_merge.checkpoints.pieces import Computed, Piece, Read, Shape, Slice, Whole, inputs, stored, whole
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
 from bam_merge.text import printable, some
 from bam_merge.values.tensors import STORED_DTYPES
+from bam_merge.verifying.afar import StretchesAfar
 from bam_merge.verifying.formulas import Operand, computed_rows, moved_rows, roundings
 from bam_merge.verifying.rounding import Derived
 
@@ -44,6 +46,17 @@ class RowReader:
     def __init__(self) -> None:
         self._headers: dict[Path, tuple[Mapping[str, Any], int]] = {}
         self._lock = threading.Lock()
+        self._afar = StretchesAfar()
+
+    def read_afar(self, file: FileAfar, tensor: str, start: int, stop: int, dtype: str, row: Shape | None = None) -> Tensor:
+        """The same of a file elsewhere."""
+        tensors, begin = self._afar.header(file)
+        first, last = (begin + at for at in tensors.get(tensor, {}).get("data_offsets", (0, 0)))
+
+        def read(at: int, count: int) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
+            return self._afar.bytes(file, (first, last), at, count)
+
+        return _rows(file.name, tensor, tensors.get(tensor, {}), (start, stop), dtype, row, read)
 
     def read(self, path: Path, tensor: str, start: int, stop: int, dtype: str, row: Shape | None = None) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype; of elements smaller than a byte, and of truth values, the bytes.
@@ -66,18 +79,35 @@ class RowReader:
                 self._headers[path] = _header(descriptor, path)
             tensors, begin = self._headers[path]
         entry = tensors.get(tensor, {})
-        if entry.get("dtype") != dtype:
-            raise CheckpointError(f"{printable(str(path))} changed since it was opened: {printable(tensor)} is no {dtype} tensor any more.")
-        shape, bits = entry["shape"], DTYPE_BITS[dtype]
-        if of is not None and len(shape) > len(of) + 1:
-            shape = [math.prod(shape[: len(shape) - len(of)]), *of]
-        start, stop = (start, stop) if shape else (0, 1)  # one number has no rows
-        row = math.prod(shape[1:]) * bits
-        first, last = start * row // 8, -(-stop * row // 8)
-        bytes_B = torch.from_numpy(_bytes(descriptor, path, begin + entry["data_offsets"][0] + first, last - first))
-        if bits < 8 or dtype == "BOOL":
-            return bytes_B
-        return bytes_B.view(STORED_DTYPES[dtype]).view(stop - start, *shape[1:]) if shape else bytes_B.view(STORED_DTYPES[dtype])[0]
+
+        def read(at: int, count: int) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
+            return _bytes(descriptor, path, begin + entry["data_offsets"][0] + at, count)
+
+        return _rows(str(path), tensor, entry, (start, stop), dtype, of, read)
+
+
+def _rows(
+    path: str,
+    tensor: str,
+    entry: Mapping[str, Any],
+    rows: tuple[int, int],
+    dtype: str,
+    of: Shape | None,
+    read: Callable[[int, int], "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]"],
+) -> Tensor:
+    """Rows of a tensor of which its file's header has `entry`, and `read` gives bytes (first in the tensor, count)."""
+    if entry.get("dtype") != dtype:
+        raise CheckpointError(f"{printable(path)} changed since it was opened: {printable(tensor)} is no {dtype} tensor any more.")
+    shape, bits = entry["shape"], DTYPE_BITS[dtype]
+    if of is not None and len(shape) > len(of) + 1:
+        shape = [math.prod(shape[: len(shape) - len(of)]), *of]
+    start, stop = rows if shape else (0, 1)  # one number has no rows
+    row = math.prod(shape[1:]) * bits
+    first, last = start * row // 8, -(-stop * row // 8)
+    bytes_B = torch.from_numpy(read(first, last - first))
+    if bits < 8 or dtype == "BOOL":
+        return bytes_B
+    return bytes_B.view(STORED_DTYPES[dtype]).view(stop - start, *shape[1:]) if shape else bytes_B.view(STORED_DTYPES[dtype])[0]
 
 
 def _header(descriptor: int, path: Path) -> tuple[Mapping[str, Any], int]:
@@ -127,6 +157,9 @@ class SourceTensors:
     def rows(self, read: Read, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a stored tensor, in its own dtype."""
         checkpoint = self.checkpoints[read.source]
+        if checkpoint.afar is not None:
+            file = checkpoint.afar[checkpoint.tensors[read.tensor].file]
+            return self.reader.read_afar(file, read.tensor, start, stop, read.dtype, read.shape[1:])
         path = checkpoint.path / checkpoint.tensors[read.tensor].file
         return self.reader.read(path, read.tensor, start, stop, read.dtype, read.shape[1:])
 

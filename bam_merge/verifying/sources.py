@@ -19,7 +19,7 @@ from bam_merge.checkpoints.folder import CONFIG, TOKENIZER_FILES, Checkpoint, is
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import key_digests, name_digest
-from bam_merge.checkpoints.reading import digest_range
+from bam_merge.checkpoints.reading import digest_tensor
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError
 from bam_merge.planning.plan import Plan, moves_bytes
@@ -64,6 +64,11 @@ BESIDE_TOKENS = {"generation_config.json", "chat_template.jinja", "chat_template
 
 def _keys(keys: Sequence[str] | None) -> str:
     return f" ({some(keys, MOST_NAMES)})" if keys else ""
+
+
+def opened_afar(plan: Plan | None) -> dict[str, Checkpoint]:
+    """The sources of a plan that are no folders: there is no other way to their files than what was opened."""
+    return {name: checkpoint for name, checkpoint in (plan.checkpoints if plan else {}).items() if checkpoint.afar is not None}
 
 
 def changes(recipe: Recipe, manifest: Mapping[str, Any], opened: Mapping[str, Checkpoint]) -> Changes:
@@ -116,6 +121,8 @@ def _known_keys() -> Iterator[str]:
 
 def _same_header(folder: Path, file: str, known: Mapping[str, Any], checkpoint: Checkpoint | None) -> bool:
     header = checkpoint.files.get(file) if checkpoint is not None else None
+    if checkpoint is not None and checkpoint.afar is not None:
+        return header is not None and (header.digest, header.identity.size) == (known["header"], known["bytes"])
     try:
         if header is None and is_plain_name(file):
             header = read_header(str(folder / file))
@@ -164,7 +171,7 @@ def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str
         if entry is None:
             return False
         try:
-            return digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) == job[2]
+            return digest_tensor(checkpoint, entry) == job[2]
         except BamMergeError:
             return False
 

@@ -15,7 +15,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import TensorEntry
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.provenance import REMEDY
-from bam_merge.checkpoints.reading import digest_range
+from bam_merge.checkpoints.reading import digest_range, digest_tensor
 from bam_merge.errors import BamMergeError
 from bam_merge.model.loading import stored_model
 from bam_merge.model.model import Model
@@ -182,7 +182,7 @@ def _changed(read: Read, plan: Plan, manifest: dict[str, Any]) -> bool:
     entry = checkpoint.tensors[read.tensor]
     files = manifest["sources"].get(read.source, {}).get("files", {})
     known = files.get(entry.file, {}).get("tensors", {}).get(read.tensor)
-    return known is not None and digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes) != known
+    return known is not None and digest_tensor(checkpoint, entry) != known
 
 
 def _kind(step: Step) -> str | None:

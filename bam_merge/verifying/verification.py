@@ -38,7 +38,7 @@ from bam_merge.verifying.perplexity import read_texts, unnamed
 from bam_merge.verifying.processors import processor_check
 from bam_merge.verifying.record import contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
-from bam_merge.verifying.sources import Changes, changes, other_tensors
+from bam_merge.verifying.sources import Changes, changes, opened_afar, other_tensors
 from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
 from bam_merge.verifying.tried import try_on_texts
 from bam_merge.verifying.work import Work
@@ -71,7 +71,7 @@ def verify(
     known = read_domains(path, domains or {}, _routed_experts(manifest["recipe"]))
     left = not_downloaded(manifest, snapshot)
     if plan is not None and plan.remotes:
-        plan = make_plan(at_hand(plan.recipe))
+        plan = make_plan(at_hand(plan.recipe, ranges=options.ranges))
     report = Report(level.name, tuple(map(printable, recorded_experts(manifest["recipe"]) or ())))
     try:
         checkpoint = open_folder(path)
@@ -86,7 +86,7 @@ def verify(
     report.add(digests(checkpoint, manifest, work, workers))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
     wrong = [*contradictions(checkpoint, manifest), *wrong_counts]
-    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left)
+    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left, options.ranges)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
@@ -126,6 +126,7 @@ class _Sources:
     work: Work
     workers: int
     left: OnHub | None = None
+    ranges: bool = False
     proved: set[str] = field(default_factory=set)
 
     @property
@@ -141,7 +142,7 @@ class _Sources:
             self._record(None, same_version)
             return None
         plan, why = (given, None) if given is not None else _planned(recipe)
-        opened = plan.checkpoints if plan is not None and given is None else {}  # a plan that was given can be an old one
+        opened = plan.checkpoints if plan is not None and given is None else opened_afar(given)  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
         companions = {name: found.companions.get(recipe.model_store(name), []) for name in recipe.sources}
         for compare in (companion_check, processor_check):
@@ -179,7 +180,7 @@ class _Sources:
     def _at_hand(self, recipe: Recipe | None) -> Recipe | None:
         """The recipe with the models of the hub that it names downloaded."""
         try:
-            return at_hand(recipe) if recipe is not None else None
+            return at_hand(recipe, ranges=self.ranges) if recipe is not None else None
         except BamMergeError as error:
             self._not_at_hand(error)
             return None

@@ -30,7 +30,7 @@ FOLLOWED = {
     "docs/tutorial/first-merge.md", "docs/how-to/add-a-family.md", "docs/how-to/add-a-layout.md", "docs/how-to/add-a-method.md",
     "docs/how-to/resume.md", "docs/how-to/align-vocabularies.md", "docs/how-to/experts-from-adapters.md", "docs/how-to/other-forms.md",
     "docs/how-to/from-mergekit.md", "docs/how-to/models-from-the-hub.md", "docs/how-to/use-without-training.md", "docs/how-to/serve.md",
-    "docs/how-to/take-an-expert-out.md",
+    "docs/how-to/take-an-expert-out.md", "docs/how-to/models-elsewhere.md",
     "docs/how-to/quantise.md",
     "docs/how-to/several-machines.md",
 }  # fmt: skip

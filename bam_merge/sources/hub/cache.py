@@ -115,6 +115,11 @@ class Snapshot:
         return [*self.small_files(), *self.weights()]
 
     @property
+    def can_be_ranged(self) -> bool:
+        """Whether its weights can be read on the hub: the hub was asked. An adapter, and what is in the cache whole, is read there."""
+        return self.files is not None and not self.adapter and not self.complete
+
+    @property
     def complete(self) -> bool:
         """Whether all that is read of this model is in the cache."""
         if not self.adapter and self.has(INDEX) and not self.is_here(INDEX):

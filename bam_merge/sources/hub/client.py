@@ -5,12 +5,11 @@ ours (words.py); words of the server or of a library are never repeated, since t
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from bam_merge._version import __version__
@@ -18,30 +17,14 @@ from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
 from bam_merge.hub_id import HubId
 from bam_merge.sources.hub import words as hub_words
-from bam_merge.sources.watching import WATCH
-
-WAITS = (0.5, 1.0, 2.0)
-"""Seconds before a request is made again. After as many failures in a row, the last one is told."""
-
+from bam_merge.sources.trying import WAITS, Fleeting, Result, again, wait_of
 
 MOST_DOCUMENT = 20_000_000
 """Bytes of a document that are read; a page of a listing has some 300 kB."""
 
 
-LONGEST_WAIT = 120
-"""Seconds that the hub may ask to wait; where it asks for more, the run ends with these words."""
-
-
-Result = TypeVar("Result")
-
-
-class HubUnreachable(CheckpointError):
-    """The hub gave no answer, or one that may be another later: what is in the cache can be used. `wait`: seconds that it asks to wait;
-    `reached`: whether there was a connection at all."""
-
-    def __init__(self, problem: str, wait: int | None = None, reached: bool = True) -> None:
-        super().__init__(problem)
-        self.wait, self.reached = wait, reached
+class HubUnreachable(Fleeting):
+    """The hub gave no answer, or one that may be another later: what is in the cache can be used."""
 
 
 def library() -> ModuleType:
@@ -64,6 +47,13 @@ class Answer:
     first: int
     length: int | None
     pieces: Callable[[], Iterator[bytes]]
+
+    @property
+    def digest(self) -> str:
+        """The file's digest, as the hub names it before it leads elsewhere; "" where it names none."""
+        steps = (*self.response.history, self.response)
+        found = next((step.headers["x-linked-etag"] for step in steps if "x-linked-etag" in step.headers), steps[0].headers.get("etag", ""))
+        return str(found).removeprefix("W/").strip('"')
 
     def body(self, most: int) -> bytes:
         """At most so many bytes of the body."""
@@ -111,8 +101,9 @@ class Hub:
         """The address of a file at a commit."""
         return f"{self.endpoint}/{of.repo}/resolve/{quote(of.revision or 'main', safe='')}/{quote(name)}"
 
-    def span(self, of: HubId, name: str, first: int, count: int, size: int) -> bytes:
-        """`count` bytes of a file from byte `first` on, and nothing else of it. Raises CheckpointError."""
+    def span(self, of: HubId, name: str, first: int, count: int, size: int, digest: str = "") -> bytes:
+        """`count` bytes of a file from byte `first` on, and nothing else of it. Raises CheckpointError, also where the server says of the
+        file that it has another `digest`."""
 
         def get() -> bytes:
             with self.get(self.file(of, name), of, name, (first, first + count - 1)) as answer:
@@ -120,7 +111,12 @@ class Hub:
                     raise CheckpointError(hub_words.other_length(of, name, size, answer.length))
                 if first < answer.first or (answer.first == 0 < first and count + first > 2 * 1024 * 1024):
                     raise CheckpointError(hub_words.no_ranges(of, name))
-                return answer.body(first - answer.first + count)[first - answer.first :]
+                if digest and answer.digest and len(answer.digest) == len(digest) and answer.digest != digest:
+                    raise CheckpointError(hub_words.other_etag(of, name, answer.digest, digest))
+                data = answer.body(first - answer.first + count)[first - answer.first :]
+            if len(data) != count:
+                raise HubUnreachable(hub_words.broken(of, name, "Ended", self.shown))
+            return data
 
         return self.again(get, of)
 
@@ -139,7 +135,7 @@ class Hub:
             with hf.get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
                 if response.status_code >= 400:
                     raise self.refused(response, of, name)
-                first, length = _extent(response)
+                first, length = extent(response)
                 yield Answer(response, first, length, response.iter_bytes)  # as they come: a size would hold back the last ones
         except errors.OfflineModeIsEnabled:
             raise HubUnreachable(hub_words.OFFLINE) from None
@@ -155,7 +151,7 @@ class Hub:
         bad_token = "invalid credentials" in response.headers.get("x-error-message", "").lower()
         logged_in = "authorization" in self.headers
         if status in (408, 425, 429) or status >= 500:
-            wait = _wait(response.headers)
+            wait = wait_of(response.headers)
             return HubUnreachable(hub_words.busy(of, status, wait), wait)
         nearest = ""
         if status == 404 and code == "RevisionNotFound":
@@ -166,22 +162,7 @@ class Hub:
 
     def again(self, call: Callable[[], Result], of: HubId, got: Callable[[], int] = lambda: 0) -> Result:
         """What `call` gives, tried again while it may help: as often as there is more in `got` than before. Raises CheckpointError."""
-        failures, had = 0, got()
-        while True:
-            try:
-                return call()
-            except HubUnreachable as error:
-                failures, had = (0 if got() > had else failures + 1), max(had, got())
-                if (
-                    failures > (len(WAITS) if error.reached else 1)
-                    or self.offline()
-                    or (error.wait or 0) > LONGEST_WAIT
-                    or self.stop.is_set()
-                ):
-                    raise
-                if error.wait:
-                    WATCH.get().notify(f"{of}: the hub asks to wait {error.wait} seconds.")
-                self.stop.wait(error.wait or WAITS[max(failures, 1) - 1])
+        return again(call, WAITS, f"{of}: the hub", self.stop, got, self.offline)
 
     def _nearest_revision(self, of: HubId) -> str:
         with suppress(CheckpointError, AttributeError, TypeError, KeyError):
@@ -222,7 +203,7 @@ def hub() -> Hub:
 # ---- headers ---------------------------------------------------------------------------------------------------------------
 
 
-def _extent(response: Any) -> tuple[int, int | None]:
+def extent(response: Any) -> tuple[int, int | None]:
     """(where the body begins in the file, how long the file is), as far as the headers say."""
     if response.status_code == 206:
         span, _, total = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
@@ -230,19 +211,6 @@ def _extent(response: Any) -> tuple[int, int | None]:
         return int(first) if first.isdigit() else -1, int(total) if total.isdigit() else None
     length = response.headers.get("content-length", "")
     return 0, int(length) if length.isdigit() else None
-
-
-def _wait(headers: Any) -> int | None:
-    """Seconds that the hub asks to wait: a number, or a date."""
-    text = headers.get("retry-after", "").strip()
-    if text.isdigit():
-        return min(int(text), 10**6)
-    if text:
-        from email.utils import parsedate_to_datetime
-
-        with suppress(ValueError, TypeError):
-            return max(1, round(parsedate_to_datetime(text).timestamp() - time.time()))
-    return None
 
 
 def _json(data: bytes) -> Any:

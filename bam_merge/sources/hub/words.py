@@ -108,6 +108,13 @@ def other_length(of: HubId, name: str, listed: int, found: int) -> str:
     )
 
 
+def other_etag(of: HubId, name: str, found: str, listed: str) -> str:
+    return (
+        f"{_file(of, name)} changed: found digest {printable(found)}, expected {listed}, as the hub lists it at this commit. A proxy may "
+        "have changed it; run again, or by another network."
+    )
+
+
 def no_ranges(of: HubId, name: str) -> str:
     return (
         f"{_file(of, name)}: the server sends whole files only, so that headers cannot be read alone. Download it: hf download {of.repo}."
