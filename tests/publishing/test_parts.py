@@ -508,7 +508,7 @@ def test_commands_and_statuses(llamas: Path, run: Callable[..., Any]) -> None:
     assert "part 1/2: " in first.out and first.out.endswith(f"When all parts are made: bam-merge finish {path}\n")
     lines = [json.loads(line) for line in first.err.splitlines() if line.startswith("{")]
     assert lines[-1]["done"] == lines[-1]["total"] > 0
-    assert {(line["stage"], line["part"]) for line in lines} == {("merging", "1/2")}
+    assert {(line["stage"], line["part"]) for line in lines} == {("merging", "1/2"), ("verifying", "1/2")}
     missing = run("finish", path)
     assert missing.status == 4 and f"It is made by: bam-merge {path} --part 2/2" in missing.err
     assert run("merge", path, "--part", "2/2", "--resume").status == 0
