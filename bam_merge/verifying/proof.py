@@ -4,20 +4,27 @@ Each compares as one process does: rows of stored.py, worked out anew by rederiv
 very bytes that it compared, and holds for these alone: who takes it over sees by the digest whether they are still there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bam_merge import expressions
+from bam_merge.architectures.opening import open_folder
+from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
 from bam_merge.checkpoints.reading import check_unchanged, digest_range
+from bam_merge.errors import BamMergeError
 from bam_merge.expressions import Calibrated
+from bam_merge.model.loading import stored_model
+from bam_merge.model.streaming import computing_on
 from bam_merge.planning.plan import Plan, moves_bytes
 from bam_merge.verifying.computed import LayerErrors
-from bam_merge.verifying.devices import torch_workers
+from bam_merge.verifying.devices import open_device, torch_workers
+from bam_merge.verifying.function import layers_of
+from bam_merge.verifying.levels import LEVELS, layers_asked
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.stored import Compared, compared, judged
 
@@ -87,6 +94,24 @@ def prove(
     check_unchanged(whole.checkpoints)
     tell(total, total)
     return Known(found, sources), [check for check in judged(written, mine, records, found) if check.ok is False]
+
+
+def layers_alone(plan: Plan, folder: Path, level: str) -> tuple[int, ...]:
+    """The layers of the mixture in `folder` that can be run beside their dense models one by one, on any host; none where hidden states go
+    from one to the next, or nothing can be run."""
+    beside = plan.layout.kind == "mixture" and plan.recipe.output.layers is None
+    if LEVELS[level].thorough or not beside or any(step.dtype not in ARITHMETIC_DTYPES for step in plan.steps):
+        return ()
+    try:
+        return tuple(sorted(layers_asked(stored_model(open_folder(folder)).config, LEVELS[level])))
+    except BamMergeError:  # of which one process has more to say
+        return ()
+
+
+def run_layers(plan: Plan, folder: Path, layers: Collection[int], level: str, workers: int) -> Known:
+    """Run `layers` of the mixture in `folder` beside those of its dense models. Raises BamMergeError."""
+    with computing_on(open_device("cpu"), torch_workers(workers)) as computing:
+        return Known(layers=layers_of(open_folder(folder), plan, LEVELS[level], computing, layers), fresh=True)
 
 
 def _source_digests(whole: Plan, mine: Plan) -> Iterator[tuple[SourceTensor, str]]:
