@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from common import machine, machine_line, run, write_recipe
 from paired import Command, Table, alternate, clear, measure, spread, table_text
@@ -149,10 +148,10 @@ cluster.shutdown()
 @contextmanager
 def two_nodes() -> Iterator[str]:
     """The address of a cluster of two nodes with one processor each, on 127.0.0.1."""
-    own: dict[str, Any] = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}  # drivers too, which else look elsewhere
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
-        env={**os.environ, **own},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

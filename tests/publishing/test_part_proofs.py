@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_recipe
+from conftest import CONFIGS, SOURCES, write_recipe, write_sources
 from runs import folder_bytes, options
+from test_stored_dtypes import stored_as
 
 from bam_merge import expressions
 from bam_merge.checkpoints.pieces import Read
@@ -356,3 +357,17 @@ def test_a_folder_in_the_place_of_a_proof(plan: Plan) -> None:
     (folder(plan) / "parts" / "00001-of-00002.proof").mkdir()
     with pytest.raises(OutputError, match=r"00001-of-00002\.proof.*"):
         make_part(plan, None, 1, 2, options(verify=True)[0])
+
+
+def test_rows_that_share_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of 41 elements of half a byte, read a few at a time, are not the tensor's bytes in order: its digest is another reading's."""
+    config = {**CONFIGS["llama"], "intermediate_size": 41}
+    write_sources(tmp_path, config)
+    for source in SOURCES:
+        stored_as(tmp_path / source / "model.safetensors", "F4")
+    plan = plan_file(write_recipe(tmp_path, "", "btx", output="{path: out, max_shard_size: 30kB}"))
+    monkeypatch.setattr(stored, "COPIED_BYTES", 60)
+    make(plan, 2)
+    assert any(step.dtype == "F4" and step.shape[1] == 41 for step in plan.steps)
+    seen = count_of_compared(monkeypatch)
+    assert finished(plan).ok and seen == []
