@@ -57,9 +57,9 @@ CASES = {
 CASES |= {f"as it comes, {name}": (name, "bam", "") for name in CONFIGS if (name, "bam", "") not in CASES.values()}
 
 MORE = {
-    **dict.fromkeys(("gpt_neox", "gpt_neox_sequential"), {"rotary_pct": 0.5}),
-    **dict.fromkeys(("gemma4_text", "gemma4_text_keys", "gemma4_unified_text"), {"global_head_dim": 16}),
-    **dict.fromkeys(("phi_tied", "stablelm", "stablelm_qk_norm", "stablelm_parallel"), {"partial_rotary_factor": 0.5}),
+    **{name: {"rotary_pct": 0.5} for name in ("gpt_neox", "gpt_neox_sequential")},
+    **{name: {"global_head_dim": 16} for name in ("gemma4_text", "gemma4_text_keys", "gemma4_unified_text")},
+    **{name: {"partial_rotary_factor": 0.5} for name in ("phi_tied", "stablelm", "stablelm_qk_norm", "stablelm_parallel")},
 }
 """Keys of a family's config: of a single rotary pair the tests cannot ask for dynamic scaling, which divides by nothing then."""
 
