@@ -145,8 +145,7 @@ def _card(target: Path, manifest: Mapping[str, Any], given: Plan | None) -> tupl
     stated = {name: License.of_entries(record) for name, record in manifest["sources"].items()}
     licenses = {**source_licenses(plan.recipe), **{name: license_ for name, license_ in stated.items() if license_ is not None}}
     beside = {name: read_small_file(target / name) for name in {*TEMPLATES_APART, "tokenizer_config.json"} & manifest["files"].keys()}
-    again = __version__ if manifest["version"] != __version__ else None
-    about = Beside(licenses, has_chat_template(beside), str(manifest["version"]), again)
+    about = Beside(licenses, has_chat_template(beside), str(manifest["version"]), __version__)
     return model_card(replace(plan, recipe=_as_recorded(recorded, plan)), about), licenses
 
 

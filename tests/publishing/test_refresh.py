@@ -77,6 +77,16 @@ def test_a_second_time_nothing_is_to_do(out: Path, run: Any) -> None:
     assert files(out) == before
 
 
+def test_of_another_state_of_the_same_version(out: Path, run: Any) -> None:
+    """Between two releases the number stays and the code does not: what is renewed is as this version writes it, with nothing said of another."""
+    aged(out, __version__)
+    assert {check.name for check in verify(out).failures} == {"code", "card"}
+    assert run("refresh", out).out == f"{out}: README.md, modeling_bam.py renewed\n"
+    assert verify(out).ok
+    assert f"Made by bam-merge {__version__} from llama models" in (out / "README.md").read_text()
+    assert refresh(out) == ()
+
+
 def test_a_new_folder_is_as_it_should_be(llamas: Path) -> None:
     folder = merge(load_recipe(write_recipe(llamas)), options=QUICK)
     assert refresh(folder) == ()
