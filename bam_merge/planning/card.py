@@ -82,7 +82,8 @@ def model_card(plan: Plan, beside: Beside | None = None) -> str:
     recipe, config, beside = plan.recipe, plan.config, beside or Beside()
     names = list(dict.fromkeys(recipe.expert_names))
     seed = plan.models[recipe.seed_name]
-    renewed = f", card{' and model code' * ('auto_map' in config)} by {beside.renewed}" if beside.renewed not in (None, beside.version) else ""
+    other = beside.renewed not in (None, beside.version)
+    renewed = f", card{' and model code' * ('auto_map' in config)} by {beside.renewed}" if other else ""
     lines = [
         "---",
         _yaml(_front_matter(plan, beside)).rstrip("\n"),
