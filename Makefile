@@ -95,7 +95,7 @@ test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PE
 
 # Each engine has an environment of its own; where its packages do not install, its rows are skipped with a word.
 test-serving: $(VENV)/ready .venv-serving-vllm/ready .venv-serving-llama/ready checkpoints/seed  ## merges in vLLM and llama.cpp, token by token beside transformers (tens of minutes)
-	BAM_MERGE_CONVERTER=$(or $(BAM_MERGE_CONVERTER),.venv-serving-llama/source) $(BIN)/python -m pytest -m serving -rs tests/serving
+	$(BIN)/python -m pytest -m serving -rs tests/serving
 
 .venv-serving-vllm/ready:
 	scripts/serving_environment.sh vllm $(PYTHON) .venv-serving-vllm

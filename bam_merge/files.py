@@ -11,9 +11,11 @@ from bam_merge.own_folder import open_file
 from bam_merge.system import sync
 from bam_merge.text import printable
 
+_RESUMED = " with --resume"
+
 _REMEDIES = {
-    errno.ENOSPC: " Free some space, then run again with --resume.",
-    errno.EDQUOT: " Free some of your quota, then run again with --resume.",
+    errno.ENOSPC: f" Free some space, then run again{_RESUMED}.",
+    errno.EDQUOT: f" Free some of your quota, then run again{_RESUMED}.",
     errno.EFBIG: " The file size limit (ulimit -f) is too small; raise it, or set a smaller output.max_shard_size.",
 }
 
@@ -26,6 +28,17 @@ def writing(path: Path, kind: type[OutputError] = OutputError) -> Iterator[None]
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "")
         raise kind(f"{printable(str(path))}: {error.strerror}.{remedy}") from error
+
+
+@contextmanager
+def begun_anew() -> Iterator[None]:
+    """For a command that is not gone on with where it broke off: the way out is to run it again, and no --resume."""
+    try:
+        yield
+    except OutputError as error:
+        error.problems = tuple(text.replace(f"run again{_RESUMED}.", "run again.") for text in error.problems)
+        error.args = ("\n".join(error.problems),)
+        raise
 
 
 def write_file(path: Path, data: bytes, folder: int) -> None:

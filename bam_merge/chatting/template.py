@@ -60,8 +60,9 @@ class Template:
             OverflowError,
             RecursionError,
         ) as error:
-            why = printable(str(error))
-            raise CheckpointError(f"{self.where} does not take this conversation: {why}. Leave --system out, or use --plain.") from None
+            told = any(message["role"] == "system" for message in messages)
+            way_out = "Leave --system out, or use --plain." if told else "Use --plain."
+            raise CheckpointError(f"{self.where} does not take this conversation: {printable(str(error))}. {way_out}") from None
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -91,18 +91,23 @@ class Checkpoint:
         return [name for name in names if name in unread or (self.path / name).is_file()]
 
 
-def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[str, Any]], set[str]] = lambda config: set()) -> Checkpoint:
-    """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it.
-
-    `unneeded` says of a config.json which tensors its index may list although no file holds them.
-    """
-    folder = located(path)
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError unless there is such a folder."""
     if not _is_there(folder):
         raise CheckpointError(f"{printable(str(folder))}: no such folder.")
     if not folder.is_dir():
         what = told_of_file(folder)
         way_out = f"It is {what}." if what else "Give the folder that holds config.json."
         raise CheckpointError(f"{printable(str(folder))}: not a folder. {way_out}")
+
+
+def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[str, Any]], set[str]] = lambda config: set()) -> Checkpoint:
+    """Open the Hugging Face folder at `path`. Raises CheckpointError with every problem found in it.
+
+    `unneeded` says of a config.json which tensors its index may list although no file holds them.
+    """
+    folder = located(path)
+    check_folder(folder)
     problems: list[str] = []
     config, digest = read_config(folder, problems)
     files: dict[str, Header] = {}

@@ -23,7 +23,7 @@ from bam_merge.checkpoints.pieces import Read
 from bam_merge.converting.child import Found, Limits, read_pickle
 from bam_merge.converting.source import PICKLED_INDEX, Source, find_source
 from bam_merge.errors import CheckpointError, DurabilityUncertain, OutputError
-from bam_merge.files import write_file, writing
+from bam_merge.files import begun_anew, write_file, writing
 from bam_merge.hub_id import hub_id
 from bam_merge.merging.outputs import prepare
 from bam_merge.paths import located
@@ -95,6 +95,7 @@ def convert(
     return Converted(target, len(placed), nbytes, tuple(shard.file for shard in shards), tuple(notes))
 
 
+@begun_anew()
 def _publish(source: Source, target: Path, force: bool, notify: Callable[[str], None], write: Callable[[Staging], None]) -> None:
     """Have everything written beside the target, and put it in its place when it is whole."""
     staging = Staging.open(target, notify)

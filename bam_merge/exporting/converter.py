@@ -30,6 +30,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEB
 WORDS = {
     "pre-tokenizer was not recognized": "llama.cpp's converter does not know this tokenizer: it has a list of those whose rules it has "
     "built in. A merge with the tokenizer of a model that llama.cpp runs (output of one source, without tokenizer: union) has one of them",
+    "No space left on device": "there is no room for the file that llama.cpp's converter writes. Free some space, or choose another FILE",
     "is not supported": "this converter does not know the architecture. Use a newer llama.cpp",
 }
 """What is meant by what the converter says."""

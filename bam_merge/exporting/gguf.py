@@ -1,6 +1,8 @@
 """`bam-merge export gguf OUT FILE`: a mixture as one file for llama.cpp, which its converter writes and we read back."""
 
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from bam_merge.exporting.converter import convert, find_converter, missing_packa
 from bam_merge.files import mode_of_new_files
 from bam_merge.planning.fill import engine_faults
 from bam_merge.system import name_new, sync
-from bam_merge.text import printable
+from bam_merge.text import human_bytes, printable
 from bam_merge.verifying.engines import engines
 
 ENGINE = "llama.cpp"
@@ -24,6 +26,9 @@ ENGINE = "llama.cpp"
 
 KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """What the converter calls the dtypes."""
+
+
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -70,13 +75,14 @@ def export_gguf(
         raise CheckpointError(*problems, *error.problems) from error
     layout = find_by_model_type(checkpoint.config.get("model_type"), checkpoint.config)
     facts = _facts(checkpoint, layout, problems)
+    wanted = _dtype(checkpoint) if dtype == "source" else dtype
+    problems += _lack_of_space(checkpoint, wanted, target)
     if problems or script is None or layout is None:
         raise CheckpointError(*problems)
     notes = _notes(layout)
     for note in notes:
         notify(note)
-    wanted = _dtype(checkpoint) if dtype == "source" else dtype
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bam-merge.") as scratch:
+    with _scratch(target) as scratch:
         made = Path(scratch) / "model.gguf"
         convert(script, checkpoint.path, made, KINDS[wanted])
         tensors, keys = compare(made, checkpoint, layout, facts, wanted)
@@ -90,9 +96,33 @@ def _target_problems(target: Path, force: bool) -> list[str]:
         return [f"{shown}: there is no folder {printable(str(target.parent))}."]
     if target.is_dir():
         return [f"{shown}: is a folder, expected the name of a file."]
+    if target.exists() and not target.is_file():
+        return [f"{shown}: is a device, pipe or socket, which no file takes the place of. Name a file."]
     if target.exists() and not force:
         return [f"{shown}: exists. Choose another name, or replace it with --force."]
     return []
+
+
+def _lack_of_space(checkpoint: Checkpoint, dtype: str, target: Path) -> list[str]:
+    """That the file system has no room for the tensors, which are most of the file."""
+    if not target.parent.is_dir():
+        return []
+    nbytes = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()) * WIDTHS[dtype]
+    free = shutil.disk_usage(target.parent).free
+    if nbytes <= free:
+        return []
+    where = printable(str(target.parent))
+    return [f"{where}: {human_bytes(free)} free, the file takes {human_bytes(nbytes)}. Free some space, or choose another FILE or --dtype."]
+
+
+def _scratch(target: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A folder beside the file. Raises OutputError."""
+    try:
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=".bam-merge.")
+    except OSError as error:
+        raise OutputError(
+            f"{printable(str(target.parent))}: {error.strerror}, so no file can be made there. Choose another FILE."
+        ) from error
 
 
 def _facts(checkpoint: Checkpoint, layout: Architecture | None, problems: list[str]) -> dict[str, Any]:

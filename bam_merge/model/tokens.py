@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from bam_merge.checkpoints.folder import check_folder
 from bam_merge.errors import CheckpointError
 from bam_merge.text import printable
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizers.Tokenizer. Raises CheckpointError when the file, or the package that reads it, is missing or unusable."""
+    """The folder's tokenizers.Tokenizer. Raises CheckpointError when folder, file, or the package that reads it, is missing or unusable."""
+    check_folder(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{printable(str(folder))}: no tokenizer.json, so a text cannot be read. Copy one there.")

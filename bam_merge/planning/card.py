@@ -58,7 +58,7 @@ FROM_TEXTS = "The routers were made of texts, so that the mixture can be used as
 @dataclass(frozen=True)
 class Beside:
     """What a card says beside its plan: the `licenses` that folders of the plan state, whether the tokenizer has a chat template, the
-    version that made the result, and the one that `renewed` card and code, if another did."""
+    version that made the result, and the one that `renewed` card and code, which is said where it is another."""
 
     licenses: Mapping[str, License] = field(default_factory=dict)
     chat: bool = False
@@ -82,7 +82,8 @@ def model_card(plan: Plan, beside: Beside | None = None) -> str:
     recipe, config, beside = plan.recipe, plan.config, beside or Beside()
     names = list(dict.fromkeys(recipe.expert_names))
     seed = plan.models[recipe.seed_name]
-    renewed = f", card{' and model code' * ('auto_map' in config)} by {beside.renewed}" if beside.renewed else ""
+    other = beside.renewed not in (None, beside.version)
+    renewed = f", card{' and model code' * ('auto_map' in config)} by {beside.renewed}" if other else ""
     lines = [
         "---",
         _yaml(_front_matter(plan, beside)).rstrip("\n"),

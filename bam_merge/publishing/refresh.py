@@ -20,7 +20,7 @@ from bam_merge.checkpoints.folder import CONFIG, read_small_file
 from bam_merge.checkpoints.provenance import MANIFEST, REFRESHED, SEAL, read_manifest, refreshed, sealed
 from bam_merge.documents import load_json
 from bam_merge.errors import BamMergeError, DurabilityUncertain, OutputError, VerificationFailed
-from bam_merge.files import write_file, writing
+from bam_merge.files import begun_anew, write_file, writing
 from bam_merge.paths import located
 from bam_merge.planning.card import TEMPLATES_APART, Beside, has_chat_template, model_card
 from bam_merge.planning.make import make_plan
@@ -145,8 +145,7 @@ def _card(target: Path, manifest: Mapping[str, Any], given: Plan | None) -> tupl
     stated = {name: License.of_entries(record) for name, record in manifest["sources"].items()}
     licenses = {**source_licenses(plan.recipe), **{name: license_ for name, license_ in stated.items() if license_ is not None}}
     beside = {name: read_small_file(target / name) for name in {*TEMPLATES_APART, "tokenizer_config.json"} & manifest["files"].keys()}
-    again = __version__ if manifest["version"] != __version__ else None
-    about = Beside(licenses, has_chat_template(beside), str(manifest["version"]), again)
+    about = Beside(licenses, has_chat_template(beside), str(manifest["version"]), __version__)
     return model_card(replace(plan, recipe=_as_recorded(recorded, plan)), about), licenses
 
 
@@ -166,6 +165,7 @@ def _check_same(plan: Plan, manifest: Mapping[str, Any]) -> None:
 # ---- in its place --------------------------------------------------------------------------------------------------------------
 
 
+@begun_anew()
 def _replace(target: Path, new: Mapping[str, bytes], manifest: Mapping[str, Any], notify: Callable[[str], None]) -> None:
     """A folder of the old files and the new ones takes the place of the old one, in one step."""
     staging = Staging.open(target, notify)

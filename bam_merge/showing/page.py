@@ -43,6 +43,8 @@ def check_free(path: Path, force: bool) -> None:
         raise OutputError(f"--html {printable(str(path))}: there is no folder {printable(str(path.parent))}.")
     if path.is_dir():
         raise OutputError(f"--html {printable(str(path))}: is a folder, expected a file.")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"--html {printable(str(path))}: is a device, pipe or socket, which no file takes the place of. Name a file.")
     if path.exists() and not force:
         raise OutputError(f"--html {printable(str(path))}: exists. Choose another name, or replace it with --force.")
 

@@ -235,7 +235,27 @@ def test_a_template_that_refuses_is_words_and_none_gets_out(text: str, words: st
         Template(text).render([{"role": "user", "content": "a"}])
 
 
+def test_the_way_out_of_a_template_that_refuses_is_one_that_there_is() -> None:
+    refusing, asked = Template("{{ raise_exception('no') }}"), {"role": "user", "content": "a"}
+    with pytest.raises(CheckpointError, match=r"conversation: no\. Use --plain\."):
+        refusing.render([asked])
+    with pytest.raises(CheckpointError, match=r"conversation: no\. Leave --system out, or use --plain\."):
+        refusing.render([{"role": "system", "content": "b"}, asked])
+
+
 # ---- what is missing, in words
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("nowhere", "nowhere: no such folder."),
+    ("recipe.yaml", "recipe.yaml: not a folder. It is a YAML file."),
+    ("empty", "empty: no tokenizer.json, so a text cannot be read."),
+])  # fmt: skip
+def test_no_folder_to_talk_with(name: str, words: str, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "recipe.yaml").write_text("method: bam\n")
+    result = say(run, monkeypatch, "abcd\n", tmp_path / name)
+    assert (result.status, words in result.err) == (2, True), result.err
 
 
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:

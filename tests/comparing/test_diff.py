@@ -348,3 +348,10 @@ def test_the_page_of_a_comparison_marks_what_is_no_number(pair: tuple[Path, Path
     text = page.read_text()
     assert 'class="odd"' in text and "NaN or infinity" in text and "NaN: 0 in A, 1 in B" in text
     json.loads(run("diff", *pair, "--json").out, parse_constant=lambda word: pytest.fail(word))
+
+
+def test_a_page_takes_the_place_of_no_pipe(pair: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = run("diff", *pair, "--html", tmp_path / "pipe", "--force")
+    assert (done.status, "pipe: is a device, pipe or socket, which no file takes the place of. Name a file." in done.err) == (2, True)
+    assert (tmp_path / "pipe").is_fifo()

@@ -47,10 +47,20 @@ CASES = {
     "norms after the rotation": ("hunyuan_v1_dense", "bam", ""),
     "queries that grow": ("ministral3", "bam", ""),
     "one key and value head": ("falcon", "btx", ""),
+    "layers of a state": ("qwen3_5_text", "bam", TOP_2),
+    "layers of a state, BTX": ("qwen3_5_text_biased", "btx", ""),
+    "sizes of two kinds of layers": ("gemma4_text", "bam", TOP_2),
+    "keys that are values too": ("gemma4_text_keys", "bam", ""),
 }
 """Family, method and sections of the recipe of each kind of model."""
 
-MORE = {"gpt_neox": {"rotary_pct": 0.5}}
+CASES |= {f"as it comes, {name}": (name, "bam", "") for name in CONFIGS if (name, "bam", "") not in CASES.values()}
+
+MORE = {
+    **{name: {"rotary_pct": 0.5} for name in ("gpt_neox", "gpt_neox_sequential")},
+    **{name: {"global_head_dim": 16} for name in ("gemma4_text", "gemma4_text_keys", "gemma4_unified_text")},
+    **{name: {"partial_rotary_factor": 0.5} for name in ("phi_tied", "stablelm", "stablelm_qk_norm", "stablelm_parallel")},
+}
 """Keys of a family's config: of a single rotary pair the tests cannot ask for dynamic scaling, which divides by nothing then."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, write_recipe, write_sources
 from safetensors.torch import load_file
 from test_exported import KINDS, load
 from test_model import build, distance, ids, write_three
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bam_merge.exported.configuration_bam import BamConfig
 from bam_merge.exported.modeling_bam import BamAttention, BamAttentionExperts, BamDecoderLayer, BamForCausalLM, BamModel
+from bam_merge.planning.make import plan_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -193,6 +194,47 @@ def test_what_vllm_would_compute_otherwise_is_refused(
         BamModel(config)
     config._attn_implementation = "eager"
     BamModel(config)
+
+
+ALIKE = {"sliding_window": 8, "hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 8, "hidden_activation": "silu"}
+"""What leaves gemma4_text nothing of its own but its rotary embedding."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plan_says_what_the_model_code_refuses(name: str, tmp_path: Path) -> None:
+    agreed(CONFIGS[name], tmp_path)
+
+
+@pytest.mark.parametrize(("rope", "served"), [
+    ({"rope_type": "linear", "factor": 2.0}, True),
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, True),
+    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}, True),
+    ({"rope_type": "dynamic", "factor": 2.0}, False),
+    ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}, False),
+    ({"rope_type": "proportional", "partial_rotary_factor": 0.5}, True),
+], ids=lambda value: value["rope_type"] if isinstance(value, dict) else "")  # fmt: skip
+def test_and_so_it_does_of_rotary_scaling(rope: dict[str, Any], served: bool, tmp_path: Path) -> None:
+    rope = {"rope_theta": 1e4, **rope}
+    own = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": rope}
+    family = {**CONFIGS["gemma4_text"], **ALIKE, "rope_parameters": own}
+    assert agreed(family if rope["rope_type"] == "proportional" else {**CONFIGS["llama"], "rope_parameters": rope}, tmp_path) == served
+
+
+def agreed(sources: dict[str, Any], folder: Path) -> bool:
+    """Whether a merge of such sources is served by vLLM, as its plan and the model code both say."""
+    write_sources(folder, sources)
+    plan = plan_file(write_recipe(folder))
+    (verdict,) = [found for found in plan.serves if found.word == "vllm"]
+    config = BamConfig(**plan.config)
+    config._attn_implementation = "vllm"
+    try:
+        BamModel(config)
+    except ValueError as error:
+        assert "vLLM would not compute this model as transformers does" in str(error)
+        assert not verdict.serves, (verdict, error)
+        return False
+    assert verdict.serves, verdict
+    return True
 
 
 def test_layers_that_vllm_has_not_are_refused(llamas: Path) -> None:

@@ -1,8 +1,11 @@
 """`bam-merge export gguf`: a converter's file is read back, every fault in it is found, and what llama.cpp would not compute is refused."""
 
+import errno
 import json
+import os
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from vocabularies import SETTINGS, put, tokenizer_json
 from bam_merge import load_recipe, merge
 from bam_merge.errors import BamMergeError
 from bam_merge.exporting import converter as converters
+from bam_merge.exporting import gguf as exporting
 from bam_merge.exporting.gguf import export_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -143,6 +147,36 @@ def test_all_that_is_wrong_is_said_together(tmp_path: Path, run: Any, monkeypatc
 def test_places_where_no_file_can_be(file: str, said: str, tmp_path: Path, run: Any) -> None:
     done = run("export", "gguf", mixture(tmp_path), tmp_path / file, "--converter", CONVERTER)
     assert done.status == 2 and said in done.err
+
+
+def test_force_replaces_no_pipe(tmp_path: Path, run: Any) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    done = run("export", "gguf", mixture(tmp_path), tmp_path / "m.gguf", "--converter", CONVERTER, "--force")
+    assert done.status == 2 and "m.gguf: is a device, pipe or socket, which no file takes the place of" in done.err
+    assert (tmp_path / "m.gguf").is_fifo()
+
+
+def test_no_room(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is written; and of a disk that others fill meanwhile, in words and not in the converter's alone."""
+    folder, file = mixture(tmp_path), tmp_path / "m.gguf"
+    monkeypatch.setenv("FAULT", "says OSError: [Errno 28] No space left on device")
+    done = run("export", "gguf", folder, file, "--converter", CONVERTER)
+    assert done.status == 2 and "there is no room for the file that llama.cpp's converter writes. Free some space" in done.err
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000))
+    done = run("export", "gguf", folder, file, "--converter", CONVERTER)
+    assert done.status == 2 and f"{tmp_path}: 10 kB free, the file takes " in done.err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".bam-merge", "m.gguf"))]
+
+
+def test_a_folder_that_takes_no_file(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**place: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some name")
+
+    monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", refuse)
+    done = run("export", "gguf", mixture(tmp_path), tmp_path / "m.gguf", "--converter", CONVERTER)
+    assert (done.status, done.err) == (
+        2, f"error: {tmp_path}: Read-only file system, so no file can be made there. Choose another FILE.\n"
+    )  # fmt: skip
 
 
 def test_force_replaces_the_file(tmp_path: Path, run: Any) -> None:

@@ -15,6 +15,7 @@ from conftest import CONFIGS, write_recipe, write_sources
 from bam_merge import MergeOptions, OutputError, VerificationFailed, VerifyError, load_recipe, merge, refresh, verify
 from bam_merge._version import __version__
 from bam_merge.checkpoints.provenance import MANIFEST, SEAL, read_manifest, sealed
+from bam_merge.files import writing
 
 QUICK = MergeOptions(verify="none")
 
@@ -75,6 +76,16 @@ def test_a_second_time_nothing_is_to_do(out: Path, run: Any) -> None:
     before = files(out)
     assert "code and card are as this version writes them" in run("refresh", out).out
     assert files(out) == before
+
+
+def test_of_another_state_of_the_same_version(out: Path, run: Any) -> None:
+    """Between two releases the number stays and the code does not: what is renewed is as this version writes it, with nothing said of another."""
+    aged(out, __version__)
+    assert {check.name for check in verify(out).failures} == {"code", "card"}
+    assert run("refresh", out).out == f"{out}: README.md, modeling_bam.py renewed\n"
+    assert verify(out).ok
+    assert f"Made by bam-merge {__version__} from llama models" in (out / "README.md").read_text()
+    assert refresh(out) == ()
 
 
 def test_a_new_folder_is_as_it_should_be(llamas: Path) -> None:
@@ -335,3 +346,21 @@ def test_a_plan_by_headers_alone_is_made_again_of_folders(out: Path, monkeypatch
     monkeypatch.setattr("bam_merge.publishing.refresh.at_hand", brought)
     assert refresh(out, plan) == ("README.md", "modeling_bam.py")
     assert asked == [plan.recipe]
+
+
+def test_a_full_disk_is_words_with_a_way_out_that_there_is(out: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """refresh has no --resume: it begins anew."""
+    import bam_merge.publishing.refresh as module
+
+    before = files(out)
+
+    def full(path: Path, data: bytes, folder: int) -> None:
+        with writing(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_file", full)
+    result = run("refresh", out)
+    assert result.status == 2
+    assert result.err.endswith("No space left on device. Free some space, then run again.\n")
+    assert files(out) == before
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []

@@ -59,8 +59,10 @@ def llama_python() -> Path:
 
 @pytest.fixture(scope="session")
 def converter() -> Path:
-    """llama.cpp's converter, or the folder that has it."""
+    """llama.cpp's converter, or the folder that has it: what the variable names, or what `make test-serving` unpacked."""
     named = os.environ.get("BAM_MERGE_CONVERTER")
-    if named is None:
-        pytest.skip("BAM_MERGE_CONVERTER names no converter of llama.cpp: `make test-serving` does")
-    return Path(named)
+    found = Path(named).resolve() if named else ROOT / ".venv-serving-llama" / "source"
+    if not found.exists():
+        assert named is None, f"BAM_MERGE_CONVERTER: {found} does not exist"
+        pytest.skip("BAM_MERGE_CONVERTER names no converter of llama.cpp: `make test-serving` unpacks one where its packages install")
+    return found

@@ -127,6 +127,7 @@ ROWS: dict[str, Row] = {
     "bam of smollm3": Row("smollm3", "bam", MIXED_KV, {"no_rope_layer_interval": 2}, "bam"),
     "bam of gemma2, silu": Row("gemma2", "bam", MIXED_KV, {"hidden_activation": "silu", "head_dim": 64, "query_pre_attn_scalar": 64, **WINDOW}, "bam"),
     "bam of gemma2": Row("gemma2", "bam", MIXED_KV, {"head_dim": 64, "query_pre_attn_scalar": 64, **WINDOW}, "bam"),
+    "bam of gemma4, silu, heads alike": Row("gemma4_text", "bam", MIXED_KV, {**FULL_AND_SLIDING, "global_head_dim": 32, "hidden_activation": "silu"}, "bam"),
     "bam, gelu": Row("llama", "bam", EXPERT_KV, GELU, "bam"),
     "bam, biases of the FFN": Row("llama", "bam", EXPERT_KV, {"mlp_bias": True}, "bam"),
     "bam of gpt_neox": Row("gpt_neox", "bam", EXPERT_KV, {"num_key_value_heads": 4}, "bam"),

@@ -55,10 +55,11 @@ def test_what_it_would_compute_otherwise_is_refused(name: str, made: Mapping[str
     assert REFUSED[name] in line["failed"]
 
 
+@pytest.mark.parametrize("name", ["bam of olmo2"])
 def test_heads_that_cannot_be_cut_are_refused(
-    made: Mapping[str, Made], vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, made: Mapping[str, Made], vllm_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_MORE", json.dumps(WAYS["two processes, each a part of every layer"]))
-    item = made["bam of olmo2"]
+    item = made[name]
     run_engine(vllm_python, "in_vllm.py", [[str(item.folder), item.reference.ids, TOKENS, True]], tmp_path)
     assert "norms of queries and keys for 'all heads' cannot be cut (tensor_parallel_size = 2)" in (tmp_path / "in_vllm.py.log").read_text()

@@ -54,7 +54,6 @@ def test_vllm_serves_as_shown(name: str, made: Mapping[str, Made], vllm_python: 
             "model": "m",
             "prompt": ids,
             "max_tokens": TOKENS,
-            "min_tokens": TOKENS,
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
