@@ -1,6 +1,6 @@
 """Does the head start of routers made of text last? Phase 3 from ridge routers against random ones, on the models of run.py.
 
-    python benchmarks/paper/head_start.py [--work DIR] [--smoke] [--results FILE] [--docs DIR] [--workers N] [--report]
+    python benchmarks/paper/head_start.py [--config FILE] [--work DIR] [--smoke] [--results FILE] [--docs DIR] [--workers N] [--report]
 
 BTX, Expert-KV and Shared-KV, each with the paper's gates and with two renormalised ones, for every random seed with equal data, and the BAM
 settings with equal compute to BTX as well. What run.py has made in the same --work is not made again. Writes results (head_start.json) and
@@ -19,13 +19,13 @@ from typing import Any
 import report
 import yaml
 from results import collect, geometric
-from run import all_stages, has_gpu
+from run import all_stages, default_config
 from settings import COMPUTE, chosen, load_config, overlaid
 from stages import make_all
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import machine  # noqa: E402
+from common import gpu, machine  # noqa: E402
 
 RIDGE = report.ROUTERS_OF_TEXT
 
@@ -44,7 +44,7 @@ def make(config: dict[str, Any], work: Path, workers: int | None = None) -> dict
 
 def results_of(config: dict[str, Any], work: Path) -> dict[str, Any]:
     """What is finished, without the settings that other configurations have."""
-    found = collect(config, work, {**machine(), "gpu": has_gpu()})
+    found = collect(config, work, {**machine(), "gpu": gpu()})
     return {**found, "recipes": {name: setting["recipe"] for name, setting in chosen(config).items()}}
 
 
@@ -92,6 +92,7 @@ def smoke() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: gpu.yaml where torch has a GPU, else config.yaml")
     parser.add_argument("--work", type=Path, default=HERE / "work", metavar="DIR", help="where stages are kept (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=HERE / "head_start.json", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs", metavar="DIR", help="where paper.md and its plots go")
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.smoke:
         print(f"head_start --smoke: {smoke()}", file=sys.stderr)
         return
-    config = head_start_config(HERE / ("gpu.yaml" if has_gpu() else "config.yaml"))
+    config = head_start_config(options.config or default_config())
     work = options.work.resolve()
     results = results_of(config, work) if options.report else make(config, work, options.workers)
     write(results, options.results)
