@@ -34,8 +34,9 @@ def methods_config(base: Path) -> dict[str, Any]:
 
 def measure(config: dict[str, Any], work: Path, results: Path, workers: int | None, only: Sequence[str], train: bool) -> dict[str, Any]:
     """Make what is not made yet, and write what is finished to `results`."""
+    config["workers"] = workers or config["workers"]
     if train:
-        make_all(run.all_stages(config, only), work, workers or config["workers"], config["threads"])
+        make_all(run.all_stages(config, only), work, config["workers"], config["threads"])
     found = collect(config, work, {**run.machine(), "gpu": run.gpu()})
     found["recipes"] = {name: recipe for name, recipe in found["recipes"].items() if name in chosen(config)}
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = list(chosen(config))
     if unknown := set(options.only) - set(known):
         parser.error(f"--only: {', '.join(sorted(unknown))}: not among {'; '.join(known)}")
+    config["workers"] = options.workers or config["workers"]
     if not options.report:
-        make_all(all_stages(config, options.only), options.work, options.workers or config["workers"], config["threads"])
+        make_all(all_stages(config, options.only), options.work, config["workers"], config["threads"])
     if options.only:
         for stage in (graph.measured[name] for graph in graphs(config) for name in options.only):
             print(f"{stage.name}: {stage.read(options.work, 'measured.json')['perplexity']}")
