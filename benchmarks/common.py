@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bam_merge import __version__
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 """Environment in which no library looks anything up on the network, which would be timed with the rest."""
 
@@ -67,8 +69,15 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": version("torch"),
-        "bam_merge": version("bam-merge"),
+        "bam_merge": __version__,
     }
+
+
+def gpu() -> str | None:
+    """What torch calls the GPU; None where it has none."""
+    import torch  # most of the benchmarks leave it to the processes that they measure
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:
@@ -76,6 +85,7 @@ def machine_line(facts: Mapping[str, Any]) -> str:
     return (
         f"{facts['cores']} cores, {facts['memory_gib']} GiB, {facts['system']}, "
         f"Python {facts['python']}, torch {facts['torch']}, bam-merge {facts['bam_merge']}"
+        + (f", {facts['gpu']}" if facts.get("gpu") else "")
     )
 
 

@@ -1,6 +1,6 @@
 """How fast the exported model runs: BAM against BTX and a dense model, and each against a loop over the experts.
 
-    python benchmarks/forward.py [--scale S] [--pairs N] [--dtypes bfloat16,float32] [--vllm PYTHON] [--json FILE]
+    python benchmarks/forward.py [--scale S] [--pairs N] [--dtypes bfloat16,float32] [--vllm PYTHON] [--device cuda] [--json FILE]
 
 Work: the paper's 590M architecture (arXiv 2408.08274, Table 9: d 1024, 6 parallel blocks, 8 heads, FFN 2048, vocabulary 256,000,
 untied, 4 experts; random weights) at --scale 1; a smaller scale takes that share of the layers and of the vocabulary. Batch 1, a
@@ -18,7 +18,7 @@ At --scale 1 the parameters of every model that runs are counted, and must be th
 
 Every measurement is a process of its own, which loads the model, runs each call once untimed and twice timed; the smaller
 time counts, and the processes take turns as in merge.py. Ratios are taken within a round; shown are medians, smallest and
-largest. Peak memory includes loading.
+largest. Peak memory includes loading; of a GPU it is the most that was taken of its own.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import bam_merge, machine, machine_line, markdown_table, run, write_recipe
+from common import bam_merge, gpu, machine, machine_line, markdown_table, run, write_recipe
 from paired import spread
 from workload import write_models
 
@@ -91,7 +91,7 @@ Rows = dict[tuple[str, str], Row]
 """By model and implementation."""
 
 
-def measure(folders: Mapping[str, Path], dtype: str, rounds: int, vllm: Path | None = None) -> Rows:
+def measure(folders: Mapping[str, Path], dtype: str, rounds: int, vllm: Path | None = None, device: str = "cpu") -> Rows:
     """Every model by every implementation, in turn, `rounds` times, each round starting with another. `vllm`: the Python that has it."""
     rows: Rows = {(name, kind): Row() for kind in KINDS if kind != "vllm" or vllm for name in folders}
     keys = list(rows)
@@ -100,14 +100,14 @@ def measure(folders: Mapping[str, Path], dtype: str, rounds: int, vllm: Path | N
         first = index % len(keys)
         for name, kind in [*keys[first:], *keys[:first]]:
             python = vllm if kind == "vllm" and vllm else sys.executable
-            done = run([python, script, folders[name], kind, dtype, str(PROMPT), str(NEW), str(REPEATS)])
+            done = run([python, script, folders[name], kind, dtype, str(PROMPT), str(NEW), str(REPEATS), device])
             (line,) = [text for text in done.output.splitlines() if text.startswith('{"')][-1:]
             result, row = json.loads(line), rows[name, kind]
             for what in ("generate", "prompt", "forward"):
                 getattr(row, what).extend([min(result[what])] if what in result else [])
-            row.peak_bytes.append(done.peak_bytes)
+            row.peak_bytes.append(result.get("device_bytes", done.peak_bytes))
             row.cache_bytes, row.parameters = result.get("cache_bytes", 0), result.get("parameters", 0)
-            print(f"  {dtype} {name}, {kind}: generate {row.generate[-1]:.2f} s, prompt {row.prompt[-1]:.2f} s", file=sys.stderr)
+            print(f"  {dtype} {name}, {kind}: generate {row.generate[-1]:.3f} s, prompt {row.prompt[-1]:.3f} s", file=sys.stderr)
     return rows
 
 
@@ -128,7 +128,8 @@ def table(title: str, rows: Rows) -> str:
     for name in dict.fromkeys(name for name, _ in rows):
         row, loop = rows[name, "exported"], rows[name, "loop"]
         lines.append([
-            name, f"{row.parameters:,}", spread(row.generate), ratios(row.generate, dense.generate), ratios(row.generate, anchor.generate),
+            name, f"{row.parameters:,}", spread(row.generate, 3), ratios(row.generate, dense.generate),
+            ratios(row.generate, anchor.generate),
             f"{PAPER[name]:.2f}" if name in PAPER else "", ratios(row.prompt, anchor.prompt), ratios(further(row), further(anchor)),
             ratios(row.forward, anchor.forward),
             f"{row.cache_bytes / 1e6:.1f}", f"{median(row.peak_bytes) / 1e6:,.0f}",
@@ -149,7 +150,7 @@ def table_vllm(title: str, rows: Rows) -> str:
     for name in dict.fromkeys(name for name, _ in rows):
         row, exported = rows[name, "vllm"], rows[name, "exported"]
         lines.append([
-            name, spread(row.generate), ratios(row.generate, dense.generate), ratios(row.generate, anchor.generate),
+            name, spread(row.generate, 3), ratios(row.generate, dense.generate), ratios(row.generate, anchor.generate),
             f"{PAPER[name]:.2f}" if name in PAPER else "", ratios(row.prompt, anchor.prompt), ratios(further(row), further(anchor)),
             f"{median(row.peak_bytes) / 1e6:,.0f}", ratios(row.generate, exported.generate),
         ])  # fmt: skip
@@ -170,6 +171,7 @@ def arguments() -> argparse.Namespace:
         "--work", type=Path, metavar="DIR", help="scratch space (6 GB at scale 1) in a folder of its own in DIR; default: here"
     )
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="the Python of an environment that has vLLM, to measure there as well")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="what transformers and the loop compute on (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as well")
     options = parser.parse_args()
     options.dtypes = options.dtypes.split(",")
@@ -183,12 +185,14 @@ def arguments() -> argparse.Namespace:
 def measure_all(options: argparse.Namespace, work: Path) -> None:
     """One table per dtype; written to --json as they are done."""
     facts, config = machine(), cohere(options.scale)
+    if options.device != "cpu":
+        facts["gpu"] = gpu()
     print(f"{machine_line(facts)}, load {os.getloadavg()[0]:.1f}")
     print(f"{config['num_hidden_layers']} layers, vocabulary {config['vocab_size']:,}. {options.pairs} rounds.", flush=True)
     folders = models(work, options.scale)
     results: dict[str, Any] = {"machine": facts, "scale": options.scale, "pairs": options.pairs, "dtypes": {}}
     for dtype in options.dtypes:
-        rows = measure(folders, dtype, options.pairs, options.vllm)
+        rows = measure(folders, dtype, options.pairs, options.vllm, options.device)
         counted = {name: row.parameters for (name, kind), row in rows.items() if kind != "vllm"}
         if options.scale == 1 and (wrong := {name: count for name, count in counted.items() if count != TOTALS[name]}):
             raise SystemExit(f"parameters not as in the paper's Table 9: {wrong}")

@@ -1,6 +1,6 @@
 """Routers made of text on SmolLM2 and its branches: what a mixture is worth before any training. First `make example`.
 
-    python benchmarks/routers.py [--checkpoints DIR] [--work DIR] [--draws 3] [--tokens 255,1530,8192,20000] [--only CASES] [--quick]
+    python benchmarks/routers.py [--checkpoints DIR] [--work DIR] [--draws 3] [--tokens LIST] [--only CASES] [--further] [--quick]
 
 For Expert-KV and BTX: held-out perplexity of 2,048 tokens a domain, means and spread over draws of text, beside each domain's own model,
 the average, random routers, and the mixture with its gates forced. Then harder cases: two programming languages, two kinds of law, eight
@@ -45,7 +45,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "Expert-KV, the paper's gates": {"method": "bam", "ffn": {"top_k": 1, "gate": "softmax_then_topk"}},
     "Expert-KV, norms and embeddings on the seed": {**METHODS["Expert-KV"], **ON_SEED},
 }
-"""Measured with the bars' tokens alone."""
+"""By --further, with the bars' tokens alone."""
 BAR_TOKENS = 8192
 CHARACTERS = 12
 """For each token of a draw: more than any of these texts has."""
@@ -148,7 +148,7 @@ def main_table(trial: Trial) -> tuple[list[list[str]], bool]:
             row(f"{method}, ridge, {tokens:,} tokens", draws)
             if tokens == BAR_TOKENS:
                 kept &= bars(method, draws, dense)
-    if BAR_TOKENS in options.tokens:
+    if options.further and BAR_TOKENS in options.tokens:
         for name, setting in FURTHER.items():
             draws = [trial.measured(trial.recipe(setting, BASE, trial.ridge(BASE, BAR_TOKENS, draw))) for draw in range(options.draws)]
             row(f"{name}, ridge, {BAR_TOKENS:,} tokens", draws)
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps of further branches (default: %(default)s)")
     parser.add_argument("--only", default=",".join(["table", *CASES]), metavar="CASES", help="of: table, " + ", ".join(CASES))
     parser.add_argument("--device", default="cpu", metavar="NAME", help="what is computed on (default: %(default)s)")
+    parser.add_argument("--further", action="store_true", help="the table also has: " + "; ".join(FURTHER))
     parser.add_argument("--quick", action="store_true", help="512 held-out tokens, one draw, 8,192 tokens; the table alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables there too")
     options = parser.parse_args()

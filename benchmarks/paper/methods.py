@@ -1,6 +1,6 @@
 """Which make for shared tensors pays in the end, and whether experts that start apart do: trainings on equal data, for docs/paper.md.
 
-    python benchmarks/paper/methods.py [--work DIR] [--results FILE] [--docs DIR] [--workers N] [--only SETTING ...] [--report]
+    python benchmarks/paper/methods.py [--config FILE] [--work DIR] [--results FILE] [--workers N] [--only SETTING ...] [--report]
     python benchmarks/paper/methods.py --smoke
 
 The settings are methods.yaml's; stages are kept as run.py keeps them, in the same --work, so that what both need is made once and a run
@@ -20,24 +20,24 @@ from typing import Any
 
 import report
 import run
+import yaml
 from results import collect
 from settings import chosen, load_config, overlaid
 from stages import make_all
 
-CONFIG = run.HERE / "methods.yaml"
 
-
-def smoke_config() -> dict[str, Any]:
-    """methods.yaml's settings, and smoke.yaml's sizes."""
-    config, small = load_config(CONFIG), load_config(run.HERE / "smoke.yaml")
-    return overlaid(config, {key: value for key, value in small.items() if key not in ("settings", "only", "first")})
+def methods_config(base: Path) -> dict[str, Any]:
+    """methods.yaml's settings in the sizes of another configuration."""
+    own: dict[str, Any] = yaml.safe_load((run.HERE / "methods.yaml").read_text())
+    return overlaid(load_config(base), own)
 
 
 def measure(config: dict[str, Any], work: Path, results: Path, workers: int | None, only: Sequence[str], train: bool) -> dict[str, Any]:
     """Make what is not made yet, and write what is finished to `results`."""
+    config["workers"] = workers or config["workers"]
     if train:
-        make_all(run.all_stages(config, only), work, workers or config["workers"], config["threads"])
-    found = collect(config, work, {**run.machine(), "gpu": run.has_gpu()})
+        make_all(run.all_stages(config, only), work, config["workers"], config["threads"])
+    found = collect(config, work, {**run.machine(), "gpu": run.gpu()})
     found["recipes"] = {name: recipe for name, recipe in found["recipes"].items() if name in chosen(config)}
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n")
@@ -63,7 +63,7 @@ def check(config: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def smoke(only: Sequence[str]) -> None:
-    started, config = time.monotonic(), smoke_config()
+    started, config = time.monotonic(), methods_config(run.HERE / "smoke.yaml")
     if only:
         config["only"] = list(only)
     with tempfile.TemporaryDirectory(prefix="bam-merge-methods-") as scratch:
@@ -76,6 +76,7 @@ def smoke(only: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: gpu.yaml where torch has a GPU, else config.yaml")
     parser.add_argument("--work", type=Path, default=run.HERE / "work", metavar="DIR", help="where stages are kept (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=report.METHODS, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=run.HERE.parents[1] / "docs", metavar="DIR", help="where paper.md goes")
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="results and page of what is finished; train nothing")
     parser.add_argument("--smoke", action="store_true", help="every setting at a tiny size, with assertions; leaves nothing behind")
     options = parser.parse_args(arguments)
-    config = load_config(CONFIG)
+    config = methods_config(options.config or run.default_config())
     if unknown := set(options.only) - set(chosen(config)):
         parser.error(f"--only: {', '.join(sorted(unknown))}: not among {'; '.join(chosen(config))}")
     if options.smoke:

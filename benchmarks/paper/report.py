@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import machine_line, markdown_table  # noqa: E402
 
 METHODS = HERE / "methods.json"
+ON_A_GPU = HERE / "results_gpu.json"
 
 EXPERT_KV, SHARED_KV, BTX1, BTX2 = "BAM Expert-KV", "BAM Shared-KV", "BTX top-1", "BTX top-2"
 ROUTERS_OF_TEXT = ", ridge"
@@ -191,21 +192,35 @@ def table_experts(results: Results) -> str:
     return markdown_table(["", "router", "text", *(f"expert {name}" for name in experts), "entropy / log N"], rows, left=(0, 1, 2))
 
 
-def table_routers(results: Results | None) -> str:
-    """Phase 3 from routers drawn at random and from routers made of text, side by side: as merged, halfway, at the end, and by how much."""
+def table_routers(results: Results | None, compared: bool = True) -> str:
+    """Phase 3 from routers drawn at random and made of text, side by side: as merged, halfway, at the end, by how much; BAM against BTX."""
     if results is None:
         return "Not measured yet: run that command."
     rows = []
     for name in [name for name in results["settings"] if ROUTERS_OF_TEXT in name]:
-        random = name.replace(ROUTERS_OF_TEXT, "")
+        random = from_random(name)
         starts, halves, finals = ([along(results, which, share) for which in (random, name)] for share in (0.0, 0.5, 1.0))
-        if not finals[1]:
+        if not all(finals):
             continue
         cells = [f"{spread(a)} -> {spread(b)}" for a, b in (starts, halves, finals)]
         gains = differences(results, name, random)
-        rows.append([title(results, name, random), *cells, spread(gains, 1) + " %" if gains else "", verdict(gains)])
+        rows.append(
+            [title(results, name, name.replace(ROUTERS_OF_TEXT, "")), *cells, spread(gains, 1) + " %" if gains else "", verdict(gains)]
+        )
     header = ["geometric means, random -> ridge", "as merged", "halfway", "at the end", "below by, at the end", "random seeds"]
-    return "\n\n".join([machine_line(results["machine"]) + ".", markdown_table(header, rows, left=(0, 5)), bam_or_btx(results)])
+    parts = [machine_line(results["machine"]) + ".", markdown_table(header, rows, left=(0, 5))]
+    return "\n\n".join([*parts, bam_or_btx(results)] if compared else parts)
+
+
+def scaled(results: Results) -> str:
+    """As table_routers, of the settings with a scale, which were trained where `results` were."""
+    found = read_scaled()
+    return table_routers(found and {**found, "settings": {**results["settings"], **found["settings"]}}, False)
+
+
+def from_random(name: str) -> str:
+    """The setting that differs from this one, of routers made of text, in its routers alone."""
+    return name.partition(ROUTERS_OF_TEXT)[0] + (COMPUTE if name.endswith(COMPUTE) else "")
 
 
 def along(results: Results, name: str, share: float) -> list[float]:
@@ -290,6 +305,20 @@ def table_methods(results: Results | None) -> str:
     return f"{machine_line(results['machine'])}.\n\n" + markdown_table(header, rows, left=(0, 1, 6))
 
 
+def table_gpu(results: Results | None) -> str:
+    """What was finished of gpu.yaml: the machine, the perplexities of Table 1, the claims that these decide."""
+    if results is None:
+        return "Not measured yet: run that command."
+    lines = table_1(results).splitlines()
+    measured = [line for line in lines if not any(line.startswith(f"| {name} ") for name in _unfinished(results))]
+    claims = [row for row in table_claims(results).splitlines() if "not measured" not in row]
+    return "\n\n".join([summary(results).partition("Not finished")[0].rstrip(), "\n".join(measured), "\n".join(claims)])
+
+
+def _unfinished(results: Results) -> list[str]:
+    return [name for name, runs in results["settings"].items() if not runs]
+
+
 def ratios(row: dict[str, Any], anchor: dict[str, Any], what: str) -> list[float]:
     """The ratios within each round."""
     return [one / other for one, other in zip(row[what], anchor[what], strict=True)]
@@ -336,6 +365,7 @@ def compute(results: Results) -> str:
 PARTS: dict[str, Callable[[Results], str]] = {
     "summary": summary, "data": table_data, "verified": table_verified, "table 1": table_1, "compute": compute, "table 4": table_4,
     "table 6": table_6, "start": table_start, "claims": table_claims, "experts": table_experts,
+    "scaled": scaled,
 }  # fmt: skip
 
 
@@ -345,6 +375,7 @@ def page(results: Results, forward: dict[str, Any] | None, methods: Results | No
     others = {
         "forward": lambda: table_forward(forward),
         "routers": lambda: table_routers(read_routers()),
+        "gpu": lambda: table_gpu(read_gpu()),
         "methods": lambda: table_methods(methods or read_methods()),
     }
     return re.sub(r"\{\{(.+?)\}\}", lambda found: others[found[1]]() if found[1] in others else PARTS[found[1]](results), text)
@@ -370,6 +401,16 @@ def read_forward() -> dict[str, Any] | None:
 def read_routers() -> Results | None:
     file = HERE / "head_start.json"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def read_scaled() -> Results | None:
+    file = HERE / "head_start_scale.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def read_gpu() -> Results | None:
+    found: Results | None = json.loads(ON_A_GPU.read_text()) if ON_A_GPU.exists() else None
+    return found
 
 
 def read_methods() -> Results | None:

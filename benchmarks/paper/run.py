@@ -20,13 +20,12 @@ from stages import Stage, make_all
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import machine  # noqa: E402
+from common import gpu, machine  # noqa: E402
 
 
-def has_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
+def default_config() -> Path:
+    """gpu.yaml where torch has a GPU, else config.yaml."""
+    return HERE / ("gpu.yaml" if gpu() else "config.yaml")
 
 
 def with_inputs(stages: Sequence[Stage]) -> list[Stage]:
@@ -46,7 +45,7 @@ def all_stages(config: dict[str, Any], only: Sequence[str]) -> list[Stage]:
 
 
 def write_report(config: dict[str, Any], options: argparse.Namespace) -> None:
-    results = collect(config, options.work, {**machine(), "gpu": has_gpu()})
+    results = collect(config, options.work, {**machine(), "gpu": gpu()})
     text = json.dumps(results, separators=(",", ":"))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(text.replace('},"', '},\n"').replace("}},", "}},\n") + "\n")
@@ -65,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="results and page of what is finished; train nothing")
     options = parser.parse_args(arguments)
     options.work = options.work.resolve()
-    config = load_config(options.config or HERE / ("gpu.yaml" if has_gpu() else "config.yaml"))
+    config = load_config(options.config or default_config())
     known = list(chosen(config))
     if unknown := set(options.only) - set(known):
         parser.error(f"--only: {', '.join(sorted(unknown))}: not among {'; '.join(known)}")
+    config["workers"] = options.workers or config["workers"]
     if not options.report:
-        make_all(all_stages(config, options.only), options.work, options.workers or config["workers"], config["threads"])
+        make_all(all_stages(config, options.only), options.work, config["workers"], config["threads"])
     if options.only:
         for stage in (graph.measured[name] for graph in graphs(config) for name in options.only):
             print(f"{stage.name}: {stage.read(options.work, 'measured.json')['perplexity']}")

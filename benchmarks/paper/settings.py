@@ -80,7 +80,7 @@ def graph(config: dict[str, Any], random_seed: int) -> Graph:
         inputs = {source: made.dense[source] for source in sources}
         parameters = {"recipe": recipe, "sources": sources, "window": window}
         if "texts" in setting:  # routers made of so many tokens of each source's domain
-            recipe["router"] = {"init": "ridge", "tokens": setting["texts"]}
+            recipe["router"] = {"init": "ridge", "tokens": setting["texts"], **setting.get("router", {})}
             parameters["texts"] = {source: config["domains"][list(made.dense).index(source)] for source in sources}
             inputs["data"] = made.data
         made.merged[name] = Stage(label(f"merge {name}"), "merged", parameters, inputs)
