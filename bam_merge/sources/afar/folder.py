@@ -131,7 +131,7 @@ def resolve(address: Address, adapter: bool = False) -> Elsewhere:
         files, folders = store.list()
         found = Elsewhere(address, store, files, folders, adapter)
     else:
-        names = [config, ADAPTER_WEIGHTS, CARD, *FILES] if adapter else [*SMALL_FILES, SINGLE]
+        names = [config, CONFIG, ADAPTER_WEIGHTS, CARD, *FILES] if adapter else [*SMALL_FILES, SINGLE, ADAPTER_CONFIG]
         files, hidden = _looked(store, names, config)
         found = Elsewhere(address, store, files, (), adapter, hidden)
     if config not in found.files:
