@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test fuzz check lint types docs dist lock example bench test-mergekit test-families test-ecosystem test-serving test-faults test-scale paper paper-methods paper-smoke clean
+.PHONY: help demo test fuzz check lint types docs dist lock example bench bench-scale test-mergekit test-families test-ecosystem test-serving test-faults test-scale test-ray paper paper-methods paper-smoke clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -48,7 +48,7 @@ lock: $(VENV)/ready        ## constraints.txt anew from pyproject.toml: what is 
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-emit-index-url \
 		--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade,) --output-file constraints.txt
 
-check: lint types docs dist paper-smoke test  ## all that CI runs
+check: lint types docs dist paper-smoke test test-ray  ## all that CI runs
 
 example: $(VENV)/ready     ## the walk-through: a pretrained seed, three branches, every recipe
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
@@ -58,6 +58,9 @@ bench: $(VENV)/ready       ## speed and memory against cp and mergekit-moe (tens
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/diff.py
+
+bench-scale: .venv-scale/ready ## what it costs to make a merge in parts and on Ray, against one process (tens of minutes, tens of GB)
+	.venv-scale/bin/python benchmarks/overhead.py
 
 paper: $(VENV)/ready       ## the paper's tables in miniature: docs/paper.md (over an hour; goes on where it was stopped)
 	$(BIN)/python benchmarks/paper/run.py
@@ -106,6 +109,9 @@ checkpoints/seed: $(VENV)/ready
 
 test-scale: .venv-scale/ready  ## parts on two Ray nodes of this machine, killed and resumed, in a venv of its own (minutes)
 	.venv-scale/bin/python -m pytest -m scale -rs tests/scale tests/docs/test_machines_page.py
+
+test-ray: .venv-scale/ready    ## of these what needs under two minutes in all
+	.venv-scale/bin/python -m pytest -m 'scale and sampled' -rs tests/scale
 
 .venv-scale/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-scale

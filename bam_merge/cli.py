@@ -329,14 +329,14 @@ def _execute_part(plan: "Plan", output: str | None, part: tuple[int, int], optio
     number, of = part
     mine = plan_of(plan, parts_of(plan, of)[number - 1])
     plan = _downloaded(plan, output, options)
-    with shown(mine, progress, f"{number}/{of}") as (advance, *_):
+    with shown(mine, progress, f"{number}/{of}") as (advance, _, verified):
         try:
-            made = make_part(plan, output, number, of, replace(options, notify=tell_note, progress=advance))
+            made = make_part(plan, output, number, of, replace(options, notify=tell_note, progress=advance, on_verify=verified))
         except KeyboardInterrupt:
             tell_note("what is finished is kept; run again to go on.")
             raise
     if made is not None:
-        print_result(part_text(made.part, len(made.digests), made.at_once, finish_command(plan, output)))
+        print_result(part_text(made.part, len(made.digests), made.at_once, made.proved, finish_command(plan, output)))
 
 
 def _divided(plan: "Plan", parts: int | None) -> "list[dict[str, Any]]":

@@ -251,6 +251,20 @@ def test_help_imports_nothing_that_starts_slowly() -> None:
     assert "Usage: bam-merge" in done.stdout and done.stdout.splitlines()[-1] == "set()"
 
 
+def test_copies_are_made_without_torch(llamas: Path) -> None:
+    """Its import takes longer than a small part does, and where something is computed it is to fall to one worker, while others copy."""
+    recipe = write_recipe(llamas, "shared: {make: copy, from: code}", "merge", output="{path: out, max_shard_size: 60kB}")
+    for arguments in (["--part", "1/2"], ["--output", str(llamas / "whole"), "--no-verify"]):
+        code = (
+            f"import sys; sys.argv = ['bam-merge', {str(recipe)!r}, *{arguments!r}]\n"
+            "from bam_merge.cli import main\n"
+            "main()\n"
+            "print({'torch'} & set(sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "set()", arguments
+
+
 def test_every_argument_of_a_command_has_a_type() -> None:
     """The functions behind the commands take what click gives them by name: no `**options`, and no Any."""
     for node in ast.parse((ROOT / "bam_merge" / "cli.py").read_text()).body:

@@ -3,8 +3,11 @@
 import os
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bam_merge.checkpoints.positional import beginning
 from bam_merge.errors import Busy, NotYet, OutputError, SyncFailed
@@ -25,9 +28,15 @@ from bam_merge.publishing.publish import check_proof, check_texts, complete, is_
 from bam_merge.publishing.staging import JOURNAL, OUTPUT, PARTS, staging_folder
 from bam_merge.text import count, printable
 
+if TYPE_CHECKING:  # with torch
+    from bam_merge.verifying.proof import Known
 
-def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions) -> Path:
+
+def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOptions, found: "Callable[[], Known] | None" = None) -> Path:
     """Publish the result of `plan` that parts have made the tensors of. Returns the folder.
+
+    What parts have proved of themselves is not proved again, as far as it holds of the bytes that are there; nor is what other processes
+    have `found`, which are asked in their place when all is written.
 
     Raises NotYet for parts that are not there or being written, OutputError for parts of another plan, version or number, or whose host
     saw other source files; all that is wrong with them together. Nothing is published then, and the parts stay.
@@ -56,7 +65,7 @@ def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpti
         of, finished = gathered(plan, staging, output, options)
         options.notify(f"{count(of, 'part')}: {count(len(finished), 'tensor')} are finished.")
         companions = companion_files(plan)
-        complete(plan, staging, target, options, finished, companions)
+        complete(plan, staging, target, options, finished, companions, found or partial(_proved, plan, of, staging))
         put_in_place(staging, target, options.force)
     except SyncFailed:
         staging.forget()
@@ -64,6 +73,14 @@ def finish(plan: Plan, output: str | os.PathLike[str] | None, options: MergeOpti
     finally:
         staging.close()
     return target
+
+
+def _proved(plan: Plan, of: int, staging: PartStaging) -> "Known":
+    """What the parts have proved."""
+    from bam_merge.publishing.part_proofs import proofs  # with torch, which copies do without
+    from bam_merge.verifying.proof import together
+
+    return together(proofs(plan, of, staging.parts))
 
 
 def _check(plan: Plan, target: Path, options: MergeOptions) -> None:

@@ -1,46 +1,41 @@
-"""A merge whose parts are tasks of a Ray cluster over a shared file system: each runs what --part runs, and finish follows.
+"""A merge whose parts are tasks of a Ray cluster over a shared file system: each runs what --part runs, and finish follows, with other
+tasks that prove what it has written.
 
-Tasks return digests, never tensors. A task that dies with its node is run again on another one, where it goes on with what is on the disk;
-so does a whole run after its driver died. Ray schedules; what was done stands in the journals of the parts, which tell the progress.
+Tasks return digests and what was measured, never tensors. A task that dies with its node is run again on another one, where it goes on with
+what is on the disk; so does a whole run after its driver died. Ray schedules; what was done stands in the journals of the parts, which tell
+the progress.
 """
 
-import importlib
 import os
-import signal
-import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bam_merge import errors
 from bam_merge.errors import BamMergeError, OutputError
 from bam_merge.own_folder import open_folder
-from bam_merge.planning.make import make_plan
 from bam_merge.planning.parts import Part, parts_of
 from bam_merge.planning.plan import Plan
 from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.fetching import fetched
 from bam_merge.publishing.finishing import finish
 from bam_merge.publishing.options import MergeOptions
-from bam_merge.publishing.part_journals import difference, file_name, header_of, numbers, read_part
-from bam_merge.publishing.parts import make_part
+from bam_merge.publishing.part_journals import file_name, numbers, read_part
 from bam_merge.publishing.preflight import check_target
 from bam_merge.publishing.publish import check_proof, check_texts, is_result
-from bam_merge.publishing.staging import PARTS, staging_folder
-from bam_merge.recipe.load import load_recipe
-from bam_merge.recipe.places import Known
-from bam_merge.system import machine
+from bam_merge.publishing.ray_cluster import check_address, connected, ray_library
+from bam_merge.publishing.ray_tasks import Order, orders, prove, run_part
+from bam_merge.publishing.staging import OUTPUT, PARTS, staging_folder
 from bam_merge.text import count, printable
+
+if TYPE_CHECKING:  # with torch
+    from bam_merge.verifying import proof
 
 RETRIES = 3
 """How often Ray runs a task again whose node or process died."""
-
-PATIENCE = 90.0
-"""Seconds that a task waits for a part that a process holds which may be dead: longer than such a one counts as alive."""
 
 LOOK_SECONDS = 0.5
 """How often the journals are looked at."""
@@ -67,8 +62,8 @@ def merge_on_ray(plan: Plan, output: str | os.PathLike[str] | None, options: Mer
 
     Parts that an earlier run made are taken over. Raises BamMergeError: OutputError where Ray is not there, or ends, among it.
     """
-    _check_address(where.address)
-    ray = _ray(where.address)
+    check_address(where.address)
+    ray = ray_library(where.address)
     plan = fetched(plan, output, options)
     target = target_path(plan, output)
     if options.level is not None:
@@ -77,64 +72,15 @@ def merge_on_ray(plan: Plan, output: str | os.PathLike[str] | None, options: Mer
         check_texts(plan.calibration, options.device)
     if not (os.path.lexists(target) and is_result(plan, target, options.allow_nonfinite)):
         check_target(plan, target, options)
-        with _connected(ray, where.address):
+        with connected(ray, where.address):
             workers, slots = _room(ray, plan, where)
             of = where.parts or _begun(target) or min(len(plan.shards), PARTS_PER_TASK * slots)
             parts = parts_of(plan, of)
             options.notify(f"{count(of, 'part')} on Ray, {slots} at once, {count(workers, 'worker')} each")
-            _run(ray, plan, target, parts, replace(options, workers=workers))
+            mine = replace(options, workers=workers, on_verify=_NeverLess(options.on_verify))
+            _run(ray, plan, target, parts, mine)
+            return finish(plan, output, replace(options, on_verify=mine.on_verify), partial(_proved, ray, plan, target, parts, mine))
     return finish(plan, output, options)
-
-
-# ---- a task ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a task is told: the recipe by its file, which is read on its host, what was found of models of the hub, where the result goes,
-    which part, what the driver's plan is of, and how to run."""
-
-    recipe: str
-    known: Mapping[str, str]
-    target: str
-    number: int
-    of: int
-    header: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-
-def run_part(order: Order) -> dict[str, Any]:
-    """Make a part, on whatever host: the digests of its tensors; or the kind of the error and its problems, for which nothing is tried
-    again."""
-    host, notes = machine()[0], list[str]()
-    try:
-        recipe = load_recipe(order.recipe)
-        if order.known:
-            recipe = recipe.knowing({text: Known(recorded, Path()) for text, recorded in order.known.items()})
-        options = MergeOptions(**order.settings, notify=notes.append)
-        plan = fetched(make_plan(recipe), order.target, options)
-        if why := difference(order.header, header_of(plan, parts_of(plan, order.of)[order.number - 1])):
-            raise OutputError(
-                f"part {order.number}/{order.of}: host {printable(host, 100)} does not see what the driver sees, whose plan was made {why}."
-            )
-        made = make_part(plan, order.target, order.number, order.of, options, PATIENCE)
-    except BamMergeError as error:
-        return {"host": host, "notes": notes, "error": type(error).__name__, "problems": list(error.problems)}
-    return {"host": host, "notes": notes, "digests": {} if made is None else made.digests}
-
-
-def _orders(plan: Plan, target: Path, parts: tuple[Part, ...], options: MergeOptions) -> Iterator[Order]:
-    known = {text: place.recorded for text, place in plan.recipe.known.items()}
-    settings = {
-        "force": options.force,
-        "workers": options.workers,
-        "allow_nonfinite": options.allow_nonfinite,
-        "verify": False,
-        "ranges": options.ranges,
-    }
-    for part in parts:
-        header = header_of(plan, part)
-        yield Order(os.path.abspath(plan.recipe.file), known, str(target), part.number, part.of, header, settings)
 
 
 # ---- the driver --------------------------------------------------------------------------------------------------------------
@@ -142,44 +88,98 @@ def _orders(plan: Plan, target: Path, parts: tuple[Part, ...], options: MergeOpt
 
 def _run(ray: Any, plan: Plan, target: Path, parts: tuple[Part, ...], options: MergeOptions) -> None:
     """Have all parts made. Raises BamMergeError with what was wrong with any; the others are stopped then, and what they finished stays."""
-    needs = {"num_cpus": options.workers, "memory": _memory(plan, options.workers), "max_retries": RETRIES}
-    task = ray.remote(run_part).options(**needs)
-    waiting = {task.remote(order): order for order in _orders(plan, target, parts, options)}
     progress = _Progress(plan, target, parts)
-    failed: list[BamMergeError] = []
+    needs = _needs(plan, options)
+    with closing(_ended(ray, run_part, orders(plan, target, parts, options), needs, lambda: options.progress(progress.more()))) as ended:
+        for order, reference in ended:
+            found = _outcome(ray, reference, order, options)
+            if isinstance(found, BamMergeError):
+                raise found
+            options.notify(f"{order} is made, on {printable(found['host'], 100)}")
+    options.progress(progress.more())
+
+
+def _needs(plan: Plan, options: MergeOptions) -> dict[str, Any]:
+    """The resources of a task, and how often it is run again."""
+    return {"num_cpus": options.workers, "memory": _memory(plan, options.workers), "max_retries": RETRIES}
+
+
+def _ended(
+    ray: Any, body: Callable[[Order], dict[str, Any]], orders: Iterable[Order], needs: Mapping[str, Any], look: Callable[[], None]
+) -> Generator[tuple[Order, Any], None, None]:
+    """(order, what Ray knows of it) of all tasks, as they end; meanwhile `look` is called. Whoever asks no more stops the others."""
+    task = ray.remote(body).options(**needs)
+    waiting = {task.remote(order): order for order in orders}
     try:
-        while waiting and not failed:
+        while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_SECONDS)
-            options.progress(progress.more())
+            look()
             for reference in done:
-                order = waiting.pop(reference)
-                error = _outcome(ray, reference, order, options)
-                failed += [] if error is None else [error]
+                yield waiting.pop(reference), reference
     finally:
         for reference in waiting:
             with suppress(Exception):  # whatever Ray has to say of one that has ended
                 ray.cancel(reference)
         if waiting:
             ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
-    options.progress(progress.more())
-    if failed:
-        raise type(failed[0])(*dict.fromkeys(problem for error in failed for problem in error.problems))
 
 
-def _outcome(ray: Any, reference: Any, order: Order, options: MergeOptions) -> BamMergeError | None:
-    """What came of a task, told; or its error."""
-    part = f"part {order.number}/{order.of}"
+def _outcome(ray: Any, reference: Any, order: Order, options: MergeOptions) -> dict[str, Any] | BamMergeError:
+    """What came of a task, whose notes are told; or its error."""
     try:
-        found = ray.get(reference)
+        found: dict[str, Any] = ray.get(reference)
     except ray.exceptions.RayError as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return OutputError(f"{part}: Ray could not run it: {printable(said, 300)} What is finished is kept; run again to go on.")
+        return OutputError(f"{order}: Ray could not run it: {printable(said, 300)} What is finished is kept; run again to go on.")
     for note in found["notes"]:
-        options.notify(f"{part}: {note}")
+        options.notify(f"{order}: {note}")
     if "error" in found:
-        return getattr(errors, found["error"], OutputError)(*found["problems"])
-    options.notify(f"{part} is made, on {printable(found['host'], 100)}")
-    return None
+        kind = getattr(errors, found["error"], OutputError)
+        refused: BamMergeError = kind(*found["problems"])
+        return refused
+    return found
+
+
+# ---- the proof ---------------------------------------------------------------------------------------------------------------
+
+
+def _proved(ray: Any, plan: Plan, target: Path, parts: tuple[Part, ...], options: MergeOptions) -> "proof.Known":
+    """What tasks find of the written result: each part compared with its sources, and the layers run that can be by themselves. What a task
+    could not do is left to the driver, and why is told."""
+    from bam_merge.verifying import proof
+    from bam_merge.verifying.work import of_bytes
+
+    assert options.level is not None
+    asked = list(orders(plan, target, parts, options, options.level))
+    sizes = {order: part.nbytes for order, part in zip(map(str, asked), parts, strict=True)}
+    alone = proof.layers_alone(plan, staging_folder(target) / OUTPUT, options.level) if options.device == "cpu" else ()
+    asked += [replace(asked[0], layers=(layer,)) for layer in alone]
+    found, done = list[proof.Known](), 0
+    with closing(_ended(ray, prove, asked, _needs(plan, options), lambda: None)) as ended:
+        for order, reference in ended:
+            outcome = _outcome(ray, reference, order, options)
+            if isinstance(outcome, BamMergeError):
+                options.notify(f"{order}: verified here, since its task was not: {' '.join(outcome.problems)}")
+                continue
+            found.append(outcome["found"])
+            done += sizes.get(str(order), 0)
+            options.on_verify(*of_bytes(done, sum(sizes.values())))
+    return proof.together(found)
+
+
+@dataclass
+class _NeverLess:
+    """Tells `tell` of work done and of all the work; where another one begins to count, not of less than was done before."""
+
+    tell: Callable[[int, int], None]
+    share: float = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.share = max(self.share, done / max(1, total))
+        self.tell(max(done, int(self.share * total)), total)
+
+
+# ---- how far it has come -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -234,74 +234,7 @@ def _begun(target: Path) -> int | None:
     return None
 
 
-# ---- Ray ---------------------------------------------------------------------------------------------------------------------
-
-
-def _ray(address: str | None) -> Any:
-    """The library. Raises OutputError where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which else reports to its makers, over the network
-    if address is None:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a cluster for this run listens on 127.0.0.1 alone, as there
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise OutputError(
-            f"--ray needs Ray, which could not be imported ({error}). pip install 'bam-merge[ray]', on every host of the cluster; or make "
-            "the parts by --part."
-        ) from None
-
-
-def _check_address(address: str | None) -> None:
-    """Raise OutputError where nothing answers at host:port: Ray would try for many minutes."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not (colon and port.isdigit()):
-        return  # "auto" and the like, which Ray knows
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputError(
-            f"--ray: nothing answers at {printable(str(address), 200)}: {why}. ray start --head prints the address."
-        ) from None
-
-
-@contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """In a cluster: that at `address`, or one of this machine that ends with this. Raises OutputError."""
-    here = {"include_dashboard": False, "object_store_memory": 100 * 2**20} if address is None else {}  # digests are small
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **here)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "no cluster could be started here" if address is None else f"no cluster could be reached at {printable(address, 200)}"
-        raise OutputError(f"--ray: {where}: {printable(said, 300)}") from None
-    try:
-        with _signals_kept(handlers):
-            yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _signals_kept(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Signals end the run as they did before Ray came, which takes SIGTERM for itself, and makes a plain KeyboardInterrupt of whatever a
-    handler raises while it waits."""
-    caught: list[tuple[int, Any]] = []
-
-    def noted(number: int, frame: Any) -> None:
-        caught.append((number, frame))
-        handlers[signal.Signals(number)](number, frame)
-
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, noted if callable(handler) else handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        for last, frame in caught:
-            handlers[signal.Signals(last)](last, frame)
-        raise
+# ---- what a cluster has room for ----------------------------------------------------------------------------------------------
 
 
 def _room(ray: Any, plan: Plan, where: OnRay) -> tuple[int, int]:

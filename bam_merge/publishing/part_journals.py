@@ -17,7 +17,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.publishing.journal import begun, read_journal
 from bam_merge.text import printable, some
 
-NAME = re.compile(r"(\d{5,})-of-(\d{5,})\.(journal|lock)")
+NAME = re.compile(r"(\d{5,})-of-(\d{5,})\.(journal|lock|proof)")
 
 FINISH_LOCK = "finish.lock"
 """What the process holds that makes a result of the parts."""
@@ -62,7 +62,7 @@ class PartJournal:
 
 
 def numbers(folder: int, kind: str) -> list[tuple[int, int]]:
-    """(number, of) of the parts of which the folder of that descriptor has a file of that kind: "journal" or "lock"."""
+    """(number, of) of the parts of which the folder of that descriptor has a file of that kind: "journal", "lock" or "proof"."""
     found = (NAME.fullmatch(name) for name in os.listdir(folder))
     return sorted((int(match[1]), int(match[2])) for match in found if match and match[3] == kind)
 

@@ -17,15 +17,18 @@ from bam_merge.publishing.part_staging import PartStaging
 from bam_merge.publishing.preflight import part_space_problem
 from bam_merge.publishing.publish import is_result
 from bam_merge.text import printable
+from bam_merge.verifying.options import check_level
 
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a process that made a part has to say: the digests of its tensors. `at_once`: it was there already, whole."""
+    """What a process that made a part has to say: the digests of its tensors. `at_once`: it was there already, whole.
+    `proved`: they were compared with the sources."""
 
     part: Part
     digests: dict[str, str]
     at_once: bool = False
+    proved: bool = False
 
 
 def make_part(
@@ -33,10 +36,13 @@ def make_part(
 ) -> PartResult | None:
     """Make part `number` of `of` of `plan`, which `finish` makes a result of; go on with it where an earlier process began it.
 
-    None where the result is published already. Raises BamMergeError, NotYet among it when another process makes this part, still after
-    `patience` seconds.
+    None where the result is published already. Unless `options.verify` says otherwise, the part leaves a proof of its tensors, which
+    `finish` takes over. Raises BamMergeError: NotYet when another process makes this part, still after `patience` seconds;
+    VerificationFailed when it is not what its sources give.
     """
     plan = fetched(plan, output, options)
+    if options.level is not None:
+        check_level(options.level)
     part = parts_of(plan, of)[number - 1]
     mine, target = plan_of(plan, part), target_path(plan, output)
     if _is_there(plan, target, options):
@@ -69,7 +75,12 @@ def _make(plan: Plan, part: Part, mine: Plan, staging: PartStaging, options: Mer
     if not staging.is_ours():
         raise OutputError(f"{printable(str(staging.folder))} was deleted while part {part} was made. Run again.")
     staging.complete(len(finished))
-    return PartResult(part, {name: item.digest for name, item in finished.items()}, made == finished.keys())
+    if options.level is not None:
+        from bam_merge.publishing.part_proofs import prove_part  # with torch, which copies do without
+
+        prove_part(plan, part, mine, staging, options, finished)
+    digests = {name: item.digest for name, item in finished.items()}
+    return PartResult(part, digests, made == finished.keys(), options.level is not None)
 
 
 def _check(mine: Plan, target: Path, options: MergeOptions) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bam_merge._version import __version__
 from bam_merge.calibrating.corpus import Calibration
@@ -31,6 +31,9 @@ from bam_merge.publishing.replacing import Which, why_kept
 from bam_merge.publishing.staging import Staging, free_names
 from bam_merge.recipe.schema import Recipe
 from bam_merge.text import printable
+
+if TYPE_CHECKING:  # with torch
+    from bam_merge.verifying.proof import Known
 
 
 def merge(recipe: Recipe, output: str | os.PathLike[str] | None = None, options: MergeOptions | None = None) -> Path:
@@ -83,10 +86,16 @@ def _make(plan: Plan, staging: Staging, target: Path, options: MergeOptions) -> 
 
 
 def complete(
-    plan: Plan, staging: Staging, target: Path, options: MergeOptions, finished: dict[str, Finished], companions: set[CompanionFile]
+    plan: Plan,
+    staging: Staging,
+    target: Path,
+    options: MergeOptions,
+    finished: dict[str, Finished],
+    companions: set[CompanionFile],
+    found: "Callable[[], Known] | None" = None,
 ) -> None:
-    """Write what stands beside the tensors `finished`, routers from texts before it, all synced, and prove it. `companions` are the files
-    that were there at the beginning."""
+    """Write what stands beside the tensors `finished`, routers from texts before it, all synced, and prove it, but for what other processes
+    have `found`. `companions` are the files that were there at the beginning."""
     record: dict[str, Any] = {}
     if plan.calibration is not None:
         from bam_merge.publishing.calibrated import calibration_record, make_routers  # with torch, which copies do without
@@ -99,7 +108,7 @@ def complete(
         raise CheckpointError(*dict.fromkeys(changes))
     sync_descriptor(staging.files, staging.output)
     if options.level is not None and staging.is_ours():  # verification looks where the name leads
-        _prove(plan, staging, target, options, options.level)
+        _prove(plan, staging, target, options, options.level, found)
     if not staging.is_ours():
         raise deleted(staging)
 
@@ -129,15 +138,15 @@ def _checked(target: Path, force: bool) -> Mapping[str, Which] | None:
     return found.saved
 
 
-def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions, level: str) -> None:
+def _prove(plan: Plan, staging: Staging, target: Path, options: MergeOptions, level: str, found: "Callable[[], Known] | None") -> None:
     """Verify the staged result. If a check fails, keep it beside the target under a name that says so, and raise VerificationFailed."""
     from bam_merge.verifying.options import VerifyOptions
-    from bam_merge.verifying.verification import verify
+    from bam_merge.verifying.proof import NOTHING
+    from bam_merge.verifying.verification import verify_rest
 
     options.notify("verifying" if level == "quick" else f"verifying, {level}")
-    report = verify(
-        staging.output, plan, options=VerifyOptions(level, options.device, options.workers, options.on_verify, try_routers=True)
-    )
+    how = VerifyOptions(level, options.device, options.workers, options.on_verify, try_routers=True)
+    report = verify_rest(NOTHING if found is None else found(), staging.output, plan, options=how)
     options.on_report(report)
     if not report.ok:
         refuse(staging, target, [f"{check.name}: {check.detail}" for check in report.failures])

@@ -44,7 +44,7 @@ PARTS = "parts"
 """The folder of the journals and locks of parts, where several processes make a result."""
 
 
-PART_FILES = (".journal", ".lock")
+PART_FILES = (".journal", ".lock", ".proof")
 """How the names in it end."""
 
 

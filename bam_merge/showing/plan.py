@@ -134,9 +134,9 @@ def parts_text(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{'part' if part is parts[0] else '':12} {part['part']}/{len(parts)}: {read} read, {written} written: {names}"
 
 
-def part_text(part: Part, tensors: int, at_once: bool, finish: str) -> str:
+def part_text(part: Part, tensors: int, at_once: bool, proved: bool, finish: str) -> str:
     """The line that a finished part prints, with what is to be done when all are. `at_once`: it was there already."""
-    made = f"{count(tensors, 'tensor')}, {human_bytes(part.nbytes)} in {count(len(part.files), 'file')}"
+    made = f"{count(tensors, 'tensor')}, {human_bytes(part.nbytes)} in {count(len(part.files), 'file')}{', verified' if proved else ''}"
     return f"part {part}{' was finished already' if at_once else ''}: {made}. When all parts are made: {finish}"
 
 

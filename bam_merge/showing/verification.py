@@ -12,8 +12,7 @@ from bam_merge.process import progress_console
 from bam_merge.showing.held_out import held_out_tables, readings_table
 from bam_merge.showing.terminal import Terminal, grid, heading
 from bam_merge.text import count, printable, short
-from bam_merge.verifying.perplexity import AVERAGE, FORCED, MERGED
-from bam_merge.verifying.report import Check, Report
+from bam_merge.verifying.report import AVERAGE, FORCED, MERGED, Check, Report
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -6,7 +6,7 @@ same input: an error is found in the layer that makes it. (docs/explanation/step
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -117,12 +117,19 @@ def _as_expert(mixture: nn.Module, dense: nn.Module, j: int) -> Any:
 
 @torch.no_grad()
 def against_dense(
-    mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan, proved: frozenset[str], ids_BT: Tensor, way: Way
+    mixture: StoredModel,
+    dense: Mapping[str, StoredModel],
+    plan: Plan,
+    proved: frozenset[str],
+    ids_BT: Tensor,
+    way: Way,
+    measured: "Mapping[int, LayerErrors] | None" = None,
 ) -> Iterator[Check]:
     """Expert isolation and identity: parameters in every layer, and forward passes in the layers that are asked.
 
-    Where all are asked, every dense model's hidden states advance by its own blocks; else every layer gets the embeddings. A layer that is
-    off in float32 is measured again in float64, which tells an error from the rounding of a large model.
+    Where all are asked, every dense model's hidden states advance by its own blocks; else every layer gets the embeddings, and another
+    process may have `measured` it. A layer that is off in float32 is measured again in float64, which tells an error from the rounding of a
+    large model.
     """
     sources, seed = plan.recipe.expert_names, plan.recipe.seed_name
     names, models = experts_models(mixture, plan, dense)
@@ -144,11 +151,7 @@ def against_dense(
     x = {name: streamed_embeddings(models[name], ids_BT, way.computing) for name in dict.fromkeys((*names, seed))}
     asked = sorted(layers_asked(mixture.config, way.level))
     for layer in asked:
-        for computing in way.precisions:
-            at = _Layer(mixture, models, names, plan.recipe, layer, computing)
-            found = at.measured({name: computing.taken(x_BTD) for name, x_BTD in x.items()}, isolation.tolerance)
-            if all(error <= isolation.tolerance for error in (found.identity[0], *(error for error, _, _ in found.isolation))):
-                break
+        found = (measured or {}).get(layer) or _Layer(mixture, models, names, plan.recipe, layer, way).found(x, isolation.tolerance)
         for error, j, place in found.isolation:
             if (layer, j) not in known:
                 isolation.add(error, place)
@@ -179,6 +182,17 @@ def against_dense(
         yield again if again.ok else replace(again, detail=small + again.detail)
 
 
+@torch.no_grad()
+def of_embeddings(
+    mixture: StoredModel, dense: Mapping[str, StoredModel], plan: Plan, ids_BT: Tensor, way: Way, layers: Collection[int]
+) -> "dict[int, LayerErrors]":
+    """What some of the layers show that get the embeddings, as all do where not every layer is asked; without hidden states."""
+    names, models = experts_models(mixture, plan, dense)
+    x = {name: streamed_embeddings(models[name], ids_BT, way.computing) for name in dict.fromkeys((*names, plan.recipe.seed_name))}
+    tolerance = Worst("expert isolation").tolerance
+    return {layer: _Layer(mixture, models, names, plan.recipe, layer, way).found(x, tolerance)._replace(hidden={}) for layer in layers}
+
+
 def _name(names: Sequence[str], expert: int) -> str:
     return names[expert] if expert < len(names) else "of no source"
 
@@ -204,17 +218,24 @@ class _Layer:
     names: Sequence[str]
     recipe: Recipe
     layer: int
-    computing: Computing
+    way: Way
 
-    def measured(self, x: Mapping[str, Tensor], tolerance: float) -> LayerErrors:
-        """Run the layer on the dense models' hidden states `x`."""
+    def found(self, x: Mapping[str, Tensor], tolerance: float) -> LayerErrors:
+        """What the layer shows on the dense models' hidden states `x`, in as much precision as leaves no doubt."""
+        for computing in self.way.precisions:
+            found = self._measured({name: computing.taken(x_BTD) for name, x_BTD in x.items()}, tolerance, computing)
+            if all(error <= tolerance for error in (found.identity[0], *(error for error, _, _ in found.isolation))):
+                break
+        return found
+
+    def _measured(self, x: Mapping[str, Tensor], tolerance: float, computing: Computing) -> LayerErrors:
         names, seed, layer = self.names, self.recipe.seed_name, self.layer
-        block = streamed_block(self.mixture, layer, self.computing)
+        block = streamed_block(self.mixture, layer, computing)
         isolation, hidden, changed = [], {}, list[float]()
         source = self.recipe.shared_source
         alone = block if source is None else without_shared(block)
         for name, x_BTD in x.items():
-            own, positions = streamed_block(self.dense[name], layer, self.computing), positions_of(x_BTD)
+            own, positions = streamed_block(self.dense[name], layer, computing), positions_of(x_BTD)
             hidden[name] = expected = own(x_BTD, positions).hidden
             normed_twice = as_beside_dense(own, block)
             if normed_twice is not own:
@@ -228,11 +249,11 @@ class _Layer:
                 isolation.append((error, j, f"layer {layer}, expert {j} ({name.partition(MARK)[0]}){blame}"))
         beside = None
         if source is not None:
-            beside = streamed_block(self.dense[source], layer, self.computing)
+            beside = streamed_block(self.dense[source], layer, computing)
             error = _shared_apart(block, beside, x[seed])
             isolation.append((error, SHARED, f"layer {layer}, shared expert ({source})"))
         whole = reassembled(self.dense, names, self.recipe)
-        of_copies, factor = _identity(block, streamed_block(whole, layer, self.computing), x[seed], self.recipe, beside)
+        of_copies, factor = _identity(block, streamed_block(whole, layer, computing), x[seed], self.recipe, beside)
         return LayerErrors(isolation, (of_copies, f"layer {layer}"), factor, hidden, max(changed, default=None))
 
 

@@ -22,6 +22,7 @@ from bam_merge.text import printable
 from bam_merge.verifying.aligned import in_result_ids
 from bam_merge.verifying.conversion import open_dense
 from bam_merge.verifying.heldout import HeldOut
+from bam_merge.verifying.report import AVERAGE, FORCED, MERGED
 
 WINDOW = 256
 """Tokens of one sequence; the first of each is not scored."""
@@ -71,11 +72,6 @@ def read_texts(folder: Path, texts: Sequence[str | os.PathLike[str]]) -> dict[Pa
 def unnamed(ids: Mapping[Path, Tensor]) -> list[HeldOut]:
     """The texts of `read_texts`, of which no expert is known, in batches of BATCH sequences."""
     return [HeldOut(text.name, torch.split(ids_WT, BATCH)) for text, ids_WT in ids.items()]
-
-
-AVERAGE, MERGED, FORCED = "average", "merged", "forced"
-"""What is tried beside the sources. Forced: the mixture without its routers, gate 1 for the expert that a text is for in every layer;
-what the best routers could do."""
 
 
 @torch.no_grad()

@@ -7,6 +7,10 @@ from typing import Any
 
 from bam_merge.comparing.drift import Reading
 
+AVERAGE, MERGED, FORCED = "average", "merged", "forced"
+"""What is tried beside the sources. Forced: the mixture without its routers, gate 1 for the expert that a text is for in every layer;
+what the best routers could do."""
+
 
 @dataclass(frozen=True)
 class Check:

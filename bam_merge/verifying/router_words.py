@@ -12,7 +12,7 @@ from bam_merge.comparing.drift import Reading
 from bam_merge.model.loading import StoredModel
 from bam_merge.text import count, in_percent, listed, printable, some, whole_percent
 from bam_merge.verifying.heldout import Routed
-from bam_merge.verifying.perplexity import FORCED
+from bam_merge.verifying.report import FORCED
 
 APART, PARTLY = 0.5, 0.15
 """Of the way from chance to always right: above the first routers tell domains apart, below the second they do not."""

@@ -147,12 +147,19 @@ def _companion_changes(folder: Path, record: Mapping[str, Any]) -> Iterator[str]
 # ---- the tensors that were read ------------------------------------------------------------------------------------------------
 
 
-def other_tensors(plan: Plan, manifest: Mapping[str, Any], sources: Sequence[str], proved: bool = False) -> dict[str, list[str]]:
+def other_tensors(
+    plan: Plan,
+    manifest: Mapping[str, Any],
+    sources: Sequence[str],
+    proved: bool = False,
+    known: Mapping[tuple[str, str], str] | None = None,
+) -> dict[str, list[str]]:
     """For each of `sources`, the tensors whose bytes have not the digest that the manifest records, or that are gone.
 
-    Where the copies are `proved`, a tensor that was copied whole has the digest of its copy, and need not be read again.
+    Where the copies are `proved`, a tensor that was copied whole has the digest of its copy, and need not be read again; nor need one whose
+    digest is `known`, by (source, tensor), and as recorded.
     """
-    copies, checkpoints = {}, plan.checkpoints
+    copies, checkpoints = dict(known or {}), plan.checkpoints
     if proved:
         for step in plan.steps:
             if isinstance(step.expr, Read) and moves_bytes(step) and step.name in manifest["tensors"]:

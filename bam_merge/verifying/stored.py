@@ -1,13 +1,14 @@
 """Are the bytes right? The folder against its manifest, and every tensor against its sources by the slow path of rederive/."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
+import xxhash
 
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES, DTYPE_BITS
@@ -90,12 +91,23 @@ def _layout_problems(checkpoint: Checkpoint, manifest: dict[str, Any]) -> list[s
 # ---- tensors -----------------------------------------------------------------------------------------------------------------
 
 
-def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work, workers: int) -> Iterator[Check]:
-    """Every tensor's bytes still have the digest that was taken when they were made."""
+def digests(
+    checkpoint: Checkpoint,
+    manifest: Mapping[str, Any],
+    work: Work,
+    workers: int,
+    known: Mapping[str, str] | None = None,
+    measured: dict[str, str | None] | None = None,
+) -> Iterator[Check]:
+    """Every tensor's bytes still have the digest that was taken when they were made. `known` are digests that another process has just
+    read: where one is not as recorded, it is read here again. `measured` is given what was found."""
     wrong: dict[str, list[str]] = {}
+    known, measured = known or {}, {} if measured is None else measured
 
     def digest(name: str) -> str | None:
         entry = checkpoint.tensors.get(name)
+        if entry is not None and known.get(name) == manifest["tensors"][name]["digest"]:
+            return known[name]
         return None if entry is None else digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes)
 
     advance = work.advancing("digests", sum(entry.nbytes for entry in checkpoint.tensors.values()))
@@ -103,6 +115,7 @@ def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work, worker
         for (name, record), found in zip(manifest["tensors"].items(), pool.map(digest, manifest["tensors"]), strict=True):
             entry = checkpoint.tensors.get(name)
             advance(entry.nbytes if entry else 0)
+            measured[name] = found
             if found == record["digest"]:
                 continue
             wrong.setdefault(printable(entry.file if entry else record["file"]), []).append(name)
@@ -115,26 +128,41 @@ def digests(checkpoint: Checkpoint, manifest: dict[str, Any], work: Work, worker
 KINDS = {"copies": "a source's bytes", "merges": "the float64 value within one rounding", "routers": "their generator's numbers"}
 
 
-def against_sources(
-    checkpoint: Checkpoint, plan: Plan, manifest: dict[str, Any], work: Work, workers: int, proved: set[str] | None = None
-) -> Iterator[Check]:
-    """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
-    but what --allow-nonfinite recorded. `proved` is given the names of the tensors of which that is so."""
-    wrong: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    largest = dict.fromkeys(KINDS, 0.0)
-    counts = dict.fromkeys(KINDS, 0)
-    nonfinite: list[str] = []
-    entries = checkpoint.tensors
-    compared = (step for step in plan.steps if _kind(step) is not None)
-    there = [step for step in compared if step.name in entries and _form(entries[step.name]) == _form(step)]
+class Compared(NamedTuple):
+    """What the comparison of a written tensor with its sources found: the largest error in roundings, its element, how many values are not
+    finite; where that is to be kept, the digest of the bytes that were compared."""
+
+    error: float
+    where: int
+    nonfinite: int
+    digest: str = ""
+
+
+def compared(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    workers: int,
+    advance: Callable[[int], None],
+    known: Mapping[str, Compared] | None = None,
+    kept: bool = False,
+) -> dict[str, Compared]:
+    """Each tensor of `plan` that is in the folder, in its form, compared with its sources; but those that are `known`. `advance` hears of
+    bytes. `kept`: with digests of what was compared."""
+    entries, known = checkpoint.tensors, known or {}
+    of_sources = (step for step in plan.steps if _kind(step) is not None)
+    there = [step for step in of_sources if step.name in entries and _form(entries[step.name]) == _form(step)]
     there.sort(key=lambda step: -step.nbytes)  # the last ones are to be small, so that no worker waits long for another
-
     reader = RowReader()
-    advance = work.advancing("sources", sum(step.nbytes for step in there))
 
-    def compare(step: Step) -> tuple[float, int, int]:
-        path = checkpoint.path / checkpoint.tensors[step.name].file
-        return _compare(path, step, SourceTensors(plan, reader), exact=_kind(step) == "copies")
+    def compare(step: Step) -> Compared:
+        if step.name in known:
+            return known[step.name]
+        entry = checkpoint.tensors[step.name]
+        path, in_bytes = checkpoint.path / entry.file, math.prod(step.shape[1:]) * DTYPE_BITS[step.dtype] % 8 == 0
+        found = _compare(path, step, SourceTensors(plan, reader), exact=_kind(step) == "copies", kept=kept and in_bytes)
+        if kept and not in_bytes:  # rows share bytes, so theirs in order are not the tensor's
+            return found._replace(digest=digest_range(path, entry.offset, entry.nbytes))
+        return found
 
     with (  # each worker holds some blocks of ROWS_BYTES in float64
         one_torch_thread() as single_threaded,
@@ -144,6 +172,35 @@ def against_sources(
         for step, result in zip(there, pool.map(compare, there), strict=True):
             found[step.name] = result
             advance(step.nbytes)
+    return found
+
+
+def against_sources(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    manifest: Mapping[str, Any],
+    work: Work,
+    workers: int,
+    proved: set[str] | None = None,
+    known: Mapping[str, Compared] | None = None,
+) -> Iterator[Check]:
+    """Copies equal their source; merges are one rounding away from float64; routers re-derive; nothing is NaN or infinite
+    but what --allow-nonfinite recorded. `proved` is given the names of the tensors of which that is so; what is `known`, of the bytes that
+    are there, is not compared again."""
+    nbytes = sum(step.nbytes for step in plan.steps if _kind(step) is not None)
+    found = compared(checkpoint, plan, workers, work.advancing("sources", nbytes), known)
+    yield from judged(checkpoint, plan, manifest, found, proved)
+
+
+def judged(
+    checkpoint: Checkpoint, plan: Plan, manifest: Mapping[str, Any], found: Mapping[str, Compared], proved: set[str] | None = None
+) -> Iterator[Check]:
+    """The checks that follow from what comparing `found`."""
+    wrong: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    largest = dict.fromkeys(KINDS, 0.0)
+    counts = dict.fromkeys(KINDS, 0)
+    nonfinite: list[str] = []
+    entries = checkpoint.tensors
     for step in plan.steps:
         kind = _kind(step)
         if kind is None:
@@ -153,7 +210,7 @@ def against_sources(
             stored = entries.get(step.name)
             wrong[kind].append(f"{step.name} ({'missing' if stored is None else f'{_form(stored)}, expected {_form(step)}'})")
             continue
-        error, where, bad = found[step.name]
+        error, where, bad, _ = found[step.name]
         largest[kind] = max(largest[kind], error)
         if bad > manifest["tensors"].get(step.name, {}).get("nonfinite", 0):
             nonfinite.append(f"{step.name} ({bad} values)")
@@ -176,7 +233,7 @@ def _form(of: Step | TensorEntry) -> str:
     return f"{of.dtype} {list(of.shape)}"
 
 
-def _changed(read: Read, plan: Plan, manifest: dict[str, Any]) -> bool:
+def _changed(read: Read, plan: Plan, manifest: Mapping[str, Any]) -> bool:
     """Whether a source's tensor has other bytes than those that were merged."""
     checkpoint = plan.checkpoints[read.source]
     entry = checkpoint.tensors[read.tensor]
@@ -194,16 +251,17 @@ def _kind(step: Step) -> str | None:
     return "copies" if moves_bytes(step) else "merges"
 
 
-def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool) -> tuple[float, int, int]:
-    """(largest error in roundings, its element, how many values are not finite) of one written tensor."""
+def _compare(path: Path, step: Step, sources: SourceTensors, exact: bool, kept: bool) -> Compared:
+    """One written tensor."""
     largest, where, bad, before = 0.0, 0, 0, 0
+    digest = xxhash.xxh3_128() if kept else None
     for part in _experts(step.expr):
-        error, index, some = _compare_rows(path, step, part, before, sources, exact)
+        error, index, some = _compare_rows(path, step, part, before, sources, exact, digest)
         bad += some
         if error > largest:
             largest, where = error, before * math.prod(part.shape[1:]) + index
         before += part.shape[0] if part.shape else 1
-    return largest, where, bad
+    return Compared(largest, where, bad, digest.hexdigest() if digest is not None else "")
 
 
 def _experts(expr: expressions.Expr) -> tuple[expressions.Expr, ...]:
@@ -212,9 +270,10 @@ def _experts(expr: expressions.Expr) -> tuple[expressions.Expr, ...]:
 
 
 def _compare_rows(
-    path: Path, step: Step, expr: expressions.Expr, before: int, sources: SourceTensors, exact: bool
+    path: Path, step: Step, expr: expressions.Expr, before: int, sources: SourceTensors, exact: bool, digest: "xxhash.xxh3_128 | None"
 ) -> tuple[float, int, int]:
-    """The same of the rows that `expr` makes, which begin at row `before`."""
+    """(largest error in roundings, its element, how many values are not finite) of the rows that `expr` makes, which begin at row `before`.
+    `digest` is given their bytes."""
     largest, where, bad = 0.0, 0, 0
     columns, size = math.prod(expr.shape[1:]), DTYPE_BITS[step.dtype] / 8
     known = survey_all(expr, sources)
@@ -224,6 +283,8 @@ def _compare_rows(
 
     for start, stop in row_blocks(expr.shape, size, COPIED_BYTES if exact else None):
         written = rows(start, stop)
+        if digest is not None:
+            digest.update(_bytes(written).data)
         bad += _nonfinite(written)
         if exact:
             first = _first_difference(written, sources.piece(expr, start, stop))
@@ -240,11 +301,16 @@ def _compare_rows(
 
 def _first_difference(a: torch.Tensor, b: torch.Tensor) -> int | None:
     """The first byte in which two tensors of one size differ. numpy compares eight at a time at twice the speed of torch."""
-    ours, theirs = (rows.contiguous().flatten().view(torch.uint8).numpy() for rows in (a, b))
+    ours, theirs = _bytes(a), _bytes(b)
     whole = len(ours) // 8 * 8
     if numpy.array_equal(ours[:whole].view("u8"), theirs[:whole].view("u8")) and numpy.array_equal(ours[whole:], theirs[whole:]):
         return None
     return int(numpy.flatnonzero(ours != theirs)[0])
+
+
+def _bytes(rows: torch.Tensor) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
+    found: numpy.ndarray[Any, numpy.dtype[numpy.uint8]] = rows.contiguous().flatten().view(torch.uint8).numpy()
+    return found
 
 
 def _nonfinite(values: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from bam_merge.verifying.heldout import further_texts, read_domains, tokens_made
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import read_texts, unnamed
+from bam_merge.verifying.proof import NOTHING, Known
 from bam_merge.verifying.record import contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
 from bam_merge.verifying.sources import Changes, changes, opened_afar, other_tensors
-from bam_merge.verifying.stored import against_sources, digests, not_computed, structure
+from bam_merge.verifying.stored import Compared, against_sources, digests, not_computed, structure
 from bam_merge.verifying.tried import try_on_texts
 from bam_merge.verifying.work import Work
 
@@ -60,6 +61,18 @@ def verify(
     the report says so. Raises VerifyError when the folder has no manifest, CheckpointError for a text that cannot be read, or a folder
     that changes meanwhile.
     """
+    return verify_rest(NOTHING, folder, plan, texts, options, domains)
+
+
+def verify_rest(
+    found: Known,
+    folder: str | os.PathLike[str],
+    plan: Plan | None = None,
+    texts: Sequence[str | os.PathLike[str]] = (),
+    options: VerifyOptions | None = None,
+    domains: Mapping[str, Files] | None = None,
+) -> Report:
+    """`verify`, of which other processes have `found` a part already: the same report."""
     options = options or VerifyOptions()
     check_level(options.level)
     level, device = LEVELS[options.level], open_device(options.device)
@@ -82,22 +95,23 @@ def verify(
     report.add(engines(checkpoint))
     work = Work(options.progress)
     work.plan(checkpoint, tokens_of_texts(manifest))
-    report.add(digests(checkpoint, manifest, work, workers))
+    measured: dict[str, str | None] = {}
+    report.add(digests(checkpoint, manifest, work, workers, found.digests, measured))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
     wrong = [*contradictions(checkpoint, manifest), *wrong_counts]
-    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left, options.ranges)
+    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left, found, found.of(measured), options.ranges)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
         return report
     with computing_on(device, workers) as computing:
         try:
-            report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work, manifest))
+            report.add(_function(checkpoint, plan, frozenset(sources.proved), report, level, computing, work, manifest, found.layers))
         except CheckpointError as error:
             report.add([Check("model", False, "; ".join(error.problems))])
             return report
-        found = plan.calibration if plan is not None and options.try_routers and report.ok else None
-        tried = further_texts(found.corpora, report.experts) if found is not None else []
+        corpora = plan.calibration.corpora if plan is not None and plan.calibration is not None else None
+        tried = further_texts(corpora, report.experts) if corpora is not None and options.try_routers and report.ok else []
         if ids or known or tried:
             try_on_texts(checkpoint, plan, [*unnamed(ids), *known, *tried], report, computing, tokens_made_of(manifest), bool(tried))
     return report
@@ -115,7 +129,8 @@ def _routed_experts(recipe: Mapping[str, Any]) -> Sequence[str]:
 class _Sources:
     """Compares a folder with its sources, as far as they are at hand and still what was merged.
 
-    `wrong` collects what the manifest says wrongly; `left` is what of the folder is on the hub alone.
+    `wrong` collects what the manifest says wrongly; `left` is what of the folder is on the hub alone. Of what other processes have `found`,
+    `compared` holds of the bytes that are there.
     """
 
     checkpoint: Checkpoint
@@ -125,6 +140,8 @@ class _Sources:
     work: Work
     workers: int
     left: OnHub | None = None
+    found: Known = NOTHING
+    compared: Mapping[str, Compared] = field(default_factory=dict)
     ranges: bool = False
     proved: set[str] = field(default_factory=set)
 
@@ -202,15 +219,13 @@ class _Sources:
             why = f"changed since the merge, so digests only: {other_tokens}, by which tokens were aligned"
             self.report.add([Check("sources", None, why)])
             rest = tuple(step for step in plan.steps if not rows_are_tokens(step.role))
-            self.report.add(
-                against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers, self.proved)
-            )
+            self.report.add(self._against(replace(plan, steps=rest)))
             return None
         changed = [name for name in found.weights if name in plan.checkpoints]
         other = other_tensors(plan, self.manifest, changed) if changed else {}
         for name in (name for name in changed if name not in other):
             self.wrong.append(f"sources.{printable(name)}: {some(found.weights[name])} {SAVED_AGAIN.format('tensors')}")
-        checks = list(timed(against_sources(self.checkpoint, plan, self.manifest, self.work, self.workers, self.proved)))
+        checks = list(timed(self._against(plan)))
         if not all(check.ok for check in checks):  # an adapter's configuration says by how much its tensors change the base's
             other |= {name: [ADAPTER_CONFIG] for name in found.adapters if found.configs.get(name) and name not in other}
         if not other or all(check.ok for check in checks):
@@ -229,6 +244,9 @@ class _Sources:
         self.report.add(against_sources(self.checkpoint, replace(plan, steps=rest), self.manifest, self.work, self.workers))
         return None
 
+    def _against(self, plan: Plan) -> Iterator[Check]:
+        return against_sources(self.checkpoint, plan, self.manifest, self.work, self.workers, self.proved, self.compared)
+
     def _unchanged(self, plan: Plan, found: Changes, follows: bool) -> None:
         """The manifest's digests of what was read are those of what is there."""
         for name, keys in found.configs.items():
@@ -236,7 +254,7 @@ class _Sources:
                 self.wrong.append(f"sources.{printable(name)}: config.json {SAVED_AGAIN.format('keys')}")
         if follows:  # else it is said of the tensor that fails
             names = [name for name in self.manifest["sources"] if name in plan.checkpoints and name not in found.weights]
-            for name, tensors in other_tensors(plan, self.manifest, names, proved=True).items():
+            for name, tensors in other_tensors(plan, self.manifest, names, proved=True, known=self.found.sources).items():
                 what = "not as the manifest records it: it changed since the merge, or the record is not the merge's"
                 self.wrong.append(f"sources.{printable(name)}: {some(tensors)} {what}")
 

@@ -15,6 +15,11 @@ TOKENS_PER_BYTE = 60
 """Tokens of the texts of routers that a stored byte has to be multiplied with for what one unit costs."""
 
 
+def of_bytes(done: int, total: int) -> tuple[int, int]:
+    """Work done, and all the work, when so many bytes of all were compared with what they are made of, and nothing else is done yet."""
+    return done * (COST["digests"] + COST["sources"]), total * sum(COST.values())
+
+
 @dataclass
 class Work:
     """`tell` hears of work done and of all the work, in units of about equal time; neither ever goes down."""

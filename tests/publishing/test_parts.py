@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_files import write_adapter
 from conftest import CONFIGS, write_recipe, write_sources
-from runs import Stop, folder_bytes, options, stop_after
-from scenes import FOUR, recipe, router, write_read_texts, write_scene
+from runs import RECIPES, Stop, folder_bytes, options, small_scene, stop_after
+from scenes import recipe, router, write_scene
 
 from bam_merge import MergeOptions
 from bam_merge.errors import NonFiniteError, NotYet, OutputError, SyncFailed, VerificationFailed
@@ -25,8 +24,6 @@ from bam_merge.publishing.finishing import finish
 from bam_merge.publishing.parts import make_part
 from bam_merge.publishing.publish import publish
 from bam_merge.publishing.staging import Staging
-
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -65,28 +62,11 @@ def test_as_many_parts_as_files(plan: Plan, llamas: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe(path: Path, tmp_path: Path) -> None:
     """On small models: each in parts as in one process, companions and manifest too."""
-    (tmp_path / "recipes").mkdir()
-    write_sources(tmp_path / "checkpoints", CONFIGS["llama"], FOUR)
-    for number, name in enumerate(FOUR[1:]):
-        write_adapter(tmp_path / "checkpoints" / "adapters" / name, tmp_path / "checkpoints" / "seed", seed=number)
-    write_read_texts(tmp_path)
-    copy = tmp_path / "recipes" / path.name
-    copy.write_text(in_small_files(path.read_text()))
-    plan = plan_file(copy)
+    plan = plan_file(small_scene(path, tmp_path))
     of = min(3, len(plan.shards))
     assert of > 1
     whole = folder_bytes(publish(plan, tmp_path / "whole", options()[0]))
     assert folder_bytes(make_all(plan, of)) == whole
-
-
-def in_small_files(text: str) -> str:
-    """The recipe with small files."""
-    lines = []
-    for line in text.splitlines():
-        if line.startswith("output:"):
-            line = line.rstrip().removesuffix("}") + ", max_shard_size: 40kB}" if line.rstrip().endswith("}") else line
-        lines.append(line)
-    return "\n".join(lines) + "\n"
 
 
 def test_aligned_vocabularies(tmp_path: Path) -> None:
@@ -508,7 +488,7 @@ def test_commands_and_statuses(llamas: Path, run: Callable[..., Any]) -> None:
     assert "part 1/2: " in first.out and first.out.endswith(f"When all parts are made: bam-merge finish {path}\n")
     lines = [json.loads(line) for line in first.err.splitlines() if line.startswith("{")]
     assert lines[-1]["done"] == lines[-1]["total"] > 0
-    assert {(line["stage"], line["part"]) for line in lines} == {("merging", "1/2")}
+    assert {(line["stage"], line["part"]) for line in lines} == {("merging", "1/2"), ("verifying", "1/2")}
     missing = run("finish", path)
     assert missing.status == 4 and f"It is made by: bam-merge {path} --part 2/2" in missing.err
     assert run("merge", path, "--part", "2/2", "--resume").status == 0

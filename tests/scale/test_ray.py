@@ -1,8 +1,12 @@
-"""Parts as tasks of Ray: the bytes of one process, though a node or the driver is killed. `make test-scale`."""
+"""Parts as tasks of Ray: the bytes of one process, though a node or the driver is killed. `make test-scale`; what is "sampled" needs under two
+minutes in all, and `make check` runs it.
+"""
 
+import filecmp
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import CONFIGS, write_recipe, write_sources
 from damage import as_in_a_terminal
-from runs import folder_bytes
+from runs import RECIPES, folder_bytes, small_scene
 
 from bam_merge import MergeOptions, merge
 from bam_merge.recipe.load import load_recipe
@@ -155,6 +159,7 @@ def test_an_address_where_nothing_answers(tmp_path: Path, request: pytest.Fixtur
 
 @needs_ray
 @pytest.mark.scale
+@pytest.mark.sampled
 def test_a_cluster_of_this_machine(tmp_path: Path) -> None:
     write_sources(tmp_path, CONFIGS["llama"])
     recipe = write_recipe(tmp_path, output="{path: out, max_shard_size: 60kB}")
@@ -171,7 +176,7 @@ def test_a_cluster_of_this_machine(tmp_path: Path) -> None:
 
 @needs_ray
 @pytest.mark.scale
-@pytest.mark.parametrize("method", ["bam", "btx", "ties"])
+@pytest.mark.parametrize("method", [pytest.param("bam", marks=pytest.mark.sampled), "btx", "ties"])
 def test_two_nodes(two_nodes: Cluster, scene: Path, method: str) -> None:
     name = f"two_{method}"
     if method == "ties":
@@ -208,6 +213,7 @@ def test_more_than_a_node_has(two_nodes: Cluster, tmp_path: Path) -> None:
 
 @needs_ray
 @pytest.mark.scale
+@pytest.mark.sampled
 def test_a_node_killed_in_mid_run(scene: Path) -> None:
     recipe = ties(scene, "node")
     with cluster() as nodes:
@@ -223,7 +229,7 @@ def test_a_node_killed_in_mid_run(scene: Path) -> None:
 
 @needs_ray
 @pytest.mark.scale
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.sampled), signal.SIGTERM, signal.SIGINT])
 def test_the_driver_killed_in_mid_run_and_run_again(two_nodes: Cluster, scene: Path, number: signal.Signals) -> None:
     name = f"driver{number.value}"
     recipe = ties(scene, name)
@@ -238,6 +244,98 @@ def test_the_driver_killed_in_mid_run_and_run_again(two_nodes: Cluster, scene: P
     assert status == 0, err
     assert "6 parts on Ray" in err and "resuming: " in err
     assert folder_bytes(scene / name) == whole(recipe)
+
+
+@needs_ray
+@pytest.mark.scale
+def test_a_node_killed_while_it_is_verified(scene: Path) -> None:
+    """Its tasks go to the other one, or to the driver; the answer is the same."""
+    recipe = ties(scene, "proof")
+    with cluster() as nodes:
+        child = driver(recipe, "--ray", nodes.address, "--parts", 6)
+        wait_for(lambda: (scene / ".proof.bam-merge" / "output" / "bam_merge.json").exists(), child)
+        nodes.kill(0)
+        out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    assert "verified: " in out
+    assert folder_bytes(scene / "proof") == whole(recipe)
+
+
+@needs_ray
+@pytest.mark.scale
+def test_a_part_by_hand_at_once_with_its_task(two_nodes: Cluster, scene: Path) -> None:
+    recipe = ties(scene, "hand")
+    child = driver(recipe, "--ray", two_nodes.address, "--parts", 4)
+    wait_for(lambda: tensors_done(scene, "hand") >= 1, child)
+    for number in (1, 2, 3, 4):
+        status, _, err = run(recipe, "--part", f"{number}/4", "--no-verify")
+        assert status in (0, 4), err
+        assert status == 0 or "is being written by " in err or "is being finished by " in err, err
+    out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    assert "verified: " in out and folder_bytes(scene / "hand") == whole(recipe)
+
+
+@needs_ray
+@pytest.mark.scale
+def test_parts_made_by_hand_and_one_forgotten(two_nodes: Cluster, scene: Path) -> None:
+    recipe = ties(scene, "forgotten")
+    for number in (1, 3):
+        assert run(recipe, "--part", f"{number}/3")[0] == 0
+    status, _, err = run("finish", recipe)
+    assert status == 4 and f"It is made by: bam-merge {recipe} --part 2/3" in err
+    status, _, err = run(recipe, "--ray", two_nodes.address)
+    assert status == 0, err
+    assert "3 parts on Ray" in err
+    assert folder_bytes(scene / "forgotten") == whole(recipe)
+
+
+@needs_ray
+@pytest.mark.scale
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_on_two_nodes(two_nodes: Cluster, path: Path, tmp_path: Path) -> None:
+    copy = small_scene(path, tmp_path)
+    output = load_recipe(copy).output.path
+    expected = folder_bytes(merge(load_recipe(copy), tmp_path / "whole", MergeOptions(verify=False)))
+    status, out, err = run(copy, "--ray", two_nodes.address, "--parts", 2)
+    assert status == 0, err
+    assert "verified: " in out and "verified here" not in err
+    assert folder_bytes((copy.parent / output).resolve()) == expected
+
+
+# ---- at the size of a billion parameters ---------------------------------------------------------------------------------------
+
+
+@needs_ray
+@pytest.mark.scale
+def test_four_models_of_a_billion_parameters_a_node_killed_and_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eight files: the bytes of one process. The models are smaller where disk and memory have no room for 1.1 billion (26 GB)."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from workload import NAMES, btx_recipe, default_scale, scaled, write_models
+
+    scale = default_scale(tmp_path)
+    sources = write_models(tmp_path / "models", scaled(scale), NAMES, sparse=False)
+    size = {1.0: "900MB"}.get(scale, f"{int(900 * scale)}MB")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**btx_recipe(sources), "output": {"path": "out", "layout": "mixtral", "max_shard_size": size}}))
+    with cluster() as nodes:
+        child = driver(recipe, "--ray", nodes.address, "--parts", 8)
+        wait_for(lambda: tensors_done(tmp_path, "out") >= 20, child)
+        child.kill()
+        child.communicate()
+        assert not (tmp_path / "out").exists()
+        child = driver(recipe, "--ray", nodes.address, "--resume")
+        wait_for(lambda: tensors_done(tmp_path, "out") >= 60, child)
+        nodes.kill(1)
+        out, err = child.communicate(timeout=1200)
+    assert child.returncode == 0, err
+    assert "8 parts on Ray" in err and "verified: " in out
+    assert not (tmp_path / ".out.bam-merge").exists()
+    merge(load_recipe(recipe), tmp_path / "whole", MergeOptions(verify=False))
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert all(filecmp.cmp(tmp_path / "out" / name, tmp_path / "whole" / name, shallow=False) for name in names)
+    shutil.rmtree(tmp_path)
 
 
 @needs_ray
