@@ -61,8 +61,8 @@ def _differences(family: Architecture, config: Mapping[str, Any], facts: Mapping
     """What `config` does not say that is to be said."""
     wrong: list[str] = []
     found = describe(family, config, wrong)
-    yield from wrong
-    if wrong or not found:
+    if wrong or not found:  # a file of the family that nobody wrote: what the family is says more than what is wrong in that
+        yield from list(_other_kinds(family, facts)) or wrong
         return
     eps = "layer_norm_eps" if found["norm_type"] == "layer_norm" else "rms_norm_eps"
     for key in dict.fromkeys((*SAID, eps)):
@@ -76,7 +76,20 @@ def _differences(family: Architecture, config: Mapping[str, Any], facts: Mapping
         if key == "logit_scale":  # a saved mixture of layout bam says 1, of logits that nothing scales
             mine, theirs = (1 if scale is None else scale for scale in (mine, theirs))
         if mine != theirs and not (mine is None and theirs is False):
-            yield f"a {family.name} model has {key} = {shown(mine)}, and this mixture has {shown(theirs)}."
+            yield _apart(family, key, mine, theirs)
+
+
+def _other_kinds(family: Architecture, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What every model of the family is, whatever its config.json says, and these facts are not."""
+    for trait, rule in family.traits.items():
+        theirs = facts.get(trait, QUIET.get(trait, TRAITS.get(trait)))
+        idle = trait == "parallel_norms" and not facts.get("parallel_block")
+        if trait in SAID and not idle and not str(rule).startswith("config:") and rule != theirs:
+            yield _apart(family, trait, rule, theirs)
+
+
+def _apart(family: Architecture, key: str, mine: Any, theirs: Any) -> str:
+    return f"a {family.name} model has {key} = {shown(mine)}, and this mixture has {shown(theirs)}."
 
 
 def _turning(rope: Any) -> Any:

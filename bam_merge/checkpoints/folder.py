@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder, known by its config.json and its safetensors headers. No tensor data is read."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "tekken.json", "t
 """Those of them that name tokens and their ids: any one of them is a tokenizer."""
 
 
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""What turns images and videos into what a wrapper's towers take."""
+
+
 @dataclass(frozen=True)
 class Remote:
     """Of a model whose headers alone are at hand: its `name` where the rest is, the bytes of all files that are read of it and of those yet
@@ -76,8 +80,15 @@ class Checkpoint:
 
     def companions(self) -> list[str]:
         """Tokenizer and generation files of this folder, in a fixed order."""
+        return self._there(TOKENIZER_FILES)
+
+    def processors(self) -> list[str]:
+        """Its files for images and videos, in a fixed order."""
+        return self._there(PROCESSOR_FILES)
+
+    def _there(self, names: Sequence[str]) -> list[str]:
         unread = self.remote.unread if self.remote is not None else {}
-        return [name for name in TOKENIZER_FILES if name in unread or (self.path / name).is_file()]
+        return [name for name in names if name in unread or (self.path / name).is_file()]
 
 
 def open_checkpoint(path: str | os.PathLike[str], unneeded: Callable[[Mapping[str, Any]], set[str]] = lambda config: set()) -> Checkpoint:

@@ -83,8 +83,9 @@ class Joined:
         return self.of[0].dtype
 
 
-Leaf = Read | Slice | Joined
-"""What is stored of a role, where nothing is computed: of a folder that is looked at as it is."""
+Leaf = Read | Computed | Slice | Joined
+"""What is stored of a role, where nothing is computed: of a folder that is looked at as it is. What is Computed here has the rows of one
+stored tensor in another order."""
 
 
 Piece = Whole | Slice
@@ -114,7 +115,9 @@ def every_stored(leaf: Leaf) -> tuple[Read, ...]:
 def stored(leaf: Leaf) -> Read:
     """The stored tensor that a leaf is, or is cut from; of several that are joined the first."""
     of = leaf.of[0] if isinstance(leaf, Joined) else whole(leaf)
-    assert isinstance(of, Read), "a tensor that is computed is stored nowhere"
+    if isinstance(of, Computed):
+        assert of.formula.moves and len(of.inputs) == 1, "a tensor that is computed is stored nowhere"
+        return stored(of.inputs[0])
     return of
 
 
@@ -151,11 +154,26 @@ def leaf_runs(leaf: Read | Slice, start: int, stop: int) -> Iterator[tuple[int, 
         start += count
 
 
-def byte_runs(leaf: Read | Slice, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def byte_runs(leaf: Piece, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The same in bytes: (first byte in the stored tensor, count). Elements smaller than a byte must begin and end with one."""
     bits = DTYPE_BITS[leaf.dtype]
-    for first, count in leaf_runs(leaf, start, stop):
+    for first, count in _stored_runs(leaf, start, stop):
         yield first * bits // 8, count * bits // 8
+
+
+def _stored_runs(leaf: Piece, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(first element in the stored tensor, count) of the runs that make up elements [start, stop) of rows of it in whatever order."""
+    if isinstance(leaf, Computed):
+        row = numel(leaf) // leaf.shape[0]
+        for at in range(start // row, -(-stop // row)):
+            first, last = max(start, at * row), min(stop, (at + 1) * row)
+            ((_, of, _),) = leaf.formula.moved(at, at + 1)
+            yield from _stored_runs(leaf.inputs[0], of * row + first - at * row, of * row + last - at * row)
+    elif isinstance(leaf, Slice) and isinstance(leaf.of, Computed):
+        for first, count in leaf_runs(leaf, start, stop):
+            yield from _stored_runs(leaf.of, first, first + count)
+    else:
+        yield from leaf_runs(leaf, start, stop)
 
 
 def in_tensors(leaf: Leaf, start: int, stop: int) -> Iterator[tuple[Read, int, int]]:

@@ -10,6 +10,7 @@ from bam_merge.comparing.advice import readings
 from bam_merge.comparing.drift import Drift
 from bam_merge.comparing.findings import Finding, config_findings, tokenizer_findings
 from bam_merge.comparing.gram import gram
+from bam_merge.comparing.rotary import in_one_order
 from bam_merge.comparing.sides import Place, Side, check_comparable, in_common, open_side
 from bam_merge.comparing.standing import standing
 from bam_merge.comparing.tensor_difference import digest
@@ -30,7 +31,7 @@ def drift(
     """
     if not experts:
         raise CheckpointError("diff --seed: no experts. Give one or more folders after it.")
-    sides = tuple(open_side(address, ranges) for address in (seed, *experts))
+    sides = in_one_order([open_side(address, ranges) for address in (seed, *experts)])
     check_comparable(sides)
     places, left_out, findings = _comparable(sides)
     grams = by_size(places, lambda place: gram(sides, place), lambda place: numel(sides[0].leaves[place]), workers)

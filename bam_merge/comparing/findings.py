@@ -132,6 +132,10 @@ def config_findings(sides: Sequence[Side], called: Sequence[str] = "AB") -> list
         keys = left.keys() & right.keys()
         a, b, what = {k: left[k] for k in keys}, {k: right[k] for k in keys}, "what config.json says"
     findings = []
+    if sides[1].turned:
+        text = f"rows of q and k of {called[1]} are compared in the order of rotary pairs of {called[0]}: what they compute is the same"
+        findings.append(Finding("rotary order", text, (), False))
+        a, b = ({key: value for key, value in side.items() if key != "rope_interleaved"} for side in (a, b))
     for key in sorted({*a, *b}):
         if a.get(key) != b.get(key) or (key in a) != (key in b):
             shown = [printable(json.dumps(side[key], default=str), 100) if key in side else "absent" for side in (a, b)]

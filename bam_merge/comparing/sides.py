@@ -1,12 +1,13 @@
 """Tensors of several models that stand in the same place: by role and layer, however each checkpoint names, fuses or splits them.
 
 A side of a comparison is PATH (a folder or a safetensors file), or PATH#EXPERT, one expert of a mixture as the dense model it was:
-EXPERT is its name in expert_names or its number, with or without "experts." before it.
+EXPERT is its name in expert_names or its number, with or without "experts." before it. Where it is no dense model that is known (a shared
+expert was trained beside it), or nothing tells of which family, it is what of the mixture is no other expert's.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bam_merge.architectures import locate
 from bam_merge.architectures.anatomy import Anatomy
@@ -15,7 +16,7 @@ from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.pieces import Leaf, Read, Slice, every_stored, stored
 from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError
-from bam_merge.sources.experts import expert_names, split_expert
+from bam_merge.sources.experts import expert_names, expert_of, split_expert
 from bam_merge.sources.places import look
 from bam_merge.text import nearest, printable
 
@@ -25,13 +26,15 @@ Place = locate.Place
 
 @dataclass(frozen=True)
 class Side:
-    """A model as one side of a comparison. `left_out`: tensors that are no part of it, with the reason."""
+    """A model as one side of a comparison. `left_out`: tensors that are no part of it, with the reason. `turned`: its rows of q and k are
+    read in the order of another one's rotary pairs."""
 
     label: str
     anatomy: Anatomy
     expert: int | None
     leaves: Mapping[Place, Leaf]
     left_out: Mapping[str, str]
+    turned: bool = False
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -54,8 +57,12 @@ def open_side(address: str | os.PathLike[str], ranges: bool = False) -> Side:
     if name is None:
         found, label = look(text, values=True, ranges=ranges)
         return Side(label, found, None, _placed(found), dict(found.dropped))
-    found, label = look(path, values=True, ranges=ranges)
-    expert = _expert(found, path, name)
+    found, label = look(path, values=True, manifest=True, ranges=ranges)
+    expert, label = _expert(found, path, name), f"{label}#{text.rpartition('#')[2]}"
+    if (model := expert_of(found, name)) is not None:
+        own: dict[Place, Leaf] = {(role, layer, None): leaf for (role, layer), leaf in model.tensors.items() if isinstance(leaf, Leaf)}
+        dense = replace(found, architecture=model.family, facts=model.facts, config=model.config)
+        return Side(label, dense, expert, _by_position(found, own), model.dropped)
     leaves: dict[Place, Leaf] = {}
     left_out = dict(found.dropped)
     for (role, layer, of), leaf in _placed(found).items():
@@ -69,7 +76,7 @@ def open_side(address: str | os.PathLike[str], ranges: bool = False) -> Side:
             left_out.setdefault(stored(leaf).tensor, "another expert's")
     for leaf in leaves.values():  # which holds all experts
         left_out.pop(stored(leaf).tensor, None)
-    return Side(f"{label}#{text.rpartition('#')[2]}", found, expert, leaves, left_out)
+    return Side(label, found, expert, leaves, left_out)
 
 
 def _placed(found: Anatomy) -> dict[Place, Leaf]:
@@ -79,6 +86,11 @@ def _placed(found: Anatomy) -> dict[Place, Leaf]:
     for name in (*found.unknown, *(name for name in found.places if name not in placed)):
         entry = found.checkpoint.tensors[name]
         leaves[f"? {name}", None, None] = Read("model", name, entry.dtype, entry.shape)
+    return _by_position(found, leaves)
+
+
+def _by_position(found: Anatomy, leaves: Mapping[Place, Leaf]) -> dict[Place, Leaf]:
+    """In the order of the files."""
     position = {name: index for index, name in enumerate(found.checkpoint.tensors)}
     return dict(sorted(leaves.items(), key=lambda item: position[stored(item[1]).tensor]))
 

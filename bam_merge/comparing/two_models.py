@@ -15,6 +15,7 @@ from typing import Any
 from bam_merge.checkpoints.pieces import numel, stored
 from bam_merge.comparing.findings import Finding, config_findings, moves, places, storage, tokenizer_findings
 from bam_merge.comparing.recognise import named
+from bam_merge.comparing.rotary import in_one_order
 from bam_merge.comparing.sides import Place, Side, check_comparable, in_common, open_side
 from bam_merge.comparing.tensor_difference import SHAPE, Difference, difference, relative_difference
 from bam_merge.errors import CheckpointError
@@ -99,7 +100,8 @@ def diff(
     """
     if not 0 <= tol < math.inf:
         raise CheckpointError(f"tol is {tol}, expected a number from 0 on: the relative difference up to which tensors count as the same.")
-    sides = open_side(a, ranges), open_side(b, ranges)
+    first, second = in_one_order((open_side(a, ranges), open_side(b, ranges)))
+    sides = first, second
     check_comparable(sides)
     wanted, ignored = _wanted(sides, only, ignore)
     compared = _compare(sides, [place for place in in_common(sides) if place in wanted], workers)

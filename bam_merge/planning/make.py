@@ -26,6 +26,7 @@ from bam_merge.planning.gating import gating_notes, with_gates
 from bam_merge.planning.output_config import merge_values, output_config, refusals
 from bam_merge.planning.pairs import in_order_of, order_note
 from bam_merge.planning.plan import BESIDE, Plan, Step
+from bam_merge.planning.processors import processor_files, processor_notes, processor_problems
 from bam_merge.planning.serving import served, serving_notes, serving_problems, unserved
 from bam_merge.planning.shared_expert import shared_expert, shared_notes
 from bam_merge.planning.stacking import stacked
@@ -85,6 +86,8 @@ def make_plan(recipe: Recipe) -> Plan:
     if frame is not None:
         steps = frame.steps(steps)
         problems += frame.problems(recipe.file, None if alignment is None else alignment.giver)
+    processors = processor_files(frame, models)
+    problems += processor_problems(processors, models)
     problems += [*dtype_problems(recipe, steps), *copied_only_problems(steps, recipe.file)]
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
@@ -97,7 +100,7 @@ def make_plan(recipe: Recipe) -> Plan:
     parts = (((s.role, s.layer, expert), expr.shape, s.dtype) for s in text for expert, expr in s.experts)
     config = config if frame is None else frame.config(config)
     cost = cost_of_tensors(parts, values, values["tie_word_embeddings"])
-    files = found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name)
+    files = {**(found.files or dict.fromkeys(seed.checkpoint.companions(), seed.name)), **processors}
     texts = calibration(recipe, models, alignment, placed, cost)
     return Plan(
         recipe=recipe,
@@ -111,6 +114,7 @@ def make_plan(recipe: Recipe) -> Plan:
             *_notes(recipe, layout, [seed, *(model for model in models.values() if model is not seed)], values, made),
             *order_note(layout, as_stored, seed),
             *(frame.notes() if frame is not None else ()),
+            *processor_notes(frame, processors, models),
             *serving_notes(recipe, files),
             *copied_only_note(placed),
             *calibration_notes(recipe, texts),

@@ -149,6 +149,11 @@ class Plan:
         """Every folder that is read, by the name that expressions call it: the sources', their bases', their adapters'."""
         return {name: checkpoint for model in self.models.values() for name, checkpoint in model.stores.items()}
 
+    def companions(self, store: str) -> list[str]:
+        """The tokenizer and generation files of a folder, and what else the output takes of it, in a fixed order."""
+        taken = [file for file, name in self.files.items() if self.models[name].store_name == store]
+        return list(dict.fromkeys((*self.checkpoints[store].companions(), *taken)))
+
     @property
     def remotes(self) -> dict[str, Remote]:
         """The folders of which headers alone are at hand, by name: a merge downloads them and plans again."""

@@ -15,10 +15,6 @@ from bam_merge.planning.plan import BESIDE, Step
 from bam_merge.sources.dense import DenseModel
 from bam_merge.text import listed, some
 
-PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-"""What a folder has for images beside its tokenizer. Of their keys nobody here has listed those that run no code."""
-
-
 TRUNK = "model."
 """How names of a text model begin, but for the head's."""
 
@@ -93,9 +89,6 @@ class Frame:
         said += f", with the {listed(kept)} of {self.seed.name} as it is: other sources' are not read" if kept else ""
         said += f"; {listed(left)} is left out, since it is of the seed's layers and not of the mixture's" if left else ""
         yield f"{said}."
-        beside = [name for name in PROCESSORS if (self.seed.checkpoint.path / name).is_file()]
-        if beside:
-            yield f"{some(beside)} not copied: for images put what {self.seed.name} has beside the result."
 
 
 def frame_of(layout: Architecture, seed: DenseModel) -> Frame | None:

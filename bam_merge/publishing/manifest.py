@@ -86,7 +86,7 @@ def _source_records(plan: Plan, finished: dict[str, Finished], licenses: Mapping
             "path": plan.recipe.relative(plan.recipe.stores[source].path),
             "config": checkpoint.config_digest,
             "config_keys": key_digests(checkpoint.config),
-            "companions": companion_digests(checkpoint.path, checkpoint.companions()),
+            "companions": companion_digests(checkpoint.path, plan.companions(source)),
             **(licenses[source].entries() if source in licenses else {}),
             "files": files,
         }

@@ -217,7 +217,7 @@ def is_result(plan: Plan, target: Path, allow_nonfinite: bool) -> bool:
                 for file, record in known["files"].items()
             ):
                 return False
-            companions = companion_digests(checkpoint.path, checkpoint.companions())
+            companions = companion_digests(checkpoint.path, plan.companions(name))
             if (known["config"], known["companions"], files) != (checkpoint.config_digest, companions, found):
                 return False
             if any(max(status.st_ctime_ns, status.st_mtime_ns) >= made for status in changes):

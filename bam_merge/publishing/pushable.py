@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.tables import find_by_model_type
-from bam_merge.checkpoints.folder import CONFIG, INDEX, TOKENIZER_FILES, Checkpoint, read_small_file
+from bam_merge.checkpoints.folder import CONFIG, INDEX, PROCESSOR_FILES, TOKENIZER_FILES, Checkpoint, read_small_file
 from bam_merge.checkpoints.provenance import MANIFEST, read_manifest
 from bam_merge.checkpoints.reading import blocks
 from bam_merge.errors import OutputError, VerificationFailed, VerifyError
@@ -62,7 +62,7 @@ def _saved(folder: Path) -> Pushable:
         )
     if nonfinite := sorted(_nonfinite(checkpoint)):
         raise OutputError(f"{shown}: {some(nonfinite)}: NaN or infinite values. A model with such values is not pushed.")
-    known = {CONFIG, INDEX, "README.md", *TOKENIZER_FILES, *code, *checkpoint.files}
+    known = {CONFIG, INDEX, "README.md", *TOKENIZER_FILES, *PROCESSOR_FILES, *code, *checkpoint.files}
     files = tuple(name for name in here if name in known and not (folder / name).is_symlink())
     left = [name for name in here if name not in files]
     notes = [f"no {MANIFEST}: nothing proves how this model was made; its headers and values were looked at"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bam_merge.checkpoints.folder import INDEX, SINGLE, TOKENIZER_FILES
+from bam_merge.checkpoints.folder import INDEX, PROCESSOR_FILES, SINGLE, TOKENIZER_FILES
 from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.documents import load_json
 from bam_merge.own_folder import FOLDER, kind, opened_folder, read_file, who
@@ -33,9 +33,7 @@ SAVED = {
     "spm.model": "save_pretrained of a tokenizer (DeBERTa)",
     "tekken.json": "save_pretrained of Mistral's tokenizers",
     "additional_chat_templates/*.jinja": "save_pretrained of a tokenizer with several templates",
-    "preprocessor_config.json": "save_pretrained of a processor",
-    "processor_config.json": "save_pretrained of a processor",
-    "video_preprocessor_config.json": "save_pretrained of a processor",
+    **dict.fromkeys(PROCESSOR_FILES, "save_pretrained of a processor"),
 }
 """Names of regular files that may be deleted, and who writes them; # is a digit. Everything else is foreign: links, other folders,
 hidden files, states of training (optimizer.pt, checkpoint-500), weights in other formats."""

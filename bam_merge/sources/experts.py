@@ -14,28 +14,24 @@ from typing import Any
 from bam_merge.architectures.anatomy import Anatomy, anatomy
 from bam_merge.architectures.config import describe, facts_of
 from bam_merge.architectures.dense_config import as_said, dense_config
-from bam_merge.architectures.locate import Place, applies, in_order
+from bam_merge.architectures.locate import Place, applies
+from bam_merge.architectures.locate import in_order as by_layers
 from bam_merge.architectures.naming import Naming
 from bam_merge.architectures.opening import open_folder
 from bam_merge.architectures.quantisation import quantised_refusal
 from bam_merge.architectures.tables import Architecture, at_layer, dense_families, evaluate, head_names
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.kinds import staged
-from bam_merge.checkpoints.pieces import Joined, Leaf, Read, Shape, Slice, numel, stored
+from bam_merge.checkpoints.pieces import Leaf, Read, Shape, Slice, stored
 from bam_merge.checkpoints.provenance import MANIFEST, key_digests, name_digest, read_manifest, recorded_experts
-from bam_merge.checkpoints.reading import read_piece
 from bam_merge.errors import CheckpointError, VerifyError
+from bam_merge.expressions import Expr
 from bam_merge.paths import located
 from bam_merge.sources.dense import DenseModel, Site
+from bam_merge.sources.filled import is_filled
+from bam_merge.sources.pairs import in_order, order_words
 from bam_merge.sources.places import look
 from bam_merge.text import nearest, printable, some
-
-BLOCK = 2**20
-"""Bytes that are looked at at a time."""
-
-
-ONE = {"F64": b"\0\0\0\0\0\0\xf0\x3f", "F32": b"\0\0\x80\x3f", "BF16": b"\x80\x3f", "F16": b"\0\x3c"}
-"""The number 1 as it is stored."""
 
 
 def read_expert(name: str, path: Path, expert: str, family: str | None = None, checkpoint: Checkpoint | None = None) -> DenseModel:
@@ -75,6 +71,7 @@ def _expert_of(name: str, found: Anatomy, expert: str, family: str | None) -> De
     fit = mixture.as_dense(mixture.number(expert), mixture.families(family), family)
     heads = [tensor for tensor in found.dropped if tensor.endswith(head_names(layout))]  # tied: to be compared with the embeddings
     note = f"expert {printable(expert, 60)} of a mixture of layout {layout.name}, as a {fit.family.name} model"
+    note += _order_note(layout, facts, fit)
     return DenseModel(
         name, found.checkpoint, fit.family, fit.config, fit.facts, fit.taken, {**found.dropped, **fit.dropped}, {},
         copies=(*fit.copies, *heads), naming=Naming({}), notes=(note,), expert=fit.number,
@@ -89,10 +86,22 @@ class _Fit:
     family: Architecture
     config: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
-    taken: dict[Site, Read | Slice] = field(default_factory=dict)
+    taken: dict[Site, Expr] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
+
+
+def _is_in_order(fit: _Fit, facts: Mapping[str, Any]) -> bool:
+    """Whether a mixture with these facts turns the rotary pairs that the family does."""
+    return bool(fit.facts["rope_interleaved"]) == bool(facts["rope_interleaved"])
+
+
+def _order_note(layout: Architecture, facts: Mapping[str, Any], fit: _Fit) -> str:
+    if _is_in_order(fit, facts):
+        return ""
+    theirs, here = (order_words(of["rope_interleaved"]) for of in (fit.facts, facts))
+    return f", with the rows of q and k in its order of rotary pairs again ({theirs} turn together; in {layout.name} {here}), bit for bit"
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,8 @@ class _Mixture:
         good = [fit for fit in fits if not fit.problems]
         if len(fits) == 1 and not good:
             raise CheckpointError(*(f"{self.where}: {problem}" for problem in fits[0].problems))
+        as_here = [fit for fit in good if _is_in_order(fit, self.facts)]  # rather than one whose rows stand otherwise
+        good = as_here or good
         own = [fit for fit in good if self.layout.name.startswith(fit.family.name)]
         if len(good) > 1 and own:
             good = [max(own, key=lambda fit: len(fit.family.name))]
@@ -169,10 +180,23 @@ class _Mixture:
         return good[0]
 
     def fit(self, number: int, family: Architecture) -> _Fit:
-        """`family` tried on the expert: with all that the layout has, or without what it has of every source, if these are zeros."""
+        """`family` tried on the expert: with all that the layout has, or without what it has of every source, if these are zeros; the
+        other way round where the record says that the merge filled them in."""
         without = {key: False for key, value in self.layout.implies.items() if value is True}
-        first = self._tried(number, family, self.facts)
-        return first if not first.problems or not without else self._tried(number, family, {**self.facts, **without})
+        more, fewer = ({**self.facts, **changes} for changes in ({}, without))
+        first, second = (fewer, more) if self._filled_in() else (more, fewer)
+        fit = self._tried(number, family, first)
+        if not fit.problems or not without:
+            return fit
+        other = self._tried(number, family, second)
+        return other if not other.problems or second is fewer else fit
+
+    def _filled_in(self) -> bool:
+        """Whether the merge filled in what the layout has of every source, and these had not."""
+        records = self.manifest["tensors"] if self.manifest is not None else {}
+        filled = {role for row in self.layout.rows for role in row.roles if row.make == "zeros" and role.startswith("attn.")}
+        leaves = (leaf for (role, _, _), leaf in self.found.leaves.items() if role in filled)
+        return any((records.get(stored(leaf).tensor) or {}).get("expression") == "zeros" for leaf in leaves)
 
     def _tried(self, number: int, family: Architecture, facts: Mapping[str, Any]) -> _Fit:
         fit = _Fit(number, family)
@@ -181,13 +205,28 @@ class _Mixture:
             fit.copies = (stored(have.pop(("head", None))).tensor,)
             fit.dropped[fit.copies[0]] = "the layout's copy of the embeddings"
             facts = {**facts, "tie_word_embeddings": True}
+        facts = {**facts, "rope_interleaved": family.traits.get("rope_interleaved") is True}  # rows are put in that order below
         fit.config = dense_config(family, facts, self.found.config, fit.problems)
         if not fit.problems:
             if keys := self._keys(family):
                 fit.config = as_said(family, fit.config, facts, lambda key: name_digest(key) in keys)
             fit.facts = describe(family, fit.config, fit.problems)
             self._settle(fit, have)
+        if not fit.problems and not _is_in_order(fit, self.facts):
+            self._put_in_order(fit)
         return fit
+
+    def _put_in_order(self, fit: _Fit) -> None:
+        """Rows of q and k in the family's order of rotary pairs, in which the merge found them."""
+        put = in_order(fit.taken, fit.facts, to_halves=not fit.facts["rope_interleaved"])
+        if put is not None:
+            fit.taken = put
+            return
+        theirs, here = (order_words(facts["rope_interleaved"]) for facts in (fit.facts, self.facts))
+        fit.problems.append(
+            f"a {fit.family.name} model turns {theirs} together (rotary embedding), this mixture {here}, and its rows of q and k cannot be "
+            "put in the other order: they are no whole rows of heads, or of a dtype below a byte."
+        )
 
     def _pieces(self, number: int, fit: _Fit) -> Iterator[tuple[Site, Leaf]]:
         """What stands at each place of the dense model that the expert is; what stands for others is dropped."""
@@ -209,8 +248,8 @@ class _Mixture:
 
     def _settle(self, fit: _Fit, have: dict[Site, Leaf]) -> None:
         """Every tensor of the family is there in its shape, and what else is there adds nothing."""
-        missing = []
-        for cell in in_order(fit.family, fit.facts["num_hidden_layers"]):
+        missing, taken = [], dict[Site, Read | Slice]()
+        for cell in by_layers(fit.family, fit.facts["num_hidden_layers"]):
             if not applies(cell, fit.facts):
                 continue
             own = at_layer(fit.facts, cell.layer)
@@ -221,47 +260,30 @@ class _Mixture:
                 elif leaf.shape != shape:
                     fit.problems.append(f"{stored(leaf).tensor} is {list(leaf.shape)}, a {fit.family.name} model has {list(shape)} for it.")
                 else:
-                    assert not isinstance(leaf, Joined), f"layout {self.layout.name} has a role in several tensors"
-                    fit.taken[role, cell.layer] = leaf
+                    assert isinstance(leaf, Read | Slice), f"layout {self.layout.name} has a role in several tensors"
+                    taken[role, cell.layer] = leaf
+        fit.taken.update(taken)
         if missing:
             fit.problems.append(f"a {fit.family.name} model has {some(missing)}, and the mixture has not.")
-        for leaf in fit.taken.values():  # of one tensor of all experts
+        for leaf in taken.values():  # of one tensor of all experts
             fit.dropped.pop(stored(leaf).tensor, None)
-        idle = {layer for (role, layer), leaf in have.items() if role in ("ffn.shared.up", "ffn.shared.down") and self._is(leaf, "zeros")}
+        idle = {
+            layer
+            for (role, layer), leaf in have.items()
+            if role in ("ffn.shared.up", "ffn.shared.down") and is_filled(self.found.checkpoint, leaf, "zeros")
+        }
         filled = {role: row.make for row in self.layout.rows for role in row.roles if row.make}
         for (role, layer), leaf in have.items():
             tensor = stored(leaf).tensor
             if role.startswith("ffn.shared.") and layer in idle:
                 fit.dropped[tensor] = "of a shared expert that adds nothing"
-            elif role in filled and self._is(leaf, str(filled[role]), fit.taken.get((str(filled[role]), layer))):
+            elif role in filled and is_filled(self.found.checkpoint, leaf, str(filled[role]), taken.get((str(filled[role]), layer))):
                 fit.dropped[tensor] = f"{filled[role]}, which the layout needs and a {fit.family.name} model has not"
             else:
                 fit.problems.append(
                     f"{tensor}: a {fit.family.name} model has no place for it, and it is not what a merge fills in. One expert is not all "
                     "that this model computes with."
                 )
-
-    def _is(self, leaf: Leaf, what: str, other: Leaf | None = None) -> bool:
-        """Whether a tensor is all zeros, all ones, or `other`'s copy. One that is not at hand yet is taken for it: a merge looks again."""
-        checkpoint, numbers = self.found.checkpoint, {"zeros": bytes(8), "ones": ONE.get(leaf.dtype)}
-        if checkpoint.remote is not None:
-            return True
-        number = numbers.get(what)
-        if number is None and (other is None or (other.shape, other.dtype) != (leaf.shape, leaf.dtype)):
-            return False
-        entry = checkpoint.tensors[stored(leaf).tensor]
-        size = entry.nbytes // max(1, entry.numel)
-        for start in range(0, numel(leaf), BLOCK // 8):
-            stop = min(start + BLOCK // 8, numel(leaf))
-            data, wanted = bytearray((stop - start) * size), bytearray((stop - start) * size)
-            read_piece(checkpoint, leaf, memoryview(data), start, stop)
-            if number is not None:
-                wanted = bytearray(number[:size] * (stop - start))
-            elif other is not None:
-                read_piece(checkpoint, other, memoryview(wanted), start, stop)
-            if data != wanted:
-                return False
-        return True
 
 
 # ---- an expert that is only looked at ------------------------------------------------------------------------------------------
@@ -314,6 +336,15 @@ def look_at_expert(
         config=model.config, findings=(*mixture.findings, *(f"{note}." for note in model.notes)),
     )  # fmt: skip
     return found, f"{label}#experts.{expert}"
+
+
+def expert_of(found: Anatomy, expert: str) -> DenseModel | None:
+    """An expert of a mixture that is looked at, as the dense model that it is; None where it is none, or where nothing tells of which
+    family."""
+    try:
+        return _expert_of("model", found, expert, None)
+    except (CheckpointError, VerifyError):
+        return None
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def _open(plan: Plan, name: str, dense: dict[str, StoredModel], kept: Kept) -> S
         said = plan.recipe.source(name)
         opened = dequantised if said.dequantise else stored_model
         if said.expert is not None:
-            found = one_expert(checkpoint, str(said.expert))
+            found = one_expert(checkpoint, str(said.expert), plan.models[name].config)
         else:
             found = opened(checkpoint, head=plan.recipe.accept.head if plan.recipe.accept else None)
     if isinstance(source, AdaptedSource):

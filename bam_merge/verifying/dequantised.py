@@ -85,7 +85,7 @@ def dequantised(checkpoint: Checkpoint, head: str | None = None) -> Dequantised:
         else instead(leaf, replace(stored(leaf), dtype=dtype))
         for parameter, leaf in found.leaves.items()
     }
-    return Dequantised(checkpoint, found.config, leaves, scales)  # type: ignore[arg-type]
+    return Dequantised(checkpoint, found.config, leaves, scales)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

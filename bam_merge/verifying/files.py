@@ -18,7 +18,7 @@ import xxhash
 
 from bam_merge._version import __version__
 from bam_merge.architectures.tables import find_by_model_type
-from bam_merge.checkpoints.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, Checkpoint, read_small_file
+from bam_merge.checkpoints.folder import CONFIG, INDEX, PROCESSOR_FILES, SINGLE, TOKENIZER_FILES, Checkpoint, read_small_file
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.provenance import MANIFEST, REMEDY, refreshed
 from bam_merge.documents import load_json
@@ -150,7 +150,7 @@ def _unwritten(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Names in the manifest that no merge writes: a forger lists what he adds."""
     shards = len(manifest["shards"])
     weights = [SINGLE] if shards == 1 else [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
-    small = {"config.json", "README.md", *TOKENIZER_FILES, *_package_code(), *([INDEX] if shards > 1 else [])}
+    small = {"config.json", "README.md", *TOKENIZER_FILES, *PROCESSOR_FILES, *_package_code(), *([INDEX] if shards > 1 else [])}
     wrong = [*sorted(manifest["shards"].keys() - set(weights)), *sorted(manifest["files"].keys() - small)]
     if wrong:
         yield f"{some(wrong, 8)}: in the manifest, but no file that bam-merge {__version__} writes: remove it and merge again"

@@ -132,7 +132,7 @@ def _by_token(formula: formulas.ByToken, inputs: Sequence[Operand], start: int, 
     return Derived(torch.cat(values[::-1]), torch.cat(slacks[::-1]))
 
 
-def _order(formula: formulas.Pairs, rows: int) -> Tensor:
+def order_of_pairs(formula: formulas.Pairs, rows: int) -> Tensor:
     """The row that each row of the result is: of every block its heads' turning rows, as a table of pairs that is turned on its side."""
     order = torch.arange(rows).view(-1, formula.block)
     heads = order[:, formula.first : formula.first + formula.rows].reshape(len(order), -1, formula.head)
@@ -144,7 +144,7 @@ def _order(formula: formulas.Pairs, rows: int) -> Tensor:
 
 @computed_rows.register
 def _pairs(formula: formulas.Pairs, inputs: Sequence[Operand], start: int, stop: int) -> Derived:
-    order = _order(formula, inputs[0].shape[0])[start:stop]
+    order = order_of_pairs(formula, inputs[0].shape[0])[start:stop]
     first = int(order.min())
     rows = inputs[0].rows(first, int(order.max()) + 1)
     return Derived(rows.value[order - first], None if rows.slack is None else rows.slack[order - first])
@@ -158,7 +158,7 @@ def moved_rows(
     An input is what reads its rows, and one row of zeros.
     """
     if isinstance(formula, formulas.Pairs):
-        order, (read, _) = _order(formula, total)[start:stop], inputs[0]
+        order, (read, _) = order_of_pairs(formula, total)[start:stop], inputs[0]
         first, last = int(order.min()), int(order.max())
         return read(first, last + 1)[order - first]
     assert isinstance(formula, formulas.ByToken), f"verifying/formulas.py moves no rows by {type(formula).__name__}"

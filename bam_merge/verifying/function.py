@@ -22,7 +22,7 @@ from bam_merge.verifying.conversion import as_written, open_dense
 from bam_merge.verifying.levels import Level, layers_asked
 from bam_merge.verifying.measuring import Way
 from bam_merge.verifying.one_expert import same_experts
-from bam_merge.verifying.pairs import in_order, same_in_either_order
+from bam_merge.verifying.pairs import in_order, same_as_in_the_mixture, same_in_either_order
 from bam_merge.verifying.probes import as_it_is
 from bam_merge.verifying.report import Check, Report
 from bam_merge.verifying.stack import as_stacked, same_layers
@@ -44,13 +44,15 @@ def function_checks(
     work.finish("sources")
     if plan is not None:
         own = open_dense(plan)
-        yield from same_experts(plan, own)
+        sample_of_experts = ids_BT if level.thorough else ids_BT[:1]
+        yield from same_experts(plan, in_order(own, mixture.config, plan))
+        yield from same_as_in_the_mixture(own, sample_of_experts, Way(level, computing))
         yield from accepted_check(mixture, own, plan.recipe)
         aligned, dense, sample_BT = _beside(checkpoint, plan, mixture, own, ids_BT, level)
         ids_BT = aligned.sample(ids_BT)
         yield from aligned.checks
         exact = in_order(as_accepted(own, plan.recipe), mixture.config, plan)
-        yield from same_in_either_order(dense, exact, plan, sample_BT, Way(level, computing))
+        yield from same_in_either_order(own, dense, exact, plan, sample_BT, Way(level, computing))
         yield from same_function(mixture, as_stacked(dense, plan.recipe))
         yield from same_head(mixture, dense, ids_BT, computing)
         if any(model.adapters for model in plan.models.values()):

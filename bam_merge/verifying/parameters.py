@@ -91,7 +91,8 @@ def is_proved(leaf: Leaf, own: Leaf, step: Step | None, source: str, proved: fro
         return False
     if not expressions.is_copy(step.expr):  # what it is was worked out anew; whose it is the forward passes tell
         return True
-    if isinstance(leaf, Joined) or isinstance(own, Joined):  # small vectors, which are sooner read than told apart
+    moved = next(expressions.computed(step.expr), None) is not None
+    if moved or isinstance(leaf, Joined) or isinstance(own, Joined):  # rows in another order, small vectors: sooner read than told apart
         return False
     mine = [piece for start, stop in leaf_rows(leaf) for piece in stretches(step.expr, start, stop)]
     theirs = [(source, stored(own).tensor, start, stop) for start, stop in leaf_rows(own)]

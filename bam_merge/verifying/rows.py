@@ -17,7 +17,7 @@ from torch import Tensor
 from bam_merge import expressions
 from bam_merge.checkpoints.dtypes import DTYPE_BITS
 from bam_merge.checkpoints.file_afar import FileAfar
-from bam_merge.checkpoints.pieces import Computed, Read, Shape, Slice, Whole, inputs, stored
+from bam_merge.checkpoints.pieces import Computed, Piece, Read, Shape, Slice, Whole, inputs, stored, whole
 from bam_merge.errors import CheckpointError
 from bam_merge.planning.plan import Plan
 from bam_merge.system import MOST_BYTES, name_of
@@ -261,15 +261,15 @@ def stretches(expr: expressions.Expr, start: int, stop: int) -> Iterator[Stretch
         for part, first, last in concat_runs(expr, start, stop):
             yield from stretches(part, first, last)
     else:
-        assert isinstance(expr, Read | Slice)
+        assert isinstance(expr, Read | Slice) and isinstance(whole(expr), Read)
         read = stored(expr)
         yield from ((read.source, read.tensor, first, last) for first, last in leaf_rows(expr, start, stop))
 
 
-def leaf_rows(leaf: Read | Slice, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """(first, last) of the stored rows that rows [start, stop) of a leaf are, in order."""
+def leaf_rows(leaf: Piece, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first, last) of the rows that rows [start, stop) of a leaf are, in order, of the whole tensor that it is or is cut from."""
     stop = leaf.shape[0] if stop is None else stop
-    if isinstance(leaf, Read):
+    if not isinstance(leaf, Slice):
         yield start, stop
         return
     block = leaf.of.shape[0] // leaf.groups

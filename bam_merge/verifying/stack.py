@@ -20,6 +20,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.recipe.schema import Recipe
 from bam_merge.verifying.levels import layers_asked
 from bam_merge.verifying.measuring import Way, Worst, difference, of_layers, positions_of
+from bam_merge.verifying.pairs import is_turned
 from bam_merge.verifying.parameters import apart, is_proved
 from bam_merge.verifying.report import Check
 from bam_merge.verifying.wiring import unlike_blocks
@@ -109,7 +110,9 @@ def _unlike(
             yield f"{name} is not there", float("inf")
             continue
         leaf = result.leaves[mine + name]
-        if not is_proved(leaf, dense.leaves[theirs + name], steps.get(stored(leaf).tensor), origin.source, proved):
+        if is_turned(dense, theirs + name) or not is_proved(
+            leaf, dense.leaves[theirs + name], steps.get(stored(leaf).tensor), origin.source, proved
+        ):
             error = apart(result, mine + name, dense, theirs + name)
             if error:
                 yield name, error

@@ -35,6 +35,7 @@ from bam_merge.verifying.heldout import further_texts, read_domains, tokens_made
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import read_texts, unnamed
+from bam_merge.verifying.processors import processor_check
 from bam_merge.verifying.proof import NOTHING, Known
 from bam_merge.verifying.record import contradictions, first_problems, nonfinite_problems, places, record_problems
 from bam_merge.verifying.report import Check, Report, timed
@@ -161,8 +162,9 @@ class _Sources:
         opened = plan.checkpoints if plan is not None and given is None else opened_afar(given)  # a plan that was given can be an old one
         found = changes(recipe, self.manifest, opened)
         companions = {name: found.companions.get(recipe.model_store(name), []) for name in recipe.sources}
-        if (check := companion_check(self.folder, recipe, self.manifest, companions)) is not None:
-            self.report.add([check])
+        for compare in (companion_check, processor_check):
+            if (check := compare(self.folder, recipe, self.manifest, companions)) is not None:
+                self.report.add([check])
         if why is not None:
             self._unplanned(why, found, same_version)
         compared = None if plan is None else self._tensors(plan, found)

@@ -12,8 +12,8 @@ from bam_merge import MergeOptions, load_recipe, merge, verify
 from bam_merge.checkpoints.pieces import Computed, Read, Slice
 from bam_merge.expressions import copy_runs
 from bam_merge.formulas import Pairs
-from bam_merge.planning import pairs
 from bam_merge.planning.make import plan_file
+from bam_merge.sources import pairs
 from bam_merge.verifying.formulas import moved_rows
 from bam_merge.verifying.options import VerifyOptions
 

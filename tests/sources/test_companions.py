@@ -9,6 +9,7 @@ import pytest
 from conftest import CONFIGS, Result, write_recipe, write_sources
 
 from bam_merge.checkpoints import header
+from bam_merge.checkpoints.folder import PROCESSOR_FILES
 from bam_merge.errors import BamMergeError, CheckpointError
 from bam_merge.planning.make import plan_file
 from bam_merge.sources import companions
@@ -40,6 +41,16 @@ GOOD: dict[str, dict[str, Any]] = {
         "bad_words_ids": [[1, 2]], "stop_strings": ["\n"], "watermarking_config": {"greenlist_ratio": 0.25}, "of_another_library": [0, [1.5, None, True]], "transformers_version": "5.23.0",
     },
     "tekken.json": {"config": {"pattern": ".", "default_num_special_tokens": 0}, "vocab": [{"rank": 0, "token_bytes": "YQ=="}]},
+    "preprocessor_config.json": {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor", "image_mean": [0.5, 0.5, 0.5], "resample": 3,
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216}, "crop_size": None, "do_resize": True, "data_format": "channels_first",
+        "_valid_processor_keys": ["images", "do_resize"], "image_token": "<image>", "return_tensors": None,
+    },
+    "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2, "max_frames": 768, "video_metadata": None},
+    "processor_config.json": {
+        "processor_class": "Qwen3VLProcessor", "image_processor": {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16},
+        "video_processor": {"video_processor_type": "Qwen3VLVideoProcessor", "size": {"longest_edge": 25165824}}, "chat_template": TEMPLATE,
+    },
 }  # fmt: skip
 """Nothing of these is left out; a token may have any text."""
 
@@ -109,6 +120,9 @@ def test_what_would_run_code_or_lead_elsewhere_is_left_out(name: str, key: str, 
         ("tokenizer.json", {"model": {"vocab": {}, "auto_map": 1}, "decoder": {"auto_map": TRAP}}),
         ("tokenizer.json", {"added_tokens": [{"id": 0, "content": "a", "auto_map": 1}], "model": {}}),
         ("tekken.json", {"vocab": [{"auto_map": TRAP}], "config": {"trust_remote_code": 1}}),
+        ("preprocessor_config.json", {"size": {"auto_map": 1}}),
+        ("processor_config.json", {"image_processor": {"auto_map": TRAP, "patch_size": 16}}),
+        ("processor_config.json", {"video_processor": {"size": {"auto_map": 1}, "model_file": "/etc/passwd"}}),
     ],
 )
 def test_no_depth_hides_a_key(name: str, document: Any, tmp_path: Path) -> None:
@@ -140,10 +154,17 @@ def test_no_depth_hides_a_key(name: str, document: Any, tmp_path: Path) -> None:
         ("tokenizer.json", {"tokenizer_file": "x"}),
         ("added_tokens.json", {"<x>": {"content": 1}}),
         ("vocab.json", {"a": True}),
+        ("preprocessor_config.json", {"image_processor_type": "evil.Processor"}),
+        ("preprocessor_config.json", {"size": {"path": "/etc/passwd"}}),
+        ("preprocessor_config.json", {"data_format": "/etc/passwd"}),
+        ("preprocessor_config.json", {"image_processor": {"image_processor_type": "a b"}, "_valid_processor_keys": ["../x"]}),
+        ("processor_config.json", {"audio_tokenizer": {"audio_tokenizer_class": "X", "audio_tokenizer_name_or_path": "org/name"}}),
+        ("processor_config.json", {"tokenizer": {"vocab_file": "/etc/passwd"}, "device": "cuda"}),
     ],
 )
 def test_a_value_of_another_kind_stays_behind(name: str, document: Any, tmp_path: Path) -> None:
-    assert json.loads(companion(put(tmp_path, name, document))) == {}
+    kept = json.loads(companion(put(tmp_path, name, document)))
+    assert [value for value in kept.values() if value != {}] == []  # of a processor's section what is left of it
 
 
 def test_every_setting_of_transformers_generation_is_known() -> None:
@@ -209,7 +230,11 @@ def test_a_huge_file_is_refused_before_it_is_read(llamas: Path, run: Any) -> Non
 
 def test_a_merge_says_what_it_left_out_and_transformers_finds_nothing_to_run(llamas: Path, run: Any) -> None:
     """All files at once, each with an escaped auto_map; the output's are what GOOD says, and merge and plan name what is missing."""
-    good = {name: document for name, document in GOOD.items() if name not in {"vocab.json", "tekken.json", "added_tokens.json"}}
+    good = {
+        name: document
+        for name, document in GOOD.items()
+        if name not in {"vocab.json", "tekken.json", "added_tokens.json", *PROCESSOR_FILES}
+    }
     for name, document in good.items():
         put(llamas / "seed", name, with_member(document, escaped("auto_map"), TRAP))
     put(llamas / "seed", "chat_template.jinja", TEMPLATE)

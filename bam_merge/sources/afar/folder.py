@@ -41,7 +41,7 @@ from bam_merge.sources.afar.web import Web
 from bam_merge.sources.licenses import CARD, FILES
 from bam_merge.text import count, printable, some
 
-SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, MANIFEST, CARD, *FILES)
+SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, *PROCESSOR_FILES, MANIFEST, CARD, *FILES)
 """Files beside the weights that are read of a folder where it has them."""
 
 
@@ -312,7 +312,9 @@ def _opened(found: Elsewhere, whole: bool, readable: bool) -> Checkpoint:
         afar: dict[str, FileAfar] = {name: WeightsAfar(found.store, found.files[name]) for name in names}
         return kind(**{**vars(checkpoint), "afar": afar})
     rest = [name for name in found.small_files() if not found.is_here(name)]
-    unread = {name: f"{found}: {found.files[name].etag}" for name in rest if name in TOKENIZER_FILES}  # equal to no other one's
+    unread = {
+        name: f"{found}: {found.files[name].etag}" for name in rest if name in (*TOKENIZER_FILES, *PROCESSOR_FILES)
+    }  # equal to no other one's
     nbytes, left = (sum(found.files[name].size for name in which) for which in ((*found.small_files(), *names), rest))
     return kind(**{**vars(checkpoint), "remote": Remote(str(found), nbytes, left, unread, ranged=True)})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from bam_merge.checkpoints.folder import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, is_plain_name
+from bam_merge.checkpoints.folder import CONFIG, INDEX, PROCESSOR_FILES, SINGLE, TOKENIZER_FILES, is_plain_name
 from bam_merge.checkpoints.provenance import MANIFEST
 from bam_merge.documents import load_json
 from bam_merge.errors import CheckpointError
@@ -24,7 +24,7 @@ from bam_merge.text import printable, some
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, MANIFEST)
+SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, *PROCESSOR_FILES, MANIFEST)
 """Files beside the weights that are ever read of a model: data, and never code."""
 
 
