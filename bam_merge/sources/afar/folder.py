@@ -23,6 +23,7 @@ from bam_merge.checkpoints.folder import (
     CONFIG,
     INDEX,
     MAX_JSON,
+    PROCESSOR_FILES,
     SINGLE,
     TOKENIZER_FILES,
     Checkpoint,
