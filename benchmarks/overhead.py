@@ -125,9 +125,10 @@ def ray(work: Path, recipe: Path, reads: Sequence[Path], rounds: int) -> bool:
 
 
 def _told(table: Table, ratios: list[float], bar: float, how: str = "") -> bool:
-    kept = median(ratios) <= bar
-    print(f"\n{table_text(table)}\nratio{how}: {spread(ratios)}; bar {bar:g}: {'kept' if kept else 'BROKEN'}", flush=True)
-    return kept
+    """Print a table, and whether the median is within its bar. Where starting took longer than running did, nothing was measured."""
+    verdict = "NOT MEASURED, on too busy a machine" if min(ratios) <= 0 else "kept" if median(ratios) <= bar else "BROKEN"
+    print(f"\n{table_text(table)}\nratio{how}: {spread(ratios)}; bar {bar:g}: {verdict}", flush=True)
+    return verdict == "kept"
 
 
 CLUSTER = """

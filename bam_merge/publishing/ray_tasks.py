@@ -49,12 +49,9 @@ def orders(plan: Plan, target: Path, parts: tuple[Part, ...], options: MergeOpti
     """An order for each part."""
     known = {text: place.recorded for text, place in plan.recipe.known.items()}
     settings = {
-        "force": options.force,
-        "workers": options.workers,
-        "allow_nonfinite": options.allow_nonfinite,
-        "verify": verify,
+        "force": options.force, "workers": options.workers, "allow_nonfinite": options.allow_nonfinite, "verify": verify,
         "ranges": options.ranges,
-    }
+    }  # fmt: skip
     for part in parts:
         yield Order(os.path.abspath(plan.recipe.file), known, str(target), part.number, part.of, header_of(plan, part), settings)
 

@@ -15,7 +15,7 @@ from bam_merge.checkpoints.dtypes import ARITHMETIC_DTYPES
 from bam_merge.checkpoints.folder import Checkpoint
 from bam_merge.checkpoints.header import read_header
 from bam_merge.checkpoints.pieces import Read
-from bam_merge.checkpoints.reading import check_unchanged, digest_range
+from bam_merge.checkpoints.reading import check_unchanged, digest_tensor
 from bam_merge.errors import BamMergeError
 from bam_merge.expressions import Calibrated
 from bam_merge.model.loading import stored_model
@@ -126,4 +126,4 @@ def _source_digests(whole: Plan, mine: Plan) -> Iterator[tuple[SourceTensor, str
         if file in files and (source, tensor) not in copied:
             checkpoint = whole.checkpoints[source]
             entry = checkpoint.tensors[tensor]
-            yield (source, tensor), digest_range(checkpoint.path / entry.file, entry.offset, entry.nbytes)
+            yield (source, tensor), digest_tensor(checkpoint, entry)

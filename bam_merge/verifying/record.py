@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from bam_merge import expressions
+from bam_merge.address import is_address
 from bam_merge.checkpoints.dtypes import DTYPES
 from bam_merge.checkpoints.folder import INDEX, Checkpoint, read_small_file
 from bam_merge.checkpoints.format_1 import FORMAT_1
@@ -108,9 +109,12 @@ def _source_contradictions(sources: Mapping[str, Any]) -> Iterator[str]:
     for name, record in sources.items():
         if unknown := sorted(record.keys() - SOURCE_KEYS):
             yield f"sources.{printable(name)}: {some(unknown)}: no manifest has such entries"
+        elsewhere = is_address(str(record.get("path")))
         for file, known in record["files"].items():
+            beside = known.keys() - FILE_KEYS
+            pinned = not beside or (beside == {"etag"} and elsewhere and isinstance(known["etag"], str))
             whole = "".join([known["header"], *map(str, known["tensors"].values())])
-            if known.keys() - {"etag"} != FILE_KEYS or known["digest"] != xxhash.xxh3_128_hexdigest(whole.encode()):
+            if not known.keys() >= FILE_KEYS or not pinned or known["digest"] != xxhash.xxh3_128_hexdigest(whole.encode()):
                 yield f"sources.{printable(name)}: the digest of {printable(file)} is not that of its header and tensors"
 
 

@@ -100,7 +100,7 @@ def verify_rest(
     report.add(digests(checkpoint, manifest, work, workers, found.digests, measured))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
     wrong = [*contradictions(checkpoint, manifest), *wrong_counts]
-    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left, options.ranges, found, found.of(measured))
+    sources = _Sources(checkpoint, manifest, report, wrong, work, workers, left, found, found.of(measured), options.ranges)
     plan = sources.compare(plan)
     if (reason := not_computed(manifest, nonfinite)) is not None:
         report.add([Check("model", None, reason)])
@@ -141,9 +141,9 @@ class _Sources:
     work: Work
     workers: int
     left: OnHub | None = None
-    ranges: bool = False
     found: Known = NOTHING
     compared: Mapping[str, Compared] = field(default_factory=dict)
+    ranges: bool = False
     proved: set[str] = field(default_factory=set)
 
     @property

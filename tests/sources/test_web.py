@@ -337,9 +337,10 @@ def test_nothing_to_do_when_it_is_finished(shelf: FakeWeb, tmp_path: Path, run: 
 # ---- keys --------------------------------------------------------------------------------------------------------------------
 
 
-def test_keys_of_the_server_go_to_it_alone(shelf: FakeWeb, tmp_path: Path, run: Any) -> None:
+def test_keys_of_the_server_go_to_it_alone(shelf: FakeWeb, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By ~/.netrc; not where it leads elsewhere, and into no record, card, journal or message."""
     (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")  # which is the hub's, and goes to nobody else
     netrc = tmp_path / "home" / ".netrc"
     netrc.write_text("machine 127.0.0.1 login me password hunter2\n")
     netrc.chmod(0o600)
@@ -348,7 +349,7 @@ def test_keys_of_the_server_go_to_it_alone(shelf: FakeWeb, tmp_path: Path, run: 
     assert {request.token for request in shelf.requests if not request.store} == {"Basic bWU6aHVudGVyMg=="}
     assert {request.token for request in shelf.requests if request.store} == {None}
     text = result.err + result.out + "".join(path.read_bytes().decode(errors="replace") for path in (tmp_path / "out").iterdir())
-    assert not [word for word in ("hunter2", "bWU6", "secret-signature") if word in text]
+    assert not [word for word in ("hf_planted", "hunter2", "bWU6", "secret-signature") if word in text]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from bam_merge.checkpoints.folder import (
     CONFIG,
     INDEX,
     MAX_JSON,
+    PROCESSOR_FILES,
     SINGLE,
     TOKENIZER_FILES,
     Checkpoint,
@@ -41,7 +42,7 @@ from bam_merge.sources.afar.web import Web
 from bam_merge.sources.licenses import CARD, FILES
 from bam_merge.text import count, printable, some
 
-SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, MANIFEST, CARD, *FILES)
+SMALL_FILES = (CONFIG, INDEX, *TOKENIZER_FILES, *PROCESSOR_FILES, MANIFEST, CARD, *FILES)
 """Files beside the weights that are read of a folder where it has them."""
 
 
@@ -131,7 +132,7 @@ def resolve(address: Address, adapter: bool = False) -> Elsewhere:
         files, folders = store.list()
         found = Elsewhere(address, store, files, folders, adapter)
     else:
-        names = [config, ADAPTER_WEIGHTS, CARD, *FILES] if adapter else [*SMALL_FILES, SINGLE]
+        names = [config, CONFIG, ADAPTER_WEIGHTS, CARD, *FILES] if adapter else [*SMALL_FILES, SINGLE, ADAPTER_CONFIG]
         files, hidden = _looked(store, names, config)
         found = Elsewhere(address, store, files, (), adapter, hidden)
     if config not in found.files:
@@ -312,7 +313,9 @@ def _opened(found: Elsewhere, whole: bool, readable: bool) -> Checkpoint:
         afar: dict[str, FileAfar] = {name: WeightsAfar(found.store, found.files[name]) for name in names}
         return kind(**{**vars(checkpoint), "afar": afar})
     rest = [name for name in found.small_files() if not found.is_here(name)]
-    unread = {name: f"{found}: {found.files[name].etag}" for name in rest if name in TOKENIZER_FILES}  # equal to no other one's
+    unread = {
+        name: f"{found}: {found.files[name].etag}" for name in rest if name in (*TOKENIZER_FILES, *PROCESSOR_FILES)
+    }  # equal to no other one's
     nbytes, left = (sum(found.files[name].size for name in which) for which in ((*found.small_files(), *names), rest))
     return kind(**{**vars(checkpoint), "remote": Remote(str(found), nbytes, left, unread, ranged=True)})
 
