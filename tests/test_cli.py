@@ -254,7 +254,7 @@ def test_help_imports_nothing_that_starts_slowly() -> None:
 def test_copies_are_made_without_torch(llamas: Path) -> None:
     """Its import takes longer than a small part does, and where something is computed it is to fall to one worker, while others copy."""
     recipe = write_recipe(llamas, "shared: {make: copy, from: code}", "merge", output="{path: out, max_shard_size: 60kB}")
-    for arguments in (["--part", "1/2"], ["--output", str(llamas / "whole"), "--no-verify"]):
+    for arguments in (["--part", "1/2", "--no-verify"], ["--output", str(llamas / "whole"), "--no-verify"]):
         code = (
             f"import sys; sys.argv = ['bam-merge', {str(recipe)!r}, *{arguments!r}]\n"
             "from bam_merge.cli import main\n"
