@@ -83,7 +83,7 @@ test-mergekit: .venv-mergekit/ready $(VENV)/ready  ## compare the merge methods 
 # Without what they ask for: it is there, or another torch.
 QUANTISERS := bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7 ninja llmcompressor==0.14.0.1 compressed-tensors==0.20.0 loguru==0.7.3
 
-test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2, lm-eval, quantisers and transformers' own model tests, in a venv of its own
+test-ecosystem: .venv-ecosystem/ready  ## the exported model in Trainer, TRL, PEFT, FSDP2, lm-eval, quantisers and transformers' own model tests, in a venv of its own (an hour)
 	.venv-ecosystem/bin/python -m pytest -m ecosystem tests/ecosystem
 
 .venv-ecosystem/ready: pyproject.toml constraints.txt
