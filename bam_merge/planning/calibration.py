@@ -158,7 +158,10 @@ def calibration_notes(recipe: Recipe, found: Calibration | None) -> Iterator[str
             "softmax_then_topk)."
         )
     if (top_k, renormalised) == (1, False) and any(make.scale is None for make in recipe.from_texts.values()):
-        yield "router: scale 180 for the FFN, whose one gate is not renormalised, so that it is near 1. router.scale sets it."
+        yield (
+            "router: scale 180 for the FFN, whose one gate is not renormalised, so that it is near 1, for use without training. "
+            "To train from there give router.scale 6: with 180 the z-loss is most of the loss (docs/paper.md)."
+        )
 
 
 def _flops(seed: DenseModel, cost: Cost, routers: Mapping[Step, expressions.Calibrated], corpora: Mapping[str, Corpus]) -> int:

@@ -215,7 +215,10 @@ def table_routers(results: Results | None, compared: bool = True) -> str:
 def scaled(results: Results) -> str:
     """As table_routers, of the settings with a scale, which were trained where `results` were."""
     found = read_scaled()
-    return table_routers(found and {**found, "settings": {**results["settings"], **found["settings"]}}, False)
+    if found is None:
+        return table_routers(None)
+    measured = {name: runs for name, runs in found["settings"].items() if runs}
+    return table_routers({**found, "settings": {**results["settings"], **measured}}, compared=False)
 
 
 def from_random(name: str) -> str:
