@@ -403,6 +403,8 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
+    """Of 5, which is the class's own, the kernel drops those that come at once, and they wait for seconds."""
 
     def handle_error(self, *_: Any) -> None:
         """Of a client that went away, which is no error of the server; others show in what the client gets."""

@@ -5,10 +5,12 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from hub_server import Server
 
 KEY = "AKIAPLANTED"
 
@@ -89,8 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 def serving_s3() -> Iterator[FakeS3]:
     """A server until the end of the block."""
     s3 = FakeS3()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"s3": s3}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"s3": s3}))
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     s3.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
