@@ -52,7 +52,7 @@ def test_every_random_seed_trains_all_of_them():
     config = head_start.head_start_config(HERE / "config.yaml")
     trained = [stage for stage in run.all_stages(config, []) if stage.kind == "mixture"]
     assert len(config["random_seeds"]) == 3
-    assert len(trained) == 3 * (12 + 8), "each setting, and those of BAM with equal compute"
+    assert len(trained) == 3 * (12 + 8 + 3), "each setting, those of BAM with equal compute, and those of another scale"
 
 
 def fake(ends):
@@ -99,4 +99,32 @@ def test_results_are_written_as_they_are_read(tmp_path):
     results = fake(lambda name, seed: 1.5)
     head_start.write(results, tmp_path / "deep" / "head_start.json")
     assert json.loads((tmp_path / "deep" / "head_start.json").read_text()) == results
-    assert len(head_start.pairs(results)) == 10
+    assert len(head_start.pairs(results)) == 10 + 3
+
+
+def test_settings_of_a_scale_differ_in_it_alone(base):
+    config = head_start.head_start_config(base)
+    scaled = [name for name in config["only"] if name.endswith(f"{report.ROUTERS_OF_TEXT}, scale 6")]
+    assert len(scaled) == 3
+    for graph in settings.graphs(config):
+        for name in scaled:
+            one, two = (copy.deepcopy(graph.merged[which].parameters) for which in (name.removesuffix(", scale 6"), name))
+            assert two["recipe"]["router"].pop("scale") == 6
+            assert one == two
+    assert {(report.from_random(name), name) for name in scaled} <= {*head_start.pairs({"settings": dict.fromkeys(scaled)})}
+    assert all(report.from_random(name) in config["only"] for name in scaled)
+
+
+def test_settings_of_a_scale_are_compared_with_the_random_ones_of_the_page(monkeypatch):
+    found = fake(lambda name, seed: 9.0)
+    page = fake(lambda name, seed: 10.0)
+    page["settings"] = {name: runs for name, runs in page["settings"].items() if report.ROUTERS_OF_TEXT not in name}
+    found["settings"] = {name: runs if "scale" in name else {} for name, runs in found["settings"].items()}
+    monkeypatch.setattr(report, "read_scaled", lambda: found)
+    lines = report.scaled(page).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [
+        f"{name}, scale 6" for name in ("BTX top-1", "BAM Expert-KV", "BAM Shared-KV")
+    ]
+    assert all("| 10.0 ± 0.0 % | yes, 3 of 3" in " ".join(line.split()) for line in lines[4:]), lines
+    monkeypatch.setattr(report, "read_scaled", lambda: None)
+    assert report.scaled(page) == "Not measured yet: run that command."

@@ -34,6 +34,21 @@ def test_every_merge_of_the_results_passed_verify():
     assert merges and all(run["verified"] and run["checks"] >= 16 for run in merges)
 
 
+@pytest.mark.parametrize("file", ["head_start", "head_start_scale", "methods", "results_gpu"])
+def test_other_results_are_of_merges_that_passed_verify(file):
+    found = json.loads((HERE / f"{file}.json").read_text())
+    merges = [run for runs in found["merges"].values() for run in runs.values()]
+    assert merges and all(run["verified"] and run["checks"] >= 16 for run in merges)
+    ends = [run["end"] for runs in found["settings"].values() for run in runs.values()]
+    assert ends and all(set(end) == set(found["config"]["domains"]) and all(map(math.isfinite, end.values())) for end in ends)
+
+
+def test_of_an_experiment_that_was_stopped_only_what_was_finished_is_shown():
+    shown = report.table_gpu(report.read_gpu())
+    assert "not measured" not in shown and "| BAM Expert-KV" in shown and "Sparse Upcycling" not in shown
+    assert report.table_gpu(None) == "Not measured yet: run that command."
+
+
 def test_every_setting_that_the_report_names_exists():
     known = {*measured()["settings"], *measured()["dense"], *(f"{name}@0" for name in measured()["merges"])}
     assert {name for _, _, *pair in report.CLAIMS for name in pair} <= known

@@ -42,7 +42,7 @@ def call(monkeypatch, folder, *arguments):
 
 
 def test_the_table_and_the_bars(scene, monkeypatch, capsys):
-    status = call(monkeypatch, scene, "--only", "table", "--tokens", "64,8192", "--draws", "2", "--json", scene / "found.json")
+    status = call(monkeypatch, scene, "--only", "table", "--tokens", "64,8192", "--draws", "2", "--further", "--json", scene / "found.json")
     shown = capsys.readouterr().out
     kept = [line.rpartition(": ")[2] for line in shown.splitlines() if line.startswith("bar: ")]
     assert len(kept) == 8 and status == int("BROKEN" in kept)
@@ -55,8 +55,10 @@ def test_the_table_and_the_bars(scene, monkeypatch, capsys):
     right = [float(cell.split()[0]) for cell in table["Expert-KV, ridge, 8,192 tokens"][4:]]
     assert min(right) > 80 > 50 > float(table["Expert-KV, random routers"][5].split()[0]), "texts that have no word in common"
     made = sorted((scene / "work" / "measured").iterdir())
-    assert call(monkeypatch, scene, "--only", "table", "--tokens", "64,8192", "--draws", "2") == status
+    plain = scene / "plain.json"
+    assert call(monkeypatch, scene, "--only", "table", "--tokens", "64,8192", "--draws", "2", "--json", plain) == status
     assert sorted((scene / "work" / "measured").iterdir()) == made, "what was measured is kept"
+    assert [row[0] for row in json.loads(plain.read_text())["table"]] == list(table)[:-2], "without the further ones"
 
 
 def test_a_case_says_what_the_report_says(scene, monkeypatch, capsys):
