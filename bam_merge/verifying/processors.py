@@ -25,6 +25,8 @@ def processor_check(folder: Path, recipe: Recipe, manifest: Mapping[str, Any], c
     folders = {name: recipe.located(recipe.source(name).path) for name in names}
     if not all(path.is_dir() for path in folders.values()):
         return None
+    if not any(file in manifest["files"] or any((path / file).is_file() for path in folders.values()) for file in PROCESSOR_FILES):
+        return None
     wrapper = _wrapper(folder)
     of = wrapper.written.of if wrapper is not None and wrapper.written is not None else None
     alike = (name for name in names if recipe.source(name).expert is None and _called(folders[name]) == of and of is not None)

@@ -64,7 +64,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     from bam_merge.verifying.report import Check, Report
 
     monkeypatch.setattr(
-        bam_merge.verifying.verification, "verify", lambda folder, plan, options: Report(checks=[Check("digests", False, "wrong")])
+        bam_merge.verifying.verification,
+        "verify_rest",
+        lambda found, folder, plan, options: Report(checks=[Check("digests", False, "wrong")]),
     )
 
 

@@ -297,7 +297,9 @@ def test_a_failed_result_goes_through_no_planted_name(plan: Plan, llamas: Path, 
     from bam_merge.verifying.report import Check, Report
 
     monkeypatch.setattr(
-        bam_merge.verifying.verification, "verify", lambda folder, plan, options: Report(checks=[Check("digests", False, "wrong")])
+        bam_merge.verifying.verification,
+        "verify_rest",
+        lambda found, folder, plan, options: Report(checks=[Check("digests", False, "wrong")]),
     )
     before = victim.state()
     (llamas / "out.failed").symlink_to(victim.folder / "inside")
