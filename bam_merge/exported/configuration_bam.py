@@ -158,7 +158,7 @@ class BamConfig(PreTrainedConfig):
             linear = [self.is_linear(layer) for layer in range(self.num_hidden_layers)]
             self.layer_types = ["linear_attention" if one else kind for one in linear]
         self.logit_scale = 1.0 if self.logit_scale is None else self.logit_scale  # vLLM multiplies with what is there
-        self.base_model_tp_plan = self.tensor_parallel_plan()  # an attribute: some releases of transformers add to it
+        self.base_model_tp_plan = self.tensor_parallel_plan() or None  # an attribute: some releases of transformers add to it
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

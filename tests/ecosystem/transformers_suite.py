@@ -56,8 +56,10 @@ NOT_PACKED = "the source package has no tests of generation to inherit from; tes
 CAPPED = "scores of this model are capped, which sdpa has no way to do: it is refused, and eager is the default"
 SOME = "layers of linear attention have no weights of attention to give, and the test counts one of each layer"
 FLAG = "the test sets every key with such a name to a small number, and here layer_scale is a flag"
+STILL = "no layer has rotary embeddings, so nothing scales them"
 EXCEPTIONS = {
     "test_model_rope_scaling_frequencies": (NO_BUFFER, True),
+    **{f"test_model_rope_scaling_from_config_{kind}": (STILL, CONFIG.get("rope_layers") == []) for kind in ("0_linear", "1_dynamic", "2_yarn")},
     "test_generation_tester_mixin_inheritance": (NOT_PACKED, True),
     "test_attention_outputs": (SOME, "linear_attention" in (CONFIG.get("layer_types") or [])),
     "test_can_load_ignoring_mismatched_shapes": (FLAG, hasattr(BamConfig, "layer_scale")),
