@@ -59,7 +59,10 @@ FLAG = "the test sets every key with such a name to a small number, and here lay
 STILL = "no layer has rotary embeddings, so nothing scales them"
 EXCEPTIONS = {
     "test_model_rope_scaling_frequencies": (NO_BUFFER, True),
-    **{f"test_model_rope_scaling_from_config_{kind}": (STILL, CONFIG.get("rope_layers") == []) for kind in ("0_linear", "1_dynamic", "2_yarn")},
+    **{
+        f"test_model_rope_scaling_from_config_{kind}": (STILL, CONFIG.get("rope_layers") == [])
+        for kind in ("0_linear", "1_dynamic", "2_yarn")
+    },
     "test_generation_tester_mixin_inheritance": (NOT_PACKED, True),
     "test_attention_outputs": (SOME, "linear_attention" in (CONFIG.get("layer_types") or [])),
     "test_can_load_ignoring_mismatched_shapes": (FLAG, hasattr(BamConfig, "layer_scale")),
