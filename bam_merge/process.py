@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -29,15 +29,27 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGHUP, whose number it carries: the run ends as on Ctrl-C, orderly, with what is finished kept."""
 
 
+_CAME: list[int] = []
+"""The signals that have come: compiled code that runs then may make an error of its own of what they raise (pydantic_core does)."""
+
+
 def stop_on_signals() -> None:
     """Raise Stopped in the main thread on SIGTERM and SIGHUP, except where they are ignored: nohup does, and means it."""
+    _CAME.clear()
 
     def stop(number: int, frame: object) -> None:
+        _CAME.append(number)
         raise Stopped(number)
+
+    def interrupt(number: int, frame: object) -> None:
+        _CAME.append(number)
+        raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, stop)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def print_result(text: str) -> None:
@@ -160,6 +172,12 @@ def one_blas_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def _end_by(number: int) -> NoReturn:
+    """End as a signal asked for."""
+    tell(f"bam-merge: {'interrupted' if number == signal.SIGINT else 'stopped'}.")
+    sys.exit(128 + number)
+
+
 def run_command(command: click.Command, prog_name: str | None = None, reads_only: bool = False) -> None:
     """Run a command line: prints errors, exits with the status of cli.py's docstring. `reads_only`: what it does writes nothing anyway."""
     complete_streams()
@@ -181,12 +199,13 @@ def run_command(command: click.Command, prog_name: str | None = None, reads_only
         sys.exit(1 if failed else 3 if isinstance(error, DurabilityUncertain) else 4 if isinstance(error, NotYet) else 2)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ if isinstance(error, click.Abort) else error
-        tell(f"bam-merge: {'stopped' if isinstance(cause, Stopped) else 'interrupted'}.")
-        sys.exit(128 + (cause.args[0] if isinstance(cause, Stopped) else signal.SIGINT))
+        _end_by(cause.args[0] if isinstance(cause, Stopped) else signal.SIGINT)
     except OSError as error:
         fail(str(error))
         sys.exit(2)
     except Exception as error:
+        if _CAME:
+            _end_by(_CAME[0])
         if not lack_of_memory(error):
             raise
         fail(

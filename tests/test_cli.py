@@ -216,6 +216,28 @@ cli.main()
     assert shell(f"$B {write_recipe(llamas)} --resume --no-verify")[1].startswith("bam-merge: resuming: ")
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted"), (0, 1, "Traceback")]
+)
+def test_a_signal_that_compiled_code_made_an_error_of(number: int, status: int, word: str) -> None:
+    """As pydantic_core does, of whatever is raised while it builds a validator. Without a signal it is an error as any other."""
+    body = f"""
+import click, os
+from bam_merge.process import run_command
+def build():
+    try:
+        os.kill(os.getpid(), {int(number)})
+        [None for _ in range(10)]
+    except BaseException:
+        pass
+    raise ValueError("Error building a validator: Stopped: 15")
+run_command(click.Command("build", callback=build))
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True)
+    assert (done.returncode, word in done.stderr) == (status, True)
+    assert ("Traceback" in done.stderr) == (number == 0)
+
+
 def test_ignored_sighup_stays_ignored(llamas: Path) -> None:
     check = "import signal, sys; from bam_merge.process import stop_on_signals; stop_on_signals(); sys.exit(signal.getsignal(1) != signal.SIG_IGN)"
     assert subprocess.run(["bash", "-c", f"trap '' HUP; {sys.executable} -c '{check}'"]).returncode == 0
