@@ -59,7 +59,7 @@ def readings(
         *(Reading("do domains resemble each other?", text) for text in _alike(routed, figures)),
         *(Reading("is an expert there twice?", text) for text in _twice(routed.names, mixture)),
         *(Reading("is an expert useless?", text) for text in _useless(routed, figures, rows)),
-        *(Reading("what do routing and averaging cost?", text) for text in _costs(rows)),
+        *(Reading("what do routing and averaging cost?", text) for text in _costs(rows, mixture)),
         *(Reading("is there enough text?", text) for text in _short(routed, made_of)),
     ]
 
@@ -148,8 +148,9 @@ def _useless(routed: Routed, figures: Mapping[str, Any], rows: Sequence[Mapping[
             )
 
 
-def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _costs(rows: Sequence[Mapping[str, Any]], mixture: StoredModel) -> Iterator[str]:
     """For each domain what is lost between its own model and the mixture: by averaging, then by routing."""
+    bare = mixture.config.num_experts > 0 and not mixture.config.norm_topk_prob
     for row in rows:
         found, domain = row["perplexity"], printable(row["domain"])
         merged, forced = found["merged"], found[FORCED]
@@ -159,7 +160,11 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if "average" in found:
             text += f"; the average of all {_ppl(found['average'])}"
         if found.get("average", merged) * BROKEN < merged:
-            text += ". Worse than the average: gates that do not sum to one do this until the mixture is trained"
+            text += ". Worse than the average"
+            if bare:
+                text += ": gates that do not sum to one do this until the mixture is trained"
+            elif forced > found["average"]:
+                text += ", as its expert is"
         yield f"{text}."
 
 

@@ -215,6 +215,10 @@ def test_words_on_useless_experts(tmp_path: Path) -> None:
         "7.00e+05" in words_of(routed(fair), tmp_path, broken)[COSTS]
         and "gates that do not sum to one" in words_of(routed(fair), tmp_path, broken)[COSTS]
     )
+    (tmp_path / "whole").mkdir()
+    merged(tmp_path / "whole", "ffn: {top_k: 2, gate: topk_then_softmax}")
+    spoilt = words_of(routed(fair), tmp_path / "whole", [{"domain": "code", "perplexity": {**own, "merged": 7e5, "forced": 8e5}}])[COSTS]
+    assert spoilt.endswith("Worse than the average, as its expert is."), "gates that sum to one are not to blame"
 
 
 def test_words_on_little_text(tmp_path: Path) -> None:
