@@ -233,7 +233,7 @@ def build():
     raise ValueError("Error building a validator: Stopped: 15")
 run_command(click.Command("build", callback=build))
 """
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, preexec_fn=as_in_a_terminal)
     assert (done.returncode, word in done.stderr) == (status, True)
     assert ("Traceback" in done.stderr) == (number == 0)
 
