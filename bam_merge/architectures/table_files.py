@@ -12,20 +12,26 @@ FOLDERS = {"dense": "families", "mixture": "layouts", "foreign": "foreign"}
 
 
 @cache
-def _table_files() -> Mapping[str, Traversable]:
-    folders = [files("bam_merge.architectures") / folder for folder in FOLDERS.values()]
-    found = {item.name.removesuffix(".toml"): item for folder in folders for item in folder.iterdir() if item.name.endswith(".toml")}
+def _table_files() -> Mapping[str, tuple[str, Traversable]]:
+    """Of each table, by its name in order: its kind, and its file."""
+    folders = [(kind, files("bam_merge.architectures") / folder) for kind, folder in FOLDERS.items()]
+    found = {
+        item.name.removesuffix(".toml"): (kind, item)
+        for kind, folder in folders
+        for item in folder.iterdir()
+        if item.name.endswith(".toml")
+    }
     return dict(sorted(found.items()))
 
 
-def table_names() -> tuple[str, ...]:
-    """The names of all tables, in order."""
-    return tuple(_table_files())
+def table_names(*kinds: str) -> tuple[str, ...]:
+    """The names of all tables, in order, or of those of `kinds`. No table is read for it."""
+    return tuple(name for name, (kind, _) in _table_files().items() if kind in (kinds or FOLDERS))
 
 
 def table_text(name: str) -> str:
     """The TOML document of the table called `name`. Raises KeyError when there is none."""
-    return _table_files()[name].read_text(encoding="utf-8")
+    return _table_files()[name][1].read_text(encoding="utf-8")
 
 
 @cache

@@ -240,10 +240,9 @@ def why_left_out(model_type: object) -> str:
     return f": {reason}" if reason else ""
 
 
-@cache
 def architecture_names() -> tuple[str, ...]:
     """The dense families and mixture layouts that can be merged and loaded."""
-    return tuple(name for name in table_names() if load_architecture(name).kind != "foreign")
+    return table_names("dense", "mixture")
 
 
 @cache
@@ -328,12 +327,12 @@ def natural_order(architecture: Architecture, layers: int) -> Iterator[tuple[Row
 
 @cache
 def dense_families() -> tuple[Architecture, ...]:
-    return tuple(a for a in architectures() if a.kind == "dense")
+    return tuple(map(load_architecture, table_names("dense")))
 
 
 @cache
 def mixture_layouts() -> tuple[Architecture, ...]:
-    return tuple(a for a in architectures() if a.kind == "mixture")
+    return tuple(map(load_architecture, table_names("mixture")))
 
 
 def find_by_model_type(model_type: object, config: Mapping[str, Any] | None = None) -> Architecture | None:
@@ -356,7 +355,7 @@ def _told_by_key(model_type: object, config: Mapping[str, Any]) -> Architecture 
 
 @cache
 def _of_dense_types() -> tuple[Architecture, ...]:
-    return tuple(table for table in architectures() if table.told_by is not None)
+    return tuple(table for table in mixture_layouts() if table.told_by is not None)
 
 
 def names_of_the_head(table: Architecture) -> tuple[str, ...]:

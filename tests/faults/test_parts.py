@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from faults.harness import CALLS, EXTENT, Child, Merge, Point, Points, Result, calls_of, contents, digests, needs_strace, thin, traced
 from faults.test_errors import ERRORS
 
@@ -16,34 +18,39 @@ OF = 3
 
 THREADS = ("main", r"bam-merge_\d+")
 
+PROVED = pytest.mark.parametrize("proved", [pytest.param(False, id="alone"), pytest.param(True, id="proved")])
+"""A part alone, and one that proves itself; finish alone, and finish that takes over what holds and proves the rest."""
+
 
 def part(merge: Merge, work: Path, number: int, **options: object) -> Child:
     return merge.child(work, "--part", f"{number}/{OF}", streams=f"part{number}", **options)  # type: ignore[arg-type]
 
 
-def finish(merge: Merge, work: Path, *options: str, thread: str | None = None, streams: str = "finish") -> Child:
-    arguments = ["finish", *merge.arguments(work, *options)]
+def finish(merge: Merge, work: Path, *options: str, thread: str | None = None, streams: str = "finish", verify: bool = False) -> Child:
+    arguments = ["finish", *merge.arguments(work, *options, verify=verify)]
     return Child(arguments, merge.home / f"{streams}-{work.name}", None, thread)
 
 
-def check(merge: Merge, work: Path, old: dict[str, bytes] | None = None) -> None:
+def check(merge: Merge, work: Path, proved: bool = False) -> None:
     """After a fault: the target is absent or complete, no source changed; all parts again, in any order, then finish, give the bytes."""
-    merge.consumer(work, old)
+    merge.consumer(work)
+    there = (work / "out").exists()
     assert digests(merge.recipe.parent) == merge.inputs, "a source changed"
     for number in random.sample(range(1, OF + 1), OF):
-        result = part(merge, work, number).wait()
+        result = part(merge, work, number, verify=proved).wait()
         assert result.status == 0, f"status {result.status} of part {number}: {result.err}"
-    result = finish(merge, work).wait()
+    result = finish(merge, work, verify=proved).wait()
     assert result.status == 0, f"status {result.status} of finish: {result.err}"
+    assert there or proved == ("verified" in result.out), result.out
     assert contents(work / "out") == merge.result, "other bytes"
     assert [path.name for path in work.iterdir()] == ["out"], f"left over: {list(work.iterdir())}"
     merge.forget(work)
 
 
-def with_parts(merge: Merge, *numbers: int) -> Path:
+def with_parts(merge: Merge, *numbers: int, proved: bool = False) -> Path:
     work = merge.work()
     for number in numbers:
-        assert part(merge, work, number).wait().status == 0
+        assert part(merge, work, number, verify=proved).wait().status == 0
     return work
 
 
@@ -64,39 +71,44 @@ def points_of(merge: Merge, start: Path, arguments: Callable[[Path], list[object
 
 @needs_strace
 @EXTENT
-def test_sigkill_at_every_call_of_a_part(merge: Merge, every: int) -> None:
-    start = with_parts(merge, 1)
+@PROVED
+def test_sigkill_at_every_call_of_a_part(merge: Merge, every: int, proved: bool) -> None:
+    start = with_parts(merge, 1, proved=proved)
     with Points("SIGKILL at a system call, --part") as points:
-        for point in thin(points_of(merge, start, lambda work: merge.arguments(work, "--part", f"2/{OF}")), every):
+        found = points_of(merge, start, lambda work: merge.arguments(work, "--part", f"2/{OF}", verify=proved))
+        assert proved == any(point.what.endswith(".proof") for point in found), "a proof where none was asked for, or none"
+        for point in thin(found, every):
             with points.one(str(point)):
                 work = merge.work(start)
-                kill(part(merge, work, 2, thread=point.thread), point)
-                check(merge, work)
+                kill(part(merge, work, 2, thread=point.thread, verify=proved), point)
+                check(merge, work, proved)
 
 
 @needs_strace
 @EXTENT
-def test_sigkill_at_every_call_of_finish(merge: Merge, every: int) -> None:
-    start = with_parts(merge, 1, 2, 3)
+@PROVED
+def test_sigkill_at_every_call_of_finish(merge: Merge, every: int, proved: bool) -> None:
+    start = with_parts(merge, 1, 2, 3, proved=proved)
     with Points("SIGKILL at a system call, finish") as points:
-        found = points_of(merge, start, lambda work: ["finish", *merge.arguments(work)], ("main",))
+        found = points_of(merge, start, lambda work: ["finish", *merge.arguments(work, verify=proved)], ("main",))
         assert any(point.name == "renameat2" for point in found)
         for point in thin(found, every):
             with points.one(str(point)):
                 work = merge.work(start)
-                kill(finish(merge, work, thread="main"), point)
-                check(merge, work)
+                kill(finish(merge, work, thread="main", verify=proved), point)
+                check(merge, work, proved)
 
 
 @EXTENT
-def test_parts_killed_at_any_time(merge: Merge, every: int) -> None:
+@PROVED
+def test_parts_killed_at_any_time(merge: Merge, every: int, proved: bool) -> None:
     chance = random.Random(3)
     with Points("parts killed at a random time") as points:
         for _ in range(max(2, 40 // every)):
-            delay = chance.uniform(0, 0.15)
+            delay = chance.uniform(0, 0.3 if proved else 0.15)
             with points.one(f"after {delay:.3f} s"):
                 work = merge.work()
-                children = [part(merge, work, number, thread="main") for number in (1, 2, 3)]
+                children = [part(merge, work, number, thread="main", verify=proved) for number in (1, 2, 3)]
                 for child in children:
                     child.go()
                 time.sleep(delay)
@@ -106,7 +118,7 @@ def test_parts_killed_at_any_time(merge: Merge, every: int) -> None:
                     result = child.wait()
                     assert "Traceback" not in result.err, result.err
                     assert result.status in (0, -9, 143, 130, -15, -2), f"status {result.status}: {result.err}"
-                check(merge, work)
+                check(merge, work, proved)
 
 
 @EXTENT
@@ -206,9 +218,10 @@ def lied_to(child: Child, point: Point, error: str) -> Result:
 
 @needs_strace
 @EXTENT
-def test_errors_at_every_call_of_a_part_and_of_finish(merge: Merge, every: int) -> None:
+@PROVED
+def test_errors_at_every_call_of_a_part_and_of_finish(merge: Merge, every: int, proved: bool) -> None:
     """A part that says it is made is; one that is not says why, and is made by a later process."""
-    begun, made = with_parts(merge, 1), with_parts(merge, 1, 2, 3)
+    begun, made = with_parts(merge, 1, proved=proved), with_parts(merge, 1, 2, 3, proved=proved)
     found = [
         (kind, point, error)
         for kind, start, words, threads in (
@@ -218,7 +231,7 @@ def test_errors_at_every_call_of_a_part_and_of_finish(merge: Merge, every: int) 
         for point in points_of(
             merge,
             start,
-            lambda work, kind=kind, words=words: [*(["finish"] if kind == "finish" else []), *merge.arguments(work, *words)],
+            lambda work, kind=kind, words=words: [*(["finish"] if kind == "finish" else []), *merge.arguments(work, *words, verify=proved)],
             threads,
         )
         for error in ERRORS.get(point.name, ("EIO",))
@@ -227,11 +240,14 @@ def test_errors_at_every_call_of_a_part_and_of_finish(merge: Merge, every: int) 
         for kind, point, error in thin(found, every):
             with points.one(f"{kind}: {error} at {point}"):
                 work = merge.work(begun if kind == "part" else made)
-                child = part(merge, work, 2, thread=point.thread) if kind == "part" else finish(merge, work, thread="main")
+                if kind == "part":
+                    child = part(merge, work, 2, thread=point.thread, verify=proved)
+                else:
+                    child = finish(merge, work, thread="main", verify=proved)
                 result = lied_to(child, point, error)
                 result.is_orderly()
                 if kind == "finish":
                     assert (result.status != 2) == (work / "out").exists(), f"status {result.status}: {result.err}"
                 if result.status and error != "EACCES":
                     assert os.strerror(getattr(errno, error)) in result.err, result.err
-                check(merge, work)
+                check(merge, work, proved)
