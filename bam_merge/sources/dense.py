@@ -100,7 +100,10 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
         known = ", ".join(a.name for a in dense_families())
         found = checkpoint.config.get("model_type")
         what = "a mixture already" if family else f"not a dense family known here{why_left_out(found)}"
-        raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. Known dense families: {known}.")
+        out = f"Known dense families: {known}."
+        if family is not None and family.kind == "mixture":
+            out = f"One of its experts can be a source: {printable(str(path), 1000)}#experts.0."
+        raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. {out}")
     problems: list[str] = []
     quantised = is_quantised(checkpoint.config) or is_quantised(unwrapped.config)
     if quantised:
