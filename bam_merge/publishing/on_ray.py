@@ -7,8 +7,8 @@ the progress.
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -90,12 +90,11 @@ def _run(ray: Any, plan: Plan, target: Path, parts: tuple[Part, ...], options: M
     """Have all parts made. Raises BamMergeError with what was wrong with any; the others are stopped then, and what they finished stays."""
     progress = _Progress(plan, target, parts)
     needs = _needs(plan, options)
-    with closing(_ended(ray, run_part, orders(plan, target, parts, options), needs, lambda: options.progress(progress.more()))) as ended:
-        for order, reference in ended:
-            found = _outcome(ray, reference, order, options)
-            if isinstance(found, BamMergeError):
-                raise found
-            options.notify(f"{order} is made, on {printable(found['host'], 100)}")
+    for order, reference in _ended(ray, run_part, orders(plan, target, parts, options), needs, lambda: options.progress(progress.more())):
+        found = _outcome(ray, reference, order, options)
+        if isinstance(found, BamMergeError):
+            raise found
+        options.notify(f"{order} is made, on {printable(found['host'], 100)}")
     options.progress(progress.more())
 
 
@@ -106,22 +105,19 @@ def _needs(plan: Plan, options: MergeOptions) -> dict[str, Any]:
 
 def _ended(
     ray: Any, body: Callable[[Order], dict[str, Any]], orders: Iterable[Order], needs: Mapping[str, Any], look: Callable[[], None]
-) -> Generator[tuple[Order, Any], None, None]:
-    """(order, what Ray knows of it) of all tasks, as they end; meanwhile `look` is called. Whoever asks no more stops the others."""
+) -> Iterator[tuple[Order, Any]]:
+    """(order, what Ray knows of it) of all tasks, as they end; meanwhile `look` is called.
+
+    Whoever stops asking leaves the cluster, and with its driver Ray ends the tasks that are left. Asking for that before, by ray.cancel,
+    makes Ray 2.60 abort the driver now and then, where a task ends meanwhile.
+    """
     task = ray.remote(body).options(**needs)
     waiting = {task.remote(order): order for order in orders}
-    try:
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_SECONDS)
-            look()
-            for reference in done:
-                yield waiting.pop(reference), reference
-    finally:
-        for reference in waiting:
-            with suppress(Exception):  # whatever Ray has to say of one that has ended
-                ray.cancel(reference)
-        if waiting:
-            ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_SECONDS)
+        look()
+        for reference in done:
+            yield waiting.pop(reference), reference
 
 
 def _outcome(ray: Any, reference: Any, order: Order, options: MergeOptions) -> dict[str, Any] | BamMergeError:
@@ -155,15 +151,14 @@ def _proved(ray: Any, plan: Plan, target: Path, parts: tuple[Part, ...], options
     alone = proof.layers_alone(plan, staging_folder(target) / OUTPUT, options.level) if options.device == "cpu" else ()
     asked += [replace(asked[0], layers=(layer,)) for layer in alone]
     found, done = list[proof.Known](), 0
-    with closing(_ended(ray, prove, asked, _needs(plan, options), lambda: None)) as ended:
-        for order, reference in ended:
-            outcome = _outcome(ray, reference, order, options)
-            if isinstance(outcome, BamMergeError):
-                options.notify(f"{order}: verified here, since its task was not: {' '.join(outcome.problems)}")
-                continue
-            found.append(outcome["found"])
-            done += sizes.get(str(order), 0)
-            options.on_verify(*of_bytes(done, sum(sizes.values())))
+    for order, reference in _ended(ray, prove, asked, _needs(plan, options), lambda: None):
+        outcome = _outcome(ray, reference, order, options)
+        if isinstance(outcome, BamMergeError):
+            options.notify(f"{order}: verified here, since its task was not: {' '.join(outcome.problems)}")
+            continue
+        found.append(outcome["found"])
+        done += sizes.get(str(order), 0)
+        options.on_verify(*of_bytes(done, sum(sizes.values())))
     return proof.together(found)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,16 @@ def wait_for(condition: Callable[[], bool], child: subprocess.Popen[str]) -> Non
     while not condition():
         assert time.monotonic() < until and child.poll() is None, child.communicate()
         time.sleep(0.02)
+
+
+def running(title: str) -> list[str]:
+    """Processes whose command begins so, as a worker of Ray calls itself by its task; idle ones do not."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if path.read_bytes().startswith(title.encode()):
+                found.append(path.parent.name)
+    return found
 
 
 def tensors_done(folder: Path, name: str) -> int:
@@ -229,17 +239,23 @@ def test_a_node_killed_in_mid_run(scene: Path) -> None:
 
 @needs_ray
 @pytest.mark.scale
+@pytest.mark.parametrize("after", [pytest.param(5, marks=pytest.mark.sampled), 1, 8, 12, 20])
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.sampled), signal.SIGTERM, signal.SIGINT])
-def test_the_driver_killed_in_mid_run_and_run_again(two_nodes: Cluster, scene: Path, number: signal.Signals) -> None:
-    name = f"driver{number.value}"
+def test_the_driver_killed_in_mid_run_and_run_again(two_nodes: Cluster, scene: Path, number: signal.Signals, after: int) -> None:
+    """At several moments: Ray itself fails where it is asked to stop a task just as that ends."""
+    name = f"driver{number.value}after{after}"
     recipe = ties(scene, name)
     child = driver(recipe, "--ray", two_nodes.address, "--parts", 6)
-    wait_for(lambda: tensors_done(scene, name) >= 5, child)
+    wait_for(lambda: tensors_done(scene, name) >= after, child)
     child.send_signal(number)
     _, err = child.communicate(timeout=120)
     assert child.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
     assert "Traceback" not in err, err
     assert not (scene / name).exists()
+    until = time.monotonic() + 30
+    while running("ray::run_part"):
+        assert time.monotonic() < until, "the tasks of a driver that is gone go on"
+        time.sleep(0.1)
     status, _, err = run(recipe, "--ray", two_nodes.address, "--resume")
     assert status == 0, err
     assert "6 parts on Ray" in err and "resuming: " in err
