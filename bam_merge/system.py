@@ -156,6 +156,19 @@ def available_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# ---- memory ------------------------------------------------------------------------------------------------------------------
+
+
+def give_back_from(nbytes: int) -> bool:
+    """Have pieces of memory of `nbytes` and more go back to the system as soon as they are free. False where the C library cannot be asked.
+
+    glibc begins so, at 128 kB, but keeps what it gave back once: up to 32 MB it then cuts such pieces out of what it holds, which thus
+    grows to twice of what is used, by holes that nothing fits. A size that is set stays (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    mallopt = getattr(ctypes.CDLL(None, use_errno=True), "mallopt", None)
+    return mallopt is not None and mallopt(-3, nbytes) == 1
+
+
 # ---- confinement -------------------------------------------------------------------------------------------------------------
 
 

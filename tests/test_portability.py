@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -417,3 +419,41 @@ def test_a_companion_of_a_folder_that_is_spelled_otherwise_on_the_disk(tmp_path:
     assert companions.read_companion(tmp_path / "Model" / "vocab.txt") == b"a\n"
     with pytest.raises(bam_merge.BamMergeError, match="leads out of the model's folder"):
         companions.read_companion(tmp_path / "Model" / "merges.txt")
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------
+
+HOLES = """
+import sys
+from bam_merge import system
+asked = system.give_back_from(2**21) if sys.argv[1] == "asked" else None
+large = [bytearray(2**22) for _ in range(4)]
+del large  # from now on glibc cuts such pieces out of what it holds
+large, between = [], []
+for _ in range(32):
+    large.append(bytearray(2**22))
+    between.append([bytearray(2**16) for _ in range(4)])
+del large
+with open("/proc/self/status") as stream:
+    kilobytes = next(int(line.split()[1]) for line in stream if line.startswith("RssAnon"))
+print(asked, kilobytes * 1024)
+"""
+
+
+def held_after(how: str) -> tuple[str, int]:
+    """What the call said, and the bytes of a process that has freed 32 pieces of 4 MiB, between which it holds small ones."""
+    child = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True)
+    asked, held = child.stdout.split()
+    return asked, int(held)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library cannot be asked")
+def test_memory_that_is_free_goes_back() -> None:
+    asked, kept = held_after("asked")
+    assert asked == "True"
+    assert kept < held_after("not asked")[1] - 32 * 2**21
+
+
+def test_a_library_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: object())
+    assert system.give_back_from(2**20) is False

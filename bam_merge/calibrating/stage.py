@@ -136,8 +136,8 @@ class _Pass:
         first = 0
         if state is not None and [tuple(x.shape) for x in state.hidden] == [tuple(batch.x_BTD.shape) for batch in found]:
             first = state.layer
-            for batch, x_BTD in zip(found, state.hidden, strict=True):
-                batch.x_BTD = self.computing.taken(x_BTD)
+            for batch in found:
+                batch.x_BTD = self.computing.taken(state.hidden.pop(0))  # not held twice
         tokens = sum(batch.tokens for batch in found)
         for layer in range(first, self.layers):
             block = streamed_block(self.model, layer, self.computing)

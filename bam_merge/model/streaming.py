@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bam_merge.model.loading import StoredModel
 from bam_merge.model.model import Block, as_logits
 from bam_merge.model.norms import Norm
+from bam_merge.system import give_back_from
 from bam_merge.values.torch_threads import one_torch_thread
 
 CHUNK_ELEMENTS = 2**19
@@ -52,7 +53,9 @@ class Computing:
 
 @contextmanager
 def computing_on(device: torch.device, workers: int) -> Iterator[Computing]:
-    """Computing in float32 on `device`, with so many threads; while it is open torch has one thread in each, and starts none."""
+    """Computing in float32 on `device`, with so many threads; while it is open torch has one thread in each, and starts none. From here on
+    activations larger than a chunk of a matrix leave no holes in the process's memory."""
+    give_back_from(4 * CHUNK_ELEMENTS + 2**16)
     with one_torch_thread() as single_threaded:
         single_threaded()
         with ThreadPoolExecutor(workers, initializer=single_threaded) as pool:

@@ -63,8 +63,8 @@ class KeptStates:
         """What an earlier run of the same plan kept; None where there is nothing, or not all of it."""
         with writing(self.staging.folder / STATES):
             data = read_file(STATES, self.staging.lock)
-        first, _, rest = data.partition(b"\n")
-        header = begun(first + b"\n") if data else None
+        end = data.find(b"\n") + 1
+        header, rest = begun(data[:end]) if end else None, memoryview(data)[end:]  # without a copy of all hidden states
         if not isinstance(header, dict) or {key: header.get(key) for key in self.of} != self.of:
             return None
         return None if xxhash.xxh3_128_hexdigest(rest) != header["digest"] else _state(header, rest)
@@ -81,7 +81,7 @@ def _numbers(state: State) -> Iterator[memoryview]:
         yield encode(x_BTD.cpu().flatten(), "F32")
 
 
-def _state(header: dict[str, Any], data: bytes) -> State:
+def _state(header: dict[str, Any], data: memoryview) -> State:
     position = 0
 
     def tensor(dtype: str, shape: list[int]) -> Tensor:

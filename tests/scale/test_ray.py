@@ -18,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONFIGS, write_recipe, write_sources
-from damage import as_in_a_terminal
+from conftest import CONFIGS, SOURCES, write_recipe, write_sources
+from damage import as_in_a_terminal, edit_tensors
 from runs import RECIPES, folder_bytes, small_scene
+from web_server import serving_web
 
 from bam_merge import MergeOptions, merge
 from bam_merge.recipe.load import load_recipe
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'bam-merge[ray]'")
-ENVIRONMENT = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "0",  # servers of the tests are asked, and a hub that is not there
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
 ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2])
 SLOW = {**CONFIGS["llama"], "num_hidden_layers": 24, "hidden_size": 128, "intermediate_size": 160, "vocab_size": 512}
 
@@ -211,6 +219,32 @@ def test_a_task_that_sees_other_sources_or_is_refused_is_said_once(two_nodes: Cl
     assert status == 2
     assert "sources.code: model.safetensors was changed at another time" in err
     assert not (tmp_path / "out").exists()
+
+
+@needs_ray
+@pytest.mark.scale
+def test_sources_of_the_web(two_nodes: Cluster, tmp_path: Path) -> None:
+    """Each task asks for the ranges that it needs; one that finds a changed source ends the run."""
+    write_sources(tmp_path, CONFIGS["llama"])
+    with serving_web() as web:
+        places = {name: web.put(name, tmp_path / name) for name in SOURCES}
+        recipes = []
+        for name in ("whole", "on_ray", "changed"):
+            recipe = tmp_path / f"{name}.yaml"
+            output = {"path": name, "max_shard_size": "60kB"}
+            recipe.write_text(json.dumps({"method": "bam", "sources": places, "output": output}))
+            recipes.append(recipe)
+        assert run(recipes[0])[0] == 0
+        status, out, err = run(recipes[1], "--ray", two_nodes.address, "--parts", 3)
+        assert status == 0, err
+        assert "3 parts on Ray" in err and "verified: " in out and "verified here" not in err
+        assert folder_bytes(tmp_path / "on_ray") == folder_bytes(tmp_path / "whole")
+        assert run(recipes[2], "--part", "1/3")[0] == 0
+        edit_tensors(tmp_path / "law", lambda tensors: tensors["model.norm.weight"].add_(1))
+        web.put("law", tmp_path / "law")
+        status, _, err = run(recipes[2], "--ray", two_nodes.address)
+        assert status == 2 and "sources.law: model.safetensors" in err, err
+        assert not (tmp_path / "changed").exists()
 
 
 @needs_ray
