@@ -23,7 +23,7 @@ from bam_merge.publishing.destination import target_path
 from bam_merge.publishing.fetching import fetched
 from bam_merge.publishing.finishing import finish
 from bam_merge.publishing.options import MergeOptions
-from bam_merge.publishing.part_journals import file_name, numbers, read_part
+from bam_merge.publishing.part_journals import PartJournal, check_together, file_name, header_of, headers, numbers, read_part
 from bam_merge.publishing.preflight import check_target
 from bam_merge.publishing.publish import check_proof, check_texts, is_result
 from bam_merge.publishing.ray_cluster import check_address, connected, ray_library
@@ -74,8 +74,13 @@ def merge_on_ray(plan: Plan, output: str | os.PathLike[str] | None, options: Mer
         check_target(plan, target, options)
         with connected(ray, where.address):
             workers, slots = _room(ray, plan, where)
-            of = where.parts or _begun(target) or min(len(plan.shards), PARTS_PER_TASK * slots)
+            begun = _begun(target)
+            ofs = {journal.of for journal in begun}
+            of = where.parts or (ofs.pop() if len(ofs) == 1 else min(len(plan.shards), PARTS_PER_TASK * slots))
             parts = parts_of(plan, of)
+            for journal in begun:  # else it would depend on which task begins first whether it refuses or makes its part anew
+                part = parts[min(journal.number, of) - 1]
+                check_together(journal, header_of(plan, part), part, staging_folder(target))
             options.notify(f"{count(of, 'part')} on Ray, {slots} at once, {count(workers, 'worker')} each")
             mine = replace(options, workers=workers, on_verify=_NeverLess(options.on_verify))
             _run(ray, plan, target, parts, mine)
@@ -213,20 +218,19 @@ class _Progress:
             self.bytes_of[number] = sum(self.names.get(name, 0) for name in found.finished) if found is not None else 0
 
 
-def _begun(target: Path) -> int | None:
-    """Of how many parts an earlier run is, which is gone on with; None where there is none, or no telling."""
+def _begun(target: Path) -> list[PartJournal]:
+    """What earlier runs' parts are of, which is gone on with; nothing where there is none, or no telling."""
     with suppress(OSError):
         parent = os.open(staging_folder(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             folder = open_folder(PARTS, parent)
             try:
-                found = {of for _, of in numbers(folder, "journal")}
+                return list(headers(folder))
             finally:
                 os.close(folder)
         finally:
             os.close(parent)
-        return next(iter(found)) if len(found) == 1 else None
-    return None
+    return []
 
 
 # ---- what a cluster has room for ----------------------------------------------------------------------------------------------

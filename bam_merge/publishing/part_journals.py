@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bam_merge._version import __version__
+from bam_merge.errors import OutputError
 from bam_merge.merging.tensor import Finished
 from bam_merge.own_folder import open_file, read_file
 from bam_merge.planning.parts import Part
@@ -89,6 +91,21 @@ def read_part(number: int, of: int, folder: int) -> PartJournal | None:
     end = begun(data[size:])
     complete = isinstance(end, dict) and end.get("complete") == len(finished) and isinstance(end.get("host"), str)
     return PartJournal(number, of, header, finished, end["host"] if complete else None)
+
+
+def check_together(other: PartJournal, header: Mapping[str, Any], part: Part, folder: Path) -> None:
+    """Raise OutputError when what another journal of the staging folder is of does not go together with `part`, of `header`."""
+    shown = printable(str(folder))
+    if other.of != part.of:
+        raise OutputError(
+            f"{shown} has part {other}, and this is {part}: parts of another number are other files. Use --part i/{other.of}; or "
+            "delete that folder, and make all parts again."
+        )
+    if (why := difference(other.header, header)) is not None:
+        raise OutputError(
+            f"part {other} in {shown} was made {why}. All parts must be of the same: run this one as that one was run; or delete "
+            "that folder, and make all parts again."
+        )
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:

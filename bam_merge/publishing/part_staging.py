@@ -18,7 +18,7 @@ from bam_merge.planning.plan import Plan
 from bam_merge.publishing.durable import sync_descriptor
 from bam_merge.publishing.holding import Hold, holder_of
 from bam_merge.publishing.journal import read_journal
-from bam_merge.publishing.part_journals import FINISH_LOCK, PartJournal, difference, file_name, header_of, headers
+from bam_merge.publishing.part_journals import FINISH_LOCK, PartJournal, check_together, file_name, header_of, headers
 from bam_merge.publishing.replacing import Which
 from bam_merge.publishing.staging import JOURNAL, OUTPUT, PARTS, Staging
 from bam_merge.text import printable
@@ -113,19 +113,9 @@ class PartStaging(Staging):
 
     def check_others(self, header: Mapping[str, Any], part: Part, others: Iterable[PartJournal]) -> None:
         """Raise OutputError when there are parts that do not go together with this one."""
-        shown = printable(str(self.folder))
         for other in others:
-            if other.of != part.of:
-                raise OutputError(
-                    f"{shown} has part {other}, and this is {part}: parts of another number are other files. Use --part i/{other.of}; or "
-                    "delete that folder, and make all parts again."
-                )
-            why = difference(other.header, header) if other.number != part.number else None
-            if why is not None:
-                raise OutputError(
-                    f"part {other} in {shown} was made {why}. All parts must be of the same: run this one as that one was run; or delete "
-                    "that folder, and make all parts again."
-                )
+            if other.of != part.of or other.number != part.number:
+                check_together(other, header, part, self.folder)
 
     def record(self, name: str, finished: Finished) -> None:
         """In the part's journal. What `finish` makes of texts is kept by its own states, and in no part's journal."""
