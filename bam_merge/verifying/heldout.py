@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bam_merge.calibrating.corpus import Corpus
-from bam_merge.calibrating.texts import Files, Reading, Window, find_files, read_text
+from bam_merge.calibrating.texts import WINDOW, Files, Reading, Window, find_files, read_text
 from bam_merge.errors import CheckpointError
 from bam_merge.model.routes import Choices
 from bam_merge.model.tokens import open_tokenizer
@@ -89,6 +89,13 @@ def further_texts(corpora: Mapping[str, Corpus], names: Sequence[str]) -> list[H
             for name, text in corpus.texts.items()
         ]  # fmt: skip
     return []
+
+
+def tokens_tried(manifest: Mapping[str, Any]) -> int:
+    """How many tokens `further_texts` has of a merge with this manifest, at most."""
+    for place in manifest.get("calibration", {}).get("texts", {}).values():
+        return sum(min(text["further"] or text["tokens"], TRIED_WINDOWS * WINDOW) for text in place["texts"].values())
+    return 0
 
 
 def tokens_made_of(manifest: Mapping[str, Any]) -> dict[str, int]:

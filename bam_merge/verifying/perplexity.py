@@ -1,7 +1,7 @@
 """Perplexity per text of the seed, every expert, their uniform average and the mixture, one block of one model at a time."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,29 +73,43 @@ def unnamed(ids: Mapping[Path, Tensor]) -> list[HeldOut]:
     return [HeldOut(text.name, torch.split(ids_WT, BATCH)) for text, ids_WT in ids.items()]
 
 
+Advancing = Callable[[int], Callable[[int], None]]
+"""Given a whole, what is to be called with amounts that sum up to it."""
+
+
 @torch.no_grad()
 def perplexities(
-    checkpoint: Checkpoint, plan: Plan | None, texts: Sequence[HeldOut], computing: Computing, own_alone: bool = False
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    texts: Sequence[HeldOut],
+    computing: Computing,
+    own_alone: bool = False,
+    advancing: Advancing = lambda whole: lambda amount: None,
 ) -> tuple[list[dict[str, Any]], list[list[Choices]]]:
     """One row per text: {"text", "tokens", "perplexity": {model: value}}, without sources of the mixture alone; and what its routers did
     with each text whose expert is known. Such a text has "domain", and the mixture with its expert forced among the models.
 
-    With `own_alone` sources are tried on no text but those that are for them.
+    With `own_alone` sources are tried on no text but those that are for them. What `advancing` returns for the whole hears of tokens.
     """
     mixture = stored_model(checkpoint)
+    models = _models(checkpoint, plan, mixture)
+    of = {name: [i for i, text in enumerate(texts) if not own_alone or name in (text.domain, AVERAGE, MERGED)] for name in models}
+    known = [index for index, text in enumerate(texts) if text.experts]
+    advance = advancing(sum(texts[i].tokens for some in (*of.values(), known) for i in some))
     scores: list[dict[str, float]] = [{} for _ in texts]
     choices: list[list[Choices]] = []
-    for name, model in _models(checkpoint, plan, mixture).items():
-        tried = [i for i, text in enumerate(texts) if not own_alone or name in (text.domain, AVERAGE, MERGED)]
+    for name, model in models.items():
+        tried = of[name]
         for index, (x, did) in zip(tried, run_texts(model, [texts[i].batches for i in tried], computing), strict=True):
             scores[index][name] = _score(model, x, texts[index], computing)
             if model is mixture and texts[index].experts:
                 choices.append(did)
-    known = [index for index, text in enumerate(texts) if text.experts]
+        advance(sum(texts[i].tokens for i in tried))
     experts = [texts[index].experts[0] for index in known]
     forced = run_texts(mixture, [texts[index].batches for index in known], computing, experts=experts)
     for index, (x, _) in zip(known, forced, strict=True):
         scores[index][FORCED] = _score(mixture, x, texts[index], computing)
+    advance(sum(texts[i].tokens for i in known))
     rows = []
     for text, found in zip(texts, scores, strict=True):
         domain = {} if text.domain is None else {"domain": text.domain}

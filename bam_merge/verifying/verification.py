@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bam_merge.verifying.devices import open_device, torch_workers
 from bam_merge.verifying.engines import engines
 from bam_merge.verifying.files import OnHub, file_checks, not_downloaded
 from bam_merge.verifying.function import function_checks as _function
-from bam_merge.verifying.heldout import further_texts, read_domains, tokens_made_of
+from bam_merge.verifying.heldout import further_texts, read_domains, tokens_made_of, tokens_tried
 from bam_merge.verifying.levels import LEVELS
 from bam_merge.verifying.options import VerifyOptions, check_level
 from bam_merge.verifying.perplexity import read_texts, unnamed
@@ -95,7 +96,8 @@ def verify_rest(
     report.add(structure(checkpoint, manifest))
     report.add(engines(checkpoint))
     work = Work(options.progress)
-    work.plan(checkpoint, tokens_of_texts(manifest))
+    given = sum(ids_WT.numel() for ids_WT in ids.values()) + sum(text.tokens for text in known)
+    work.plan(checkpoint, tokens_of_texts(manifest), given + (tokens_tried(manifest) if options.try_routers else 0))
     measured: dict[str, str | None] = {}
     report.add(digests(checkpoint, manifest, work, workers, found.digests, measured))
     wrong_counts, nonfinite = nonfinite_problems(checkpoint, manifest)
@@ -114,7 +116,9 @@ def verify_rest(
         corpora = plan.calibration.corpora if plan is not None and plan.calibration is not None else None
         tried = further_texts(corpora, report.experts) if corpora is not None and options.try_routers and report.ok else []
         if ids or known or tried:
-            try_on_texts(checkpoint, plan, [*unnamed(ids), *known, *tried], report, computing, tokens_made_of(manifest), bool(tried))
+            texts_tried, advancing = [*unnamed(ids), *known, *tried], partial(work.advancing, "texts")
+            try_on_texts(checkpoint, plan, texts_tried, report, computing, tokens_made_of(manifest), bool(tried), advancing)
+    work.finish("texts")
     return report
 
 

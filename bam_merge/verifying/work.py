@@ -15,6 +15,10 @@ TOKENS_PER_BYTE = 60
 """Tokens of the texts of routers that a stored byte has to be multiplied with for what one unit costs."""
 
 
+TRIALS = 7
+"""What a token that a mixture is tried on costs, in tokens of a dense model: its own model, the average, and the mixture twice."""
+
+
 def of_bytes(done: int, total: int) -> tuple[int, int]:
     """Work done, and all the work, when so many bytes of all were compared with what they are made of, and nothing else is done yet."""
     return done * (COST["digests"] + COST["sources"]), total * sum(COST.values())
@@ -29,11 +33,13 @@ class Work:
     done: int = 0
     parts: dict[str, int] = field(default_factory=dict)
 
-    def plan(self, checkpoint: Checkpoint, texts: int = 0) -> None:
-        """All that may have to be done for a folder: what turns out not to be is counted as done when `finish` is called."""
+    def plan(self, checkpoint: Checkpoint, texts: int = 0, tried: int = 0) -> None:
+        """All that may have to be done for a folder: what turns out not to be is counted as done when `finish` is called. `texts` are the
+        tokens of the texts that routers are of, `tried` those of the texts that the mixture is tried on."""
         nbytes = sum(entry.nbytes for entry in checkpoint.tensors.values())
         self.parts = {part: cost * nbytes for part, cost in COST.items()}
         self.parts["calibration"] = texts * nbytes // TOKENS_PER_BYTE
+        self.parts["texts"] = TRIALS * tried * nbytes // TOKENS_PER_BYTE
         self.total = sum(self.parts.values())
 
     def advancing(self, part: str, whole: int) -> Callable[[int], None]:

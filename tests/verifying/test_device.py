@@ -18,14 +18,17 @@ import pytest
 import torch
 from conftest import CONFIGS, write_recipe, write_sources
 from proofs import UNPROVED, failed
+from runs import RECIPES, small_scene
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bam_merge import MergeOptions
+from bam_merge import MergeOptions, merge
 from bam_merge.errors import VerifyError
+from bam_merge.model.routes import run_texts
 from bam_merge.planning.make import plan_file
 from bam_merge.publishing.publish import publish
+from bam_merge.recipe.load import load_recipe
 from bam_merge.system import available_processors
 from bam_merge.verifying import verification
 from bam_merge.verifying.options import VerifyOptions
@@ -224,3 +227,23 @@ def test_work_adds_up(tmp_path: Path) -> None:
         done = [one for one, _ in told]
         assert len(told) > 20 and done == sorted(done)
         assert {total for _, total in told} == {done[-1]}
+
+
+def test_work_has_a_share_for_texts_that_a_mixture_is_tried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that not all counts as done while they take their minutes."""
+    (recipe,) = (path for path in RECIPES if path.stem == "bam_untrained")
+    told: list[tuple[int, int]] = []
+    before: list[float] = []
+
+    def run(*args: Any, **named: Any) -> Any:
+        before.append(told[-1][0] / told[-1][1])
+        return run_texts(*args, **named)
+
+    monkeypatch.setattr("bam_merge.verifying.perplexity.run_texts", run)
+    merge(
+        load_recipe(small_scene(recipe, tmp_path)), tmp_path / "out", MergeOptions(on_verify=lambda done, total: told.append((done, total)))
+    )
+    done = [one for one, _ in told]
+    assert done == sorted(done) and {total for _, total in told} == {done[-1]}
+    assert len(before) == 7 and before == sorted(before), "four models, their average, and the mixture twice"
+    assert before[0] < 0.99 and len({*before}) == 7
