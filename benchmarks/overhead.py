@@ -42,7 +42,7 @@ LONG_BAR, RAY_BAR = 1.2, 1.3
 """Ratios of wall times to one process's that are allowed."""
 
 LONG_SECONDS = 60
-"""What one process must take for the first of them: eight starts are a fifth of less."""
+"""What one process must take for LONG_BAR to hold of it: of less, eight starts are a fifth by themselves."""
 
 PROCESS_BAR = 1.5
 """What one process more may cost, in the times that a process takes to start and to end."""

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from bam_merge import MergeOptions, load_recipe, merge
 from bam_merge.architectures.anatomy import anatomy, guess, open_anatomy
+from bam_merge.architectures.table_files import FOLDERS, table_names
 from bam_merge.architectures.tables import architecture_names, architectures, find_by_model_type, load_architecture
 from bam_merge.checkpoints.pieces import Joined, Read
 from bam_merge.demo.synthetic import random_values, write_checkpoint
@@ -114,6 +115,14 @@ def test_public_mixtures(name: str, tmp_path: Path) -> None:
     expected |= dict.fromkeys(("glm4_moe", "dots1", "solar_open"), "router.ffn.bias")
     expected |= dict.fromkeys(("cohere2_moe", "hunyuan_v1_moe"), "ffn.shared.down")
     assert (expected.get(name, "attn.q"), 1, None) in found.leaves
+
+
+def test_a_table_lies_in_the_folder_of_its_kind() -> None:
+    """By which it is found, unread."""
+    assert {kind: [name for name in table_names(kind) if load_architecture(name).kind != kind] for kind in FOLDERS} == {
+        k: [] for k in FOLDERS
+    }
+    assert sorted(name for kind in FOLDERS for name in table_names(kind)) == list(table_names())
 
 
 def test_foreign_tables_are_for_looking_only(tmp_path: Path, run: Any) -> None:
