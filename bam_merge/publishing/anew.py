@@ -256,6 +256,7 @@ def _prove(
             way = Way(LEVELS[options.level], computing)
             report.add(router_checks(fresh.stored, of, lambda: fresh.stored, record["accuracy"], way))
     if report.ok:
+        options.notify("trying the mixture on its texts")  # which takes minutes, and is no part of what on_verify tells
         texts, made_of = further_texts(order.corpora, mixture.names), tokens_made_of({"calibration": record})
         with computing_on(device, torch_workers(options.workers)) as computing:
             try_on_texts(open_folder(staging.output), order.plan, texts, report, computing, made_of, own_alone=True)

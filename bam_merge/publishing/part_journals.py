@@ -98,8 +98,8 @@ def check_together(other: PartJournal, header: Mapping[str, Any], part: Part, fo
     shown = printable(str(folder))
     if other.of != part.of:
         raise OutputError(
-            f"{shown} has part {other}, and this is {part}: parts of another number are other files. Use --part i/{other.of}; or "
-            "delete that folder, and make all parts again."
+            f"{shown} has part {other}, and this is {part}: parts of another number are other files. Use --part i/{other.of}, or with "
+            f"--ray --parts {other.of}; or delete that folder, and make all parts again."
         )
     if (why := difference(other.header, header)) is not None:
         raise OutputError(

@@ -102,7 +102,7 @@ def read_dense(name: str, path: Path, checkpoint: Checkpoint | None = None) -> D
         what = "a mixture already" if family else f"not a dense family known here{why_left_out(found)}"
         out = f"Known dense families: {known}."
         if family is not None and family.kind == "mixture":
-            out = f"One of its experts can be a source: {printable(str(path), 1000)}#experts.0."
+            out = "One of its experts can be a source: write #experts.0, or another number, behind its place."
         raise CheckpointError(f"sources.{name}: model_type {printable(repr(found))} is {what}. {out}")
     problems: list[str] = []
     quantised = is_quantised(checkpoint.config) or is_quantised(unwrapped.config)

@@ -137,7 +137,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "an FFN under a key of its own": ("falcon", {"ffn_hidden_size": 0}, "ffn_hidden_size must be a positive integer, found 0."),
     "another FFN under the common key": ("falcon", {"intermediate_size": 48}, "intermediate_size = 48 and ffn_hidden_size = 40 are two spellings of the size of the FFN, and differ; transformers takes ffn_hidden_size"),
     "another activation": ("falcon", {"hidden_act": "relu"}, "hidden_act = 'relu' is another spelling of the activation, which transformers takes from activation for falcon"),
-    "a mixture already": ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts = 8 cannot be merged here: such a Granite 4 is a mixture already"),
+    "a mixture already": ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts = 8 cannot be merged here: such a Granite 4 is a mixture already; those without experts have num_local_experts = 0. One of its experts can be a source: write #experts.0 behind its place."),
     "a mixture already, unsaid": ("granitemoehybrid", {"num_local_experts": ...}, "num_local_experts = 8, which is meant where it is left out, cannot be merged here"),
     "layers with states": ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "layer_types names 'mamba'; granitemoehybrid merges here only where all its layers are full_attention."),
     "layers that nothing says": ("granitemoehybrid", {"layer_types": ...}, "layer_types is missing, and what granitemoehybrid is without it is not known here. Add it."),
